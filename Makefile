@@ -1,0 +1,63 @@
+# Every verb installs what it needs into .venv first; the second time that is instant.
+#
+#   ENGINE=cuda      use vLLM for CUDA instead of the CPU build
+#   PYTHON=python3.12   the interpreter to make .venv with (3.11 or newer)
+#   ARGS="..."       passed on, e.g. make test ARGS="-k store -x"
+
+ENGINE ?= cpu
+PYTHON ?=
+ARGS ?=
+BENCH ?= ttft
+
+bin := .venv/bin
+installed := .venv/.installed-$(ENGINE)
+
+export VLLM_NO_USAGE_STATS ?= 1
+export DO_NOT_TRACK ?= 1
+
+.PHONY: help install fix lint test test-all test-gpu demo bench clean
+
+help:
+	@echo "make install    .venv with everything in it (ENGINE=cpu|cuda)"
+	@echo "make demo       answer questions over documents, with and without CacheBlend"
+	@echo "make test       tests that need no GPU        make test-all   the slow ones as well"
+	@echo "make test-gpu   tests that need a GPU         make bench      BENCH=<name in benchmarks/>"
+	@echo "make lint       ruff and mypy                 make fix        what ruff can repair"
+	@echo "make clean      remove .venv and all caches"
+
+install: $(installed)
+
+$(installed): pyproject.toml scripts/install.sh
+	@PYTHON="$(PYTHON)" bash scripts/install.sh $(ENGINE)
+
+fix: $(installed)
+	$(bin)/python -m ruff check --fix .
+	$(bin)/python -m ruff format .
+
+lint: $(installed)
+	$(bin)/python -m ruff check .
+	$(bin)/python -m ruff format --check .
+	$(bin)/python -m mypy
+
+# Tests reach no network, and a CPU engine takes 1 GiB for its KV cache.
+test test-all test-gpu: export HF_HUB_OFFLINE := 1
+test test-all test-gpu: export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+test: $(installed)
+	$(bin)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-all: $(installed)
+	$(bin)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(installed)
+	$(bin)/python -m pytest -m gpu $(ARGS)
+
+demo: $(installed)
+	@$(bin)/cacheblend demo $(ARGS)
+
+bench: $(installed)
+	$(bin)/python benchmarks/$(BENCH).py $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,48 @@
+"""cacheblend-rag: RAG prompts several times sooner to their first token, inside a stock vLLM."""
+
+from cacheblend_rag._version import __version__
+from cacheblend_rag.blend import CacheBlend
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engine.base import GateReport
+from cacheblend_rag.errors import (
+    CacheBlendError,
+    ClosedError,
+    ConfigError,
+    EmptyTextError,
+    EngineDeadError,
+    EngineError,
+    EngineMissingError,
+    MissingExtraError,
+    ModelError,
+    PromptError,
+    PromptTooLongError,
+    StoreError,
+)
+from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.report import BlendReport, SegmentReport
+from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream
+
+__all__ = [
+    "AsyncBlendStream",
+    "BlendConfig",
+    "BlendReport",
+    "BlendResult",
+    "BlendStream",
+    "CacheBlend",
+    "CacheBlendError",
+    "ClosedError",
+    "ConfigError",
+    "EmptyTextError",
+    "EngineDeadError",
+    "EngineError",
+    "EngineMissingError",
+    "GateReport",
+    "IngestReport",
+    "MissingExtraError",
+    "ModelError",
+    "PromptError",
+    "PromptTooLongError",
+    "SegmentReport",
+    "StoreError",
+    "__version__",
+]

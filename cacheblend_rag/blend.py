@@ -1,0 +1,394 @@
+"""The front door: ``CacheBlend`` over an embedded engine and a chunk store."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, overload
+
+from tqdm import tqdm
+
+from cacheblend_rag import gate, ingest
+from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
+from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
+from cacheblend_rag.errors import ClosedError, ConfigError, PromptError
+from cacheblend_rag.ingest import Chunk, IngestReport
+from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.locate import ChunkIndex, Match
+from cacheblend_rag.plan import PARAMS_KEY, NoPlan, Plan, make_plan
+from cacheblend_rag.prefix import ingest_prefix
+from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
+from cacheblend_rag.report import make_report
+from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
+
+
+_PROBE_SAMPLING = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20, "detokenize": False}
+
+
+class _Prepared(NamedTuple):
+    """A request ready for the engine, and what its report will need."""
+
+    request: EngineRequest
+    plan: Plan | NoPlan
+    mode: str
+    stages_s: Mapping[str, float]
+    request_id: str
+
+
+class CacheBlend:
+    """RAG prompts several times sooner to their first token.
+
+    Chunks are computed once by ``ingest``. Any later prompt that contains them, in any order, is
+    served from their stored KV: keys are re-rotated, a small share of tokens is recomputed, and
+    vLLM computes the rest. Prompts, ids and sampling stay what they are.
+
+    Args:
+        model: a hub name or a folder.
+        config: how to blend; see ``BlendConfig``.
+        engine: ``serving`` (vLLM's AsyncLLM: all methods, streams side by side) or ``batch``
+            (vLLM's LLM: in the caller's thread, one call at a time).
+        **engine_args: vLLM's engine arguments by their own names.
+
+    Raises:
+        EngineMissingError, ConfigError, ModelError, StoreError, EngineError.
+
+    Safe to use from several threads and event loops.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        config: BlendConfig | None = None,
+        engine: str = "serving",
+        **engine_args: Any,
+    ) -> None:
+        self.config = config or BlendConfig()
+        self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
+        self._closed = False
+        self._index = ChunkIndex()
+        self._engine: Engine = create_engine(engine, str(model), engine_args)
+        try:
+            self.info = self._engine.info
+            self.tokenizer: Any = self._engine.tokenizer
+            self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
+            self.gate: GateReport = self._open_gate()
+        except BaseException:
+            self._engine.close()
+            raise
+
+    # ---- ingestion -----------------------------------------------------------------------------
+
+    def ingest(
+        self, texts: str | Sequence[str | Sequence[int]], *, progress: bool = True
+    ) -> IngestReport:
+        """Compute and store the KV of chunks: texts, or token ids. What is stored already is
+        skipped, so an interrupted or repeated ingestion costs only look-ups.
+
+        Raises:
+            EmptyTextError: a text of white space only.
+            PromptTooLongError: a chunk that fits no prompt.
+            StoreError: the store can't be written; what was stored so far stays.
+        """
+        self._check_open()
+        start = time.perf_counter()
+        given = [texts] if isinstance(texts, str) else list(texts)
+        if not self.gate.passed:
+            return IngestReport(chunks=len(given), reason=self.gate.reason)
+        chunks = [self._chunk(text) for text in given]
+        long_enough = [c for c in chunks if len(c.token_ids) >= self.config.min_chunk_tokens]
+        new = ingest.distinct(long_enough)
+        todo = self._missing(new)
+        stored = self._compute(todo, progress)
+        self._index.add_many(new)
+        return IngestReport(
+            chunks=len(given),
+            computed=len(todo),
+            present=len(new) - len(todo),
+            repeated=len(long_enough) - len(new),
+            too_short=len(chunks) - len(long_enough),
+            tokens=sum(len(c.token_ids) for c in todo),
+            bytes=stored,
+            seconds=time.perf_counter() - start,
+            keys=[c.key if c in long_enough else "" for c in chunks],
+        )
+
+    def forget(self, texts: str | Sequence[str | Sequence[int]]) -> None:
+        """Drop chunks from the store and the index; absent ones are ignored."""
+        self._check_open()
+        given = [texts] if isinstance(texts, str) else list(texts)
+        keys = [self._chunk(text).key for text in given]
+        if self.gate.passed:
+            self._engine.rpc("cacheblend_forget", keys)
+        for key in keys:
+            self._index.discard(key)
+
+    # ---- answers -------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> BlendResult: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[BlendResult]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Any
+    ) -> BlendResult | list[BlendResult]:
+        """Answer one prompt, or several together.
+
+        Args:
+            prompt: text, chat messages (the model's own template is applied) or token ids; a list
+                of these is several prompts.
+            **options: vLLM's sampling parameters by their own names; ``mode``,
+                ``recompute_ratio``, ``selector``, ``selector_options`` and ``schedule`` of
+                ``BlendConfig``; ``lora_request`` (served without blending).
+
+        Raises:
+            PromptError: an empty, too long or malformed prompt.
+            ConfigError: an unknown option or a refused value.
+            EngineError: the engine failed.
+        """
+        prompts = [prompt] if is_prompt(prompt) else self._several(prompt)
+        prepared = [self._prepare(p, options) for p in prompts]
+        start = time.perf_counter()
+        answers = self._engine.generate([p.request for p in prepared])
+        results = [self._finish(p, a, start) for p, a in zip(prepared, answers, strict=True)]
+        return results[0] if is_prompt(prompt) else results
+
+    def stream(self, prompt: Prompt, **options: Any) -> BlendStream:
+        """Answer one prompt piece by piece: iterate over the text; ``.result`` is there at the end.
+
+        Leaving the iteration early (``close()``, or a ``with`` block) aborts the request.
+        Arguments and errors are those of ``generate``.
+        """
+        prepared = self._prepare(prompt, options)
+        pieces = self._engine.stream(prepared.request)
+        return BlendStream(pieces, partial(self._finish, prepared))
+
+    async def agenerate(self, prompt: Prompt, **options: Any) -> BlendResult:
+        """``generate`` of one prompt for an event loop; cancelling aborts the request."""
+        stream = self.astream(prompt, **options)
+        async for _ in stream:
+            pass
+        return stream.result
+
+    def astream(self, prompt: Prompt, **options: Any) -> AsyncBlendStream:
+        """``stream`` for an event loop: ``async for piece in blend.astream(prompt)``."""
+        prepared = self._prepare(prompt, options)
+        pieces = self._engine.astream(prepared.request)
+        return AsyncBlendStream(pieces, partial(self._finish, prepared))
+
+    def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """The token ids that are computed for ``prompt``, with the cache on or off."""
+        return tokenize(prompt, self.tokenizer, max_model_len=self.info.max_model_len)
+
+    # ---- the path of one request ---------------------------------------------------------------
+
+    def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> _Prepared:
+        self._check_open()
+        config, sampling, lora = self._split(options)
+        clock = [time.perf_counter()]
+        ids = self.tokenize(prompt)
+        clock.append(time.perf_counter())
+        matches = self._index.locate(ids, min_tokens=config.min_chunk_tokens)
+        clock.append(time.perf_counter())
+        plan = self._decide(ids, matches, config)
+        clock.append(time.perf_counter())
+        request_id = f"{self._session}-{next(self._numbers)}"
+        request = EngineRequest(
+            token_ids=ids,
+            sampling=sampling,
+            params=_with_id(plan, request_id),
+            cache_salt=_salt(plan, ids, config.mode, request_id),
+            lora_request=lora,
+        )
+        names = ("tokenize", "locate", "plan")
+        stages = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
+        return _Prepared(request, plan, config.mode, stages, request_id)
+
+    def _decide(
+        self, ids: tuple[int, ...], matches: Sequence[Any], config: BlendConfig
+    ) -> Plan | NoPlan:
+        if not self.gate.passed and config.mode not in ("off", "full"):
+            return NoPlan(self.gate.reason)
+        return make_plan(
+            ids,
+            matches,
+            config,
+            prefix_ids=self._space.prefix_ids,
+            block_size=self.info.block_size,
+        )
+
+    def _finish(
+        self, prepared: _Prepared, pieces: Sequence[EngineOutput], start: float
+    ) -> BlendResult:
+        last, waited = pieces[-1], sum(prepared.stages_s.values())
+        engine = last.engine
+        if engine.get("pending"):  # it ended in the very step of its blend
+            engine = {**engine, **self._engine.rpc("cacheblend_outcome", prepared.request_id)[0]}
+        report = make_report(
+            prepared.plan,
+            engine,
+            mode=prepared.mode,
+            tokens_total=len(prepared.request.token_ids),
+            ttft_s=pieces[0].at - start + waited,
+            total_s=last.at - start + waited,
+            stages_s=prepared.stages_s,
+        )
+        for key in report.missing_keys:
+            self._index.discard(key)
+        return make_result(prepared.request.token_ids, pieces, report, prepared.request_id)
+
+    # ---- options -------------------------------------------------------------------------------
+
+    def _split(self, options: Mapping[str, Any]) -> tuple[BlendConfig, dict[str, Any], Any]:
+        """One call's options: ours, the sampling parameters, and a LoRA request."""
+        ours = {k: v for k, v in options.items() if k in PER_CALL}
+        sampling = {k: v for k, v in options.items() if k not in PER_CALL and k != "lora_request"}
+        known = self._engine.sampling_names
+        for name in sampling:
+            if name not in known:
+                raise unknown_option(name, {*known, *PER_CALL}, "generate")
+        if sampling.get("n", 1) != 1:
+            raise ConfigError("n must be 1: for several answers pass the prompt several times")
+        if self.tokenizer is None:
+            sampling.setdefault("detokenize", False)
+        return self.config.for_call(ours), sampling, options.get("lora_request")
+
+    def _several(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        if not isinstance(prompts, Sequence) or not all(is_prompt(p) for p in prompts):
+            raise PromptError("pass text, chat messages or token ids, or a list of such prompts")
+        return list(prompts)
+
+    # ---- store and gate ------------------------------------------------------------------------
+
+    def _chunk(self, text: str | Sequence[int]) -> Chunk:
+        ids = tokenize_chunk(text, self.tokenizer)
+        chunk = Chunk(self._space.key(ids), ids)
+        ingest.check_length(chunk, len(self._space.prefix_ids), self.info.max_model_len)
+        return chunk
+
+    def _missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Chunks that not every rank has stored."""
+        absent: set[str] = set()
+        keys = [c.key for c in chunks]
+        for i in range(0, len(keys), 1000):
+            for of_rank in self._engine.rpc("cacheblend_missing", keys[i : i + 1000]):
+                absent.update(of_rank)
+        return [c for c in chunks if c.key in absent]
+
+    def _compute(self, chunks: Sequence[Chunk], progress: bool) -> int:
+        """Prefill and store; returns the bytes stored, over all ranks."""
+        prefix, stored = list(self._space.prefix_ids), 0
+        with tqdm(total=len(chunks), desc="ingest", unit="chunk", disable=not progress) as bar:
+            for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
+                keys, ids = [c.key for c in batch], [list(c.token_ids) for c in batch]
+                stored += sum(self._engine.rpc("cacheblend_ingest", keys, ids, prefix))
+                bar.update(len(batch))
+        return stored
+
+    def _open_gate(self) -> GateReport:
+        """Check the model, open the store, and prove ratio 1 on a probe prompt."""
+        report = gate.check_layers(self.info)
+        if not report.passed:
+            return report
+        prefix = ingest_prefix(
+            self.config, self.tokenizer, max_model_len=self.info.max_model_len
+        )
+        self._space = self._space._replace(prefix_ids=prefix)
+        ranks = self._engine.rpc("cacheblend_bind", self.config.store, self.info.fingerprint)
+        report = self._probe(report)
+        if report.passed:
+            self._index.add_many(ours(self._space, ranks))
+        else:
+            self._engine.rpc("cacheblend_unbind")
+        return report
+
+    def _probe(self, report: GateReport) -> GateReport:
+        head, chunk, question = gate.probe_ids(self.info)
+        if len(head + chunk + question) >= self.info.max_model_len:
+            return report  # the context has no room for a block and a question: nothing to blend
+        key = self._space.key(chunk)
+        self._engine.rpc("cacheblend_ingest", [key], [list(chunk)], list(self._space.prefix_ids))
+        match = Match(len(head), len(head + chunk), key, 0, len(chunk))
+        plan = make_plan(
+            ids := head + chunk + question,
+            [match],
+            self.config.for_call({"mode": "blend", "recompute_ratio": 1.0}),
+            prefix_ids=self._space.prefix_ids,
+            block_size=self.info.block_size,
+        )
+        assert isinstance(plan, Plan)
+        requests = [
+            EngineRequest(
+                token_ids=ids,
+                sampling=_PROBE_SAMPLING,
+                params=_with_id(p, "gate"),
+                cache_salt=_salt(p, ids, "full", f"gate-{uuid.uuid4().hex}"),
+            )
+            for p in (NoPlan("the gate's plain prefill"), plan)
+        ]
+        plain, blended = (self._engine.generate([r])[0][0] for r in requests)
+        self._engine.rpc("cacheblend_forget", [key])
+        assert plain.logprobs is not None and blended.logprobs is not None
+        done = "reason" not in blended.engine
+        return gate.check_prefill(report, plain.logprobs[0], blended.logprobs[0], done)
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    def stats(self) -> list[dict[str, int]]:
+        """Counts of the chunk store, one dict a rank; empty where blending is off."""
+        self._check_open()
+        return list(self._engine.rpc("cacheblend_store_stats")) if self.gate.passed else []
+
+    def close(self) -> None:
+        """Stop the engine; does nothing on the second call."""
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
+
+    def __enter__(self) -> CacheBlend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this CacheBlend was closed; make a new one")
+
+
+def ours(space: KeySpace, ranks: Sequence[Sequence[Sequence[Any]]]) -> Iterator[Chunk]:
+    """Of what the ranks' stores hold, the chunks of this key space that all of them have."""
+    everywhere = set.intersection(*({row[0] for row in rank} for rank in ranks))
+    for key, raw, base in ranks[0]:
+        if key in everywhere and base == len(space.prefix_ids):
+            ids = tuple(array("i", raw))
+            if space.key(ids) == key:
+                yield Chunk(key, ids)
+
+
+def _with_id(plan: Plan | NoPlan, request_id: str) -> dict[str, Any] | None:
+    if isinstance(plan, NoPlan):
+        return None
+    params = plan.to_params()
+    params[PARAMS_KEY]["request_id"] = request_id
+    return params
+
+
+def _salt(
+    plan: Plan | NoPlan, ids: tuple[int, ...], mode: str, request_id: str
+) -> str | None:
+    """Blended blocks stay apart from exact ones; a full prefill reads no cached block at all."""
+    if isinstance(plan, Plan):
+        return plan.salt(ids)
+    return f"full:{request_id}" if mode == "full" else None

@@ -1,0 +1,100 @@
+"""The one configuration object, frozen and validated when it is made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.select import create_selector
+
+Mode = Literal["blend", "full", "reuse", "off"]
+Schedule = Literal["auto", "sync", "async"]
+
+PER_CALL = ("mode", "recompute_ratio", "selector", "selector_options", "schedule")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlendConfig:
+    """How chunks are cached and blended. All fields can be set at start, those in
+    ``PER_CALL`` also for a single request (``generate(prompt, mode="off")``).
+
+    Attributes:
+        mode: ``blend``; ``reuse`` (ratio 0, the naive baseline); ``full`` (every token is
+            prefilled, vLLM's prefix cache is not read); ``off`` (plain vLLM with its prefix cache).
+        recompute_ratio: share of the reused tokens to recompute, 0 to 1 (CacheBlend, section 4.2).
+        selector: which of them: a name of ``cacheblend_rag.select.SELECTORS``.
+        selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
+        min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
+        ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
+            and ``system_prompt`` put before the context, then neutral text), ``head`` (the same
+            without the neutral text), ``bos`` (the BOS token, if the model has one), ``none``,
+            or a sequence of token ids.
+        system_prompt: the system prompt your requests use; the template's default where None.
+        schedule: ``sync`` blends within one engine step, ``async`` one tile a step so that other
+            streams keep decoding, ``auto`` is sync only while nothing else runs.
+        tile_tokens: most tokens recomputed at once; the engine's ``max_num_batched_tokens`` bounds
+            it, and is used where it is None.
+        store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
+        namespace: tenant salt; chunks of another namespace are never seen.
+    """
+
+    mode: Mode = "blend"
+    recompute_ratio: float = 0.15
+    selector: str = "query"
+    selector_options: Mapping[str, Any] = field(default_factory=dict)
+    min_chunk_tokens: int = 32
+    ingest_prefix: str | tuple[int, ...] = "auto"
+    system_prompt: str | None = None
+    schedule: Schedule = "auto"
+    tile_tokens: int | None = None
+    store: str = "memory://"
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, get_args(Mode))
+        _one_of("schedule", self.schedule, get_args(Schedule))
+        if isinstance(self.recompute_ratio, bool) or not isinstance(
+            self.recompute_ratio, int | float
+        ):
+            raise ConfigError(f"recompute_ratio must be a number, got {self.recompute_ratio!r}")
+        if not 0 <= self.recompute_ratio <= 1:
+            raise ConfigError(
+                f"recompute_ratio is {self.recompute_ratio}, but it is a share: 0 (reuse all) to 1"
+            )
+        if self.min_chunk_tokens < 32:
+            raise ConfigError("min_chunk_tokens must be at least 32: anchors need that many")
+        if self.tile_tokens is not None and self.tile_tokens < 1:
+            raise ConfigError("tile_tokens must be positive, or None for the engine's own limit")
+        if isinstance(self.ingest_prefix, str):
+            _one_of("ingest_prefix", self.ingest_prefix, ("auto", "head", "bos", "none"))
+        else:
+            object.__setattr__(self, "ingest_prefix", tuple(int(t) for t in self.ingest_prefix))
+        object.__setattr__(self, "selector_options", MappingProxyType(dict(self.selector_options)))
+        create_selector(self.selector, self.selector_options)  # raises ConfigError
+
+    def for_call(self, options: Mapping[str, Any]) -> BlendConfig:
+        """This configuration with one request's own options."""
+        if "selector" in options and "selector_options" not in options:
+            options = {**options, "selector_options": {}}
+        return replace(self, **options) if options else self
+
+
+def unknown_option(name: str, known: Iterable[str], what: str) -> ConfigError:
+    """The error for a name that does not exist, with the closest one that does."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+    return ConfigError(f"{what} has no option {name!r}.{hint}")
+
+
+def config_fields() -> tuple[str, ...]:
+    """Names of all options."""
+    return tuple(f.name for f in fields(BlendConfig))
+
+
+def _one_of(name: str, value: object, known: Iterable[str]) -> None:
+    if value not in tuple(known):
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")

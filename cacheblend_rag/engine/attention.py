@@ -1,0 +1,139 @@
+"""Attention of the passes: over the paged cache through the backend's own kernel, or dense."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from cacheblend_kernels import masked_attention
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.forward import ModelHandle, Pass, UnsupportedModelError
+
+
+def visible(q_pos_R: torch.Tensor, k_pos_N: torch.Tensor, window: int | None) -> torch.Tensor:
+    """bool [R, N]: a query sees keys at its own and earlier positions, ``window`` back at most."""
+    distance = q_pos_R[:, None] - k_pos_N[None]
+    mask = distance >= 0
+    return mask & (distance < window) if window is not None else mask
+
+
+def dense_causal(
+    layer: Any,
+    q_RHD: torch.Tensor,
+    k_NGD: torch.Tensor,
+    v_NGD: torch.Tensor,
+    visible_RN: torch.Tensor,
+) -> torch.Tensor:
+    """[R, H, D]: attention with a layer's own scale and softcap."""
+    return masked_attention(
+        q_RHD, k_NGD, v_NGD, visible_RN, scale=layer.impl.scale, softcap=compat.softcap(layer)
+    )
+
+
+class PagedCache:
+    """The request's view of the paged cache, and the backend's kernel over scattered queries.
+
+    Every maximal run of consecutive positions is passed off as one sequence: its queries are the
+    run, its length the last position + 1, its blocks the request's. So each query attends by its
+    position to the whole fused KV before it, with any backend, KV dtype, window and softcap.
+    """
+
+    def __init__(self, handle: ModelHandle, attn_groups: Any) -> None:
+        self.handle = handle
+        self.block_size = int(handle.config.cache_config.block_size)
+        self._builder = _own_builder(attn_groups, handle.config, handle.device)
+
+    def slots(self, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """int64 slots of ``positions`` on the device; both arguments on the CPU."""
+        size = self.block_size
+        return (blocks[positions // size] * size + positions % size).to(self.handle.device)
+
+    def metadata(self, blocks: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> Any:
+        """The backend's metadata for queries at sorted ``positions`` (CPU)."""
+        device = self.handle.device
+        new_run = torch.ones(len(positions), dtype=torch.bool)
+        new_run[1:] = positions[1:] != positions[:-1] + 1
+        starts = new_run.nonzero().flatten()
+        bounds = torch.cat([starts, torch.tensor([len(positions)])]).to(torch.int32)
+        lengths = (positions[bounds[1:].long() - 1] + 1).to(torch.int32)
+        num_runs = len(lengths)
+        table = blocks.to(torch.int32)[None].expand(num_runs, -1).contiguous()
+        return self._builder.build(
+            0,
+            CommonAttentionMetadata(
+                query_start_loc=bounds.to(device),
+                query_start_loc_cpu=bounds,
+                seq_lens=lengths.to(device),
+                num_reqs=num_runs,
+                num_actual_tokens=len(positions),
+                max_query_len=int((bounds[1:] - bounds[:-1]).max()),
+                max_seq_len=int(lengths.max()),
+                block_table_tensor=table.to(device),
+                slot_mapping=slots,
+                causal=True,
+                positions=positions.to(device),
+                seq_lens_cpu_upper_bound=lengths,
+            ),
+        )
+
+
+class PagedPass(Pass):
+    """Write each layer's K and V of these tokens into the cache, then attend over the cache.
+
+    Stops after writing layer ``last``. With ``check``, stops there before writing and keeps that
+    layer's K and V: the probe pass of KV deviation.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        blocks: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        check: int | None = None,
+    ) -> None:
+        self._cache, self._check = cache, check
+        self._last = cache.handle.num_layers - 1
+        self._slots = cache.slots(blocks, positions)
+        self._metadata = cache.metadata(blocks, positions, self._slots)
+        self.checked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        if index == self._check:
+            self.checked = (k_TGD, v_TGD)
+            self.stop()
+        self._cache.handle.write(index, k_TGD, v_TGD, self._slots)
+        if index == self._last:
+            self.stop()
+        real = self._cache.handle.layers[index]
+        real.impl.forward(
+            real, q_THD, k_TGD, v_TGD, real.kv_cache, self._metadata, output=out_THD
+        )
+
+
+def _own_builder(attn_groups: Any, config: VllmConfig, device: torch.device) -> Any:
+    """Never the runner's own builder: on a GPU it fills static CUDA graph buffers that the step
+    about to run has already prepared.
+    """
+    groups = [group for of_cache in attn_groups for group in of_cache]
+    if len(groups) != 1:
+        raise UnsupportedModelError(f"{len(groups)} attention groups; blending needs exactly one")
+    group = groups[0]
+    own = copy.copy(config)
+    own.compilation_config = copy.copy(own.compilation_config)
+    own.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    with set_current_vllm_config(own):
+        builder = group.backend.get_builder_cls()
+        return builder(group.kv_cache_spec, group.layer_names, own, device)

@@ -1,0 +1,123 @@
+"""The contract between the front door and an embedded vLLM engine.
+
+Driver side only: these types say what goes in and comes out. The worker side lives in
+``connector.py`` and ``worker.py``; what crosses is a plan as plain data, and RPCs by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """One prompt for the engine.
+
+    Attributes:
+        token_ids: the prompt, exactly as it is computed.
+        sampling: vLLM's sampling parameters by name.
+        params: ``kv_transfer_params``: a plan, or None for a plain prefill.
+        cache_salt: keeps blocks apart in vLLM's prefix cache; None shares the exact one.
+        lora_request: vLLM's LoRARequest; such requests are never blended.
+    """
+
+    token_ids: tuple[int, ...]
+    sampling: Mapping[str, Any]
+    params: Mapping[str, Any] | None = None
+    cache_salt: str | None = None
+    lora_request: Any = None
+
+
+class EngineOutput(NamedTuple):
+    """A piece of an answer: what is new since the piece before."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None  # not None: this is the last piece
+    stop_reason: int | str | None
+    logprobs: list[dict[int, float]] | None  # a dict a new token: token id -> log-probability
+    engine: Mapping[str, Any]  # of the last piece: see report.make_report
+    at: float  # time.perf_counter() when it came
+
+
+class LayerCheck(NamedTuple):
+    """One layer of the gate's table: relative error of keys and values moved by ``shift``."""
+
+    layer: int
+    shift: int
+    key_error: float
+    value_error: float
+    ok: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """Whether this engine may blend, and what was measured to decide it.
+
+    Attributes:
+        passed: blending is on.
+        reason: why not, if it is off.
+        layers: the self-check of every layer (empty where the model was refused before).
+        prefill_error: total variation distance between the next-token distributions of ratio 1
+            and of a plain prefill; None where it was not measured.
+        tolerance: what the layer errors and the prefill error were held against.
+    """
+
+    passed: bool
+    reason: str = ""
+    layers: Sequence[LayerCheck] = ()
+    prefill_error: float | None = None
+    tolerance: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Facts about a started engine."""
+
+    model: str
+    vllm_version: str
+    dtype: str
+    device: str
+    block_size: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    fingerprint: str = ""
+    refusal: str = ""  # why this model can't be blended; empty: it can, so far
+    kv_bytes_per_token: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(ABC):
+    """An embedded vLLM engine with our connector inside.
+
+    Promises: ids go in unchanged; pieces come out in order; leaving an iterator early aborts its
+    request; after ``close`` every call raises ClosedError; vLLM's exceptions come out as ours.
+    """
+
+    info: EngineInfo
+    tokenizer: Any
+    sampling_names: frozenset[str]  # vLLM's sampling parameters that a caller may set
+
+    @abstractmethod
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call ``method`` of the worker extension on every rank; plain data in and out."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
+        """Run all requests together; all pieces of each."""
+
+    @abstractmethod
+    def stream(self, request: EngineRequest) -> Iterator[EngineOutput]:
+        """Run one request and yield its pieces."""
+
+    @abstractmethod
+    def astream(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """``stream`` for any running event loop."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the engine and free its memory; does nothing on the second call."""

@@ -1,0 +1,96 @@
+"""The engine for batch work: vLLM's ``LLM``, stepped in the caller's thread.
+
+One call at a time; others wait for a lock. For streams side by side use the serving engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
+
+from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest
+from cacheblend_rag.engine.output import to_output, to_prompt
+from cacheblend_rag.engine.start import (
+    make_info,
+    naming_death,
+    naming_failures,
+    prepare,
+    sampling_names,
+    sampling_params,
+)
+from cacheblend_rag.errors import ClosedError
+
+
+class BatchEngine(Engine):
+    """``LLM`` with our connector inside."""
+
+    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+        from vllm import LLM
+
+        prepared = prepare("EngineArgs", model, options)
+        with naming_failures(model):
+            self._llm: Any = LLM.from_engine_args(prepared.engine_args)
+        self._lock = threading.RLock()
+        self._numbers = itertools.count()
+        self.sampling_names = sampling_names()
+        config = self._llm.llm_engine.vllm_config
+        skip = config.model_config.skip_tokenizer_init
+        self.tokenizer = None if skip else self._llm.get_tokenizer()
+        self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        with self._lock, naming_death():
+            return list(self._open().collective_rpc(method, args=args))
+
+    def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
+        pieces: list[list[EngineOutput]] = [[] for _ in requests]
+        for number, piece in self._run(requests):
+            pieces[number].append(piece)
+        return pieces
+
+    def stream(self, request: EngineRequest) -> Iterator[EngineOutput]:
+        for _, piece in self._run([request]):
+            yield piece
+
+    async def astream(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        pieces = self.stream(request)
+        end = object()
+        while (piece := await asyncio.to_thread(next, pieces, end)) is not end:
+            assert isinstance(piece, EngineOutput)
+            yield piece
+
+    def _run(self, requests: Sequence[EngineRequest]) -> Iterator[tuple[int, EngineOutput]]:
+        with self._lock, naming_death():
+            engine = self._open().llm_engine
+            numbers: dict[str, int] = {}
+            for i, request in enumerate(requests):
+                name = f"batch-{next(self._numbers)}"
+                params = sampling_params(request.sampling, request.params)
+                engine.add_request(
+                    name, to_prompt(request), params, lora_request=request.lora_request
+                )
+                numbers[name] = i
+            unfinished = set(numbers)
+            try:
+                while unfinished:
+                    for output in engine.step():
+                        if output.finished:
+                            unfinished.discard(output.request_id)
+                        yield numbers[output.request_id], to_output(output)
+            finally:
+                if unfinished:
+                    engine.abort_request(list(unfinished))
+
+    def close(self) -> None:
+        with self._lock:
+            llm, self._llm = self._llm, None
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+
+    def _open(self) -> Any:
+        if self._llm is None:
+            raise ClosedError("this engine was closed; make a new CacheBlend")
+        return self._llm

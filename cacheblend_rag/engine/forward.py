@@ -1,0 +1,167 @@
+"""Running vLLM's own, unmodified ``model.forward`` under attention of our choosing.
+
+vLLM's attention is an opaque op that finds its layer by name in the forward context and calls
+``layer.impl.forward``. That context is plain data, made anew for each pass; ours maps every
+attention layer to a proxy: the same layer with another ``impl``. Q, K and V of each layer then
+arrive in a ``Pass``; norms, projections, experts and collectives stay vLLM's own. Nothing is
+patched, and every decoder-only model works without a line of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.forward_context import create_forward_context, override_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class UnsupportedModelError(Exception):
+    """The model can't be blended exactly; the message says why. Reported, never raised to users."""
+
+
+class _StopForward(Exception):  # noqa: N818 - control flow, not an error
+    """A pass has what it came for."""
+
+
+class Pass(ABC):
+    """One forward over chosen tokens: what attention does at each layer.
+
+    Shape legend: T tokens of the pass, H query heads, G KV heads, D head size.
+    """
+
+    @abstractmethod
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        """Write the attention output of layer ``index`` into ``out_THD``, or call ``self.stop``."""
+
+    def stop(self) -> None:
+        """End the pass here: nothing above this layer runs."""
+        raise _StopForward
+
+
+class _ProxyImpl:
+    """A layer's attention implementation whose ``forward`` goes to a pass."""
+
+    def __init__(self, real: Any, index: int, run: Pass) -> None:
+        self._real, self._index, self._run = real, index, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        assert output_scale is None and output_block_scale is None  # eager passes are not fused
+        self._run.attend(self._index, layer, query, key, value, output)
+        return output
+
+
+class _ProxyLayer:
+    """An attention layer with a proxy ``impl``."""
+
+    def __init__(self, real: Any, index: int, run: Pass) -> None:
+        self._real = real
+        self.impl = _ProxyImpl(real.impl, index, run)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class ModelHandle:
+    """The loaded model, its attention layers in forward order, and the one way to run it."""
+
+    def __init__(self, model: Any, config: VllmConfig, device: torch.device) -> None:
+        self.model, self.config, self.device = model, config, device
+        self._context_layers = config.compilation_config.static_forward_context  # experts too
+        self._attention = {
+            name: layer
+            for name, layer in self._context_layers.items()
+            if isinstance(layer, AttentionLayerBase)
+        }
+        for layer in self._attention.values():
+            _check_layer(layer)
+        if not self._attention:
+            raise UnsupportedModelError("the model has no attention layers")
+        self.layers = list(self._attention.values())
+
+    @property
+    def num_layers(self) -> int:
+        """Number of attention layers."""
+        return len(self.layers)
+
+    @torch.inference_mode()
+    def run(self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
+        """Run the model over these tokens, ``step`` doing the attention.
+
+        Args:
+            step: called once a layer, from the first on, until it stops the pass.
+            ids_T: int64 token ids on the model's device.
+            positions_T: int64 positions on the model's device.
+        """
+        context = create_forward_context(
+            attn_metadata=step,  # only has to be something: our proxies don't read it
+            vllm_config=self.config,
+            slot_mapping={},  # or the op would write K and V itself
+            skip_compiled=True,
+        )
+        proxies = {n: _ProxyLayer(a, i, step) for i, (n, a) in enumerate(self._attention.items())}
+        context.no_compile_layers = {**self._context_layers, **proxies}
+        try:
+            with override_forward_context(context):
+                self.model(
+                    input_ids=ids_T,
+                    positions=positions_T,
+                    intermediate_tensors=None,
+                    inputs_embeds=None,
+                )
+        except _StopForward:
+            pass
+
+    def write(
+        self, index: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, slots_T: torch.Tensor
+    ) -> None:
+        """Put K and V of layer ``index`` into the paged cache, in its backend's own layout."""
+        layer = self.layers[index]
+        layer.impl.do_kv_cache_update(
+            layer, k_TGD.contiguous(), v_TGD.contiguous(), layer.kv_cache, slots_T
+        )
+
+
+def _check_layer(layer: Any) -> None:
+    if type(layer) is not Attention:
+        raise UnsupportedModelError(f"attention layers of type {type(layer).__name__}")
+    if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
+        raise UnsupportedModelError("layers share KV with one another")
+    impl = layer.impl
+    if getattr(impl, "alibi_slopes", None) is not None:
+        raise UnsupportedModelError("ALiBi positions: keys can't be moved by rotation")
+    if getattr(impl, "sinks", None) is not None or getattr(layer, "has_sink", False):
+        raise UnsupportedModelError("attention sinks as parameters")
+    if str(getattr(layer, "attn_type", "decoder")) not in ("decoder", "AttentionType.DECODER"):
+        raise UnsupportedModelError("attention that is not causal")
+    if not hasattr(impl, "do_kv_cache_update"):
+        name = type(impl).__name__
+        raise UnsupportedModelError(f"attention backend {name} does not expose its cache update")

@@ -1,0 +1,162 @@
+"""The engine for serving: vLLM's ``AsyncLLM`` on an event loop of its own thread.
+
+Any number of threads and event loops may use it at once; their streams interleave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest
+from cacheblend_rag.engine.output import to_output, to_prompt
+from cacheblend_rag.engine.start import (
+    make_info,
+    naming_death,
+    naming_failures,
+    prepare,
+    sampling_names,
+    sampling_params,
+)
+from cacheblend_rag.errors import ClosedError
+
+_T = TypeVar("_T")
+_Event = EngineOutput | BaseException | None  # None: the stream ended
+
+
+class ServingEngine(Engine):
+    """``AsyncLLM`` with our connector inside."""
+
+    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+        prepared = prepare("AsyncEngineArgs", model, options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="cacheblend-engine", daemon=True
+        )
+        self._thread.start()
+        self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
+        self._engine: Any = None
+        try:
+            with naming_failures(model):
+                self._engine = self._call(_start(prepared.engine_args))
+            self.sampling_names = sampling_names()
+            config = self._engine.vllm_config
+            skip = config.model_config.skip_tokenizer_init
+            self.tokenizer = None if skip else self._call(_tokenizer(self._engine))
+            self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
+        except BaseException:
+            self.close()
+            raise
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        with naming_death():
+            return list(self._call(self._open().collective_rpc(method, args=args)))
+
+    def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
+        async def collect(request: EngineRequest) -> list[EngineOutput]:
+            return [piece async for piece in self._pieces(request)]
+
+        async def collect_all() -> list[list[EngineOutput]]:
+            tasks = [asyncio.ensure_future(collect(request)) for request in requests]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        self._open()
+        return self._call(collect_all())
+
+    def stream(self, request: EngineRequest) -> Iterator[EngineOutput]:
+        events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        task = self._forward(request, events.put)
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            task.cancel()
+
+    async def astream(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        here = asyncio.get_running_loop()
+        events: asyncio.Queue[_Event] = asyncio.Queue()
+        task = self._forward(
+            request, lambda event: here.call_soon_threadsafe(events.put_nowait, event)
+        )
+        try:
+            while (event := await events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            task.cancel()
+
+    def close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            self._loop.call_soon_threadsafe(engine.shutdown)
+        if self._thread.is_alive():
+            self._call(_cancel_others())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _forward(self, request: EngineRequest, put: Callable[[_Event], object]) -> Future[None]:
+        """Run a request on the engine's loop; its pieces, its end or its error go to ``put``."""
+
+        async def run() -> None:
+            try:
+                async for piece in self._pieces(request):
+                    put(piece)
+                put(None)
+            except Exception as error:  # raised again where the stream is read
+                put(error)
+            except asyncio.CancelledError:
+                put(ClosedError("the engine was closed while this request ran"))
+                raise
+
+        self._open()
+        return asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    async def _pieces(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        name = f"{self._session}-{next(self._numbers)}"
+        params = sampling_params(request.sampling, request.params)
+        with naming_death():
+            outputs = self._open().generate(
+                to_prompt(request), params, name, lora_request=request.lora_request
+            )
+            async for output in outputs:
+                yield to_output(output)
+
+    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _open(self) -> Any:
+        if self._engine is None:
+            raise ClosedError("this engine was closed; make a new CacheBlend")
+        return self._engine
+
+
+async def _start(engine_args: Any) -> Any:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(engine_args)
+
+
+async def _tokenizer(engine: Any) -> Any:
+    found = engine.get_tokenizer()
+    return await found if asyncio.iscoroutine(found) else found
+
+
+async def _cancel_others() -> None:
+    others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

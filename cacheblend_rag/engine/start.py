@@ -1,0 +1,190 @@
+"""What both engines do to start vLLM: check the model, add our connector, name what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from cacheblend_rag.config import unknown_option
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.base import EngineInfo
+from cacheblend_rag.errors import ConfigError, EngineDeadError, EngineError, ModelError
+
+_OURS = ("kv_transfer_config", "worker_extension_cls")
+_T = TypeVar("_T")
+
+
+class Prepared(NamedTuple):
+    """Arguments for vLLM, and what is known before it starts."""
+
+    engine_args: Any
+    refusal: str
+    version: str
+
+
+def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> Prepared:
+    """Check ``options`` and the model, and add our connector where the model can be blended.
+
+    Args:
+        args_class: ``EngineArgs`` or ``AsyncEngineArgs``.
+
+    Raises:
+        EngineMissingError, ConfigError, ModelError.
+    """
+    version = compat.installed_version()
+    import vllm.engine.arg_utils as arg_utils
+
+    kind = getattr(arg_utils, args_class)
+    known = kind.__dataclass_fields__
+    for name in options:
+        if name in _OURS:
+            raise ConfigError(f"{name} is set by cacheblend-rag; leave it out")
+        if name not in known:
+            raise unknown_option(name, known, "vLLM's engine")
+    defaults = _defaults()
+    refusal = _model_refusal(kind, model, {**defaults, **options})
+    ours: dict[str, Any] = {} if refusal else _connector_options()
+    with naming_failures(model):
+        return Prepared(kind(model=model, **{**defaults, **options, **ours}), refusal, version)
+
+
+def _connector_options() -> dict[str, Any]:
+    from vllm.config import KVTransferConfig
+
+    return {
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector="CacheBlendConnector",
+            kv_connector_module_path="cacheblend_rag.engine.connector",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",  # the default would fail the request
+        ),
+        "worker_extension_cls": "cacheblend_rag.engine.worker.WorkerExtension",
+    }
+
+
+def _defaults() -> dict[str, Any]:
+    """Our defaults for options the user did not set."""
+    from vllm.platforms import current_platform
+
+    options: dict[str, Any] = {"disable_log_stats": True}
+    if current_platform.is_cpu():
+        # compiling needs a C++ compiler that a fresh machine lacks, and half a minute
+        options["enforce_eager"] = True
+        # vLLM would take half of the machine's memory
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    return options
+
+
+def _model_refusal(kind: Any, model: str, options: Mapping[str, Any]) -> str:
+    if options.get("speculative_config") is not None:
+        return "speculative decoding is on: the draft model would not see the blended KV"
+    with naming_failures(model):
+        return compat.model_refusal(kind(model=model, **options).create_model_config())
+
+
+@contextlib.contextmanager
+def naming_failures(model: str) -> Iterator[None]:
+    """Turn whatever vLLM raises while starting into our exceptions, the cause attached."""
+    try:
+        yield
+    except (ModelError, ConfigError, EngineError):
+        raise
+    except OSError as error:
+        raise ModelError(
+            f"cannot load model {model!r}: {_first_line(error)}. Give a folder with config.json, "
+            "weights and tokenizer, or a hub name that can be reached from here (offline, set "
+            "HF_HUB_OFFLINE=1 and download it first)"
+        ) from error
+    except TypeError as error:
+        raise ConfigError(f"vLLM refused an engine option: {_first_line(error)}") from error
+    except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
+        raise ModelError(
+            f"vLLM cannot serve {model!r} with these options: {_first_line(error)}. Check the "
+            "architecture and max_model_len, or try another model"
+        ) from error
+    except RuntimeError as error:
+        raise EngineError(
+            f"the vLLM engine did not start: {_first_line(error)}. Its log above has the cause; "
+            "out of memory is the usual one: lower max_model_len or gpu_memory_utilization "
+            "(on a CPU: VLLM_CPU_KVCACHE_SPACE)"
+        ) from error
+
+
+@contextlib.contextmanager
+def naming_death() -> Iterator[None]:
+    """Turn vLLM's "engine is dead" into ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError as VllmDead
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    try:
+        yield
+    except VllmDead as error:
+        raise EngineDeadError(
+            "the vLLM engine process has died (its log has the cause). Close this CacheBlend and "
+            "make a new one; chunks in a file:// store are kept"
+        ) from error
+    except EngineGenerateError as error:
+        raise EngineError(f"vLLM failed on this request: {_first_line(error)}") from error
+
+
+def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]]) -> EngineInfo:
+    """Facts about the started engine, asking every rank to inspect its model."""
+    model, scheduler = config.model_config, config.scheduler_config
+    refusal = prepared.refusal or compat.engine_refusal(config)
+    facts = [] if prepared.refusal else inspect()
+    refusal = refusal or next((f["refusal"] for f in facts if f["refusal"]), "")
+    return EngineInfo(
+        model=str(model.model),
+        vllm_version=prepared.version,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(config.device_config.device_type),
+        block_size=int(config.cache_config.block_size),
+        max_model_len=int(model.max_model_len),
+        max_num_batched_tokens=int(scheduler.max_num_batched_tokens),
+        vocab_size=int(model.get_vocab_size()),
+        fingerprint=_joint([f["fingerprint"] for f in facts]),
+        refusal=refusal,
+        kv_bytes_per_token=sum(f.get("kv_bytes_per_token", 0) for f in facts),
+        extra={"checks": [row for f in facts for row in f.get("checks", [])]},
+    )
+
+
+def _joint(fingerprints: list[str]) -> str:
+    import hashlib
+
+    return hashlib.sha256("/".join(fingerprints).encode()).hexdigest()
+
+
+def sampling_params(options: Mapping[str, Any], params: Mapping[str, Any] | None) -> Any:
+    """vLLM's SamplingParams that streams deltas, with a plan inside.
+
+    Raises:
+        ConfigError: unknown name or refused value.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    values = dict(options)
+    if params is not None:
+        values["extra_args"] = {**(values.get("extra_args") or {}), "kv_transfer_params": params}
+    try:
+        return SamplingParams(output_kind=RequestOutputKind.DELTA, **values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refused a sampling parameter: {_first_line(error)}") from error
+
+
+def sampling_names() -> frozenset[str]:
+    """Names of vLLM's sampling parameters that a caller may set."""
+    from vllm import SamplingParams
+
+    internal = {"output_kind", "skip_clone", "output_text_buffer_length"}
+    return frozenset(
+        name for name in SamplingParams.__struct_fields__ if not name.startswith("_")
+    ) - frozenset(internal)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

@@ -1,0 +1,142 @@
+"""``worker_extension_cls``: vLLM mixes it into its worker, and we reach it by ``collective_rpc``.
+
+Arguments and results are plain lists, strings, numbers and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.attention import PagedCache
+from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.connector import CacheBlendConnector
+from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
+from cacheblend_rag.engine.ingest import Ingestor
+from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.selfcheck import moved_errors
+from cacheblend_rag.store import open_store
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class WorkerExtension:
+    """Binds the model to the connector, and ingests. Names are prefixed: the worker's are not ours."""
+
+    if TYPE_CHECKING:
+        device: torch.device
+        vllm_config: VllmConfig
+        model_runner: Any
+        get_model: Any
+
+    def cacheblend_inspect(self) -> dict[str, Any]:
+        """Fingerprint of what was loaded on this rank, and why it can't be blended, if so."""
+        model = self.get_model()
+        facts: dict[str, Any] = {"fingerprint": fingerprint(model, self.vllm_config), "refusal": ""}
+        try:
+            handle = ModelHandle(model, self.vllm_config, self.device)
+            max_len = self.vllm_config.model_config.max_model_len
+            rope = Rerotator(model, max_len, self.device)
+            self._cacheblend_parts = (
+                handle,
+                rope,
+                PagedCache(handle, self.model_runner.attn_groups),
+            )
+            layer = handle.layers[0]
+            dtype = self.vllm_config.model_config.dtype
+            facts["kv_bytes_per_token"] = (
+                2 * handle.num_layers * layer.num_kv_heads * layer.head_size * dtype.itemsize
+            )
+            facts["checks"] = moved_errors(handle, rope, min(max_len, rope.positions))
+        except UnsupportedModelError as error:
+            facts["refusal"] = str(error)
+        return facts
+
+    def cacheblend_bind(self, store_url: str, fingerprint: str) -> list[list[Any]]:
+        """Open the store, turn blending on; returns [key, token ids as int32 bytes, base] a chunk."""
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        store = open_store(store_url, namespace=f"{fingerprint[:32]}-{rank}of{size}")
+        handle, rope, cache = self._cacheblend_parts
+        self._connector().blender = Blender(handle, rope, cache, store)
+        self._cacheblend_ingestor = Ingestor(handle)
+        return [[c.key, array("i", c.token_ids).tobytes(), c.base] for c in store.scan()]
+
+    def cacheblend_unbind(self) -> None:
+        """Turn blending off and close the store: every request is then a plain prefill."""
+        connector = self._connector()
+        if connector.blender is not None:
+            connector.blender.store.close()
+            connector.blender = None
+
+    def cacheblend_missing(self, keys: list[str]) -> list[str]:
+        """Which of ``keys`` this rank's store does not hold."""
+        store = self._blender().store
+        return [key for key in keys if not store.contains(key)]
+
+    def cacheblend_ingest(
+        self, keys: list[str], chunks: list[list[int]], prefix_ids: list[int]
+    ) -> int:
+        """Compute chunks behind ``prefix_ids`` and store them under ``keys``; returns the bytes."""
+        store = self._blender().store
+        computed = self._cacheblend_ingestor.compute(
+            [tuple(chunk) for chunk in chunks], tuple(prefix_ids)
+        )
+        for key, chunk in zip(keys, computed, strict=True):
+            store.put(key, chunk)
+        return sum(chunk.nbytes for chunk in computed)
+
+    def cacheblend_forget(self, keys: list[str]) -> None:
+        """Drop ``keys`` from the store."""
+        for key in keys:
+            self._blender().store.discard(key)
+
+    def cacheblend_store_stats(self) -> dict[str, int]:
+        """Counts of this rank's store."""
+        return dict(self._blender().store.stats()._asdict())
+
+    def cacheblend_outcome(self, name: str, positions: bool = False) -> dict[str, Any]:
+        """What was done for a request that ended in the step of its blend (then the final output
+        could not carry it); with ``positions``, the recomputed positions too.
+        """
+        outcome = self._connector().recent.get(name)
+        if outcome is None:
+            return {}
+        return {**outcome.to_dict(), **({"selected": outcome.selected} if positions else {})}
+
+    def _connector(self) -> CacheBlendConnector:
+        connector = get_kv_transfer_group()
+        assert isinstance(connector, CacheBlendConnector)
+        return connector
+
+    def _blender(self) -> Blender:
+        blender = self._connector().blender
+        assert blender is not None
+        return blender
+
+
+def fingerprint(model: Any, config: VllmConfig) -> str:
+    """sha256 of the weights as they were loaded, their dtype and the KV layout.
+
+    Of every parameter it takes the exact integer sum of all its bytes' words and a spread of
+    samples, so it is quick, and a fine-tune, a quantisation or an adapter merged in all differ.
+    """
+    digest = hashlib.sha256()
+    model_config = config.model_config
+    rope = getattr(model_config.hf_text_config, "rope_parameters", None)
+    digest.update(f"{model_config.dtype}/{model_config.max_model_len}/{rope}".encode())
+    for name, parameter in model.named_parameters():
+        raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        words = raw[: raw.numel() // 4 * 4].view(torch.int32)
+        step = max(1, words.numel() // 64)
+        sample = words[::step][:64].cpu().numpy().tobytes()
+        total = int(words.sum(dtype=torch.int64)) if words.numel() else 0
+        digest.update(f"{name}/{tuple(parameter.shape)}/{parameter.dtype}/{total}".encode())
+        digest.update(sample + raw[words.numel() * 4 :].cpu().numpy().tobytes())
+    return digest.hexdigest()

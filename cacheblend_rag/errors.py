@@ -1,0 +1,72 @@
+"""Every exception the library raises; each message says how to fix the cause.
+
+CacheBlendError
+├── ConfigError            an option has a wrong name or value
+├── PromptError            a prompt cannot be served as it is (also a ValueError)
+│   ├── EmptyTextError     nothing to tokenise
+│   └── PromptTooLongError prompt or chunk longer than the model's context
+├── ModelError             model folder missing, hub not reachable, architecture unsupported
+├── StoreError             the store folder or URL cannot be used
+├── EngineError            the engine failed
+│   ├── EngineMissingError vLLM is absent or of an unsupported version
+│   ├── EngineDeadError    the engine process ended; start a new one
+│   └── ClosedError        used after close()
+└── MissingExtraError      an optional dependency is not installed
+
+A missing or corrupt cache entry is never an error: its tokens are recomputed, and the report says so.
+"""
+
+from __future__ import annotations
+
+
+class CacheBlendError(Exception):
+    """Base of every exception this library raises."""
+
+
+class ConfigError(CacheBlendError, ValueError):
+    """An option has a wrong name or value."""
+
+
+class PromptError(CacheBlendError, ValueError):
+    """A prompt or chunk cannot be served as it is."""
+
+
+class EmptyTextError(PromptError):
+    """There is nothing to tokenise."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt or chunk does not fit the model's context."""
+
+
+class ModelError(CacheBlendError):
+    """The model cannot be found or loaded."""
+
+
+class StoreError(CacheBlendError):
+    """The chunk store cannot be opened or written."""
+
+
+class EngineError(CacheBlendError, RuntimeError):
+    """The engine failed."""
+
+
+class EngineMissingError(EngineError, ImportError):
+    """vLLM is absent or of a version we do not support."""
+
+
+class EngineDeadError(EngineError):
+    """The engine process ended."""
+
+
+class ClosedError(EngineError):
+    """The object was used after close()."""
+
+
+class MissingExtraError(CacheBlendError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed. Install it with: pip install 'cacheblend-rag[{extra}]'"
+        )

@@ -1,0 +1,93 @@
+"""The gate: a model blends only after it was shown, on this machine, that it can do so exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cacheblend_rag.engine.base import EngineInfo, GateReport, LayerCheck
+
+Distribution = Mapping[int, float]  # token id -> log-probability, the likeliest ones
+
+# relative error of moved keys and values; total variation distance of the next token. Rounding
+# of half precision stays well below, a wrong rotation or a wrong fusion is near 1.
+_TOLERANCE = {"float32": (2e-3, 1e-3)}
+_HALF_TOLERANCE = (0.15, 0.1)
+
+
+def tolerance(dtype: str) -> tuple[float, float]:
+    """Bounds for (layer errors, next-token distance) in ``dtype``."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+
+
+def check_layers(info: EngineInfo) -> GateReport:
+    """Judge what the workers found when they moved keys: one row a layer and shift."""
+    bound = tolerance(info.dtype)
+    if info.refusal:
+        return GateReport(passed=False, reason=info.refusal, tolerance=bound)
+    checks = [_layer_check(row, bound[0]) for row in info.extra.get("checks", ())]
+    bad = [c for c in checks if not c.ok]
+    reason = ""
+    if bad:
+        worst = max(bad, key=lambda c: max(c.key_error, c.value_error))
+        reason = (
+            f"{len({c.layer for c in bad})} layers have keys or values that depend on position in "
+            f"another way than RoPE (layer {worst.layer}: error {worst.key_error:.3g} of keys, "
+            f"{worst.value_error:.3g} of values, {bound[0]:g} allowed)"
+        )
+    return GateReport(passed=not bad, reason=reason, layers=checks, tolerance=bound)
+
+
+def check_prefill(
+    report: GateReport, plain: Distribution, blended: Distribution, blended_at_all: bool
+) -> GateReport:
+    """Judge ratio 1 against a plain prefill of the same prompt."""
+    error = total_variation(plain, blended)
+    bound = report.tolerance[1]
+    reason = ""
+    if not blended_at_all:
+        reason = "the probe prompt was not blended by the engine"
+    elif not error <= bound:
+        reason = (
+            f"recomputing every token does not give the plain prefill's distribution (total "
+            f"variation distance {error:.3g}, {bound:g} allowed)"
+        )
+    return GateReport(
+        passed=not reason,
+        reason=reason,
+        layers=report.layers,
+        prefill_error=error,
+        tolerance=report.tolerance,
+    )
+
+
+def total_variation(p: Distribution, q: Distribution) -> float:
+    """Half the summed difference of probabilities, tokens not listed counting as 0."""
+    tokens = set(p) | set(q)
+    return 0.5 * sum(
+        abs(math.exp(p.get(t, -math.inf)) - math.exp(q.get(t, -math.inf))) for t in tokens
+    )
+
+
+def probe_ids(info: EngineInfo) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Token ids of the probe prompt's head, chunk and question; the same at every start."""
+    import random
+
+    draw = random.Random(20)
+    low, high = info.vocab_size // 10, max(info.vocab_size // 10 + 2, info.vocab_size * 9 // 10)
+    words: Callable[[int], tuple[int, ...]] = lambda n: tuple(  # noqa: E731
+        draw.randrange(low, high) for _ in range(n)
+    )
+    return words(5), words(2 * info.block_size + 32), words(24)
+
+
+def table(report: GateReport) -> Sequence[Mapping[str, Any]]:
+    """The layers' rows as plain data."""
+    return [c._asdict() for c in report.layers]
+
+
+def _layer_check(row: Sequence[Any], bound: float) -> LayerCheck:
+    layer, shift, key_error, value_error = row
+    ok = key_error <= bound and value_error <= bound  # false for NaN
+    return LayerCheck(int(layer), int(shift), float(key_error), float(value_error), ok)

@@ -1,0 +1,43 @@
+"""Content keys: what a chunk's KV depends on, and nothing else.
+
+A key never depends on the prompt a chunk was first seen in, so reuse does not decay over time, and
+changed text, another model, ingest prefix or tenant is simply another key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+FORMAT = 1  # raise it when stored KV changes meaning
+
+
+class KeySpace(NamedTuple):
+    """All that chunks of one engine and one ingest prefix share.
+
+    Attributes:
+        fingerprint: of the loaded weights, dtype and layout, from the engine.
+        prefix_ids: the ingest prefix.
+        namespace: tenant salt.
+    """
+
+    fingerprint: str
+    prefix_ids: tuple[int, ...]
+    namespace: str = ""
+
+    def key(self, token_ids: Sequence[int]) -> str:
+        """64 hexadecimal digits for a chunk of these token ids."""
+        return chunk_key(self, token_ids)
+
+
+def chunk_key(space: KeySpace, token_ids: Sequence[int]) -> str:
+    """sha256 over the key space and the chunk's token ids."""
+    digest = hashlib.sha256()
+    head = f"cacheblend/{FORMAT}/{space.fingerprint}/{len(space.prefix_ids)}/"
+    digest.update(head.encode())
+    digest.update(hashlib.sha256(space.namespace.encode()).digest())
+    digest.update(array("q", space.prefix_ids).tobytes())
+    digest.update(array("q", token_ids).tobytes())
+    return digest.hexdigest()

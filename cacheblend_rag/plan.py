@@ -1,0 +1,222 @@
+"""From matched chunks to a plan: what is reused, what is computed, and why. Pure: no torch, no I/O.
+
+A plan covers the prompt's tokens [0, end). Its segments are contiguous half-open intervals:
+
+    0          s1         e1   s2              e2          end     question_start      n
+    | fresh    | reuse    |fr. | reuse (cut)   | ...       |  tail |  question         |
+    '--- the connector claims these as external tokens ----'--- vLLM computes these ---'
+
+``end`` is aligned down to a block, so the tail of the last chunk (less than one block) is computed
+by vLLM itself, and an identical plan hits vLLM's prefix cache exactly up to ``end``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from cacheblend_rag.config import BlendConfig, Schedule
+from cacheblend_rag.locate import Match
+from cacheblend_rag.select import create_selector
+
+FORMAT = 1
+PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params
+SALT_PREFIX = "cacheblend:"
+BOUNDARY_TOKENS = 8  # a head cut by no more than this is a tokeniser seam, not a cut
+MIN_QUESTION_TOKENS = 8  # a shorter rest is a template's tail, not a question
+MAX_QUESTION_TOKENS = 512  # rows of the question pass
+
+
+class Kind(IntEnum):
+    """How a segment is served."""
+
+    FRESH = 0  # no stored KV: always computed
+    REUSE = 1  # stored KV, re-rotated; a share of its tokens is recomputed
+    EXACT = 2  # stored KV at its own place behind its own prefix: equal to a full prefill's
+    HEAD_CUT = 3  # stored KV that attended to a head the prompt lacks: twice the ratio
+
+
+class Segment(NamedTuple):
+    """Prompt tokens [start, end); for stored KV, from token ``offset`` of chunk ``key`` on."""
+
+    start: int
+    end: int
+    key: str = ""
+    offset: int = 0
+    kind: Kind = Kind.FRESH
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What goes with a request to the engine, as ``kv_transfer_params``."""
+
+    segments: tuple[Segment, ...]
+    question_start: int  # end of the last matched chunk
+    ratio: float
+    selector: str
+    selector_options: Mapping[str, Any]
+    schedule: Schedule = "auto"
+    tile_tokens: int | None = None
+
+    @property
+    def end(self) -> int:
+        """First position that vLLM computes itself."""
+        return self.segments[-1].end
+
+    def to_params(self) -> dict[str, Any]:
+        """Plain data for vLLM's ``kv_transfer_params``."""
+        return {
+            PARAMS_KEY: {
+                "format": FORMAT,
+                "segments": [[s.start, s.end, s.key, s.offset, int(s.kind)] for s in self.segments],
+                "question_start": self.question_start,
+                "ratio": self.ratio,
+                "selector": self.selector,
+                "selector_options": {
+                    k: list(v) if isinstance(v, tuple) else v
+                    for k, v in self.selector_options.items()
+                },
+                "schedule": self.schedule,
+                "tile_tokens": self.tile_tokens,
+            }
+        }
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any] | None) -> Plan | None:
+        """The plan inside ``kv_transfer_params``; None where there is none.
+
+        Raises:
+            ValueError: it is malformed or of another format.
+        """
+        data = (params or {}).get(PARAMS_KEY)
+        if data is None:
+            return None
+        if data.get("format") != FORMAT:
+            raise ValueError(f"plan of format {data.get('format')!r}, expected {FORMAT}")
+        try:
+            plan = cls(
+                segments=tuple(Segment(s, e, k, o, Kind(n)) for s, e, k, o, n in data["segments"]),
+                question_start=int(data["question_start"]),
+                ratio=float(data["ratio"]),
+                selector=data["selector"],
+                selector_options=data["selector_options"],
+                schedule=data["schedule"],
+                tile_tokens=data["tile_tokens"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"malformed plan: {error!r}") from error
+        plan._validate()
+        return plan
+
+    def _validate(self) -> None:
+        at = 0
+        for s in self.segments:
+            if s.start != at or s.end <= s.start or s.offset < 0:
+                raise ValueError(f"malformed plan: segment {s} does not start at {at}")
+            at = s.end
+        if not self.segments or not 0 <= self.ratio <= 1 or self.question_start < at:
+            raise ValueError("malformed plan: empty, or ratio or question out of range")
+        create_selector(self.selector, self.selector_options)
+
+    def question_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The tokens whose attention may choose what is recomputed.
+
+        Every token after the last chunk. Where that is no more than a template's tail, the prompt
+        asked before its chunks: then the fresh tokens before them run in front of the tail. A
+        prompt of nothing but chunks asks with its last tokens.
+        """
+        rest = tuple(token_ids[self.question_start :])
+        if len(rest) < MIN_QUESTION_TOKENS:
+            fresh = [s for s in self.segments if s.kind is Kind.FRESH]
+            before = tuple(t for s in fresh for t in token_ids[s.start : s.end])
+            rest = before + rest
+        return rest[-MAX_QUESTION_TOKENS:] or tuple(token_ids[-MIN_QUESTION_TOKENS:])
+
+    def salt(self, token_ids: Sequence[int]) -> str:
+        """``cache_salt`` for vLLM: blended KV is approximate, so it must never answer a lookup of
+        the exact prefix cache, nor one of another plan. Identical plans share their blocks. Where
+        the question chose what was recomputed, it is part of the plan's identity.
+        """
+        data = self.to_params()[PARAMS_KEY]
+        del data["schedule"], data["tile_tokens"]  # when, not what
+        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
+        if create_selector(self.selector, self.selector_options).evidence == "question":
+            digest.update(array("q", self.question_ids(token_ids)).tobytes())
+        return SALT_PREFIX + digest.hexdigest()
+
+
+class NoPlan(NamedTuple):
+    """The request is served as a plain, exact prefill, for this reason."""
+
+    reason: str
+
+
+def make_plan(
+    token_ids: Sequence[int],
+    matches: Sequence[Match],
+    config: BlendConfig,
+    *,
+    prefix_ids: Sequence[int],
+    block_size: int,
+) -> Plan | NoPlan:
+    """Decide what of a prompt is reused.
+
+    Args:
+        token_ids: the whole prompt.
+        matches: disjoint and sorted, from ``ChunkIndex.locate``.
+        config: mode, ratio and selector of this request.
+        prefix_ids: the ingest prefix the chunks were computed behind.
+        block_size: tokens a block of the paged cache.
+    """
+    if config.mode in ("off", "full"):
+        return NoPlan(f"mode is {config.mode!r}")
+    if not matches:
+        return NoPlan("no stored chunk found in the prompt")
+    question_start = matches[-1].end
+    end = min(question_start, len(token_ids) - 1) // block_size * block_size
+    segments = tuple(_segments(token_ids, matches, end, tuple(prefix_ids)))
+    if not any(s.kind is not Kind.FRESH for s in segments):
+        return NoPlan(f"the matched chunks fill no block of {block_size} tokens")
+    return Plan(
+        segments=segments,
+        question_start=question_start,
+        ratio=0.0 if config.mode == "reuse" else float(config.recompute_ratio),
+        selector=config.selector,
+        selector_options=dict(config.selector_options),
+        schedule=config.schedule,
+        tile_tokens=config.tile_tokens,
+    )
+
+
+def _segments(
+    token_ids: Sequence[int], matches: Sequence[Match], end: int, prefix: tuple[int, ...]
+) -> list[Segment]:
+    segments: list[Segment] = []
+    at = 0
+    for m in matches:
+        if m.start >= end:
+            break
+        if m.start > at:
+            segments.append(Segment(at, m.start))
+        at = min(m.end, end)
+        segments.append(Segment(m.start, at, m.key, m.offset, _kind(token_ids, m, prefix)))
+    if at < end:
+        segments.append(Segment(at, end))
+    return segments
+
+
+def _kind(token_ids: Sequence[int], match: Match, prefix: tuple[int, ...]) -> Kind:
+    if match.offset > BOUNDARY_TOKENS:
+        return Kind.HEAD_CUT
+    in_place = match.offset == 0 and match.start == len(prefix)
+    if in_place and tuple(token_ids[: match.start]) == prefix:
+        return Kind.EXACT
+    return Kind.REUSE

@@ -1,0 +1,81 @@
+"""The ingest prefix: the tokens a chunk is computed behind, whose own KV is dropped again.
+
+A chunk computed all alone starts with an attention sink it will not have in a prompt. Behind the
+head of a real prompt, and some neutral text, its KV is closer to what a full prefill gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.errors import ConfigError
+
+_MARK = "\ue000context\ue000"  # private use: no template alters it
+
+NEUTRAL_TEXT = """\
+The material below was gathered from several places and is given in no special order. A passage may \
+be a whole page, a paragraph or only a few lines. It may come from a manual, a letter, a news report \
+or a table, and it may have been written long before or after the one beside it. Each passage was \
+kept as it was found, with its own names, dates, units and spelling, and none of them was changed to \
+fit the others.
+
+Nothing here is meant to be complete. One passage can repeat what another one says, add a detail to \
+it, or speak of something else altogether. Where two of them differ, both are kept. Titles, headings \
+and numbers belong to the passage in which they stand. A word such as "it", "they" or "the former" \
+points to something in the same passage or in one that came before.
+
+Read slowly, from the first line to the last, and take note of who did what, where and when, how \
+much of it there was, and what followed from it. Keep the order of events apart from the order in \
+which they are told. Small things can turn out to matter: a second name, a year, a place on a map, a \
+condition under which a rule holds. When a passage ends, the next one begins on a new line.
+
+"""
+
+
+def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) -> tuple[int, ...]:
+    """Token ids of the ingest prefix that ``config`` asks for.
+
+    ``auto`` leaves the neutral text out where the prefix would take more than an eighth of the
+    model's context.
+
+    Raises:
+        ConfigError: the prefix fills half of the context or more.
+    """
+    kind = config.ingest_prefix
+    if not isinstance(kind, str):
+        ids = kind
+    elif kind == "none" or tokenizer is None:
+        ids = ()
+    elif kind == "bos":
+        ids = _bos(tokenizer)
+    else:
+        ids = _head(tokenizer, config.system_prompt)
+        whole = ids + tuple(tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False))
+        if kind == "auto" and len(whole) <= max_model_len // 8:
+            ids = whole
+    if len(ids) * 2 >= max_model_len:
+        raise ConfigError(
+            f"the ingest prefix has {len(ids)} tokens, half of the context of {max_model_len} or "
+            "more; shorten ingest_prefix or system_prompt"
+        )
+    return ids
+
+
+def _head(tokenizer: Any, system_prompt: str | None) -> tuple[int, ...]:
+    """What the chat template and the system prompt put before the user's first word."""
+    if not getattr(tokenizer, "chat_template", None):
+        return _bos(tokenizer)
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    text = tokenizer.apply_chat_template(
+        [*system, {"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
+    head, found, _ = str(text).partition(_MARK)
+    if not found:
+        return _bos(tokenizer)
+    return tuple(tokenizer.encode(head, add_special_tokens=False))
+
+
+def _bos(tokenizer: Any) -> tuple[int, ...]:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return (int(bos),) if bos is not None else ()

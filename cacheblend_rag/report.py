@@ -1,0 +1,161 @@
+"""What happened to a request, and why: returned with every result, never only logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from cacheblend_rag.plan import Kind, NoPlan, Plan, Segment
+
+_REASONS = {
+    Kind.FRESH: "no stored chunk covers these tokens",
+    Kind.REUSE: "stored KV, keys re-rotated",
+    Kind.EXACT: "stored KV at its own position behind its own prefix: exact",
+    Kind.HEAD_CUT: "stored KV of a chunk whose head is not in the prompt: twice the ratio",
+}
+
+
+class SegmentReport(NamedTuple):
+    """Prompt tokens [start, end) and how they were served."""
+
+    start: int
+    end: int
+    kind: str  # reused | fresh | missing | prefix_cached
+    tokens_recomputed: int  # of a reused segment
+    reason: str
+    key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendReport:
+    """How one request was served.
+
+    The four token counts add up to ``tokens_total`` (the prompt's length).
+
+    Attributes:
+        mode: the request's mode.
+        blended: whether stored KV was used.
+        reason: why not, where it was not.
+        tokens_reused: served from stored KV without being recomputed.
+        tokens_recomputed: of chunks found in the prompt, recomputed against the fused KV.
+        tokens_fresh: computed because nothing stored covers them (glue, question, missing chunks).
+        tokens_prefix_cached: taken from vLLM's own prefix cache.
+        recompute_ratio: asked for; None where nothing was blended.
+        selector: name of the selector; None where nothing was blended.
+        ttft_s: seconds from submitting the request to its first token.
+        total_s: seconds to the last token.
+        stages_s: seconds a stage: ``tokenize``, ``locate``, ``plan`` in the caller; ``load``,
+            ``select``, ``recompute`` in the engine (host time).
+        bytes_loaded: bytes of KV taken from the store, on one rank.
+        segments: the prompt from left to right.
+    """
+
+    mode: str
+    blended: bool
+    reason: str
+    tokens_total: int
+    tokens_reused: int = 0
+    tokens_recomputed: int = 0
+    tokens_fresh: int = 0
+    tokens_prefix_cached: int = 0
+    recompute_ratio: float | None = None
+    selector: str | None = None
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    stages_s: Mapping[str, float] = field(default_factory=dict)
+    bytes_loaded: int = 0
+    segments: Sequence[SegmentReport] = ()
+
+    @property
+    def missing_keys(self) -> tuple[str, ...]:
+        """Chunks the plan named and the store no longer had."""
+        return tuple(s.key for s in self.segments if s.kind == "missing")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        data = asdict(self)
+        data["segments"] = [s._asdict() for s in self.segments]
+        return data
+
+
+def make_report(
+    plan: Plan | NoPlan,
+    engine: Mapping[str, Any],
+    *,
+    mode: str,
+    tokens_total: int,
+    ttft_s: float,
+    total_s: float,
+    stages_s: Mapping[str, float],
+) -> BlendReport:
+    """Merge the plan with what the engine says it did.
+
+    Args:
+        engine: ``reason`` (why it did not blend, or empty), ``prefix_cached``, and, of a blend,
+            ``recomputed`` per segment, ``missing`` segment numbers, ``seconds``, ``bytes``.
+    """
+    cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
+    common: dict[str, Any] = {
+        "mode": mode,
+        "tokens_total": tokens_total,
+        "ttft_s": ttft_s,
+        "total_s": total_s,
+        "tokens_prefix_cached": cached,
+        "stages_s": {**stages_s, **engine.get("seconds", {})},
+    }
+    if isinstance(plan, NoPlan) or "recomputed" not in engine:
+        if isinstance(plan, NoPlan):
+            reason = plan.reason
+        else:
+            reason = engine.get("reason") or "the engine did not say what it did"
+        rest = [SegmentReport(cached, tokens_total, "fresh", 0, reason)]
+        return BlendReport(
+            blended=False,
+            reason=reason,
+            tokens_fresh=tokens_total - cached,
+            segments=_cached_segment(cached) + rest,
+            **common,
+        )
+    segments = [
+        report
+        for i, s in enumerate(plan.segments)
+        if (report := _segment(s, engine["recomputed"][i], i in engine["missing"], cached))
+    ]
+    tail = SegmentReport(
+        plan.end, tokens_total, "fresh", 0, "the question, and less than a block before it"
+    )
+    segments = _cached_segment(cached) + segments + [tail]
+    return BlendReport(
+        blended=True,
+        reason="",
+        tokens_reused=sum(
+            s.end - s.start - s.tokens_recomputed for s in segments if s.kind == "reused"
+        ),
+        tokens_recomputed=sum(s.tokens_recomputed for s in segments),
+        tokens_fresh=sum(s.end - s.start for s in segments if s.kind in ("fresh", "missing")),
+        recompute_ratio=plan.ratio,
+        selector=plan.selector,
+        bytes_loaded=int(engine["bytes"]),
+        segments=segments,
+        **common,
+    )
+
+
+def _cached_segment(cached: int) -> list[SegmentReport]:
+    if not cached:
+        return []
+    reason = "the same prompt head was computed before: vLLM's prefix cache"
+    return [SegmentReport(0, cached, "prefix_cached", 0, reason)]
+
+
+def _segment(s: Segment, recomputed: int, missing: bool, cached: int) -> SegmentReport | None:
+    start = max(s.start, cached)
+    if start >= s.end:
+        return None
+    if missing:
+        reason = "the store no longer has this chunk, or it was damaged: computed afresh"
+        return SegmentReport(start, s.end, "missing", 0, reason, s.key)
+    if s.kind is Kind.FRESH:
+        return SegmentReport(start, s.end, "fresh", 0, _REASONS[s.kind])
+    return SegmentReport(start, s.end, "reused", recomputed, _REASONS[s.kind], s.key)

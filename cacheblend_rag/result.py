@@ -1,0 +1,153 @@
+"""Answers: whole, and piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from cacheblend_rag.engine.base import EngineOutput
+from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.report import BlendReport
+
+Finish = Callable[[Sequence[EngineOutput], float], "BlendResult"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendResult:
+    """An answer.
+
+    Attributes:
+        text, token_ids: the answer.
+        report: how its prompt was served.
+        prompt_token_ids: the prompt as it was computed.
+        finish_reason: ``stop`` or ``length``; ``stop_reason``: the stop string or token, if any.
+        logprobs: where asked for, a dict (token id -> log-probability) a token of the answer.
+        request_id: names the request towards the engine.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    report: BlendReport
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: str | None
+    stop_reason: int | str | None
+    logprobs: list[dict[int, float]] | None
+    request_id: str
+
+
+def make_result(
+    prompt_token_ids: tuple[int, ...],
+    pieces: Sequence[EngineOutput],
+    report: BlendReport,
+    request_id: str,
+) -> BlendResult:
+    """Join the pieces of one answer."""
+    logprobs = [at for p in pieces if p.logprobs for at in p.logprobs]
+    return BlendResult(
+        text="".join(p.text for p in pieces),
+        token_ids=tuple(t for p in pieces for t in p.token_ids),
+        report=report,
+        prompt_token_ids=prompt_token_ids,
+        finish_reason=pieces[-1].finish_reason,
+        stop_reason=pieces[-1].stop_reason,
+        logprobs=logprobs or None,
+        request_id=request_id,
+    )
+
+
+class _Stream:
+    """What both kinds of stream share: the pieces so far, and the result at the end."""
+
+    def __init__(self, finish: Finish) -> None:
+        self._finish = finish
+        self._pieces: list[EngineOutput] = []
+        self._result: BlendResult | None = None
+        self._start = time.perf_counter()
+
+    @property
+    def result(self) -> BlendResult:
+        """The whole answer and its report.
+
+        Raises:
+            CacheBlendError: the stream was not read to its end.
+        """
+        if self._result is None:
+            raise CacheBlendError("the result is there once the stream was read to its end")
+        return self._result
+
+    @property
+    def pieces(self) -> Sequence[EngineOutput]:
+        """What came so far, with token ids and log-probabilities."""
+        return self._pieces
+
+
+class BlendStream(_Stream, Iterator[str]):
+    """Pieces of text as they come; then ``result``. Close it, or use ``with``, to stop early."""
+
+    def __init__(self, pieces: Iterator[EngineOutput], finish: Finish) -> None:
+        super().__init__(finish)
+        self._source = pieces
+
+    def __next__(self) -> str:
+        piece = next(self._source, None)
+        if piece is None:
+            raise StopIteration
+        self._pieces.append(piece)
+        if piece.finish_reason is not None:
+            self._result = self._finish(self._pieces, self._start)
+        return piece.text
+
+    def close(self) -> None:
+        """Abort the request if it still runs."""
+        close = getattr(self._source, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> BlendStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncBlendStream(_Stream, AsyncIterator[str]):
+    """``BlendStream`` for an event loop: ``async for``, ``aclose``, ``async with``."""
+
+    def __init__(self, pieces: AsyncIterator[EngineOutput], finish: Finish) -> None:
+        super().__init__(finish)
+        self._source = pieces
+
+    async def __anext__(self) -> str:
+        piece = await anext(self._source, None)
+        if piece is None:
+            raise StopAsyncIteration
+        self._pieces.append(piece)
+        if piece.finish_reason is not None:
+            # may ask the engine once more, so not on this loop
+            self._result = await asyncio.to_thread(self._finish, self._pieces, self._start)
+        return piece.text
+
+    async def aclose(self) -> None:
+        """Abort the request if it still runs."""
+        close = getattr(self._source, "aclose", None)
+        if close is not None:
+            await close()
+
+    async def __aenter__(self) -> AsyncBlendStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,127 @@
+"""The contract of a chunk store: where precomputed KV lives between ingestion and a query.
+
+Shape legend: L layers, N tokens, H KV heads of this rank, D head size.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+_KEY = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkKV:
+    """The KV cache of one chunk, as one rank of the engine computed it.
+
+    Attributes:
+        token_ids: the N token ids of the chunk, without the ingest prefix.
+        base: position of the first token when it was computed (the ingest prefix's length).
+        kv_L2NHD: keys (index 0, rotated at ``base .. base+N-1``) and values (index 1), contiguous,
+            on the CPU, so that one layer is one contiguous block. Its dtype is the model's. Read
+            only: a store may hand out the same tensor again.
+    """
+
+    token_ids: tuple[int, ...]
+    base: int
+    kv_L2NHD: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of KV."""
+        return self.kv_L2NHD.numel() * self.kv_L2NHD.element_size()
+
+
+class ChunkInfo(NamedTuple):
+    """What an index needs to know of a stored chunk, read without its KV."""
+
+    key: str
+    token_ids: tuple[int, ...]
+    base: int
+    nbytes: int
+
+
+class StoreStats(NamedTuple):
+    """Counts since the store was opened, and what it holds now."""
+
+    chunks: int  # held now
+    nbytes: int  # held now
+    hits: int
+    misses: int
+    evictions: int
+    corrupt: int  # entries that failed their check and were set aside
+
+
+class KVStore(ABC):
+    """Chunk KV by content key. A store may forget at any time; it never returns wrong KV.
+
+    Promises:
+        * ``get`` returns what ``put`` was given under that key, or None: absent, evicted or damaged
+          entries are all None. A damaged entry is counted and set aside so it can be put again.
+        * ``put`` is idempotent and atomic: a reader or a crash sees the whole chunk or nothing.
+        * All methods may be called from several threads.
+        * A key is 64 lowercase hexadecimal digits (see ``keys.py``); others raise ValueError.
+    """
+
+    @abstractmethod
+    def contains(self, key: str) -> bool:
+        """Whether ``get`` would probably succeed; cheap, and never reads the KV."""
+
+    @abstractmethod
+    def get(self, key: str) -> ChunkKV | None:
+        """The chunk under ``key``, checked; None when there is none that is intact."""
+
+    @abstractmethod
+    def put(self, key: str, chunk: ChunkKV) -> None:
+        """Keep ``chunk`` under ``key``; may evict others.
+
+        Raises:
+            StoreError: it cannot be written (disk full, permission), with the fix in the message.
+        """
+
+    @abstractmethod
+    def discard(self, key: str) -> None:
+        """Forget ``key``; does nothing where it is absent."""
+
+    @abstractmethod
+    def scan(self) -> Iterator[ChunkInfo]:
+        """Every chunk held, for building an index at start. Skips entries it cannot read."""
+
+    @abstractmethod
+    def stats(self) -> StoreStats:
+        """Counts and sizes now."""
+
+    def touch(self, key: str) -> None:  # noqa: B027 - nothing to note where nothing is evicted
+        """Note that ``key`` was used, as a hit does: a store in front of this one served it."""
+
+    def close(self) -> None:  # noqa: B027 - most stores hold nothing open
+        """Release what is held open; does nothing on the second call."""
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_key(key: str) -> None:
+    """Refuse what cannot be a key.
+
+    Raises:
+        ValueError: ``key`` is not 64 lowercase hexadecimal digits.
+    """
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"A chunk key is 64 lowercase hexadecimal digits, not {key!r}")

@@ -1,0 +1,137 @@
+"""Files that appear whole or not at all, and what to do when the disk refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+from cacheblend_rag.errors import StoreError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+_OTHER_FOLDER = "or choose another folder for the store"
+_FIXES = {
+    errno.ENOSPC: f"Free disk space, lower the store's capacity, {_OTHER_FOLDER}.",
+    errno.EDQUOT: f"Raise the disk quota, lower the store's capacity, {_OTHER_FOLDER}.",
+    errno.EFBIG: f"Raise the file size limit (ulimit -f), {_OTHER_FOLDER}.",
+    errno.EACCES: f"Give this user read and write permission there, {_OTHER_FOLDER}.",
+    errno.EPERM: f"Give this user read and write permission there, {_OTHER_FOLDER}.",
+    errno.EROFS: f"Mount it writable, {_OTHER_FOLDER}.",
+    errno.EEXIST: f"A file stands where a folder belongs: remove it, {_OTHER_FOLDER}.",
+    errno.ENOTDIR: f"A file stands where a folder belongs: remove it, {_OTHER_FOLDER}.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+}
+
+# An abandoned temporary is unlocked. The grace covers the moment between creating and locking one;
+# the long limit is for filesystems that cannot lock.
+_GRACE_SECONDS = 60
+_UNLOCKABLE_SECONDS = 3600
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a StoreError about ``folder`` that says how to fix it.
+
+    Raises:
+        StoreError: the block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        fix = _FIXES.get(error.errno or 0, f"Check the disk, {_OTHER_FOLDER}.")
+        problem = f"Cannot use the chunk store {folder}: {error.strerror or error}."
+        raise StoreError(f"{problem} {fix}") from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[int]:
+    """Descriptor of a new file that takes the name ``path``, durably, when the block succeeds.
+
+    Until then it has a temporary name in the same folder, locked so that ``remove_abandoned``
+    knows its writer lives. When the block raises, nothing is left.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid4().hex}{TEMPORARY_SUFFIX}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # no locks on this filesystem: age decides there
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+        os.fsync(descriptor)
+        os.replace(temporary, path)
+    finally:
+        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte; one ``os.write`` stops at 2 GiB or earlier."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def make_folder(folder: Path) -> None:
+    """Create ``folder`` and its parents durably; does nothing where it exists."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What ``folder`` holds now; nothing where it is not a folder or has just vanished."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def remove_abandoned(folder: str | Path) -> None:
+    """Remove the temporaries that dead writers left in ``folder``."""
+    for entry in entries(folder):
+        if entry.name.endswith(TEMPORARY_SUFFIX) and _is_abandoned(entry.path):
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                os.unlink(entry.path)
+
+
+def _is_abandoned(path: str) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False  # finished meanwhile, or not ours to judge
+    try:
+        found = os.fstat(descriptor)
+        age = time.time() - found.st_mtime
+        is_old = stat.S_ISREG(found.st_mode) and age > _GRACE_SECONDS
+        return is_old and _is_unlocked(descriptor, age)
+    finally:
+        os.close(descriptor)
+
+
+def _is_unlocked(descriptor: int, age: float) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False  # its writer lives
+    except OSError:
+        return age > _UNLOCKABLE_SECONDS
+    return True

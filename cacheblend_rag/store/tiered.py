@@ -1,0 +1,84 @@
+"""A store made of two stores: look in the fast one first, write through to the slow one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+
+
+class TieredStore(KVStore):
+    """``fast`` holds copies of what ``slow`` holds; a hit in ``slow`` is promoted to ``fast``.
+
+    Nest it for more than two tiers. ``stats()`` describes the pair as one store:
+
+    * hits: found in either tier; misses: found in neither.
+    * corrupt: of both tiers; evictions: of ``slow``, since a chunk that only leaves ``fast`` is
+      not forgotten.
+    * chunks and nbytes: of the tier that holds more, because the other one holds copies.
+
+    Ask ``store.fast.stats()`` and ``store.slow.stats()`` for one tier.
+    """
+
+    def __init__(self, fast: KVStore, slow: KVStore) -> None:
+        self.fast = fast
+        self.slow = slow
+
+    def contains(self, key: str) -> bool:
+        return self.fast.contains(key) or self.slow.contains(key)
+
+    def get(self, key: str) -> ChunkKV | None:
+        chunk = self.fast.get(key)
+        if chunk is not None:
+            self.slow.touch(key)  # or the most wanted chunks would be the first to leave it
+            return chunk
+        chunk = self.slow.get(key)
+        if chunk is not None:
+            self._promote(key, chunk)
+        return chunk
+
+    def put(self, key: str, chunk: ChunkKV) -> None:
+        # Fast first: a chunk that the slow tier cannot write is still served from the fast one.
+        self.fast.put(key, chunk)
+        self.slow.put(key, chunk)
+
+    def discard(self, key: str) -> None:
+        # Slow first: otherwise a reader could promote the chunk again between the two.
+        self.slow.discard(key)
+        self.fast.discard(key)
+
+    def touch(self, key: str) -> None:
+        self.fast.touch(key)
+        self.slow.touch(key)
+
+    def scan(self) -> Iterator[ChunkInfo]:
+        seen: set[str] = set()
+        for tier in (self.fast, self.slow):
+            for info in tier.scan():
+                if info.key not in seen:
+                    seen.add(info.key)
+                    yield info
+
+    def stats(self) -> StoreStats:
+        fast, slow = self.fast.stats(), self.slow.stats()
+        return StoreStats(
+            chunks=max(fast.chunks, slow.chunks),
+            nbytes=max(fast.nbytes, slow.nbytes),
+            hits=fast.hits + slow.hits,
+            misses=slow.misses,
+            evictions=slow.evictions,
+            corrupt=fast.corrupt + slow.corrupt,
+        )
+
+    def close(self) -> None:
+        self.fast.close()
+        self.slow.close()
+
+    def _promote(self, key: str, chunk: ChunkKV) -> None:
+        try:
+            self.fast.put(key, chunk)
+        except StoreError as error:
+            # The chunk was read: serve it, and say that the fast tier is out of order.
+            warnings.warn(f"Not promoted to the fast tier: {error}", RuntimeWarning, stacklevel=3)

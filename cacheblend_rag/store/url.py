@@ -1,0 +1,96 @@
+"""Store URLs such as ``file:///data/kv?capacity=100GiB&memory=2GiB``."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qsl, unquote
+
+from cacheblend_rag.errors import StoreError
+
+SUPPORTED = "memory://, file:///absolute/path, null:// or the plain path of a folder"
+
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>//)?(?P<rest>.*)", re.DOTALL)
+_SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[KMGT]?B|[KMGT]iB)?", re.IGNORECASE)
+_OPTIONS = {"memory": {"capacity"}, "file": {"capacity", "memory"}, "null": set[str]()}
+
+
+class StoreURL(NamedTuple):
+    """A checked URL: the scheme is supported and so is every option."""
+
+    scheme: str
+    path: str  # empty but for file
+    sizes: dict[str, int]  # option -> bytes
+
+
+def parse_url(url: str) -> StoreURL:
+    """Take ``url`` apart; a plain path is a file URL.
+
+    Raises:
+        StoreError: the scheme, the path, an option or its value is not supported.
+    """
+    match = _URL.fullmatch(url)
+    scheme = match["scheme"].lower() if match else "file"
+    if scheme not in _OPTIONS:
+        raise StoreError(f"A store cannot be opened by {scheme}://. Use {SUPPORTED}.")
+    location, _, query = (match["rest"] if match else url).partition("?")
+    path = unquote(location) if match else location
+    sizes = {name: parse_size(text) for name, text in _options(scheme, query).items()}
+    return StoreURL(scheme, _check_path(scheme, path, is_url=match is not None), sizes)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``512MiB``, ``2GB`` or ``4096``.
+
+    Raises:
+        StoreError: it is not a size, or is less than one byte.
+    """
+    match = _SIZE.fullmatch(text)
+    size = int(Decimal(match["number"]) * _factor(match["unit"] or "B")) if match else 0
+    if size < 1:
+        raise StoreError(f"{text!r} is not a size. Write for example 512MiB, 2GB or 1000000.")
+    return size
+
+
+def _factor(unit: str) -> int:
+    power = "BKMGT".index(unit[0].upper())
+    return int((1024 if "i" in unit.lower() else 1000) ** power)
+
+
+def _options(scheme: str, query: str) -> dict[str, str]:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise StoreError(f"?{query} is not of the form ?option=value&option=value.") from error
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise StoreError(f"An option is given twice in ?{query}. Give it once.")
+    unknown = sorted(options.keys() - _OPTIONS[scheme])
+    if unknown:
+        known = ", ".join(sorted(_OPTIONS[scheme])) or "none"
+        raise StoreError(f"{scheme}:// has no option {', '.join(unknown)}. It has: {known}.")
+    return options
+
+
+def _check_path(scheme: str, path: str, *, is_url: bool) -> str:
+    if scheme != "file":
+        if path:
+            raise StoreError(f"{scheme}:// takes no path, but was given {path!r}. Leave it out.")
+        return ""
+    if is_url and not path.startswith("/"):
+        raise StoreError(
+            f"file:// needs an absolute path, as in file:///data/kv, not {path!r}. "
+            "A plain path may be relative or start with ~."
+        )
+    if not path or "\0" in path:
+        raise StoreError(f"The store has no usable path: {path!r}. Use {SUPPORTED}.")
+    return path if is_url else _expand(path)
+
+
+def _expand(path: str) -> str:
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:
+        raise StoreError(f"{path} names a home folder that does not exist.") from error

@@ -1,0 +1,121 @@
+"""Plain-torch twin of every operation: the specification, the CPU path and the tests' oracle.
+
+Shape legend: N keys, R query rows, H query heads, G KV heads (H is a multiple of G), D head size,
+P rotated pairs (half of the rotary dimension).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rerotate(
+    k_NGD: torch.Tensor, cos_NP: torch.Tensor, sin_NP: torch.Tensor, *, is_neox: bool
+) -> torch.Tensor:
+    """Turn rotated keys by a further angle per token (CacheBlend, section 4.3 and appendix).
+
+    RoPE rotates pair p of a key at position m by ``m * theta_p``, so a key computed at ``old`` is
+    the key at ``new`` after a rotation by ``(new - old) * theta_p``. Values are not rotated.
+
+    Args:
+        k_NGD: keys in any floating dtype; dimensions above ``2P`` are not rotary and stay.
+        cos_NP: float32 cosine of the further angle.
+        sin_NP: float32 sine of it.
+        is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
+
+    Returns:
+        A new tensor of the shape and dtype of ``k_NGD``; computed in float32.
+    """
+    pairs = cos_NP.shape[-1]
+    cos, sin = cos_NP[:, None], sin_NP[:, None]
+    x = k_NGD[..., : 2 * pairs].float()
+    out = torch.empty_like(k_NGD)
+    out[..., 2 * pairs :] = k_NGD[..., 2 * pairs :]
+    if is_neox:
+        a, b = x[..., :pairs], x[..., pairs:]
+        out[..., :pairs] = a * cos - b * sin
+        out[..., pairs : 2 * pairs] = b * cos + a * sin
+    else:
+        a, b = x[..., ::2], x[..., 1::2]
+        out[..., : 2 * pairs : 2] = a * cos - b * sin
+        out[..., 1 : 2 * pairs : 2] = b * cos + a * sin
+    return out
+
+
+def masked_attention(
+    q_RHD: torch.Tensor,
+    k_NGD: torch.Tensor,
+    v_NGD: torch.Tensor,
+    visible_RN: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attention of R query rows over N keys, each row seeing the keys ``visible_RN`` marks.
+
+    Args:
+        q_RHD: queries; k_NGD, v_NGD: keys and values of the same dtype.
+        visible_RN: bool, at least one true a row.
+        scale: factor on the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` where it is not 0.
+
+    Returns:
+        [R, H, D] in the dtype of ``q_RHD``.
+    """
+    if softcap:
+        return question_attention(q_RHD, k_NGD, v_NGD, visible_RN, scale=scale, softcap=softcap)[0]
+    out = F.scaled_dot_product_attention(
+        q_RHD.transpose(0, 1)[None],
+        k_NGD.transpose(0, 1)[None],
+        v_NGD.transpose(0, 1)[None],
+        attn_mask=visible_RN,
+        scale=scale,
+        enable_gqa=q_RHD.shape[1] != k_NGD.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def question_attention(
+    q_RHD: torch.Tensor,
+    k_NGD: torch.Tensor,
+    v_NGD: torch.Tensor,
+    visible_RN: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``masked_attention`` that also tells how much attention each key got.
+
+    Returns:
+        The attention output [R, H, D] in the dtype of ``q_RHD``, and the probabilities summed over
+        rows and heads, float32 [N].
+    """
+    rows, heads, dim = q_RHD.shape
+    groups = k_NGD.shape[1]
+    out = torch.empty(rows, heads, v_NGD.shape[-1], dtype=q_RHD.dtype, device=q_RHD.device)
+    score = torch.zeros(k_NGD.shape[0], device=q_RHD.device)
+    q_GXD = q_RHD.float().reshape(rows, groups, -1, dim).permute(1, 2, 0, 3)  # [G, H/G, R, D]
+    out_view = out.view(rows, groups, -1, v_NGD.shape[-1])
+    for g in range(groups):  # one KV head at a time bounds the memory of the logits
+        logits = q_GXD[g] @ k_NGD[:, g].float().T * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = logits.masked_fill(~visible_RN, float("-inf")).softmax(-1)
+        score += weights.sum((0, 1))
+        out_view[:, g] = (weights @ v_NGD[:, g].float()).transpose(0, 1).to(out.dtype)
+    return out, score
+
+
+def key_deviation(fresh_NGD: torch.Tensor, cached_NGD: torch.Tensor) -> torch.Tensor:
+    """KV deviation per token (CacheBlend, section 4.2): squared distance over heads and dims.
+
+    Returns:
+        float32 [N].
+    """
+    return (fresh_NGD.float() - cached_NGD.float()).pow(2).sum((1, 2))
+
+
+def window_average(score_N: torch.Tensor, window: int) -> torch.Tensor:
+    """Mean over a centred window of odd length, zeros beyond the ends; float32 [N]."""
+    return F.avg_pool1d(score_N.float()[None, None], window, 1, window // 2)[0, 0]

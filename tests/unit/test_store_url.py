@@ -1,0 +1,126 @@
+"""Store URLs open what they say, and say what is wrong with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.store import DiskStore, MemoryStore, NullStore, TieredStore, open_store
+from cacheblend_rag.store.url import StoreURL, parse_size, parse_url
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("memory://", StoreURL("memory", "", {})),
+        ("memory:", StoreURL("memory", "", {})),
+        ("MEMORY://?capacity=4GiB", StoreURL("memory", "", {"capacity": 4 * 2**30})),
+        ("null://", StoreURL("null", "", {})),
+        ("file:///data/kv", StoreURL("file", "/data/kv", {})),
+        ("file:/data/kv", StoreURL("file", "/data/kv", {})),
+        ("file:///data/my%20kv%3F", StoreURL("file", "/data/my kv?", {})),
+        (
+            "file:///kv?capacity=100GiB&memory=2GB",
+            StoreURL("file", "/kv", {"capacity": 100 * 2**30, "memory": 2 * 10**9}),
+        ),
+        ("/data/kv", StoreURL("file", "/data/kv", {})),
+        ("/data/100%25", StoreURL("file", "/data/100%25", {})),
+        ("/data/kv?capacity=5", StoreURL("file", "/data/kv", {"capacity": 5})),
+        ("./a:b", StoreURL("file", str(Path.cwd() / "a:b"), {})),
+        ("~/kv", StoreURL("file", str(Path.home() / "kv"), {})),
+    ],
+)
+def test_urls(url: str, expected: StoreURL) -> None:
+    assert parse_url(url) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("redis://user:secret@host/0", r"opened by redis://\. Use memory://, file:///abs"),
+        ("s3://bucket/kv", r"opened by s3://\. Use memory://"),
+        ("redis:host", "opened by redis://"),
+        ("file://kv", "absolute path"),
+        ("file://~/kv", "plain path may be relative or start with ~"),
+        ("file://", "absolute path"),
+        ("", "no usable path"),
+        ("?capacity=1GiB", "no usable path"),
+        ("a\0b", "no usable path"),
+        ("~no-such-user-here/kv", "home folder"),
+        ("memory:///kv", "takes no path"),
+        ("memory://?memory=1GiB", "memory:// has no option memory. It has: capacity"),
+        ("file:///kv?size=1GiB&colour=red", "no option colour, size. It has: capacity, memory"),
+        ("null://?capacity=1", "no option capacity. It has: none"),
+        ("file:///kv?capacity=1&capacity=2", "given twice"),
+        ("file:///kv?capacity", "not of the form"),
+        ("file:///kv?capacity=", "is not a size"),
+        ("file:///kv?capacity=lots", "'lots' is not a size. Write for example 512MiB"),
+    ],
+)
+def test_wrong_urls(url: str, problem: str) -> None:
+    with pytest.raises(StoreError, match=problem) as caught:
+        parse_url(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("4096B", 4096),
+        ("512MiB", 512 * 2**20),
+        ("2GB", 2 * 10**9),
+        ("1.5kib", 1536),
+        ("3 TiB", 3 * 2**40),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "0.5", "-1", "1G", "1 Gb s", "GiB", "1e9", "0x10", "٣GB", ""]
+)
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(StoreError, match="is not a size"):
+        parse_size(text)
+
+
+@given(st.integers(1, 10**15), st.sampled_from(["", "B", "KB", "MB", "GB", "KiB", "MiB", "GiB"]))
+def test_sizes_scale(number: int, unit: str) -> None:
+    factor = (1024 if "i" in unit else 1000) ** ["", "K", "M", "G"].index(unit.rstrip("iB"))
+    assert parse_size(f"{number}{unit}") == number * factor
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_url_or_a_store_error(url: str) -> None:
+    try:
+        parsed = parse_url(url)
+    except StoreError:
+        return
+    assert parsed.scheme in {"file", "memory", "null"}
+
+
+def test_open_store(tmp_path: Path) -> None:
+    kinds = {
+        "null://": NullStore,
+        "memory://": MemoryStore,
+        f"{tmp_path}/plain": DiskStore,
+        f"file://{tmp_path}/url?capacity=1GiB": DiskStore,
+        f"file://{tmp_path}/tiers?memory=1MiB": TieredStore,
+    }
+    for url, kind in kinds.items():
+        with open_store(url, namespace="tiny-r0") as store:
+            assert type(store) is kind
+    assert (tmp_path / "url" / "v1" / "tiny-r0").is_dir()
+
+
+def test_import_needs_no_torch() -> None:
+    check = "import sys, cacheblend_rag.store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
