@@ -484,10 +484,9 @@ def _compare(view: _Snapshot, prompt: Ids, overlaps: _Overlaps, min_tokens: int)
     ends_D = begins_D + lengths_D
     differs = np.ones(lengths_D.sum() + len(rows_D), np.bool_)
     columns = (begins_D, first_D, view.starts[rows_D] + offsets_D, lengths_D)
-    for out, a, b, length in zip(*(column.tolist() for column in columns), strict=True):
-        np.not_equal(
-            prompt[a : a + length], view.tokens[b : b + length], out=differs[out : out + length]
-        )
+    for begin, first, token, length in zip(*(c.tolist() for c in columns), strict=True):
+        in_prompt, in_chunk = prompt[first : first + length], view.tokens[token : token + length]
+        np.not_equal(in_prompt, in_chunk, out=differs[begin : begin + length])
     # A span is what lies between two mismatches, the place before the first one included.
     mismatches = np.flatnonzero(differs)
     begins = np.concatenate([np.zeros(1, np.int64), mismatches + 1])[:-1]
@@ -525,8 +524,9 @@ def _ranked(view: _Snapshot, spans: _Spans) -> list[_Ranked]:
     starts_S, lengths_S, rows_S, offsets_S = spans
     chunks_S = view.lengths[rows_S]
     order = np.lexsort((rows_S, chunks_S, offsets_S, lengths_S, starts_S))
-    same_place = np.diff(starts_S[order]) | np.diff(lengths_S[order])
-    winners = order[np.concatenate([np.ones(len(order[:1]), np.bool_), same_place != 0])]
+    # The first of each place: lexsort put the winner there.
+    moved = np.diff(starts_S[order], prepend=-1) | np.diff(lengths_S[order], prepend=-1)
+    winners = order[moved != 0]
     columns = (-lengths_S, starts_S, offsets_S, chunks_S, rows_S)
     queue = [_Ranked(*span) for span in zip(*(c[winners].tolist() for c in columns), strict=True)]
     heapify(queue)

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -69,7 +68,7 @@ class Tokenizer(Protocol):
         """Token ids of a text."""
 
 
-# --- read ------------------------------------------------------------------------------------------
+# --- read -----------------------------------------------------------------------------------------
 
 
 def load_documents(paths: Sequence[Path]) -> Loaded:
@@ -140,7 +139,7 @@ def _filled(path: Path, text: str) -> str:
 READERS = {".txt": _read_text, ".md": _read_text, ".pdf": _read_pdf}
 
 
-# --- split -----------------------------------------------------------------------------------------
+# --- split ----------------------------------------------------------------------------------------
 
 
 def split(documents: Sequence[Document], chunk_tokens: int, tokenizer: Tokenizer) -> list[Passage]:
@@ -162,7 +161,7 @@ def split(documents: Sequence[Document], chunk_tokens: int, tokenizer: Tokenizer
     ]
 
 
-# --- search ----------------------------------------------------------------------------------------
+# --- search ---------------------------------------------------------------------------------------
 
 
 class Retriever:
@@ -192,7 +191,7 @@ class Retriever:
         self.passages = tuple(passages)
         self.embed_model = embed_model
         self._encoder: Any = None
-        self._index = self._kept_index(folder) if folder else None
+        self._index: Any = self._kept_index(folder) if folder else None
         if self._index is None:
             vectors_ND = self._embed([passage.text for passage in self.passages])
             self._index = _faiss().IndexFlatIP(vectors_ND.shape[1])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from stat import S_ISDIR
 
 import pytest
 import torch
@@ -633,6 +634,30 @@ def test_put_says_how_to_fix_the_disk(
     assert store.get(key_of(1)) is None
     store.put(key_of(1), chunk_of(1))
     assert same(store.get(key_of(1)), chunk_of(1))
+
+
+def test_put_reaches_the_disk_before_the_name_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut, which no test can make: data first, then the name, then the folder."""
+    real_fsync, real_replace = os.fsync, os.replace
+    calls: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append("fsync folder" if S_ISDIR(os.fstat(descriptor).st_mode) else "fsync file")
+        real_fsync(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append("replace")
+        real_replace(source, target)
+
+    store = open_disk(tmp_path)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    store.put(key_of(1), chunk_of(1))
+    made_shard, *rest = calls
+    assert made_shard == "fsync folder"
+    assert rest == ["fsync file", "replace", "fsync folder"]
 
 
 def test_disk_full_half_way_through_the_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

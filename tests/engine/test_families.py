@@ -1,0 +1,98 @@
+"""Every family we accept is exact at ratio 1, and blends as an independent reference does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import FULL_LOGPROBS, logprobs, selected, start
+from reference import Part, Reference
+from tiny import FAMILIES, REFUSED, Words, make
+
+from cacheblend_rag.select import create_selector
+
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_process")]
+
+words = Words(1)
+PREFIX, HEAD, GLUE, QUESTION = words(4), words(9), words(3), words(40)
+A, B, C = words(37), words(50), words(130)
+
+
+def layout(block_size: int = 32) -> list[Part]:
+    """Head, chunks with and without glue, one of them twice; ends on a block."""
+    parts = [Part(HEAD, False), Part(C, True), Part(A, True), Part(GLUE, False), Part(B, True)]
+    parts.append(Part(A, True))
+    short = -sum(len(p.ids) for p in parts) % block_size
+    last = words(32 + short)
+    return [*parts, Part(last, True)]
+
+
+PARTS = layout()
+IDS = tuple(t for p in PARTS for t in p.ids)
+PROMPT = IDS + QUESTION
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str, tiny_models: Path) -> None:
+    path = make(name, tiny_models)
+    reference = Reference(path, PREFIX)
+    with start(path, prefix=PREFIX) as blend:
+        assert blend.gate.passed, blend.gate.reason
+        blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
+        plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
+        exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)
+        assert exact.report.blended and exact.report.tokens_reused == 0
+        assert exact.token_ids == plain.token_ids
+        torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=1e-4, rtol=0)
+
+        naive = blend.generate(PROMPT, mode="reuse", **FULL_LOGPROBS)
+        assert naive.report.tokens_recomputed == 0
+        fresh = [i for i, is_stored in enumerate(p.stored for p in PARTS for _ in p.ids) if not is_stored]
+        assert selected(blend, naive) == fresh
+        agree(naive, reference.blend(PARTS, QUESTION, fresh, 4))
+        assert (logprobs(naive) - logprobs(plain)).abs().max() > 1e-2, "reuse must differ from full"
+
+        for selector in ("query", "hkvd"):
+            some = blend.generate(PROMPT, recompute_ratio=0.2, selector=selector, **FULL_LOGPROBS)
+            rows = selected(blend, some)
+            assert set(fresh) < set(rows) and 0 < some.report.tokens_recomputed < 0.25 * len(IDS)
+            agree(some, reference.blend(PARTS, QUESTION, rows, 4))
+
+
+def agree(result, answer) -> None:  # type: ignore[no-untyped-def]
+    assert list(result.token_ids) == answer.tokens
+    torch.testing.assert_close(logprobs(result), answer.logprobs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_query_scores_equal_the_reference(name: str, tiny_models: Path) -> None:
+    path = make(name, tiny_models)
+    reference = Reference(path, PREFIX)
+    with start(path, prefix=PREFIX) as blend:
+        blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
+        result = blend.generate(PROMPT, recompute_ratio=0.2, **FULL_LOGPROBS)
+        rows = selected(blend, result)
+    selector = create_selector("query")
+    scores = reference.question_scores(PARTS, QUESTION, selector.layer_range(4))  # type: ignore[attr-defined]
+    stored = torch.tensor([p.stored for p in PARTS for _ in p.ids])
+    smooth = torch.nn.functional.avg_pool1d((scores * stored)[None, None], 9, 1, 4)[0, 0]
+    smooth[~stored] = -1
+    count = result.report.tokens_recomputed
+    expected = set(smooth.topk(count).indices.tolist())
+    chosen = set(rows) - set((~stored).nonzero().flatten().tolist())
+    assert chosen == expected
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_family_answers_exactly(name: str, tiny_models: Path) -> None:
+    path = make(name, tiny_models)
+    reference = Reference(path, ())
+    with start(path, prefix=PREFIX, block_size=None) as blend:
+        assert not blend.gate.passed
+        report = blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
+        assert report.computed == 0 and report.reason == blend.gate.reason != ""
+        result = blend.generate(PROMPT, **FULL_LOGPROBS)
+        assert not result.report.blended and result.report.reason == blend.gate.reason
+        plain = reference.full(PROMPT, 4)
+        assert list(result.token_ids) == plain.tokens

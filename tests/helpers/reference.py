@@ -1,0 +1,143 @@
+"""CacheBlend on plain transformers, for the tests: shares no code with the engine.
+
+A chunk's KV at its new place is not re-rotated here: the model computes chunk and ingest prefix at
+shifted position ids, which is what a right re-rotation has to equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+
+class Part(NamedTuple):
+    """Consecutive prompt tokens: a stored chunk, or fresh ones."""
+
+    ids: tuple[int, ...]
+    stored: bool
+
+
+class Answer(NamedTuple):
+    """Greedy tokens and their full log-probabilities, float32 [steps, vocab]."""
+
+    tokens: list[int]
+    logprobs: torch.Tensor
+
+
+class _Scatter(DynamicCache):
+    """A cache whose update puts new keys and values at chosen positions of a full one."""
+
+    def fill(self, full: list[list[torch.Tensor]], at: torch.Tensor) -> _Scatter:
+        self.full, self.at = full, at
+        return self
+
+    def update(self, k, v, layer, *args, **kwargs):  # type: ignore[no-untyped-def]
+        keys, values = self.full[layer]
+        keys[:, :, self.at], values[:, :, self.at] = k, v
+        return keys, values
+
+    def get_seq_length(self, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+        return 0
+
+
+class Reference:
+    """A model, its layers' KV as lists of [keys, values], each [1, G, N, D]."""
+
+    def __init__(self, path: Path, prefix: Sequence[int]) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.prefix = list(prefix)
+
+    @torch.no_grad()
+    def kv(self, ids: Sequence[int], first: int = 0) -> list[list[torch.Tensor]]:
+        """KV of ``ids`` at positions ``first`` and following."""
+        cache = DynamicCache()
+        at = torch.arange(first, first + len(ids))[None]
+        self.model(torch.tensor([list(ids)]), position_ids=at, past_key_values=cache)
+        return [[layer.keys, layer.values] for layer in cache.layers]
+
+    def reused(self, parts: Sequence[Part]) -> list[list[torch.Tensor]]:
+        """Fused KV of a prompt: stored chunks as they were computed behind the prefix, zeros else."""
+        total = sum(len(p.ids) for p in parts)
+        whole = self.kv([t for p in parts for t in p.ids])
+        fused = [[torch.zeros_like(k), torch.zeros_like(v)] for k, v in whole]
+        start, n = 0, len(self.prefix)
+        for part in parts:
+            if part.stored:
+                alone = self.kv([*self.prefix, *part.ids], start - n)
+                for layer, (k, v) in zip(fused, alone, strict=True):
+                    layer[0][:, :, start : start + len(part.ids)] = k[:, :, n:]
+                    layer[1][:, :, start : start + len(part.ids)] = v[:, :, n:]
+            start += len(part.ids)
+        assert start == total
+        return fused
+
+    @torch.no_grad()
+    def blend(
+        self, parts: Sequence[Part], question: Sequence[int], selected: Sequence[int], steps: int
+    ) -> Answer:
+        """Reuse, recompute exactly the ``selected`` positions, answer greedily."""
+        ids = [t for p in parts for t in p.ids]
+        fused = self.reused(parts)
+        if selected:
+            at = torch.tensor(list(selected))
+            hidden = at[:, None] < torch.arange(len(ids))[None]
+            mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+            self.model(
+                torch.tensor([[ids[i] for i in selected]]),
+                position_ids=at[None],
+                attention_mask=mask[None, None],
+                past_key_values=_Scatter().fill(fused, at),
+            )
+        return self._decode(self._cache(fused), [*question], len(ids), steps)
+
+    def full(self, ids: Sequence[int], steps: int) -> Answer:
+        """A full prefill, answered greedily."""
+        return self._decode(DynamicCache(), list(ids), 0, steps)
+
+    @torch.no_grad()
+    def question_scores(
+        self, parts: Sequence[Part], question: Sequence[int], layers: range
+    ) -> torch.Tensor:
+        """Attention of the question per context token over the reused KV; fresh tokens run too."""
+        ids = [t for p in parts for t in p.ids]
+        fused, stored = self.reused(parts), [p.stored for p in parts for _ in p.ids]
+        rows = [i for i, is_stored in enumerate(stored) if not is_stored]
+        end, asked = len(ids), len(question)
+        at = torch.tensor([*rows, *range(end, end + asked)])
+        grown = [[torch.nn.functional.pad(t, (0, 0, 0, asked)) for t in kv] for kv in fused]
+        hidden = at[:, None] < torch.arange(end + asked)[None]
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+        out = self.model(
+            torch.tensor([[*[ids[i] for i in rows], *question]]),
+            position_ids=at[None],
+            attention_mask=mask[None, None],
+            past_key_values=_Scatter().fill(grown, at),
+            output_attentions=True,
+        )
+        return sum(out.attentions[i][0, :, len(rows) :, :end].sum((0, 1)) for i in layers)
+
+    @staticmethod
+    def _cache(fused: list[list[torch.Tensor]]) -> DynamicCache:
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(fused):
+            cache.update(k, v, layer)
+        return cache
+
+    @torch.no_grad()
+    def _decode(self, cache: DynamicCache, ids: list[int], first: int, steps: int) -> Answer:
+        tokens: list[int] = []
+        logprobs = []
+        for _ in range(steps):
+            at = torch.arange(first, first + len(ids))[None]
+            out = self.model(torch.tensor([ids]), position_ids=at, past_key_values=cache)
+            logprobs.append(out.logits[0, -1].float().log_softmax(-1))
+            first += len(ids)
+            ids = [int(logprobs[-1].argmax())]
+            tokens += ids
+        return Answer(tokens, torch.stack(logprobs))

@@ -1,0 +1,117 @@
+"""Tiny random models of every family, made on the spot; weights large enough that context matters."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+VOCAB = 512
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.06,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+# name: (model type, what differs)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama3-scaling": ("llama", {"rope_parameters": _LLAMA3}),
+    "yarn": ("llama", {"rope_parameters": _YARN}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 64}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "head_dim": 32,
+            "decoder_sparse_step": 1,
+        },
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "gemma2": ("gemma2", {"head_dim": 32}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
+    "cohere": ("cohere", {}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "glm4": ("glm4", {"head_dim": 32, "pad_token_id": 0}),
+    "stablelm": ("stablelm", {}),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"head_dim": 32, "sliding_window": 512}),
+    "mamba-hybrid": (
+        "bamba",
+        {
+            "attn_layer_indices": [1, 3],
+            "mamba_d_state": 16,
+            "mamba_d_head": 32,
+            "mamba_n_heads": 16,
+            "mamba_expand": 2,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "mla": (
+        "deepseek_v2",
+        {
+            "num_key_value_heads": 8,
+            "kv_lora_rank": 64,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 32,
+            "first_k_dense_replace": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "n_shared_experts": 1,
+        },
+    ),
+}
+
+
+def make(name: str, folder: Path, **changes: Any) -> Path:
+    """A folder with a random model of family ``name``, the same at every call."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = folder / name
+    if not (path / "config.json").exists():
+        kind, differs = {**FAMILIES, **REFUSED}[name]
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**_COMMON, **differs, **changes})
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+    return path
+
+
+class Words:
+    """Random token ids, repeatable."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = random.Random(seed)
+
+    def __call__(self, count: int) -> tuple[int, ...]:
+        return tuple(self._draw.randrange(2, VOCAB) for _ in range(count))
