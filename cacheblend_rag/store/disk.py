@@ -78,7 +78,7 @@ class DiskStore(KVStore):
             _clean_up(folder)
 
     def contains(self, key: str) -> bool:
-        return self._path(key).is_file()
+        return os.path.isfile(self._path(key))
 
     def get(self, key: str) -> ChunkKV | None:
         chunk = self._read(self._path(key))

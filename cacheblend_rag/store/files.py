@@ -97,11 +97,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What ``folder`` holds now; nothing where it is not a folder or has just vanished."""
+    """What ``folder`` holds now; nothing where it vanished, is no folder or is closed to us."""
     try:
         with os.scandir(folder) as found:
             return list(found)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 
@@ -109,7 +109,7 @@ def remove_abandoned(folder: str | Path) -> None:
     """Remove the temporaries that dead writers left in ``folder``."""
     for entry in entries(folder):
         if entry.name.endswith(TEMPORARY_SUFFIX) and _is_abandoned(entry.path):
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or not ours
                 os.unlink(entry.path)
 
 

@@ -176,16 +176,18 @@ def test_close_twice(store: KVStore) -> None:
     store.close()
 
 
-def test_least_recently_used_leaves_first(make: Make) -> None:
+@pytest.mark.parametrize("victim", [1, 2, 3, 4])
+def test_least_recently_used_leaves_first(make: Make, victim: int) -> None:
     store = make(4.5)
     for seed in (1, 2, 3, 4):
         store.put(key_of(seed), chunk_of(seed))
-    store.get(key_of(1))
-    store.put(key_of(2), chunk_of(2))  # a repeated put is a use as well
-    store.touch(key_of(3))
+    first, second, third = (seed for seed in (1, 2, 3, 4) if seed != victim)
+    store.get(key_of(first))
+    store.put(key_of(second), chunk_of(second))  # a repeated put is a use as well
+    store.touch(key_of(third))
     store.put(key_of(5), chunk_of(5))
     kept = [seed for seed in (1, 2, 3, 4, 5) if store.contains(key_of(seed))]
-    assert kept == [1, 2, 3, 5]
+    assert kept == sorted([first, second, third, 5])
     assert store.stats().evictions == 1
 
 
@@ -362,6 +364,20 @@ def test_stores_opened_at_once_on_a_new_folder(tmp_path: Path) -> None:
     in_threads(work, 12)
     assert len(list(folder.rglob("*.safetensors"))) == 12
     assert not temporaries(folder)
+
+
+def test_a_folder_claimed_by_another_process_just_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_listdir = os.listdir
+
+    def claim_first(folder: Path) -> list[str]:
+        monkeypatch.undo()
+        open_disk(tmp_path).put(key_of(1), chunk_of(1))
+        return [name for name in real_listdir(folder) if name != "cacheblend-store.json"]
+
+    monkeypatch.setattr(os, "listdir", claim_first)
+    assert same(open_disk(tmp_path).get(key_of(1)), chunk_of(1))
 
 
 @pytest.mark.parametrize("namespace", ["", "UP", "a/b", "..", "a" * 101, "a_b"])
@@ -766,6 +782,22 @@ def test_a_folder_we_may_not_use(
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(StoreError, match="Give this user read and write permission"):
         open_disk(tmp_path)
+
+
+def test_folders_closed_to_us_are_passed_over(
+    damage: Damage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refuse)
+        store = open_disk(damage.folder)
+        assert list(store.scan()) == []
+        assert store.stats().chunks == 0
+        patched.setattr(os, "stat", refuse)
+        assert not store.contains(damage.key)
+    assert store.contains(damage.key)
 
 
 def age(path: Path, seconds: float) -> None:
