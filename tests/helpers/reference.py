@@ -51,6 +51,9 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
+        for module in self.model.modules():
+            # vLLM's Transformers backend decorates some of these classes in this very process
+            module.do_not_compile = True
         self.prefix = list(prefix)
 
     @torch.no_grad()

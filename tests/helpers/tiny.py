@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "phi3": ("phi3", {"pad_token_id": 0}),
     "gemma2": ("gemma2", {"head_dim": 32}),
-    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5, "num_key_value_heads": 8}),
     "cohere": ("cohere", {}),
     "granite": ("granite", {}),
     "olmo2": ("olmo2", {}),
@@ -62,16 +62,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {}),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": ("gemma3_text", {"head_dim": 32, "sliding_window": 512}),
+    # six layers: five local ones and the first global one
+    "gemma3": ("gemma3_text", {"head_dim": 32, "sliding_window": 512, "num_hidden_layers": 6}),
+    # the hybrid whose recurrent layers vLLM can compute on a CPU
     "mamba-hybrid": (
-        "bamba",
+        "qwen3_next",
         {
-            "attn_layer_indices": [1, 3],
-            "mamba_d_state": 16,
-            "mamba_d_head": 32,
-            "mamba_n_heads": 16,
-            "mamba_expand": 2,
-            "mamba_n_groups": 1,
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 128,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
         },
     ),
     "mla": (
