@@ -27,7 +27,6 @@ from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
 from cacheblend_rag.report import make_report
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
 
-
 _PROBE_SAMPLING = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20, "detokenize": False}
 
 
@@ -152,7 +151,7 @@ class CacheBlend:
             ConfigError: an unknown option or a refused value.
             EngineError: the engine failed.
         """
-        prompts = [prompt] if is_prompt(prompt) else self._several(prompt)
+        prompts: list[Prompt] = [prompt] if is_prompt(prompt) else several(prompt)
         prepared = [self._prepare(p, options) for p in prompts]
         start = time.perf_counter()
         answers = self._engine.generate([p.request for p in prepared])
@@ -259,11 +258,6 @@ class CacheBlend:
             sampling.setdefault("detokenize", False)
         return self.config.for_call(ours), sampling, options.get("lora_request")
 
-    def _several(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        if not isinstance(prompts, Sequence) or not all(is_prompt(p) for p in prompts):
-            raise PromptError("pass text, chat messages or token ids, or a list of such prompts")
-        return list(prompts)
-
     # ---- store and gate ------------------------------------------------------------------------
 
     def _chunk(self, text: str | Sequence[int]) -> Chunk:
@@ -296,9 +290,7 @@ class CacheBlend:
         report = gate.check_layers(self.info)
         if not report.passed:
             return report
-        prefix = ingest_prefix(
-            self.config, self.tokenizer, max_model_len=self.info.max_model_len
-        )
+        prefix = ingest_prefix(self.config, self.tokenizer, max_model_len=self.info.max_model_len)
         self._space = self._space._replace(prefix_ids=prefix)
         ranks = self._engine.rpc("cacheblend_bind", self.config.store, self.info.fingerprint)
         report = self._probe(report)
@@ -367,6 +359,17 @@ class CacheBlend:
             raise ClosedError("this CacheBlend was closed; make a new one")
 
 
+def several(prompts: object) -> list[Prompt]:
+    """A list of prompts as such.
+
+    Raises:
+        PromptError: it is not one.
+    """
+    if not isinstance(prompts, Sequence) or not all(is_prompt(p) for p in prompts):
+        raise PromptError("pass text, chat messages or token ids, or a list of such prompts")
+    return list(prompts)
+
+
 def ours(space: KeySpace, ranks: Sequence[Sequence[Sequence[Any]]]) -> Iterator[Chunk]:
     """Of what the ranks' stores hold, the chunks of this key space that all of them have."""
     everywhere = set.intersection(*({row[0] for row in rank} for rank in ranks))
@@ -385,9 +388,7 @@ def _with_id(plan: Plan | NoPlan, request_id: str) -> dict[str, Any] | None:
     return params
 
 
-def _salt(
-    plan: Plan | NoPlan, ids: tuple[int, ...], mode: str, request_id: str
-) -> str | None:
+def _salt(plan: Plan | NoPlan, ids: tuple[int, ...], mode: str, request_id: str) -> str | None:
     """Blended blocks stay apart from exact ones; a full prefill reads no cached block at all."""
     if isinstance(plan, Plan):
         return plan.salt(ids)

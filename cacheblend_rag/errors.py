@@ -13,7 +13,7 @@ CacheBlendError
 │   └── ClosedError        used after close()
 └── MissingExtraError      an optional dependency is not installed
 
-A missing or corrupt cache entry is never an error: its tokens are recomputed, and the report says so.
+A missing or corrupt cache entry is never an error: its tokens are recomputed, as the report says.
 """
 
 from __future__ import annotations

@@ -14,21 +14,22 @@ from cacheblend_rag.errors import ConfigError
 _MARK = "\ue000context\ue000"  # private use: no template alters it
 
 NEUTRAL_TEXT = """\
-The material below was gathered from several places and is given in no special order. A passage may \
-be a whole page, a paragraph or only a few lines. It may come from a manual, a letter, a news report \
-or a table, and it may have been written long before or after the one beside it. Each passage was \
-kept as it was found, with its own names, dates, units and spelling, and none of them was changed to \
-fit the others.
+The material below was gathered from several places and is given in no special order. A passage \
+may be a whole page, a paragraph or only a few lines. It may come from a manual, a letter, a \
+news report or a table, and it may have been written long before or after the one beside it. \
+Each passage was kept as it was found, with its own names, dates, units and spelling, and none \
+of them was changed to fit the others.
 
-Nothing here is meant to be complete. One passage can repeat what another one says, add a detail to \
-it, or speak of something else altogether. Where two of them differ, both are kept. Titles, headings \
-and numbers belong to the passage in which they stand. A word such as "it", "they" or "the former" \
-points to something in the same passage or in one that came before.
+Nothing here is meant to be complete. One passage can repeat what another one says, add a detail \
+to it, or speak of something else altogether. Where two of them differ, both are kept. Titles, \
+headings and numbers belong to the passage in which they stand. A word such as "it", "they" or \
+"the former" points to something in the same passage or in one that came before.
 
 Read slowly, from the first line to the last, and take note of who did what, where and when, how \
-much of it there was, and what followed from it. Keep the order of events apart from the order in \
-which they are told. Small things can turn out to matter: a second name, a year, a place on a map, a \
-condition under which a rule holds. When a passage ends, the next one begins on a new line.
+much of it there was, and what followed from it. Keep the order of events apart from the order \
+in which they are told. Small things can turn out to matter: a second name, a year, a place on a \
+map, a condition under which a rule holds. When a passage ends, the next one begins on a new \
+line.
 
 """
 

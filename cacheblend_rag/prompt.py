@@ -95,7 +95,7 @@ def _need(tokenizer: Any) -> Any:
 def _text(content: object) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    parts = content if isinstance(content, Sequence) else [content]
+    parts: Sequence[Any] = content if isinstance(content, Sequence) else [content]
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__

@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from cacheblend_kernels import masked_attention
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from cacheblend_kernels import masked_attention
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, Pass, UnsupportedModelError
 
@@ -118,9 +118,7 @@ class PagedPass(Pass):
         if index == self._last:
             self.stop()
         real = self._cache.handle.layers[index]
-        real.impl.forward(
-            real, q_THD, k_TGD, v_TGD, real.kv_cache, self._metadata, output=out_THD
-        )
+        real.impl.forward(real, q_THD, k_TGD, v_TGD, real.kv_cache, self._metadata, output=out_THD)
 
 
 def _own_builder(attn_groups: Any, config: VllmConfig, device: torch.device) -> Any:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from cacheblend_kernels import key_deviation, question_attention
 from vllm.distributed import get_tp_group
 
+from cacheblend_kernels import key_deviation, question_attention
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, PagedPass, dense_causal, visible
 from cacheblend_rag.engine.forward import ModelHandle, Pass
@@ -83,9 +83,16 @@ class Loaded(NamedTuple):
 
 
 class Region:
-    """The blended region [0, E) of one request: which tokens have stored KV, and that KV by layer."""
+    """The blended region [0, E) of a request: which tokens have stored KV, and that KV by layer."""
 
-    def __init__(self, task: BlendTask, spans: Sequence[Loaded], handle: ModelHandle, rope: Rerotator):
+    def __init__(
+        self,
+        task: BlendTask,
+        spans: Sequence[Loaded],
+        slots: torch.Tensor,  # of positions [write_from, E)
+        handle: ModelHandle,
+        rope: Rerotator,
+    ) -> None:
         device = handle.device
         self._spans, self._rope, self._device = spans, rope, device
         first = handle.layers[0]
@@ -100,6 +107,7 @@ class Region:
             old[start:end] = chunk.base + self.offset_E[start:end]
             self.stored_E[start:end] = True
         self.ids_E = torch.tensor(task.token_ids, device=device)
+        self.slots = slots
         self._turn = rope.turn(old.to(device), positions.to(device))
 
     @property
@@ -193,23 +201,24 @@ class Blender:
         After the last step the paged cache holds K and V of [write_from, E) for every layer.
         """
         clock = time.perf_counter()
+        blocks = torch.tensor(task.blocks)
         spans = self._fetch(task.plan.segments, task, outcome)
-        region = Region(task, spans, self.handle, self.rope)
+        slots = self.cache.slots(blocks, torch.arange(task.write_from, task.plan.end))
+        region = Region(task, spans, slots, self.handle, self.rope)
         outcome.bytes = region.bytes
         must_E, candidate_E, budget = _duties(task, region.stored_E, outcome.missing)
         clock = outcome.timed("load", clock)
 
-        blocks = torch.tensor(task.blocks)
         selector = create_selector(task.plan.selector, task.plan.selector_options)
         budget = min(selector.budget(task.plan.ratio, budget), int(candidate_E.sum()))
         choice = 0 < budget < int(candidate_E.sum())
         question_E = deviation_E = None
         first_unloaded = 0
         if choice and selector.evidence == "question":
-            question_E, first_unloaded = self._ask(task, region, blocks, must_E, selector)
+            question_E, first_unloaded = self._ask(task, region, must_E, selector)
             clock = outcome.timed("select", clock)
         for index in range(first_unloaded, self.handle.num_layers):
-            self._place(region, task, blocks, index)
+            self._place(region, task, index)
         clock = outcome.timed("load", clock)
         yield
 
@@ -266,7 +275,8 @@ class Blender:
         if chunk is None:
             return False
         layer = self.handle.layers[0]
-        shape = (self.handle.num_layers, 2, len(chunk.token_ids), layer.num_kv_heads, layer.head_size)
+        heads = (layer.num_kv_heads, layer.head_size)
+        shape = (self.handle.num_layers, 2, len(chunk.token_ids), *heads)
         stored = chunk.token_ids[s.offset : s.offset + len(s)]
         return (
             tuple(chunk.kv_L2NHD.shape) == shape
@@ -276,20 +286,18 @@ class Blender:
         )
 
     def _place(
-        self, region: Region, task: BlendTask, blocks: torch.Tensor, index: int
+        self, region: Region, task: BlendTask, index: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Load one layer and write it into the paged cache; returns it, K and V [E, G, D]."""
         k, v = region.layer(index)
-        at = torch.arange(task.write_from, task.plan.end)
-        slots = self.cache.slots(blocks, at)
-        self.handle.write(index, k[task.write_from :], v[task.write_from :], slots)
+        new = slice(task.write_from, None)
+        self.handle.write(index, k[new], v[new], region.slots)
         return k, v
 
     def _ask(
         self,
         task: BlendTask,
         region: Region,
-        blocks: torch.Tensor,
         must_E: torch.Tensor,
         selector: Selector,
     ) -> tuple[torch.Tensor, int]:
@@ -305,7 +313,7 @@ class Blender:
         glue = glue[-max(1, self._max_tile - len(task.question)) :].to(device)
         positions_Q = torch.arange(start, start + len(task.question), device=device)
         step = QuestionPass(
-            lambda index: self._place(region, task, blocks, index),
+            lambda index: self._place(region, task, index),
             region.stored_E.to(device),
             glue,
             positions_Q,
@@ -334,7 +342,8 @@ class Blender:
             if selector.deviation == "kv":
                 deviation[at] += key_deviation(v, cached_v[at])
             yield
-        return get_tp_group().all_reduce(deviation)  # KV heads are sharded over the ranks
+        total: torch.Tensor = get_tp_group().all_reduce(deviation)  # KV heads are sharded by rank
+        return total
 
     def _tile(self, plan: Plan) -> int:
         return min(plan.tile_tokens or self._max_tile, self._max_tile)

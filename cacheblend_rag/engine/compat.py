@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 OLDEST, NEWEST = (0, 26), (0, 32)  # minors tested
 _FIX = (
-    "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or 'cacheblend-rag[cuda]' (NVIDIA)."
+    "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
+    "'cacheblend-rag[cuda]' (NVIDIA)."
 )
 
 
@@ -32,7 +33,9 @@ def installed_version() -> str:
             continue
         check_version(version)
         return version
-    raise EngineMissingError(f"vLLM is installed without its metadata, so its version is unknown. {_FIX}")
+    raise EngineMissingError(
+        f"vLLM is installed without its metadata, so its version is unknown. {_FIX}"
+    )
 
 
 def check_version(version: str) -> None:

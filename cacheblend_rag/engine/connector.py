@@ -101,9 +101,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
         return tracked.plan.end - num_computed_tokens, tracked.background
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Blocks were given: the blend goes to the workers with this step."""
         tracked = self._requests.get(request.request_id)
         if num_external_tokens == 0 or tracked is None or tracked.plan is None:
@@ -163,7 +161,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         return self._requests[request.request_id]
 
     def _admit(self, request: Any) -> _Tracked:
-        """Read a request's plan; refuse what could not be exact or could poison the prefix cache."""
+        """Read a request's plan; refuse what is not exact or would poison the prefix cache."""
         try:
             plan = Plan.from_params(request.kv_transfer_params)
         except ValueError as error:

@@ -25,7 +25,7 @@ class UnsupportedModelError(Exception):
     """The model can't be blended exactly; the message says why. Reported, never raised to users."""
 
 
-class _StopForward(Exception):  # noqa: N818 - control flow, not an error
+class _StopForward(Exception):
     """A pass has what it came for."""
 
 

@@ -122,8 +122,9 @@ class Ingestor:
 
 
 def _gather(layers: Sequence[LayerKV], start: int, end: int) -> torch.Tensor:
-    """[L, 2, N, G, D], contiguous, on the CPU."""
+    """[L, 2, N, G, D], contiguous, on the CPU; pinned where it came from a GPU."""
     stacked = torch.stack(
         [torch.stack([kv.k_TGD[start:end], kv.v_TGD[start:end]]) for kv in layers]
     )
-    return stacked.cpu().contiguous()
+    host = stacked.cpu().contiguous()
+    return host.pin_memory() if stacked.is_cuda else host

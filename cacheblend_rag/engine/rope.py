@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from cacheblend_kernels import rerotate
 
+from cacheblend_kernels import rerotate
 from cacheblend_rag.engine.forward import UnsupportedModelError
 
 
@@ -61,8 +61,10 @@ def _the_only_table(model: Any, max_positions: int) -> tuple[torch.Tensor, torch
 
 
 def _is_rope(module: Any) -> bool:
-    return hasattr(module, "cos_sin_cache") or hasattr(module, "inv_freq") or (
-        "rotary" in type(module).__name__.lower() and hasattr(module, "_compute_cos_sin_cache")
+    return (
+        hasattr(module, "cos_sin_cache")
+        or hasattr(module, "inv_freq")
+        or ("rotary" in type(module).__name__.lower() and hasattr(module, "_compute_cos_sin_cache"))
     )
 
 

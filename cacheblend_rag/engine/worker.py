@@ -13,7 +13,6 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.connector import CacheBlendConnector
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class WorkerExtension:
-    """Binds the model to the connector, and ingests. Names are prefixed: the worker's are not ours."""
+    """Binds the model to the connector, and ingests. Prefixed names: the worker has its own."""
 
     if TYPE_CHECKING:
         device: torch.device
@@ -60,7 +59,7 @@ class WorkerExtension:
         return facts
 
     def cacheblend_bind(self, store_url: str, fingerprint: str) -> list[list[Any]]:
-        """Open the store, turn blending on; returns [key, token ids as int32 bytes, base] a chunk."""
+        """Open the store, turn blending on; returns [key, token ids (int32 bytes), base] a chunk."""
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         store = open_store(store_url, namespace=f"{fingerprint[:32]}-{rank}of{size}")
         handle, rope, cache = self._cacheblend_parts

@@ -51,5 +51,5 @@ class Selector(ABC):
         """How many tokens to recompute of (weighted) ``candidates``."""
         return math.ceil(ratio * candidates - 1e-9)
 
-    def validate(self) -> None:
+    def validate(self) -> None:  # noqa: B027 - most have nothing to check
         """Raise ValueError for parameters that make no sense."""

@@ -48,7 +48,9 @@ def test_family(name: str, tiny_models: Path) -> None:
 
         naive = blend.generate(PROMPT, mode="reuse", **FULL_LOGPROBS)
         assert naive.report.tokens_recomputed == 0
-        fresh = [i for i, is_stored in enumerate(p.stored for p in PARTS for _ in p.ids) if not is_stored]
+        fresh = [
+            i for i, is_stored in enumerate(p.stored for p in PARTS for _ in p.ids) if not is_stored
+        ]
         assert selected(blend, naive) == fresh
         agree(naive, reference.blend(PARTS, QUESTION, fresh, 4))
         assert (logprobs(naive) - logprobs(plain)).abs().max() > 1e-2, "reuse must differ from full"

@@ -12,11 +12,15 @@ from tiny import VOCAB
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 
+# several small engines in one process, one after the other
+GPU_SHARE = {"gpu_memory_utilization": 0.2} if torch.cuda.is_available() else {}
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 FULL_LOGPROBS: dict[str, Any] = {**GREEDY, "logprobs": -1}
 
 
-def start(path: Path, *, prefix: tuple[int, ...] = (), engine: str = "batch", **changes: Any) -> CacheBlend:
+def start(
+    path: Path, *, prefix: tuple[int, ...] = (), engine: str = "batch", **changes: Any
+) -> CacheBlend:
     """A float32 engine on token ids with small blocks and full log-probabilities."""
     config = changes.pop("config", None) or BlendConfig(ingest_prefix=prefix)
     options = {
@@ -25,6 +29,7 @@ def start(path: Path, *, prefix: tuple[int, ...] = (), engine: str = "batch", **
         "max_model_len": 1024,
         "max_logprobs": VOCAB,
         "block_size": 32,
+        **GPU_SHARE,
         **changes,
     }
     return CacheBlend(path, config=config, engine=engine, **options)
@@ -61,6 +66,7 @@ def plain_engine(path: Path, dtype: str = "float32") -> Iterator[Callable[..., P
         max_model_len=1024,
         max_logprobs=VOCAB,
         enforce_eager=True,
+        **GPU_SHARE,
     )
     params = SamplingParams(detokenize=False, **FULL_LOGPROBS)
 

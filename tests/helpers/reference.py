@@ -65,7 +65,7 @@ class Reference:
         return [[layer.keys, layer.values] for layer in cache.layers]
 
     def reused(self, parts: Sequence[Part]) -> list[list[torch.Tensor]]:
-        """Fused KV of a prompt: stored chunks as they were computed behind the prefix, zeros else."""
+        """Fused KV of a prompt: stored chunks as computed behind the prefix, zeros elsewhere."""
         total = sum(len(p.ids) for p in parts)
         whole = self.kv([t for p in parts for t in p.ids])
         fused = [[torch.zeros_like(k), torch.zeros_like(v)] for k, v in whole]

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made on the spot; weights large enough that context matters."""
+"""Tiny random models of every family; their weights are large enough that context matters."""
 
 from __future__ import annotations
 
