@@ -209,7 +209,7 @@ class Retriever:
     def save(self, folder: Path) -> None:
         """Write the index and the passages; a reader sees the old pair or the new one."""
         index = _faiss().serialize_index(self._index).tobytes()
-        name = f"{hashlib.sha256(index).hexdigest()}.faiss"
+        name = _index_name(index)
         manifest = {
             "embed_model": self.embed_model,
             "index": name,
@@ -219,7 +219,7 @@ class Retriever:
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / name, index)
             _replace(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False).encode())
-            for old in folder.glob("*.faiss"):
+            for old in folder.glob("passages-*.faiss"):
                 if old.name != name:
                     old.unlink()
         except OSError as error:
@@ -269,9 +269,14 @@ def _read_stored(folder: Path) -> _Stored:
         raise StoreError(f"{folder} holds no index. Ingest documents first.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"The index in {folder} cannot be read: {error!r}. {_REMAKE}") from error
-    if f"{hashlib.sha256(index).hexdigest()}.faiss" != manifest["index"]:
+    if _index_name(index) != manifest["index"]:
         raise StoreError(f"The index in {folder} is damaged. {_REMAKE}")
     return _Stored(passages, embed_model, _deserialize(index))
+
+
+def _index_name(index: bytes) -> str:
+    """The file of an index, named by its content so that damage shows."""
+    return f"passages-{hashlib.sha256(index).hexdigest()}.faiss"
 
 
 _REMAKE = "Delete the folder and ingest the documents again."

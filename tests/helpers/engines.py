@@ -13,7 +13,9 @@ from tiny import VOCAB
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 
 # several small engines in one process, one after the other
-GPU_SHARE = {"gpu_memory_utilization": 0.2} if torch.cuda.is_available() else {}
+GPU_SHARE: dict[str, Any] = (
+    {"gpu_memory_utilization": 0.2, "enforce_eager": True} if torch.cuda.is_available() else {}
+)
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 FULL_LOGPROBS: dict[str, Any] = {**GREEDY, "logprobs": -1}
 
@@ -65,8 +67,7 @@ def plain_engine(path: Path, dtype: str = "float32") -> Iterator[Callable[..., P
         skip_tokenizer_init=True,
         max_model_len=1024,
         max_logprobs=VOCAB,
-        enforce_eager=True,
-        **GPU_SHARE,
+        **{"enforce_eager": True, **GPU_SHARE},
     )
     params = SamplingParams(detokenize=False, **FULL_LOGPROBS)
 
