@@ -183,7 +183,9 @@ class CacheBlend:
 
     def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids that are computed for ``prompt``, with the cache on or off."""
-        return tokenize(prompt, self.tokenizer, max_model_len=self.info.max_model_len)
+        ids = tokenize(prompt, self.tokenizer, max_model_len=self.info.max_model_len)
+        self._check_vocabulary(ids)
+        return ids
 
     # ---- the path of one request ---------------------------------------------------------------
 
@@ -262,9 +264,20 @@ class CacheBlend:
 
     def _chunk(self, text: str | Sequence[int]) -> Chunk:
         ids = tokenize_chunk(text, self.tokenizer)
+        self._check_vocabulary(ids)
         chunk = Chunk(self._space.key(ids), ids)
         ingest.check_length(chunk, len(self._space.prefix_ids), self.info.max_model_len)
         return chunk
+
+    def _check_vocabulary(self, ids: Sequence[int]) -> None:
+        """A token id without an embedding would end the engine."""
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.info.vocab_size:
+            wrong = low if low < 0 else high
+            raise PromptError(
+                f"token id {wrong} is not in the model's vocabulary of {self.info.vocab_size}; "
+                "tokenise with this model's own tokenizer"
+            )
 
     def _missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks that not every rank has stored."""

@@ -99,19 +99,21 @@ class Plan:
         data = (params or {}).get(PARAMS_KEY)
         if data is None:
             return None
+        if not isinstance(data, Mapping):
+            raise ValueError(f"malformed plan: a {type(data).__name__}")
         if data.get("format") != FORMAT:
             raise ValueError(f"plan of format {data.get('format')!r}, expected {FORMAT}")
         try:
             plan = cls(
-                segments=tuple(Segment(s, e, k, o, Kind(n)) for s, e, k, o, n in data["segments"]),
+                segments=tuple(Segment(int(s), int(e), k, int(o), Kind(n)) for s, e, k, o, n in data["segments"]),
                 question_start=int(data["question_start"]),
                 ratio=float(data["ratio"]),
                 selector=data["selector"],
-                selector_options=data["selector_options"],
+                selector_options=dict(data["selector_options"]),
                 schedule=data["schedule"],
                 tile_tokens=data["tile_tokens"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"malformed plan: {error!r}") from error
         plan._validate()
         return plan

@@ -17,6 +17,7 @@ from cacheblend_rag.engine.start import (
     make_info,
     naming_death,
     naming_failures,
+    naming_refusals,
     prepare,
     sampling_names,
     sampling_params,
@@ -66,15 +67,13 @@ class BatchEngine(Engine):
         with self._lock, naming_death():
             engine = self._open().llm_engine
             numbers: dict[str, int] = {}
-            for i, request in enumerate(requests):
-                name = f"batch-{next(self._numbers)}"
-                params = sampling_params(request.sampling, request.params)
-                engine.add_request(
-                    name, to_prompt(request), params, lora_request=request.lora_request
-                )
-                numbers[name] = i
-            unfinished = set(numbers)
+            unfinished: set[str] = set()
             try:
+                for i, request in enumerate(requests):
+                    name = f"batch-{next(self._numbers)}"
+                    self._add(engine, name, request)
+                    numbers[name] = i
+                    unfinished.add(name)
                 while unfinished:
                     for output in engine.step():
                         if output.finished:
@@ -83,6 +82,11 @@ class BatchEngine(Engine):
             finally:
                 if unfinished:
                     engine.abort_request(list(unfinished))
+
+    def _add(self, engine: Any, name: str, request: EngineRequest) -> None:
+        params = sampling_params(request.sampling, request.params)
+        with naming_refusals():
+            engine.add_request(name, to_prompt(request), params, lora_request=request.lora_request)
 
     def close(self) -> None:
         with self._lock:

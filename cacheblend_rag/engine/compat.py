@@ -49,6 +49,13 @@ def check_version(version: str) -> None:
         )
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a request or an option it does not take; its own class from 0.32 on."""
+    from vllm import exceptions
+
+    return (TypeError, ValueError, getattr(exceptions, "VLLMError", ValueError))
+
+
 def model_refusal(model: ModelConfig) -> str:
     """Why this architecture can't be blended exactly; empty if nothing speaks against it.
 
@@ -72,6 +79,8 @@ def model_refusal(model: ModelConfig) -> str:
 def engine_refusal(config: VllmConfig) -> str:
     """Why this engine configuration can't blend exactly; empty if it can."""
     parallel = config.parallel_config
+    if config.lora_config is not None:
+        return "LoRA is on: a blend's own passes would use the adapters of the batch beside it"
     if config.speculative_config is not None:
         return "speculative decoding is on: the draft model would not see the blended KV"
     if parallel.pipeline_parallel_size > 1:

@@ -57,6 +57,7 @@ class _Tracked:
     plan: Plan | None
     reason: str = ""  # why it is not blended (any more)
     background: bool = False
+    cached_whole: bool = False  # an identical plan's blocks were all found
     prefix_cached: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
 
@@ -91,11 +92,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
         tracked = self._track(request)
         if tracked is None or tracked.plan is None:
             return 0, False
-        tracked.prefix_cached = num_computed_tokens
-        if tracked.reason:
-            return 0, False
-        if num_computed_tokens >= tracked.plan.end:
-            tracked.reason = "an identical plan was blended before: vLLM's prefix cache"
+        if not tracked.outcome:  # else it resumes after a preemption: its report stays
+            tracked.prefix_cached = num_computed_tokens
+            tracked.cached_whole = num_computed_tokens >= tracked.plan.end
+        if tracked.reason or num_computed_tokens >= tracked.plan.end:
             return 0, False
         schedule = tracked.plan.schedule
         tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
@@ -132,8 +132,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if results is None:
             return
         for request_id, outcome in results.outcomes.items():
-            if request_id in self._requests:
-                self._requests[request_id].outcome = outcome
+            tracked = self._requests.get(request_id)
+            if tracked is not None and not tracked.outcome:
+                tracked.outcome = outcome
         for request_id, reason in results.failed.items():
             if request_id in self._requests:
                 self._requests[request_id].reason = f"blending failed, computed exactly: {reason}"
@@ -149,6 +150,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         report: dict[str, Any] = {"prefix_cached": tracked.prefix_cached}
         if tracked.reason:
             report["reason"] = tracked.reason
+        elif tracked.cached_whole:
+            report["reason"] = "an identical plan was blended before: vLLM's prefix cache"
         else:
             report |= tracked.outcome or {"pending": True}
         return False, {PARAMS_KEY: report}

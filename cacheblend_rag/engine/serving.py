@@ -20,6 +20,7 @@ from cacheblend_rag.engine.start import (
     make_info,
     naming_death,
     naming_failures,
+    naming_refusals,
     prepare,
     sampling_names,
     sampling_params,
@@ -128,7 +129,7 @@ class ServingEngine(Engine):
     async def _pieces(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         name = f"{self._session}-{next(self._numbers)}"
         params = sampling_params(request.sampling, request.params)
-        with naming_death():
+        with naming_death(), naming_refusals():
             outputs = self._open().generate(
                 to_prompt(request), params, name, lora_request=request.lora_request
             )

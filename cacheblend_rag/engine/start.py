@@ -10,7 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 from cacheblend_rag.config import unknown_option
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import EngineInfo
-from cacheblend_rag.errors import ConfigError, EngineDeadError, EngineError, ModelError
+from cacheblend_rag.errors import (
+    CacheBlendError,
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    ModelError,
+)
 
 _OURS = ("kv_transfer_config", "worker_extension_cls")
 _T = TypeVar("_T")
@@ -99,7 +105,7 @@ def naming_failures(model: str) -> Iterator[None]:
         ) from error
     except TypeError as error:
         raise ConfigError(f"vLLM refused an engine option: {_first_line(error)}") from error
-    except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
+    except (*compat.refusals(), KeyError, NotImplementedError, AssertionError) as error:
         raise ModelError(
             f"vLLM cannot serve {model!r} with these options: {_first_line(error)}. Check the "
             "architecture and max_model_len, or try another model"
@@ -129,11 +135,22 @@ def naming_death() -> Iterator[None]:
         raise EngineError(f"vLLM failed on this request: {_first_line(error)}") from error
 
 
+@contextlib.contextmanager
+def naming_refusals() -> Iterator[None]:
+    """Turn what vLLM raises for a request it does not take into ours."""
+    try:
+        yield
+    except CacheBlendError:
+        raise
+    except compat.refusals() as error:
+        raise ConfigError(f"vLLM refused the request: {_first_line(error)}") from error
+
+
 def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]]) -> EngineInfo:
     """Facts about the started engine, asking every rank to inspect its model."""
     model, scheduler = config.model_config, config.scheduler_config
     refusal = prepared.refusal or compat.engine_refusal(config)
-    facts = [] if prepared.refusal else inspect()
+    facts = [] if refusal else inspect()
     refusal = refusal or next((f["refusal"] for f in facts if f["refusal"]), "")
     return EngineInfo(
         model=str(model.model),
@@ -171,7 +188,7 @@ def sampling_params(options: Mapping[str, Any], params: Mapping[str, Any] | None
         values["extra_args"] = {**(values.get("extra_args") or {}), "kv_transfer_params": params}
     try:
         return SamplingParams(output_kind=RequestOutputKind.DELTA, **values)
-    except (TypeError, ValueError) as error:
+    except compat.refusals() as error:
         raise ConfigError(f"vLLM refused a sampling parameter: {_first_line(error)}") from error
 
 

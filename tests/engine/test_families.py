@@ -14,6 +14,9 @@ from cacheblend_rag.select import create_selector
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_process")]
 
+# On a GPU, Triton's float32 attention multiplies in TF32 and rounds by batch shape
+EXACT = 5e-3 if torch.cuda.is_available() else 1e-4
+
 words = Words(1)
 PREFIX, HEAD, GLUE, QUESTION = words(4), words(9), words(3), words(40)
 A, B, C = words(37), words(50), words(130)
@@ -44,7 +47,7 @@ def test_family(name: str, tiny_models: Path) -> None:
         exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)
         assert exact.report.blended and exact.report.tokens_reused == 0
         assert exact.token_ids == plain.token_ids
-        torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
 
         naive = blend.generate(PROMPT, mode="reuse", **FULL_LOGPROBS)
         assert naive.report.tokens_recomputed == 0
@@ -64,7 +67,7 @@ def test_family(name: str, tiny_models: Path) -> None:
 
 def agree(result, answer) -> None:  # type: ignore[no-untyped-def]
     assert list(result.token_ids) == answer.tokens
-    torch.testing.assert_close(logprobs(result), answer.logprobs, atol=2e-4, rtol=0)
+    torch.testing.assert_close(logprobs(result), answer.logprobs, atol=2 * EXACT, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])

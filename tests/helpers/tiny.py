@@ -84,10 +84,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v2",
         {
             "num_key_value_heads": 8,
-            "kv_lora_rank": 64,
+            "kv_lora_rank": 512,  # with the 64 below, a latent width of which vLLM's MLA takes
             "q_lora_rank": None,
             "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
+            "qk_rope_head_dim": 64,
             "v_head_dim": 32,
             "first_k_dense_replace": 4,
             "n_routed_experts": 4,
