@@ -17,10 +17,11 @@ from tqdm import tqdm
 from cacheblend_rag import gate, ingest
 from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
-from cacheblend_rag.errors import ClosedError, ConfigError, PromptError
+from cacheblend_rag.errors import ClosedError, ConfigError, EmptyTextError, PromptError
 from cacheblend_rag.ingest import Chunk, IngestReport
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex, Match
+from cacheblend_rag.models import resolve_model
 from cacheblend_rag.plan import PARAMS_KEY, NoPlan, Plan, make_plan
 from cacheblend_rag.prefix import ingest_prefix
 from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
@@ -72,7 +73,7 @@ class CacheBlend:
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
         self._closed = False
         self._index = ChunkIndex()
-        self._engine: Engine = create_engine(engine, str(model), engine_args)
+        self._engine: Engine = create_engine(engine, resolve_model(str(model)), engine_args)
         try:
             self.info = self._engine.info
             self.tokenizer: Any = self._engine.tokenizer
@@ -376,8 +377,10 @@ def several(prompts: object) -> list[Prompt]:
     """A list of prompts as such.
 
     Raises:
-        PromptError: it is not one.
+        PromptError: it is not one, or empty.
     """
+    if isinstance(prompts, Sequence) and not prompts:
+        raise EmptyTextError("there is no prompt; pass text, chat messages or token ids")
     if not isinstance(prompts, Sequence) or not all(is_prompt(p) for p in prompts):
         raise PromptError("pass text, chat messages or token ids, or a list of such prompts")
     return list(prompts)

@@ -178,7 +178,7 @@ def run(
         answers: dict[str, Answer] = {}
         for mode in MODES[turn:] + MODES[:turn]:
             screen.print(f"  {mode:<6} ", end="", highlight=False)
-            answers[mode] = answer(blend, messages, mode, _shown_on(screen))
+            answers[mode] = answer(blend, messages, mode, shown_on(screen))
             screen.print(f"  [dim]{answers[mode].ttft_s * 1000:.0f} ms[/dim]", highlight=False)
         outcomes.append(Outcome(question=question, answers=answers))
         screen.print(_verdict(outcomes[-1]), highlight=False, soft_wrap=True)
@@ -192,7 +192,9 @@ def _warm_up(blend: CacheBlend, retriever: Retriever) -> None:
         answer(blend, chat(retriever.passages[:PASSAGES], question), mode, lambda _: None)
 
 
-def _shown_on(screen: Console) -> Callable[[str], None]:
+def shown_on(screen: Console) -> Callable[[str], None]:
+    """Shows pieces of an answer as they come, on one line."""
+
     def show(piece: str) -> None:
         text = piece.replace("\n", " ")
         screen.print(text, end="", markup=False, highlight=False, soft_wrap=True)

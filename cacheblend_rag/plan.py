@@ -105,7 +105,10 @@ class Plan:
             raise ValueError(f"plan of format {data.get('format')!r}, expected {FORMAT}")
         try:
             plan = cls(
-                segments=tuple(Segment(int(s), int(e), k, int(o), Kind(n)) for s, e, k, o, n in data["segments"]),
+                segments=tuple(
+                    Segment(int(s), int(e), k, int(o), Kind(n))
+                    for s, e, k, o, n in data["segments"]
+                ),
                 question_start=int(data["question_start"]),
                 ratio=float(data["ratio"]),
                 selector=data["selector"],

@@ -97,6 +97,8 @@ class BlendStream(_Stream, Iterator[str]):
             raise StopIteration
         self._pieces.append(piece)
         if piece.finish_reason is not None:
+            for _ in self._source:  # lets the source end, and with it its hold on the engine
+                pass
             self._result = self._finish(self._pieces, self._start)
         return piece.text
 
@@ -131,6 +133,8 @@ class AsyncBlendStream(_Stream, AsyncIterator[str]):
             raise StopAsyncIteration
         self._pieces.append(piece)
         if piece.finish_reason is not None:
+            async for _ in self._source:
+                pass
             # may ask the engine once more, so not on this loop
             self._result = await asyncio.to_thread(self._finish, self._pieces, self._start)
         return piece.text

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+WORKER_ERROR = "cacheblend_error"  # key of an RPC result that is an error of ours: its class name
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:

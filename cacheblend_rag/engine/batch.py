@@ -21,8 +21,32 @@ from cacheblend_rag.engine.start import (
     prepare,
     sampling_names,
     sampling_params,
+    unwrap,
 )
-from cacheblend_rag.errors import ClosedError
+from cacheblend_rag.errors import ClosedError, EngineError
+
+
+class _Turn:
+    """One call at a time. A stream that is read from several threads may hold it, so it belongs to
+    no thread; but a thread that would wait for its own unfinished stream is told so.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._holder = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            if self._holder == threading.get_ident():
+                raise EngineError(
+                    "the batch engine serves one call at a time, and this thread has a stream "
+                    "open: read it to its end or close() it, or use engine='serving'"
+                )
+            self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._holder = 0
+        self._lock.release()
 
 
 class BatchEngine(Engine):
@@ -34,7 +58,7 @@ class BatchEngine(Engine):
         prepared = prepare("EngineArgs", model, options)
         with naming_failures(model):
             self._llm: Any = LLM.from_engine_args(prepared.engine_args)
-        self._lock = threading.RLock()
+        self._turn = _Turn()
         self._numbers = itertools.count()
         self.sampling_names = sampling_names()
         config = self._llm.llm_engine.vllm_config
@@ -43,8 +67,8 @@ class BatchEngine(Engine):
         self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        with self._lock, naming_death():
-            return list(self._open().collective_rpc(method, args=args))
+        with self._turn, naming_death():
+            return unwrap(self._open().collective_rpc(method, args=args))
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         pieces: list[list[EngineOutput]] = [[] for _ in requests]
@@ -64,7 +88,7 @@ class BatchEngine(Engine):
             yield piece
 
     def _run(self, requests: Sequence[EngineRequest]) -> Iterator[tuple[int, EngineOutput]]:
-        with self._lock, naming_death():
+        with self._turn, naming_death():
             engine = self._open().llm_engine
             numbers: dict[str, int] = {}
             unfinished: set[str] = set()
@@ -89,7 +113,7 @@ class BatchEngine(Engine):
             engine.add_request(name, to_prompt(request), params, lora_request=request.lora_request)
 
     def close(self) -> None:
-        with self._lock:
+        with self._turn:
             llm, self._llm = self._llm, None
             if llm is not None:
                 llm.llm_engine.engine_core.shutdown()

@@ -241,7 +241,8 @@ class Blender:
         chosen = must_E.nonzero().flatten()
         outcome.selected = chosen.tolist()
         outcome.recomputed = _per_segment(task.plan.segments, must_E, outcome.missing)
-        for positions in chosen.split(self._tile(task.plan)):
+        tiles = chosen.split(self._tile(task.plan)) if len(chosen) else ()  # all may be exact
+        for positions in tiles:
             step = PagedPass(self.cache, blocks, positions)
             at = positions.to(self.handle.device)
             self.handle.run(step, region.ids_E[at], at)

@@ -24,6 +24,7 @@ from cacheblend_rag.engine.start import (
     prepare,
     sampling_names,
     sampling_params,
+    unwrap,
 )
 from cacheblend_rag.errors import ClosedError
 
@@ -57,7 +58,7 @@ class ServingEngine(Engine):
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         with naming_death():
-            return list(self._call(self._open().collective_rpc(method, args=args)))
+            return unwrap(self._call(self._open().collective_rpc(method, args=args)))
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         async def collect(request: EngineRequest) -> list[EngineOutput]:

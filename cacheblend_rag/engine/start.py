@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from cacheblend_rag import errors
 from cacheblend_rag.config import unknown_option
 from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.base import EngineInfo
+from cacheblend_rag.engine.base import WORKER_ERROR, EngineInfo
 from cacheblend_rag.errors import (
     CacheBlendError,
     ConfigError,
@@ -93,6 +94,12 @@ def _model_refusal(kind: Any, model: str, options: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def naming_failures(model: str) -> Iterator[None]:
     """Turn whatever vLLM raises while starting into our exceptions, the cause attached."""
+    refused: tuple[type[Exception], ...] = (
+        *compat.refusals(),
+        KeyError,
+        NotImplementedError,
+        AssertionError,
+    )
     try:
         yield
     except (ModelError, ConfigError, EngineError):
@@ -105,7 +112,7 @@ def naming_failures(model: str) -> Iterator[None]:
         ) from error
     except TypeError as error:
         raise ConfigError(f"vLLM refused an engine option: {_first_line(error)}") from error
-    except (*compat.refusals(), KeyError, NotImplementedError, AssertionError) as error:
+    except refused as error:
         raise ModelError(
             f"vLLM cannot serve {model!r} with these options: {_first_line(error)}. Check the "
             "architecture and max_model_len, or try another model"
@@ -144,6 +151,15 @@ def naming_refusals() -> Iterator[None]:
         raise
     except compat.refusals() as error:
         raise ConfigError(f"vLLM refused the request: {_first_line(error)}") from error
+
+
+def unwrap(results: Iterable[Any]) -> list[Any]:
+    """Results of an RPC, one a rank; an error of ours that a worker met is raised here."""
+    results = list(results)
+    for result in results:
+        if isinstance(result, dict) and WORKER_ERROR in result:
+            raise getattr(errors, result[WORKER_ERROR])(result["message"])
+    return results
 
 
 def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]]) -> EngineInfo:

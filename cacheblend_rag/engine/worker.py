@@ -5,8 +5,10 @@ Arguments and results are plain lists, strings, numbers and bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,16 +16,31 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag.engine.attention import PagedCache
+from cacheblend_rag.engine.base import WORKER_ERROR
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.ingest import Ingestor
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.selfcheck import moved_errors
+from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.store import open_store
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Hand an error of ours to the caller as a result: raised here, it would arrive nameless."""
+
+    @functools.wraps(method)
+    def run(*args: Any) -> Any:
+        try:
+            return method(*args)
+        except CacheBlendError as error:
+            return {WORKER_ERROR: type(error).__name__, "message": str(error)}
+
+    return run
 
 
 class WorkerExtension:
@@ -58,8 +75,9 @@ class WorkerExtension:
             facts["refusal"] = str(error)
         return facts
 
+    @_reporting
     def cacheblend_bind(self, store_url: str, fingerprint: str) -> list[list[Any]]:
-        """Open the store, turn blending on; returns [key, token ids (int32 bytes), base] a chunk."""
+        """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows."""
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         store = open_store(store_url, namespace=f"{fingerprint[:32]}-{rank}of{size}")
         handle, rope, cache = self._cacheblend_parts
@@ -74,11 +92,13 @@ class WorkerExtension:
             connector.blender.store.close()
             connector.blender = None
 
+    @_reporting
     def cacheblend_missing(self, keys: list[str]) -> list[str]:
         """Which of ``keys`` this rank's store does not hold."""
         store = self._blender().store
         return [key for key in keys if not store.contains(key)]
 
+    @_reporting
     def cacheblend_ingest(
         self, keys: list[str], chunks: list[list[int]], prefix_ids: list[int]
     ) -> int:
@@ -91,6 +111,7 @@ class WorkerExtension:
             store.put(key, chunk)
         return sum(chunk.nbytes for chunk in computed)
 
+    @_reporting
     def cacheblend_forget(self, keys: list[str]) -> None:
         """Drop ``keys`` from the store."""
         for key in keys:
