@@ -312,9 +312,7 @@ def test_full_mode_reads_no_cached_block(blend: CacheBlend) -> None:
 
 
 @pytest.mark.parametrize("salt", [None, "cacheblend:0", "tenant"])
-def test_a_plan_without_its_own_salt_is_served_exactly(
-    blend: CacheBlend, salt: str | None
-) -> None:
+def test_a_plan_without_its_own_salt_is_served_exactly(blend: CacheBlend, salt: str | None) -> None:
     plain = alone(blend, BLENDS[0], mode="off")
     prepared = blend._prepare(BLENDS[0], SAMPLING)
     request = dataclasses.replace(prepared.request, cache_salt=salt)
@@ -826,7 +824,9 @@ def test_preempted_blends_answer_as_alone(
 def test_more_blends_than_fit_wait_for_their_turn(blend: CacheBlend) -> None:
     fixed = Words(12)
     names = "abcdefgh"
-    prompts = [prompt([fixed(5), x, "d", y, fixed(9)]) for x, y in zip(names, "hgfabbca", strict=True)]
+    prompts = [
+        prompt([fixed(5), x, "d", y, fixed(9)]) for x, y in zip(names, "hgfabbca", strict=True)
+    ]
     apart = [alone(blend, ids) for ids in prompts]
     for schedule in SCHEDULES:
         reset(blend)

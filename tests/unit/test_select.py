@@ -1,0 +1,81 @@
+"""Selectors on a few tokens by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.select import SELECTORS, Evidence, create_selector
+
+
+def evidence(**known: torch.Tensor) -> Evidence:
+    """Two chunks of four tokens, a fresh token between them."""
+    candidate = torch.tensor([1, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
+    offset = torch.tensor([0, 1, 2, 3, 0, 0, 1, 2, 3])
+    return Evidence(candidate, offset, torch.arange(9), **known)
+
+
+def chosen(name: str, count: int, found: Evidence, **options: object) -> set[int]:
+    score = create_selector(name, options).score(found)
+    masked = score.masked_fill(~found.candidate_N, -torch.inf)
+    return set(masked.topk(count).indices.tolist())
+
+
+def test_query_takes_neighbours_and_ignores_fresh_tokens() -> None:
+    attention = torch.tensor([0.0, 0, 0, 0, 9, 0, 0, 1, 0])
+    assert chosen("query", 3, evidence(question_N=attention), window=3) == {6, 7, 8}
+    assert 7 in chosen("query", 1, evidence(question_N=attention), window=1)
+
+
+def test_query_layers() -> None:
+    selector = create_selector("query")
+    assert list(selector.layer_range(32)) == list(range(10, 24))  # type: ignore[attr-defined]
+    assert list(selector.layer_range(1)) == [0]  # type: ignore[attr-defined]
+
+
+def test_hkvd_takes_the_largest_deviation() -> None:
+    deviation = torch.tensor([0.0, 5, 0, 0, 99, 0, 0, 4, 0])
+    assert chosen("hkvd", 2, evidence(deviation_N=deviation)) == {1, 7}
+
+
+def test_first_k_shares_the_budget_over_chunks() -> None:
+    assert chosen("first_k", 4, evidence()) == {0, 1, 5, 6}
+
+
+def test_random_is_repeatable_and_seeded() -> None:
+    a, b = (chosen("random", 4, evidence(), seed=1) for _ in range(2))
+    assert a == b
+    assert any(chosen("random", 4, evidence(), seed=s) != a for s in range(2, 6))
+
+
+def test_budgets() -> None:
+    query = create_selector("query")
+    assert query.budget(0.0, 100) == 0
+    assert query.budget(0.15, 100) == 15
+    assert query.budget(0.15, 101) == 16
+    assert query.budget(1.0, 100) == 100
+    assert create_selector("none").budget(1.0, 100) == 0
+    assert create_selector("all").budget(0.0, 100) >= 100
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_unknown_options_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="has no option nonsense"):
+        create_selector(name, {"nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("query", {"window": 0}),
+        ("query", {"layers": (0.5, 0.5)}),
+        ("query", {"layers": 3}),
+        ("hkvd", {"deviation": "v"}),
+        ("hkvd", {"check_layer": 0}),
+        ("nobody", {}),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(name: str, options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        create_selector(name, options)
