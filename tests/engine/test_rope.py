@@ -26,12 +26,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 1024},
 }
-LONG = {
-    "rope_type": "longrope",
-    "original_max_position_embeddings": 1024,
-    "short_factor": [1.0] * 32,
-    "long_factor": [2.0] * 32,
-}
+
+
+class TwoTables(torch.nn.Module):
+    """Shaped like vLLM's LongRoPE, which needs a whole model's configuration to be made."""
+
+    cos_sin_cache = torch.zeros(1)
+
+    def _compute_cos_sin_cache(self, max_position_embeddings: int, rescale: float) -> torch.Tensor:
+        raise AssertionError("must not be called")
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +81,6 @@ def test_two_tables_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="different RoPE"):
         Rerotator(torch.nn.ModuleList(ropes), 4096, torch.device("cpu"))
     with pytest.raises(UnsupportedModelError, match="more than one table"):
-        Rerotator(torch.nn.ModuleList([make_rope(LONG, is_neox=True)]), 4096, torch.device("cpu"))
+        Rerotator(torch.nn.ModuleList([TwoTables()]), 4096, torch.device("cpu"))
     with pytest.raises(UnsupportedModelError, match="no rotary"):
         Rerotator(torch.nn.ModuleList([torch.nn.Linear(2, 2)]), 4096, torch.device("cpu"))

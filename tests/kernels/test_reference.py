@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from cacheblend_kernels import (
     key_deviation,
     masked_attention,
