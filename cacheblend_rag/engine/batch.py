@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class BatchEngine(Engine):
         prepared = prepare("EngineArgs", model, options)
         with naming_failures(model):
             self._llm: Any = LLM.from_engine_args(prepared.engine_args)
+        _watch(self._llm.llm_engine.engine_core)
         self._turn = _Turn()
         self._numbers = itertools.count()
         self.sampling_names = sampling_names()
@@ -122,3 +124,21 @@ class BatchEngine(Engine):
         if self._llm is None:
             raise ClosedError("this engine was closed; make a new CacheBlend")
         return self._llm
+
+
+def _watch(core: Any) -> None:
+    """Have callers fail when the engine process dies: vLLM's blocking client lets them wait on."""
+    if hasattr(core, "outputs_queue"):  # not where the engine runs in this process
+        name = "cacheblend-watch"
+        threading.Thread(target=_fail_when_dead, args=[core], name=name, daemon=True).start()
+
+
+def _fail_when_dead(core: Any) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    while not core.resources.engine_dead:  # also set by an ordinary shutdown
+        time.sleep(0.5)
+    core.outputs_queue.put_nowait(EngineDeadError())
+    for waiting in list(core.utility_results.values()):
+        if not waiting.done():
+            waiting.set_exception(EngineDeadError())

@@ -120,13 +120,11 @@ class Region:
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [E, G, D] of layer ``index``, keys at their new positions; zeros in holes."""
-        k = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        v = torch.zeros_like(k)
+        kv = torch.zeros(2, *self._shape, dtype=self._dtype, device=self._device)
         for start, end, offset, chunk in self._spans:
-            kv = chunk.kv_L2NHD[index, :, offset : offset + end - start]
-            k[start:end] = kv[0].to(self._device, non_blocking=True)
-            v[start:end] = kv[1].to(self._device, non_blocking=True)
-        return self._rope.apply(k, self._turn), v
+            stored = chunk.kv_L2NHD[index, :, offset : offset + end - start]
+            kv[:, start:end].copy_(stored, non_blocking=True)
+        return self._rope.apply(kv[0], self._turn), kv[1]
 
 
 class QuestionPass(Pass):
@@ -156,6 +154,7 @@ class QuestionPass(Pass):
         known[:num_context] = stored_E
         known[fresh_F] = True
         self._known = known
+        self._masks: dict[int | None, torch.Tensor] = {}  # by sliding window
         self.score_E = torch.zeros(num_context, device=device)
 
     def attend(
@@ -171,19 +170,23 @@ class QuestionPass(Pass):
         k, v = self._load(index)
         k[self._fresh_F], v[self._fresh_F] = k_TGD[:n], v_TGD[:n]
         k, v = torch.cat([k, k_TGD[n:]]), torch.cat([v, v_TGD[n:]])
-        mask = visible(self._query_pos, self._key_pos, compat.sliding_window(layer)) & self._known
+        mask = self._mask(compat.sliding_window(layer))
+        if index not in self._keep:
+            out_THD.copy_(dense_causal(layer, q_THD, k, v, mask))
+            return
         if n:
             out_THD[:n] = dense_causal(layer, q_THD[:n], k, v, mask[:n])
-        if index not in self._keep:
-            out_THD[n:] = dense_causal(layer, q_THD[n:], k, v, mask[n:])
-            return
-        out, score = question_attention(
+        out_THD[n:], score = question_attention(
             q_THD[n:], k, v, mask[n:], scale=layer.impl.scale, softcap=compat.softcap(layer)
         )
         self.score_E += score[: len(self.score_E)]
         if index == self._keep[-1]:
             self.stop()
-        out_THD[n:] = out
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        if window not in self._masks:
+            self._masks[window] = visible(self._query_pos, self._key_pos, window) & self._known
+        return self._masks[window]
 
 
 class Blender:

@@ -11,7 +11,7 @@ import queue
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest
@@ -58,7 +58,7 @@ class ServingEngine(Engine):
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         with naming_death():
-            return unwrap(self._call(self._open().collective_rpc(method, args=args)))
+            return unwrap(self._call(_rpc(self._open(), method, args)))
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         async def collect(request: EngineRequest) -> list[EngineOutput]:
@@ -138,7 +138,10 @@ class ServingEngine(Engine):
                 yield to_output(output)
 
     def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except CancelledError as error:
+            raise ClosedError("the engine was closed while this call ran") from error
 
     def _open(self) -> Any:
         if self._engine is None:
@@ -150,6 +153,18 @@ async def _start(engine_args: Any) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     return AsyncLLM.from_engine_args(engine_args)
+
+
+async def _rpc(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
+    """vLLM never answers a call that was under way when its process was killed."""
+    call = asyncio.ensure_future(engine.collective_rpc(method, args=args))
+    try:
+        while not (await asyncio.wait([call], timeout=0.5))[0]:
+            if engine.errored:
+                raise engine.dead_error
+        return call.result()
+    finally:
+        call.cancel()
 
 
 async def _tokenizer(engine: Any) -> Any:

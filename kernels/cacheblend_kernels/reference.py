@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+_LOGITS = 1 << 26  # attention logits held at once, float32
+
 
 def rerotate(
     k_NGD: torch.Tensor, cos_NP: torch.Tensor, sin_NP: torch.Tensor, *, is_neox: bool
@@ -92,18 +94,23 @@ def question_attention(
         rows and heads, float32 [N].
     """
     rows, heads, dim = q_RHD.shape
-    groups = k_NGD.shape[1]
+    keys, groups, _ = k_NGD.shape
+    q_GXD = q_RHD.float().view(rows, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
+    hidden_RN = ~visible_RN
     out = torch.empty(rows, heads, v_NGD.shape[-1], dtype=q_RHD.dtype, device=q_RHD.device)
-    score = torch.zeros(k_NGD.shape[0], device=q_RHD.device)
-    q_GXD = q_RHD.float().reshape(rows, groups, -1, dim).permute(1, 2, 0, 3)  # [G, H/G, R, D]
-    out_view = out.view(rows, groups, -1, v_NGD.shape[-1])
-    for g in range(groups):  # one KV head at a time bounds the memory of the logits
-        logits = q_GXD[g] @ k_NGD[:, g].float().T * scale
+    out_RGXD = out.view(rows, groups, -1, v_NGD.shape[-1])
+    score = torch.zeros(keys, device=q_RHD.device)
+    at_once = max(1, _LOGITS // (rows * heads // groups * keys))  # groups: bounds the memory
+    for g in range(0, groups, at_once):
+        some = slice(g, g + at_once)
+        logits = q_GXD[some] @ k_NGD[:, some].float().permute(1, 2, 0) * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        weights = logits.masked_fill(~visible_RN, float("-inf")).softmax(-1)
-        score += weights.sum((0, 1))
-        out_view[:, g] = (weights @ v_NGD[:, g].float()).transpose(0, 1).to(out.dtype)
+        logits = logits.view(-1, heads // groups, rows, keys)
+        weights = logits.masked_fill_(hidden_RN, -torch.inf).softmax(-1)
+        score += weights.sum((0, 1, 2))
+        values = v_NGD[:, some].float().transpose(0, 1)[:, None]
+        out_RGXD[:, some] = (weights @ values).permute(2, 0, 1, 3).to(out.dtype)
     return out, score
 
 

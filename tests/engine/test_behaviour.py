@@ -614,6 +614,8 @@ def test_refused_options(blend: CacheBlend, options: dict[str, Any], message: st
     ("bad", "error"),
     [
         ("", EmptyTextError),
+        ([], EmptyTextError),
+        ([[]], PromptError),
         ("text without a tokenizer", PromptError),
         ([{"role": "user", "content": "hello"}], PromptError),
         (words(1024), PromptTooLongError),
@@ -621,7 +623,7 @@ def test_refused_options(blend: CacheBlend, options: dict[str, Any], message: st
         ([3, "x"], PromptError),
         (7, PromptError),
     ],
-    ids=["empty", "text", "chat", "long", "longer", "mixed", "number"],
+    ids=["empty", "none", "empty ids", "text", "chat", "long", "longer", "mixed", "number"],
 )
 def test_refused_prompts(blend: CacheBlend, bad: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
@@ -633,10 +635,6 @@ def test_refused_chunks(blend: CacheBlend) -> None:
         blend.ingest([words(1021)], progress=False)
     with pytest.raises(EmptyTextError):
         blend.ingest([()], progress=False)
-
-
-def test_no_prompts(blend: CacheBlend) -> None:
-    assert blend.generate([]) == []
 
 
 def test_the_longest_prompt(blend: CacheBlend) -> None:
