@@ -53,7 +53,7 @@ def refusals() -> tuple[type[Exception], ...]:
     """What vLLM raises for a request or an option it does not take; its own class from 0.32 on."""
     from vllm import exceptions
 
-    return (TypeError, ValueError, getattr(exceptions, "VLLMError", ValueError))
+    return (TypeError, ValueError, getattr(exceptions, "VLLMClientError", ValueError))
 
 
 def model_refusal(model: ModelConfig) -> str:

@@ -12,9 +12,12 @@ from tiny import VOCAB
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 
-# several small engines in one process, one after the other
+# several small engines in one process, one after the other; vLLM 0.26 gives sliding-window layers
+# blocks of 16 on a GPU, and without its hybrid manager all layers need the same
 GPU_SHARE: dict[str, Any] = (
-    {"gpu_memory_utilization": 0.2, "enforce_eager": True} if torch.cuda.is_available() else {}
+    {"gpu_memory_utilization": 0.2, "enforce_eager": True, "block_size": 16}
+    if torch.cuda.is_available()
+    else {}
 )
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 FULL_LOGPROBS: dict[str, Any] = {**GREEDY, "logprobs": -1}

@@ -1,0 +1,261 @@
+"""Engines in processes of their own give the same answers, and stores survive them all.
+
+Run as a script, this file ingests into a store until it is done or killed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import torch
+from engines import logprobs, start
+from tiny import Words, make
+
+from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
+from cacheblend_rag.errors import EngineDeadError
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+SAMPLING: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True, "logprobs": -1}
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"selector": "hkvd"},
+    {"selector": "hkvd", "selector_options": {"deviation": "kv"}, "schedule": "async"},
+    {"recompute_ratio": 0.5, "schedule": "async"},
+    {"recompute_ratio": 1.0},
+    {"mode": "full"},
+]
+
+words = Words(31)
+PREFIX = words(4)
+CHUNKS = [words(n) for n in (70, 100, 64, 40)]
+PROMPT = words(5) + CHUNKS[0] + words(3) + CHUNKS[1] + CHUNKS[2] + CHUNKS[3][:36] + words(20)
+SMALL = [words(40) for _ in range(200)]
+SMALL_PROMPTS = [
+    words(3) + tuple(t for chunk in SMALL[i::29] for t in chunk) + words(12) for i in range(8)
+]
+
+
+class Known(NamedTuple):
+    """What an engine in this process answered, and the store it filled."""
+
+    store: Path
+    answers: list[BlendResult]
+    chosen: list[list[int]]
+    small: list[BlendResult]
+
+
+def config(store: Path) -> BlendConfig:
+    return BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}", tile_tokens=24)
+
+
+def open_here(path: Path, store: Path) -> CacheBlend:
+    """An engine in this process that stores one small chunk at a time."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        quiet(patch, multiprocessing=False)
+        return start(path, config=config(store), max_num_batched_tokens=64)
+
+
+def quiet(patch: pytest.MonkeyPatch, *, multiprocessing: bool) -> None:
+    """One thread a process: two that wait for each other cost more than they save."""
+    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(multiprocessing)))
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: Path) -> Path:
+    return make("llama", tiny_models)
+
+
+@pytest.fixture(scope="module")
+def known(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Known:
+    store = tmp_path_factory.mktemp("store")
+    with open_here(model, store) as blend:
+        assert blend.ingest(CHUNKS, progress=False).computed == len(CHUNKS)
+        answers = [blend.generate(PROMPT, **way, **SAMPLING) for way in WAYS]
+        chosen = [on_every_rank(blend, answer) for answer in answers]
+        assert blend.ingest(SMALL, progress=False).computed == len(SMALL)
+        small = [blend.generate(ids, **SAMPLING) for ids in SMALL_PROMPTS]
+    assert all(a.report.blended for a in answers[:-1] + small)
+    return Known(store, answers, chosen, small)
+
+
+def on_every_rank(blend: CacheBlend, result: BlendResult) -> list[int]:
+    """The recomputed positions, which all ranks must agree on."""
+    ranks = blend._engine.rpc("cacheblend_outcome", result.request_id, True)
+    first, *others = [outcome.get("selected", []) for outcome in ranks]
+    assert all(other == first for other in others)
+    return list(first)
+
+
+def assert_same(a: BlendResult, b: BlendResult) -> None:
+    assert a.token_ids == b.token_ids
+    torch.testing.assert_close(logprobs(a), logprobs(b), atol=2e-4, rtol=0)
+    assert a.report.segments == b.report.segments
+
+
+def assert_same_answers(blend: CacheBlend, known: Known) -> None:
+    for way, answer, chosen in zip(WAYS, known.answers, known.chosen, strict=True):
+        result = blend.generate(PROMPT, **way, **SAMPLING)
+        assert_same(answer, result)
+        assert on_every_rank(blend, result) == chosen
+
+
+def open_apart(path: Path, store: Path, **options: Any) -> CacheBlend:
+    """An engine in processes of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        quiet(patch, multiprocessing=True)
+        return start(path, config=config(store), max_num_batched_tokens=64, **options)
+
+
+# ---- the same answers everywhere -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def apart(known: Known, model: Path) -> Iterator[CacheBlend]:
+    """A batch engine in its own processes, over the store that another one filled."""
+    with open_apart(model, known.store) as blend:
+        yield blend
+
+
+def test_the_batch_engine_takes_up_the_store(apart: CacheBlend, known: Known) -> None:
+    report = apart.ingest(CHUNKS, progress=False)
+    assert (report.computed, report.present) == (0, len(CHUNKS))
+    assert_same_answers(apart, known)
+    together = apart.generate(SMALL_PROMPTS, **SAMPLING)
+    for one, other in zip(known.small, together, strict=True):
+        assert_same(one, other)
+    assert apart.generate(PROMPT, **{**SAMPLING, "max_tokens": 1}).report.blended
+
+
+def test_the_serving_engine_takes_up_the_store(known: Known, model: Path) -> None:
+    with open_apart(model, known.store, engine="serving") as blend:
+        assert blend.ingest(CHUNKS, progress=False).computed == 0
+        assert_same_answers(blend, known)
+        for one, other in zip(known.small, blend.generate(SMALL_PROMPTS, **SAMPLING), strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.slow
+def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with open_apart(model, tmp_path, **options) as blend:
+        assert blend.gate.passed, blend.gate.reason
+        assert blend.ingest(CHUNKS, progress=False).computed == len(CHUNKS)
+        assert len(blend.stats()) == 2
+        assert_same_answers(blend, known)
+        # a chunk that one rank alone has lost is missing on both
+        forgotten = next((tmp_path / "v1").glob(f"*-1of2/*/{blend._space.key(CHUNKS[1])}.*"))
+        forgotten.unlink()
+        result = blend.generate(PROMPT, **SAMPLING, recompute_ratio=1.0)
+        assert [s.kind for s in result.report.segments].count("missing") == 1
+        assert result.token_ids == known.answers[-1].token_ids
+        torch.testing.assert_close(logprobs(result), logprobs(known.answers[-1]), atol=2e-4, rtol=0)
+        assert blend.ingest(CHUNKS, progress=False).computed == 1
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("victim", ["Worker"])
+def test_a_killed_batch_engine(apart: CacheBlend, victim: str) -> None:
+    stream = apart.stream(PROMPT, **{**SAMPLING, "max_tokens": 700})
+    next(stream)
+    children = psutil.Process().children(recursive=True)
+    [process] = [p for p in children if victim in " ".join(p.cmdline())]
+    process.kill()
+    began = time.monotonic()
+    with pytest.raises(EngineDeadError, match="died"):
+        list(stream)
+    later: list[Callable[[], Any]] = [
+        lambda: apart.generate(PROMPT, **SAMPLING),
+        lambda: apart.ingest([words(60)], progress=False),
+    ]
+    for use in later:
+        with pytest.raises(EngineDeadError, match="died"):
+            use()
+    apart.close()
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.kill
+@pytest.mark.slow
+@pytest.mark.parametrize("during", ["ingest", "generate"])
+def test_a_killed_engine_core(known: Known, model: Path, during: str) -> None:
+    """vLLM's blocking client would wait for ever here."""
+    with open_apart(model, known.store) as blend:
+        children = psutil.Process().children(recursive=True)
+        [core] = [p for p in children if "EngineCore" in " ".join(p.cmdline())]
+        subprocess.Popen([sys.executable, "-c", KILL_LATER, str(core.pid)])
+        with pytest.raises(EngineDeadError, match="died"):
+            for _ in range(1000):
+                if during == "ingest":
+                    blend.ingest([words(60) for _ in range(20)], progress=False)
+                else:
+                    blend.generate(PROMPT, **{**SAMPLING, "max_tokens": 700})
+
+
+KILL_LATER = "import os, signal, sys, time; time.sleep(1); os.kill(int(sys.argv[1]), signal.SIGKILL)"
+
+
+# ---- an ingestion that is killed -------------------------------------------------------------------
+
+
+@pytest.mark.kill
+@pytest.mark.slow
+def test_a_killed_ingestion_loses_nothing(known: Known, model: Path, tmp_path: Path) -> None:
+    draw, kept = random.Random(5), set[str]()
+    for _ in range(3):
+        count = len(kept) + draw.randint(1, 50)
+        ingest_until(model, tmp_path, lambda n=count: len(stored(tmp_path)) >= n)
+        time.sleep(0)
+        assert kept < stored(tmp_path), "something stored was lost, or nothing was added"
+        kept = stored(tmp_path)
+    assert len(kept) < len(SMALL), "it was never killed"
+    with open_here(model, tmp_path) as blend:
+        assert len(blend._index) == len(kept)
+        report = blend.ingest(SMALL, progress=False)
+        assert (report.present, report.computed) == (len(kept), len(SMALL) - len(kept))
+        for ids, answer in zip(SMALL_PROMPTS, known.small, strict=True):
+            assert_same(answer, blend.generate(ids, **SAMPLING))
+        [stats] = blend.stats()
+        assert stats["chunks"] == len(SMALL) and stats["corrupt"] == 0
+
+
+def stored(folder: Path) -> set[str]:
+    """Keys of the chunks that a reader would find, but for the gate's own."""
+    return {p.stem for p in folder.rglob("*.safetensors")}
+
+
+def ingest_until(model: Path, store: Path, done: Callable[[], bool]) -> None:
+    """Ingest in another process and kill it as soon as ``done``, or right after."""
+    helpers = Path(__file__).parent.parent / "helpers"
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(model), str(store)],
+        env={**os.environ, "PYTHONPATH": str(helpers)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not done():
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.001)
+        time.sleep(random.Random(process.pid).random() * 0.02)
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    with open_here(Path(sys.argv[1]), Path(sys.argv[2])) as ingesting:
+        ingesting.ingest(SMALL, progress=False)
+        time.sleep(600)  # never reached alive
