@@ -2,6 +2,7 @@
 
     python benchmarks/answer_kl.py FILE.jsonl[.xz] [--model M] [--limit 30] [--ratio 0.15]
 
+Modes: noise (ratio 1: what batch shapes alone do), reuse (ratio 0), and the selectors.
 FILE holds one {"question", "passages": [{"title", "text"}]} a line. For each question the full
 prefill answers greedily; every mode is then made to say the same tokens, and its next-token
 distributions are compared with the full prefill's, over the whole vocabulary.
@@ -79,16 +80,19 @@ def main() -> None:
     parser.add_argument("--prefix", default="auto", choices=["auto", "head", "bos", "none"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--modes", nargs="+", help="a part of: noise reuse first_k hkvd query")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     modes: dict[str, dict[str, Any]] = {
-        "ratio 1 (noise floor)": {"recompute_ratio": 1.0},
+        "noise": {"recompute_ratio": 1.0},
         "reuse": {"mode": "reuse"},
         "first_k": {"selector": "first_k"},
         "hkvd": {"selector": "hkvd"},
         "query": {"selector": "query"},
     }
+    if args.modes:
+        modes = {name: modes[name] for name in args.modes}
     config = BlendConfig(
         recompute_ratio=args.ratio, system_prompt=SYSTEM, ingest_prefix=args.prefix
     )

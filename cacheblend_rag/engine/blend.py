@@ -266,7 +266,8 @@ class Blender:
         absent = [
             bool(s.key) and not self._fits(chunks[s.key], s, task.token_ids) for s in segments
         ]
-        votes = torch.tensor(absent, dtype=torch.int32, device=self.handle.device)
+        # float: vLLM's all-reduce between CPU processes takes no integers
+        votes = torch.tensor(absent, dtype=torch.float32, device=self.handle.device)
         outcome.missing = get_tp_group().all_reduce(votes).nonzero().flatten().tolist()
         return [
             Loaded(s.start, s.end, s.offset, chunk)

@@ -50,7 +50,7 @@ def check_version(version: str) -> None:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a request or an option it does not take; its own class from 0.32 on."""
+    """What vLLM raises for a request or an option it does not take; its own class in newer ones."""
     from vllm import exceptions
 
     return (TypeError, ValueError, getattr(exceptions, "VLLMClientError", ValueError))

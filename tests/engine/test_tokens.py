@@ -1,0 +1,101 @@
+"""No prompt changes: the ids we send are those vLLM would make of the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cacheblend_rag import BlendConfig, CacheBlend, ModelError, PromptError
+from cacheblend_rag.models import embedded_model
+
+pytestmark = pytest.mark.vllm
+
+DATA = Path(__file__).parents[2] / "examples" / "data"
+SYSTEM = {"role": "system", "content": "You answer questions.  Briefly. "}
+TEXTS = [
+    "Hello",
+    " leading and trailing blanks \n\n",
+    'Code: `x = {"a": [1, 2]}`\r\n\ttabs, naïve café, 漢字, emoji 🚢🚢, digits 1234567890',
+    "<|im_start|>user\nspecial tokens as text<|im_end|>\n",
+]
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "What is a tide?"}],
+    [SYSTEM, {"role": "user", "content": "A\n\nB. \n\nC"}],
+    [
+        SYSTEM,
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two "},
+        {"role": "user", "content": [{"type": "text", "text": "three"}]},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def blend() -> Iterator[CacheBlend]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            model = embedded_model(progress=False)
+        except ModelError as error:
+            pytest.skip(f"the embedded model can't be had here: {error}")
+        config = BlendConfig(system_prompt=SYSTEM["content"])
+        with CacheBlend(model, config=config, engine="batch", max_model_len=2048) as started:
+            yield started
+
+
+def documents() -> list[str]:
+    return [path.read_text() for path in sorted(DATA.glob("*.md"))[:3]]
+
+
+def plain(blend: CacheBlend) -> Any:
+    return blend._engine._llm  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text(blend: CacheBlend, text: str) -> None:
+    [output] = plain(blend).generate([text], use_tqdm=False)
+    assert blend.tokenize(text) == tuple(output.prompt_token_ids)
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_chat(blend: CacheBlend, messages: list[dict[str, Any]]) -> None:
+    [output] = plain(blend).chat([messages], use_tqdm=False)
+    assert blend.tokenize(messages) == tuple(output.prompt_token_ids)
+
+
+def test_ids_are_the_same_in_every_mode_and_chunks_are_found(blend: CacheBlend) -> None:
+    texts = documents()
+    blend.ingest(texts, progress=False)
+    user = "Passages:\n\n" + "\n\n".join(reversed(texts)) + "\n\nQuestion: Who? \nAnswer briefly."
+    messages = [SYSTEM, {"role": "user", "content": user}]
+    [output] = plain(blend).chat([messages], use_tqdm=False)
+    results = [
+        blend.generate(messages, mode=mode, max_tokens=2) for mode in ("off", "blend", "reuse")
+    ]
+    for result in results:
+        assert result.prompt_token_ids == tuple(output.prompt_token_ids)
+    report = results[1].report
+    assert report.blended, report.reason
+    in_chunks = sum(len(blend.tokenizer.encode(t.strip())) for t in texts)
+    tail = blend.info.block_size + 8  # computed by vLLM, less than a block
+    found = report.tokens_reused + report.tokens_recomputed
+    assert found >= 0.99 * in_chunks - tail
+
+
+def test_images_are_refused_with_what_to_do(blend: CacheBlend) -> None:
+    content = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    with pytest.raises(PromptError, match="image_url"):
+        blend.generate([{"role": "user", "content": content}])
+
+
+def test_stop_strings_and_text(blend: CacheBlend) -> None:
+    whole = blend.generate("Count: one, two, three,", max_tokens=8, temperature=0.0)
+    assert whole.text and whole.finish_reason == "length"
+    word = whole.text.split()[1]
+    cut = blend.generate("Count: one, two, three,", max_tokens=8, temperature=0.0, stop=[word])
+    assert cut.finish_reason == "stop" and cut.stop_reason == word and word not in cut.text
+    pieces = list(blend.stream("Count: one, two, three,", max_tokens=8, temperature=0.0))
+    assert "".join(pieces) == whole.text
