@@ -101,6 +101,7 @@ def test_refused_family_answers_exactly(name: str, tiny_models: Path) -> None:
     except Exception as error:
         with pytest.raises(CacheBlendError):
             start(path, **options)
+        torch.set_default_dtype(torch.float32)  # vLLM's failed loading leaves the model's behind
         pytest.skip(f"this vLLM can't serve it without us either: {error}")
     with start(path, **options) as blend:
         assert not blend.gate.passed

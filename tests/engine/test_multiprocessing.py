@@ -102,7 +102,8 @@ def on_every_rank(blend: CacheBlend, result: BlendResult) -> list[int]:
 def assert_same(a: BlendResult, b: BlendResult) -> None:
     assert a.token_ids == b.token_ids
     torch.testing.assert_close(logprobs(a), logprobs(b), atol=2e-4, rtol=0)
-    assert a.report.segments == b.report.segments
+    # keys aside: how a model is split over ranks is part of them
+    assert [s[:-1] for s in a.report.segments] == [s[:-1] for s in b.report.segments]
 
 
 def assert_same_answers(blend: CacheBlend, known: Known) -> None:
@@ -137,7 +138,7 @@ def test_the_batch_engine_takes_up_the_store(apart: CacheBlend, known: Known) ->
     for one, other in zip(known.small, together, strict=True):
         assert_same(one, other)
     one = apart.generate(PROMPT[:-1], **{**SAMPLING, "max_tokens": 1}).report
-    assert one.blended and one.bytes_loaded and one.segments[:-1] == known.answers[0].report.segments[:-1]
+    assert one.blended and one.bytes_loaded == known.answers[0].report.bytes_loaded
 
 
 def test_the_serving_engine_takes_up_the_store(known: Known, model: Path) -> None:
@@ -210,7 +211,9 @@ def child(name: str) -> psutil.Process:
     return max(found, key=lambda p: p.create_time())
 
 
-KILL_LATER = "import os, signal, sys, time; time.sleep(1); os.kill(int(sys.argv[1]), signal.SIGKILL)"
+KILL_LATER = (
+    "import os, signal, sys, time; time.sleep(1); os.kill(int(sys.argv[1]), signal.SIGKILL)"
+)
 
 
 # ---- an ingestion that is killed -------------------------------------------------------------------
