@@ -13,12 +13,13 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import IO, Any, NamedTuple, get_args
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,7 +30,7 @@ from cacheblend_rag._version import __version__
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig, Mode
 from cacheblend_rag.engine.base import GateReport
-from cacheblend_rag.errors import CacheBlendError, MissingExtraError, StoreError
+from cacheblend_rag.errors import CacheBlendError, EngineError, MissingExtraError, StoreError
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.models import cache_home, resolve_model
 from cacheblend_rag.report import BlendReport
@@ -42,9 +43,10 @@ OK, OUR_ERROR, REFUSED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
 # Defaults of this command; what the user's environment sets wins.
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: vLLM is imported once, not three times
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # how memory is bound to NUMA nodes
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler in this process: a quicker start
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -431,22 +433,46 @@ def _started(name: str | None, store: Path | None, screen: Screen) -> Iterator[C
     model = resolve_model(name)
     screen.note.print(f"Starting vLLM with {model} ...", highlight=False, soft_wrap=True)
     start = time.perf_counter()
-    config = BlendConfig(
-        system_prompt=demo.SYSTEM_PROMPT, store=store.as_uri() if store else "memory://"
-    )
-    with CacheBlend(model, config=config, engine="batch", **_engine_args(name is None)) as blend:
-        screen.note.print(f"Ready after {time.perf_counter() - start:.0f} s.", highlight=False)
-        yield blend
+    url = store.as_uri() if store else "memory://"
+    config = BlendConfig(system_prompt=demo.SYSTEM_PROMPT, store=url)
+    with tempfile.TemporaryFile() as log:
+        try:
+            with _errors_to(log, Path(model).is_dir()):
+                blend = CacheBlend(
+                    model, config=config, engine="batch", **_engine_args(name is None)
+                )
+            with blend:
+                took = time.perf_counter() - start
+                screen.note.print(f"Ready after {took:.0f} s.", highlight=False)
+                yield blend
+        except EngineError:
+            log.seek(0)
+            screen.note.print(log.read().decode(errors="replace"), markup=False, highlight=False)
+            raise
+
+
+@contextlib.contextmanager
+def _errors_to(log: IO[bytes], wanted: bool) -> Iterator[None]:
+    """Send to ``log`` what is written to stderr meanwhile, and what processes started meanwhile
+    ever write there. Not for a model from the hub: its download is worth watching.
+    """
+    if not wanted or os.environ["VLLM_LOGGING_LEVEL"] != _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
+        yield
+        return
+    with _descriptor(2, log.fileno()):
+        yield
 
 
 def _engine_args(embedded: bool) -> dict[str, Any]:
-    """Small blocks leave less of a prompt's last chunk to recompute. On a GPU they are small."""
     import torch
 
-    args: dict[str, Any] = {} if torch.cuda.is_available() else {"block_size": 32}
-    if embedded:
-        args["use_tqdm_on_load"] = False  # loaded before a bar can be read
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    args: dict[str, Any] = {"use_tqdm_on_load": not embedded}  # loaded before a bar can be read
+    if not torch.cuda.is_available():
+        # Small blocks leave less of a prompt's last chunk to compute; on a GPU they are small. A
+        # worker of its own gets the OpenMP library that vLLM wants preloaded.
+        args |= {"block_size": 32, "distributed_executor_backend": "mp"}
+        if embedded:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return args
 
 
@@ -480,13 +506,19 @@ def _nothing_else_on_stdout(wanted: bool) -> Iterator[None]:
         yield
         return
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
+    with _descriptor(1, 2), contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def _descriptor(number: int, target: int) -> Iterator[None]:
+    """Let a file descriptor lead to ``target`` for a while."""
+    kept = os.dup(number)
+    os.dup2(target, number)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
-        os.dup2(kept, 1)
+        os.dup2(kept, number)
         os.close(kept)
 
 
