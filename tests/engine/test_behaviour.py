@@ -1,4 +1,4 @@
-"""What blending must not disturb: batches, prefix cache, eviction, preemption, failures, refusals."""
+"""What blending must not disturb: batches, caching, eviction, preemption, failures, refusals."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ def blend(
 
 @pytest.fixture(autouse=True)
 def everything_stored(blend: CacheBlend) -> Iterator[None]:
-    """Every test starts with all chunks in the store and an empty prefix cache, and leaves no request
-    behind.
-    """
+    """Every test starts with all chunks and an empty prefix cache, and leaves no request behind."""
     if not blend._closed:
         blend.ingest(list(CHUNKS.values()), progress=False)
         reset(blend)
@@ -85,7 +83,7 @@ def everything_stored(blend: CacheBlend) -> Iterator[None]:
         assert not connector(blend)._jobs
 
 
-# ---- helpers ---------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------
 
 
 def core(blend: CacheBlend) -> Any:
@@ -183,7 +181,7 @@ def spy_on_tasks(patch: pytest.MonkeyPatch, note: Callable[[Blender, BlendTask],
     patch.setattr(Blender, "steps", noted)
 
 
-# ---- 1. batches ------------------------------------------------------------------------------------
+# ---- 1. batches ----------------------------------------------------------------------------------
 
 BLENDS = [
     prompt([words(5), "a", words(3), "b", "c", words(7)]),
@@ -217,7 +215,8 @@ def test_a_mixed_batch_answers_as_each_request_alone(
 
 def spy_on_background(blend: CacheBlend, patch: pytest.MonkeyPatch) -> list[str]:
     """Names of the requests blended between steps, as they come."""
-    scheduler_side, seen = core(blend).scheduler.connector, []
+    seen: list[str] = []
+    scheduler_side = core(blend).scheduler.connector
     build = scheduler_side.build_connector_meta
 
     def noted(scheduler_output: Any) -> Any:
@@ -237,6 +236,19 @@ def test_auto_blends_at_once_when_nothing_else_runs(
     assert background == []
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_same_prompt_several_times_at_once(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, schedule: str, fails: bool
+) -> None:
+    one = alone(blend, BLENDS[0], mode="off" if fails else "blend")
+    if fails:
+        break_blending(blend, monkeypatch, "middle")
+    for other in blend.generate([BLENDS[0]] * 3, schedule=schedule, **SAMPLING):
+        check_report(other)
+        assert_same(one, other)
+
+
 @pytest.mark.parametrize("selector", ["query", "hkvd", "first_k", "random", "all", "none"])
 def test_small_tiles_give_the_same_answer(blend: CacheBlend, selector: str) -> None:
     whole = alone(blend, BLENDS[1], selector=selector)
@@ -245,7 +257,7 @@ def test_small_tiles_give_the_same_answer(blend: CacheBlend, selector: str) -> N
     assert_same(whole, background)
 
 
-# ---- 2. prefix cache -------------------------------------------------------------------------------
+# ---- 2. prefix cache -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
@@ -293,7 +305,11 @@ def test_another_question_may_share_what_no_question_chose(blend: CacheBlend) ->
 
 
 def test_other_ratios_and_selectors_share_no_block(blend: CacheBlend) -> None:
-    options = [{"recompute_ratio": 0.1}, {"recompute_ratio": 0.3}, {"selector": "hkvd"}]
+    options: list[dict[str, Any]] = [
+        {"recompute_ratio": 0.1},
+        {"recompute_ratio": 0.3},
+        {"selector": "hkvd"},
+    ]
     apart = [alone(blend, BLENDS[1], **o) for o in options]
     for one, option in zip(apart, options, strict=True):
         other = ask(blend, BLENDS[1], **option)
@@ -368,7 +384,7 @@ def by_hand(blend: CacheBlend, request: Any) -> list[EngineOutput]:
     return pieces
 
 
-# ---- 5. failures -----------------------------------------------------------------------------------
+# ---- 5. failures ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
@@ -442,7 +458,7 @@ def test_leaving_a_stream_early_aborts_it(blend: CacheBlend) -> None:
     assert_same(good, alone(blend, BLENDS[1]))
 
 
-# ---- 6. missing and damaged chunks -----------------------------------------------------------------
+# ---- 6. missing and damaged chunks ---------------------------------------------------------------
 
 
 def damage(blend: CacheBlend, name: str) -> None:
@@ -505,7 +521,7 @@ def test_forget_and_ingest(blend: CacheBlend) -> None:
     assert alone(blend, ids).report.blended
 
 
-# ---- 7. refusals -----------------------------------------------------------------------------------
+# ---- 7. refusals ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -546,7 +562,7 @@ def test_admission(blend: CacheBlend, changes: dict[str, Any], reason: str) -> N
     assert reason in tracked.reason and bool(tracked.reason) == bool(reason)
 
 
-# ---- 8. options ------------------------------------------------------------------------------------
+# ---- 8. options ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
@@ -648,7 +664,7 @@ def test_the_longest_prompt(blend: CacheBlend) -> None:
     assert alone(blend, ids[:-20] + CHUNKS["b"][:20], max_tokens=1).report.blended
 
 
-# ---- 10. layouts -----------------------------------------------------------------------------------
+# ---- 10. layouts ---------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, list[str | tuple[int, ...]]] = {
     "adjacent": [words(5), "a", "b", "c", words(20)],
@@ -656,7 +672,7 @@ LAYOUTS: dict[str, list[str | tuple[int, ...]]] = {
     "head cut": [words(5), CHUNKS["d"][20:], words(20)],
     "tail cut": [words(5), CHUNKS["d"][:70], words(20)],
     "both cut": [words(5), CHUNKS["d"][8:96], words(3), "b", words(20)],
-    "near duplicate": [words(5), CHUNKS["d"][:50] + (3, 4, 5) + CHUNKS["d"][53:], words(20)],
+    "near duplicate": [words(5), (*CHUNKS["d"][:50], 3, 4, 5, *CHUNKS["d"][53:]), words(20)],
     "at the start": ["a", "b", words(20)],
     "in its own place": [PREFIX, "a", "b", words(20)],
     "question first": [words(40), "a", "b", "c"],
@@ -730,7 +746,7 @@ def test_what_fills_no_block_is_not_blended(blend: CacheBlend) -> None:
     assert not result.report.blended and "block" in result.report.reason
 
 
-# ---- 3. partial hits -------------------------------------------------------------------------------
+# ---- 3. partial hits -----------------------------------------------------------------------------
 
 
 @tight
@@ -757,6 +773,21 @@ def test_a_partial_hit_blends_the_rest(
         if ratio == 1.0:
             assert_same(plain, whole)
             assert_same(plain, part)
+
+
+@tight
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_the_rest_of_a_partial_hit_fails(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    ids = prompt([words(5), "a", words(3), "d", "h", words(20)])
+    plain = alone(blend, ids, mode="full")
+    assert ask(blend, ids, recompute_ratio=1.0).report.blended
+    evict(blend, 4)
+    break_blending(blend, monkeypatch, "middle")
+    part = ask(blend, ids, recompute_ratio=1.0, schedule=schedule)
+    assert "blending failed" in part.report.reason
+    assert_same(plain, part)
 
 
 def evict(blend: CacheBlend, blocks: int) -> None:
@@ -787,7 +818,7 @@ def spy_on_shared_blocks(patch: pytest.MonkeyPatch) -> list[tuple[Any, torch.Ten
     return seen
 
 
-# ---- 4. preemption ---------------------------------------------------------------------------------
+# ---- 4. preemption -------------------------------------------------------------------------------
 
 
 @tight
@@ -835,7 +866,7 @@ def test_more_blends_than_fit_wait_for_their_turn(blend: CacheBlend) -> None:
             assert_same(one, other)
 
 
-# ---- 7. LoRA, and the end --------------------------------------------------------------------------
+# ---- 7. LoRA, and the end ------------------------------------------------------------------------
 
 
 def adapter(folder: Path) -> Path:

@@ -29,7 +29,7 @@ def blend(tiny_models: Path) -> Iterator[CacheBlend]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        options = {"max_num_batched_tokens": 512, "max_num_seqs": BATCH}
+        options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": BATCH}
         with start(make("llama", tiny_models), prefix=(7, 9, 11), **options) as opened:
             assert opened.gate.passed
             yield opened
@@ -129,7 +129,6 @@ def test_random_prompts(blend: CacheBlend, capsys: pytest.CaptureFixture[str]) -
             reused += alone.report.tokens_reused
     total = sum(map(len, prompts))
     with capsys.disabled():
-        sys.stdout.write(
-            f"\n{NUM_PROMPTS} prompts of {total} tokens, {blended} blended, {reused} tokens reused\n"
-        )
+        counts = f"{total} tokens, {blended} prompts blended, {reused} tokens reused"
+        sys.stdout.write(f"\n{NUM_PROMPTS} prompts of {counts}\n")
     assert blended > NUM_PROMPTS * 0.8 and reused > total * 0.4

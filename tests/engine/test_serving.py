@@ -131,7 +131,7 @@ def interleaved(streams: list[Any]) -> bool:
     return max(times(s)[0] for s in streams) < min(times(s)[-1] for s in streams)
 
 
-# ---- streams side by side --------------------------------------------------------------------------
+# ---- streams side by side ------------------------------------------------------------------------
 
 
 def test_text_comes_piece_by_piece(blend: CacheBlend) -> None:
@@ -218,7 +218,7 @@ def test_a_stream_goes_on_while_another_blends(
     assert least <= len(meanwhile) <= most
 
 
-# ---- leaving early ---------------------------------------------------------------------------------
+# ---- leaving early -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 5])
@@ -284,7 +284,7 @@ def test_refused_requests_leave_the_engine_alone(
     assert blend.generate(PROMPTS[0], **SAMPLING).token_ids == alone[0].token_ids
 
 
-# ---- the end ---------------------------------------------------------------------------------------
+# ---- the end -------------------------------------------------------------------------------------
 
 
 def outcome(use: Callable[[], Any]) -> BaseException | None:
