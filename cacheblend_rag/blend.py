@@ -22,8 +22,8 @@ from cacheblend_rag.ingest import Chunk, IngestReport
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex, Match
 from cacheblend_rag.models import resolve_model
-from cacheblend_rag.plan import PARAMS_KEY, NoPlan, Plan, make_plan
-from cacheblend_rag.prefix import ingest_prefix
+from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
+from cacheblend_rag.prefix import ingest_prefix, prompt_head
 from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
 from cacheblend_rag.report import make_report
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
@@ -73,6 +73,7 @@ class CacheBlend:
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
         self._closed = False
         self._index = ChunkIndex()
+        self._head: Head | None = None
         self._engine: Engine = create_engine(engine, resolve_model(str(model)), engine_args)
         try:
             self.info = self._engine.info
@@ -223,6 +224,7 @@ class CacheBlend:
             config,
             prefix_ids=self._space.prefix_ids,
             block_size=self.info.block_size,
+            head=self._head,
         )
 
     def _finish(
@@ -243,6 +245,8 @@ class CacheBlend:
         )
         for key in report.missing_keys:
             self._index.discard(key)
+            if self._head is not None and key == self._head.key:
+                self._head = None
         return make_result(prepared.request.token_ids, pieces, report, prepared.request_id)
 
     # ---- options -------------------------------------------------------------------------------
@@ -310,9 +314,20 @@ class CacheBlend:
         report = self._probe(report)
         if report.passed:
             self._index.add_many(ours(self._space, ranks))
+            self._head = self._store_head()
         else:
             self._engine.rpc("cacheblend_unbind")
         return report
+
+    def _store_head(self) -> Head | None:
+        """The head of chat prompts, stored at position 0: exact where a prompt starts with it."""
+        ids = prompt_head(self.config, self.tokenizer)
+        if len(ids) < 2:
+            return None
+        key = self._space._replace(prefix_ids=()).key(ids)
+        if any(self._engine.rpc("cacheblend_missing", [key])):
+            self._engine.rpc("cacheblend_ingest", [key], [list(ids)], [])
+        return Head(key, ids)
 
     def _probe(self, report: GateReport) -> GateReport:
         head, chunk, question = gate.probe_ids(self.info)

@@ -441,10 +441,10 @@ def _started(name: str | None, store: Path | None, screen: Screen) -> Iterator[C
                 blend = CacheBlend(
                     model, config=config, engine="batch", **_engine_args(name is None)
                 )
-            with blend:
+            with blend as opened:
                 took = time.perf_counter() - start
                 screen.note.print(f"Ready after {took:.0f} s.", highlight=False)
-                yield blend
+                yield opened
         except EngineError:
             log.seek(0)
             screen.note.print(log.read().decode(errors="replace"), markup=False, highlight=False)

@@ -158,6 +158,13 @@ class Plan:
         return SALT_PREFIX + digest.hexdigest()
 
 
+class Head(NamedTuple):
+    """What chat template and system prompt put first, stored as a chunk without a prefix."""
+
+    key: str
+    token_ids: tuple[int, ...]
+
+
 class NoPlan(NamedTuple):
     """The request is served as a plain, exact prefill, for this reason."""
 
@@ -171,6 +178,7 @@ def make_plan(
     *,
     prefix_ids: Sequence[int],
     block_size: int,
+    head: Head | None = None,
 ) -> Plan | NoPlan:
     """Decide what of a prompt is reused.
 
@@ -180,6 +188,7 @@ def make_plan(
         config: mode, ratio and selector of this request.
         prefix_ids: the ingest prefix the chunks were computed behind.
         block_size: tokens a block of the paged cache.
+        head: the prompts' usual first tokens, stored at position 0.
     """
     if config.mode in ("off", "full"):
         return NoPlan(f"mode is {config.mode!r}")
@@ -188,6 +197,7 @@ def make_plan(
     question_start = matches[-1].end
     end = min(question_start, len(token_ids) - 1) // block_size * block_size
     segments = tuple(_segments(token_ids, matches, end, tuple(prefix_ids)))
+    segments = _with_head(segments, token_ids, head)
     if not any(s.kind is not Kind.FRESH for s in segments):
         return NoPlan(f"the matched chunks fill no block of {block_size} tokens")
     return Plan(
@@ -216,6 +226,20 @@ def _segments(
     if at < end:
         segments.append(Segment(at, end))
     return segments
+
+
+def _with_head(
+    segments: tuple[Segment, ...], token_ids: Sequence[int], head: Head | None
+) -> tuple[Segment, ...]:
+    """Serve the prompt's first tokens from the stored head: exact, as nothing comes before them."""
+    first = segments[0] if segments else None
+    if head is None or first is None or first.kind is not Kind.FRESH:
+        return segments
+    size = len(head.token_ids)
+    if size > len(first) or tuple(token_ids[:size]) != head.token_ids:
+        return segments
+    rest = (Segment(size, first.end),) if size < first.end else ()
+    return (Segment(0, size, head.key, 0, Kind.EXACT), *rest, *segments[1:])
 
 
 def _kind(token_ids: Sequence[int], match: Match, prefix: tuple[int, ...]) -> Kind:

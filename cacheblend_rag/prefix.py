@@ -51,7 +51,7 @@ def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) ->
     elif kind == "bos":
         ids = _bos(tokenizer)
     else:
-        ids = _head(tokenizer, config.system_prompt)
+        ids = prompt_head(config, tokenizer)
         whole = ids + tuple(tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False))
         if kind == "auto" and len(whole) <= max_model_len // 8:
             ids = whole
@@ -63,8 +63,11 @@ def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) ->
     return ids
 
 
-def _head(tokenizer: Any, system_prompt: str | None) -> tuple[int, ...]:
-    """What the chat template and the system prompt put before the user's first word."""
+def prompt_head(config: BlendConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that the chat template and the system prompt put before the user's first word."""
+    if tokenizer is None:
+        return ()
+    system_prompt = config.system_prompt
     if not getattr(tokenizer, "chat_template", None):
         return _bos(tokenizer)
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]

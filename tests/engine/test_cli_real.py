@@ -18,6 +18,9 @@ from cacheblend_rag.models import embedded_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
+# two threads that wait for each other cost more than they save on a busy machine
+THREADS = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
 Run = Callable[..., dict[str, Any]]
 
 
@@ -53,7 +56,7 @@ def one_engine(model: Path, home: Path) -> Iterator[None]:
             pass
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in cli._ENVIRONMENT.items():
+        for name, value in (cli._ENVIRONMENT | THREADS).items():
             patch.setenv(name, os.environ.get(name, value))  # as the command, and undone
         patch.setenv("CACHEBLEND_HOME", str(home))
         patch.setattr(cli, "CacheBlend", Shared)
@@ -96,9 +99,10 @@ def test_ingest_then_ask_then_stats(run: Run, home: Path) -> None:
     assert exact["report"]["tokens_fresh"] == exact["report"]["tokens_total"]
 
     held = run("stats")
-    assert held["total"]["chunks"] == held["passages"] == report["computed"]
-    assert held["total"]["tokens"] == report["tokens"]
-    assert held["total"]["bytes"] == report["bytes"]
+    assert held["passages"] == report["computed"]
+    assert held["total"]["chunks"] == report["computed"] + 1  # the head of chat prompts
+    assert held["total"]["tokens"] > report["tokens"]
+    assert held["total"]["bytes"] > report["bytes"]
     assert len(held["namespaces"]) == 1
 
 
@@ -119,7 +123,7 @@ def test_demo(run: Run) -> None:
 def test_check_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     """From the shell: the exit code, a silent stderr, and nothing but the object on stdout."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
-    environment |= {"CACHEBLEND_HOME": str(tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"CACHEBLEND_HOME": str(tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1", **THREADS}
     command = [sys.executable, "-m", "cacheblend_rag", "check", str(model), "--json"]
     ended = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240

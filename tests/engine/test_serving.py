@@ -25,10 +25,12 @@ from cacheblend_rag.errors import (
 )
 from cacheblend_rag.result import BlendStream
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 SAMPLING: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
 LONG: dict[str, Any] = {**SAMPLING, "max_tokens": 900}
+# long enough that all are under way together, however late a busy machine starts a thread
+SEEN_TOGETHER: dict[str, Any] = {**SAMPLING, "max_tokens": 300}
 
 SPECIAL = ("<bos>", "<eos>", "<unk>")
 WORDS = [*SPECIAL, *(f"w{i}" for i in range(3, VOCAB))]
@@ -159,23 +161,24 @@ def test_text_prompts_and_stop_strings(blend: CacheBlend, alone: list[BlendResul
 
 
 def test_threads_share_the_engine(blend: CacheBlend, alone: list[BlendResult]) -> None:
-    streams = [blend.stream(ids, **SAMPLING) for ids in PROMPTS[:4]]
+    streams = [blend.stream(ids, **SEEN_TOGETHER) for ids in PROMPTS[:4]]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(read, streams))
-    assert [r.token_ids for r in results] == [r.token_ids for r in alone[:4]]
+    assert [r.token_ids[:24] for r in results] == [r.token_ids for r in alone[:4]]
     assert interleaved(streams)
 
 
 async def test_an_event_loop_interleaves_streams(
     blend: CacheBlend, alone: list[BlendResult]
 ) -> None:
-    streams = [blend.astream(ids, **SAMPLING) for ids in PROMPTS[:4]]
+    streams = [blend.astream(ids, **SEEN_TOGETHER) for ids in PROMPTS[:4]]
 
     async def read_all(stream: Any) -> str:
         return "".join([piece async for piece in stream])
 
     texts = await asyncio.gather(*map(read_all, streams))
-    assert texts == [r.text for r in alone[:4]]
+    for got, one in zip(texts, alone, strict=False):
+        assert got.startswith(one.text)
     assert interleaved(streams)
 
 

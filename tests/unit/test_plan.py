@@ -9,7 +9,7 @@ import pytest
 
 from cacheblend_rag import BlendConfig
 from cacheblend_rag.locate import Match
-from cacheblend_rag.plan import Kind, NoPlan, Plan, Segment, make_plan
+from cacheblend_rag.plan import Head, Kind, NoPlan, Plan, Segment, make_plan
 from cacheblend_rag.report import make_report
 
 IDS = tuple(range(1000, 1300))
@@ -75,6 +75,28 @@ def test_exact_only_behind_its_own_prefix_at_its_own_place() -> None:
     assert kind(match(20, 100, offset=4), prefix) is Kind.REUSE
     assert kind(match(20, 100, offset=40), prefix) is Kind.HEAD_CUT
     assert kind(match(0, 100), ()) is Kind.EXACT
+
+
+def test_the_stored_head_is_exact_where_the_prompt_starts_with_it() -> None:
+    def made(ids: tuple[int, ...], start: int = 20) -> tuple[Segment, ...]:
+        plan = make_plan(
+            IDS,
+            [match(start, 100)],
+            BlendConfig(),
+            prefix_ids=(1, 2),
+            block_size=16,
+            head=Head("h", ids),
+        )
+        assert isinstance(plan, Plan)
+        return plan.segments
+
+    reused = Segment(20, 96, "k", 0, Kind.REUSE)
+    exact = Segment(0, 12, "h", 0, Kind.EXACT)
+    assert made(IDS[:12]) == (exact, Segment(12, 20), reused)
+    assert made(IDS[:20]) == (Segment(0, 20, "h", 0, Kind.EXACT), reused)
+    assert made((7, *IDS[1:12])) == (Segment(0, 20), reused)
+    assert made(IDS[:30]) == (Segment(0, 20), reused), "a head that reaches into a chunk"
+    assert made(IDS[:12], start=0) == (Segment(0, 96, "k", 0, Kind.REUSE),)
 
 
 def test_params_survive_json_and_reject_what_is_malformed() -> None:
