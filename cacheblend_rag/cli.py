@@ -324,7 +324,8 @@ def _hint(report: BlendReport, args: argparse.Namespace, screen: Screen) -> None
 def _check(args: argparse.Namespace, screen: Screen) -> Done:
     with _started(args.model, None, screen) as blend:
         report, info = blend.gate, blend.info
-    screen.out.print(_layers_table(report))
+    if report.layers:
+        screen.out.print(_layers_table(report))
     if report.prefill_error is not None:
         screen.out.print(
             f"Ratio 1 against a plain prefill: total variation distance {report.prefill_error:.2g} "
@@ -406,11 +407,15 @@ def _demo(args: argparse.Namespace, screen: Screen) -> Done:
     summary = demo.summarize(outcomes)
     screen.out.print()
     screen.out.print(demo.summary_table(summary))
-    screen.out.print(", ".join(f"{k} {v}" for k, v in versions.items()), soft_wrap=True)
+    if report.computed:
+        screen.out.print(f"Ingestion: {_rate(report):.0f} tokens/s.", highlight=False)
+    line = ", ".join(f"{name} {value}" for name, value in versions.items())
+    screen.out.print(line, highlight=False, soft_wrap=True)
     if args.model is None:
         screen.out.print(
-            "The embedded model is tiny, so many answers are wrong in every mode; what counts here "
-            f"is whether they agree. '--model {demo.LARGER_MODEL}', say, answers better.",
+            "The embedded model is tiny. The questions are some that it answers right after a full "
+            "prefill, and little misleads it; a larger one, '--model "
+            f"{demo.LARGER_MODEL}' say, answers better.",
             highlight=False,
         )
     data = {
@@ -528,6 +533,3 @@ def _size(count: float) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms"
-
-
-__all__ = ["main"]

@@ -173,7 +173,8 @@ def run(
     for number, question in enumerate(questions):
         messages = chat(retriever.search(question.text, PASSAGES), question.text)
         turn = number % len(MODES)
-        screen.rule(f"{number + 1}/{len(questions)}  {escape(question.text)}", align="left")
+        place = f"{number + 1}/{len(questions)}"
+        screen.print(f"\n[bold]{place}  {escape(question.text)}[/bold]", highlight=False)
         screen.print(f"  gold   {escape(question.gold)}", highlight=False)
         answers: dict[str, Answer] = {}
         for mode in MODES[turn:] + MODES[:turn]:
@@ -226,6 +227,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Medians of the first token's time, and counts of answers."""
     return {
         "questions": len(outcomes),
+        "prompt_tokens_median": median(o.answers["full"].report.tokens_total for o in outcomes),
         "ttft_median_s": {m: median(o.answers[m].ttft_s for o in outcomes) for m in MODES},
         "speedup_median": {m: median(o.speedup(m) for o in outcomes) for m in REUSING},
         "agree": {m: sum(o.agrees(m) for o in outcomes) for m in REUSING},
@@ -235,11 +237,11 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """The summary, one row a mode."""
-    table = Table(title=f"{summary['questions']} questions", title_justify="left")
-    for heading in ("", "TTFT, median", "sooner", "answers as full", "first token as full"):
+    """The summary, one row a mode; times are medians, answers are held against full's."""
+    title = f"{summary['questions']} questions, {summary['prompt_tokens_median']:.0f} prompt tokens"
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "TTFT", "sooner", "same answer", "same first token", "correct"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_column("correct", justify="right")
     for mode in MODES:
         compared = ["1.0×", "", ""]
         if mode in REUSING:
