@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -88,11 +88,6 @@ def unknown_option(name: str, known: Iterable[str], what: str) -> ConfigError:
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
     return ConfigError(f"{what} has no option {name!r}.{hint}")
-
-
-def config_fields() -> tuple[str, ...]:
-    """Names of all options."""
-    return tuple(f.name for f in fields(BlendConfig))
 
 
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:

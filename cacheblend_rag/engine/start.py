@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from cacheblend_rag import errors
 from cacheblend_rag.config import unknown_option
@@ -20,7 +20,6 @@ from cacheblend_rag.errors import (
 )
 
 _OURS = ("kv_transfer_config", "worker_extension_cls")
-_T = TypeVar("_T")
 
 
 class Prepared(NamedTuple):
