@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from cacheblend_kernels.paged import PagedKV
+
 _LOGITS = 1 << 26  # attention logits held at once, float32
 
 
@@ -126,3 +128,19 @@ def key_deviation(fresh_NGD: torch.Tensor, cached_NGD: torch.Tensor) -> torch.Te
 def window_average(score_N: torch.Tensor, window: int) -> torch.Tensor:
     """Mean over a centred window of odd length, zeros beyond the ends; float32 [N]."""
     return F.avg_pool1d(score_N.float()[None, None], window, 1, window // 2)[0, 0]
+
+
+def placed(
+    k_NGD: torch.Tensor,
+    v_NGD: torch.Tensor,
+    cos_NP: torch.Tensor,
+    sin_NP: torch.Tensor,
+    positions_N: torch.Tensor,
+    cache: PagedKV,
+    *,
+    is_neox: bool,
+) -> None:
+    """Twin of ``place.place``: ``rerotate``, then write K and V at ``positions_N``."""
+    block, inside = cache.slots(positions_N)
+    cache.k_BSGD[block, inside] = rerotate(k_NGD, cos_NP, sin_NP, is_neox=is_neox)
+    cache.v_BSGD[block, inside] = v_NGD

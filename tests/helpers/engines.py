@@ -12,10 +12,15 @@ from tiny import VOCAB
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 
-# several small engines in one process, one after the other; vLLM 0.26 gives sliding-window layers
-# blocks of 16 on a GPU, and without its hybrid manager all layers need the same
+# a fixed cache, so that engines of several test processes fit beside one another; vLLM 0.26 gives
+# sliding-window layers blocks of 16 on a GPU, and without its hybrid manager all layers need the same
 GPU_SHARE: dict[str, Any] = (
-    {"gpu_memory_utilization": 0.2, "enforce_eager": True, "block_size": 16}
+    {
+        "kv_cache_memory_bytes": 1 << 29,
+        "gpu_memory_utilization": 0.05,
+        "enforce_eager": True,
+        "block_size": 16,
+    }
     if torch.cuda.is_available()
     else {}
 )

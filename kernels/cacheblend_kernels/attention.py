@@ -1,0 +1,338 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Attention of queries at scattered positions over the paged cache, and how much each key got.
+
+Shape legend: R query rows, H query heads, G KV heads (H is a multiple of G), D head size,
+N context tokens, X extra tokens that are not in the cache, Z splits of the keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from cacheblend_kernels.paged import PagedKV
+
+_LOG2E = 1.4426950408889634
+_KEYS = 64  # a step
+_PROGRAMS = 256  # enough to fill a GPU; fewer are split along the keys
+
+
+class Extra(NamedTuple):
+    """Keys and values beside the cache: the question's own. Positions ascend behind the context."""
+
+    k_XGD: torch.Tensor
+    v_XGD: torch.Tensor
+    position_X: torch.Tensor  # int64
+
+
+def scattered_attention(
+    q_RHD: torch.Tensor,
+    position_R: torch.Tensor,
+    cache: PagedKV,
+    num_context: int,
+    out_RHD: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int | None = None,
+    known_N: torch.Tensor | None = None,
+    extra: Extra | None = None,
+    want_lse: bool = False,
+) -> torch.Tensor | None:
+    """Each row attends to the context tokens, and extra ones, at its own and earlier positions.
+
+    Selective recomputation (CacheBlend, section 4.2) needs just this: a causal mask by position,
+    not by place in the batch. Query heads that share a KV head are packed into one tile.
+
+    Args:
+        q_RHD: queries; rows of ``[H, D]`` are contiguous.
+        position_R: int64, ascending.
+        cache: a layer's paged cache; positions ``[0, num_context)`` may be read.
+        out_RHD: written.
+        scale: factor on the logits; softcap: ``softcap * tanh(logits / softcap)`` where not 0.
+        window: tokens a row sees back, itself included.
+        known_N: bool [num_context], context tokens that may be seen; None for all.
+        extra: further keys.
+        want_lse: also return log2-sum-exp2 of the logits in base 2, float32 [R, H].
+    """
+    rows, heads, dim = q_RHD.shape
+    _, size, groups, _ = cache.k_BSGD.shape
+    share = heads // groups
+    num_extra = len(extra.position_X) if extra is not None else 0
+    block_m = 128 if rows * share >= 1024 else 64
+    tiles = triton.cdiv(rows * share, block_m)
+    splits = _power(min(_PROGRAMS // (tiles * groups), num_context // (2 * _KEYS)))
+    empty = q_RHD  # a pointer that is never followed
+    lse = torch.empty(rows, heads, dtype=torch.float32, device=q_RHD.device)
+    if splits > 1:
+        partial = torch.empty(splits, rows, heads, dim, dtype=torch.float32, device=q_RHD.device)
+        partial_lse = torch.empty(splits, rows, heads, dtype=torch.float32, device=q_RHD.device)
+    else:
+        partial, partial_lse = out_RHD, lse
+    k, v = cache.k_BSGD, cache.v_BSGD
+    ek, ev = (extra.k_XGD, extra.v_XGD) if extra is not None else (empty, empty)
+    _attention_kernel[(tiles, groups, splits)](
+        q_RHD, position_R, k, v, cache.table, partial, partial_lse,
+        known_N if known_N is not None else empty, ek, ev,
+        extra.position_X if extra is not None else empty,
+        rows, num_context, num_extra, scale * _LOG2E, softcap * _LOG2E,
+        q_RHD.stride(0), partial.stride(-3), rows * heads * dim, rows * heads,
+        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
+        ek.stride(0), ev.stride(0), window or 0,
+        SIZE=size, SHARE=share, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
+        SOFTCAP=softcap > 0, WINDOW=window is not None, KNOWN=known_N is not None,
+        EXTRA=num_extra > 0, BLOCK_M=block_m, BLOCK_N=_KEYS,
+        num_warps=8 if block_m == 128 else 4, num_stages=3,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(rows * heads,)](
+            partial, partial_lse, out_RHD, lse, rows * heads, out_RHD.stride(0),
+            HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), SPLITS=splits, num_warps=2,
+        )  # fmt: skip
+    return lse if want_lse else None
+
+
+def question_scores(
+    q_RHD: torch.Tensor,
+    position_R: torch.Tensor,
+    lse_RH: torch.Tensor,
+    cache: PagedKV,
+    num_context: int,
+    score_GN: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int | None = None,
+    known_N: torch.Tensor | None = None,
+) -> None:
+    """Add the attention that each context token gets, summed over rows and the heads of a group.
+
+    Args:
+        lse_RH: what ``scattered_attention`` returned for these rows.
+        score_GN: float32, added to. Each group has a row of its own, so that no sum depends on the
+            order in which programs happen to run.
+    """
+    rows, heads, dim = q_RHD.shape
+    _, size, groups, _ = cache.k_BSGD.shape
+    k = cache.k_BSGD
+    _score_kernel[(triton.cdiv(num_context, _KEYS), groups)](
+        q_RHD, position_R, lse_RH, k, cache.table,
+        known_N if known_N is not None else q_RHD, score_GN,
+        rows, num_context, scale * _LOG2E, softcap * _LOG2E, q_RHD.stride(0), lse_RH.stride(0),
+        k.stride(0), k.stride(1), k.stride(2), score_GN.stride(0), window or 0,
+        SIZE=size, SHARE=heads // groups, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
+        SOFTCAP=softcap > 0, WINDOW=window is not None, KNOWN=known_N is not None,
+        BLOCK_M=64, BLOCK_N=_KEYS, num_warps=4,
+    )  # fmt: skip
+
+
+def _power(limit: int) -> int:
+    """The largest power of two up to ``limit``, so that few kernels are compiled; at least 1."""
+    return 1 << max(0, limit.bit_length() - 1)
+
+
+@triton.jit
+def _cap(x, softcap):
+    """``softcap * tanh(x / softcap)``, both in units of base-2 exponents."""
+    return softcap * (2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * x / softcap)) - 1.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "context",
+        "extra",
+        "q_row",
+        "out_row",
+        "out_split",
+        "lse_split",
+        "ek_row",
+        "ev_row",
+        "window",
+    ]
+)
+def _attention_kernel(
+    q, position, k, v, table, out, lse, known, extra_k, extra_v, extra_position,
+    rows, context, extra, scale, softcap, q_row, out_row, out_split, lse_split,
+    k_block, k_place, k_head, v_block, v_place, v_head, ek_row, ev_row, window,
+    SIZE: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KNOWN: tl.constexpr,
+    EXTRA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    splits = tl.num_programs(2)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    g, z = tl.program_id(1), tl.program_id(2)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, head = m // SHARE, g * SHARE + m % SHARE
+    live = row < rows
+    d = tl.arange(0, BLOCK_D)
+    FULL_D: tl.constexpr = DIM == BLOCK_D
+    in_d = d < DIM
+    at = tl.load(position + row, mask=live, other=-1)
+    queries = tl.load(
+        q + row[:, None] * q_row + head[:, None] * DIM + d[None],
+        mask=live[:, None] & in_d[None], other=0.0,
+    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    most = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    last = tl.minimum(tl.max(at) + 1, context)  # keys [first, last) concern this tile
+    first_row = tl.min(tl.where(live, at, 1 << 30))
+    first = 0
+    if WINDOW:
+        first = tl.maximum(first_row - window + 1, 0) // BLOCK_N * BLOCK_N
+    blocks = tl.cdiv(last - first, BLOCK_N)
+    each = tl.cdiv(blocks, splits)
+    begin = first + z * each * BLOCK_N
+    end = tl.minimum(begin + each * BLOCK_N, last)
+    n = tl.arange(0, BLOCK_N)
+    plain = begin
+    if not (WINDOW or KNOWN):  # keys that every row of the tile sees
+        plain = tl.maximum(begin, tl.minimum(end, first_row + 1) // BLOCK_N * BLOCK_N)
+    for start in range(begin, plain, BLOCK_N):
+        j = start + n
+        block = tl.load(table + j // SIZE).to(tl.int64)
+        inside = j % SIZE
+        k_at = k + (block * k_block + inside * k_place)[None] + g * k_head + d[:, None]
+        v_at = v + (block * v_block + inside * v_place)[:, None] + g * v_head + d[None]
+        keys = tl.load(k_at) if FULL_D else tl.load(k_at, mask=in_d[:, None], other=0.0)
+        logits = tl.dot(queries, keys, input_precision="ieee") * scale
+        if SOFTCAP:
+            logits = _cap(logits, softcap)
+        new = tl.maximum(most, tl.max(logits, 1))
+        weights = tl.exp2(logits - new[:, None])
+        fade = tl.exp2(most - new)
+        total = total * fade + tl.sum(weights, 1)
+        values = tl.load(v_at) if FULL_D else tl.load(v_at, mask=in_d[None], other=0.0)
+        acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+        most = new
+    for start in range(plain, end, BLOCK_N):
+        j = start + n
+        there = j < end
+        block = tl.load(table + j // SIZE, mask=there, other=0).to(tl.int64)
+        inside = j % SIZE
+        see = (j[None] <= at[:, None]) & there[None] & live[:, None]
+        if WINDOW:
+            see = see & (at[:, None] - j[None] < window)
+        if KNOWN:
+            see = see & (tl.load(known + j, mask=there, other=0) != 0)[None]
+        k_at = k + (block * k_block + inside * k_place)[None] + g * k_head + d[:, None]
+        v_at = v + (block * v_block + inside * v_place)[:, None] + g * v_head + d[None]
+        keys = tl.load(k_at, mask=there[None] & in_d[:, None], other=0.0)
+        values = tl.load(v_at, mask=there[:, None] & in_d[None], other=0.0)
+        acc, most, total = _masked(
+            queries, acc, most, total, keys, values, see, scale, softcap, SOFTCAP
+        )
+    if EXTRA:  # noqa: SIM102 - decided when compiled, the inner one when run
+        if z == splits - 1:
+            for start in range(0, extra, BLOCK_N):
+                x = start + n
+                there = x < extra
+                where = tl.load(extra_position + x, mask=there, other=1 << 30)
+                see = (where[None] <= at[:, None]) & there[None] & live[:, None]
+                if WINDOW:
+                    see = see & (at[:, None] - where[None] < window)
+                keys = tl.load(
+                    extra_k + x[None] * ek_row + g * DIM + d[:, None],
+                    mask=there[None] & in_d[:, None], other=0.0,
+                )  # fmt: skip
+                values = tl.load(
+                    extra_v + x[:, None] * ev_row + g * DIM + d[None],
+                    mask=there[:, None] & in_d[None], other=0.0,
+                )  # fmt: skip
+                acc, most, total = _masked(
+                    queries, acc, most, total, keys, values, see, scale, softcap, SOFTCAP
+                )
+    some = tl.where(total > 0, total, 1.0)
+    result = acc / some[:, None]
+    to = out + z * out_split + row[:, None] * out_row + head[:, None] * DIM + d[None]
+    tl.store(to, result.to(out.dtype.element_ty), mask=live[:, None] & in_d[None])
+    tl.store(
+        lse + z * lse_split + row * HEADS + head,
+        tl.where(total > 0, most + tl.log2(some), -float("inf")), mask=live,
+    )  # fmt: skip
+
+
+@triton.jit
+def _masked(q, acc, most, total, k, v, see, scale, softcap, SOFTCAP: tl.constexpr):
+    """One block of keys, some of them hidden from some rows, into the running softmax."""
+    logits = tl.dot(q, k, input_precision="ieee") * scale
+    if SOFTCAP:
+        logits = _cap(logits, softcap)
+    logits = tl.where(see, logits, -float("inf"))
+    new = tl.maximum(most, tl.max(logits, 1))
+    sure = tl.where(new == -float("inf"), 0.0, new)  # a row that has seen nothing yet
+    weights = tl.exp2(logits - sure[:, None])
+    fade = tl.exp2(most - sure)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, new, total
+
+
+@triton.jit(do_not_specialize=["split", "out_row"])
+def _combine_kernel(
+    partial, partial_lse, out, lse, split, out_row,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0)  # row and head
+    z, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    parts = tl.load(partial_lse + z * split + at)
+    most = tl.max(parts, 0)
+    sure = tl.where(most == -float("inf"), 0.0, most)
+    weights = tl.exp2(parts - sure)
+    total = tl.sum(weights, 0)
+    some = tl.where(total > 0, total, 1.0)
+    values = tl.load(
+        partial + (z[:, None] * split + at) * DIM + d[None],
+        mask=(d < DIM)[None], other=0.0,
+    )  # fmt: skip
+    result = tl.sum(values * (weights / some)[:, None], 0)
+    to = out + (at // HEADS).to(tl.int64) * out_row + at % HEADS * DIM + d
+    tl.store(to, result.to(out.dtype.element_ty), mask=d < DIM)
+    tl.store(lse + at, tl.where(total > 0, sure + tl.log2(some), -float("inf")))
+
+
+@triton.jit(do_not_specialize=["rows", "context", "q_row", "lse_row", "score_group", "window"])
+def _score_kernel(
+    q, position, lse, k, table, known, score,
+    rows, context, scale, softcap, q_row, lse_row, k_block, k_place, k_head, score_group, window,
+    SIZE: tl.constexpr, SHARE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KNOWN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    there, in_d = j < context, d < DIM
+    block = tl.load(table + j // SIZE, mask=there, other=0).to(tl.int64)
+    keys = tl.load(
+        k + (block * k_block + j % SIZE * k_place)[None] + g * k_head + d[:, None],
+        mask=there[None] & in_d[:, None], other=0.0,
+    )  # fmt: skip
+    open_j = there
+    if KNOWN:
+        open_j = open_j & (tl.load(known + j, mask=there, other=0) != 0)
+    got = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, rows * SHARE, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        row, head = m // SHARE, g * SHARE + m % SHARE
+        live = row < rows
+        at = tl.load(position + row, mask=live, other=-1)
+        queries = tl.load(
+            q + row[:, None] * q_row + head[:, None] * DIM + d[None],
+            mask=live[:, None] & in_d[None], other=0.0,
+        )  # fmt: skip
+        logits = tl.dot(queries, keys, input_precision="ieee") * scale
+        if SOFTCAP:
+            logits = _cap(logits, softcap)
+        total = tl.load(lse + row * lse_row + head, mask=live, other=0.0)
+        see = (j[None] <= at[:, None]) & open_j[None] & live[:, None]
+        if WINDOW:
+            see = see & (at[:, None] - j[None] < window)
+        got += tl.sum(tl.where(see, tl.exp2(logits - total[:, None]), 0.0), 0)
+    to = score + g * score_group + j
+    tl.store(to, tl.load(to, mask=there, other=0.0) + got, mask=there)

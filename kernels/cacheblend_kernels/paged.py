@@ -1,0 +1,33 @@
+"""What the kernels know of a paged cache: two strided views and a request's block table.
+
+Shape legend: B blocks, S tokens a block, G KV heads, D head size, N context tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class PagedKV(NamedTuple):
+    """One layer's paged cache as one request sees it.
+
+    Attributes:
+        k_BSGD, v_BSGD: views of the same dtype; the last dimension has stride 1.
+        table: int32 numbers of the blocks that hold positions ``[0, len(table) * S)``.
+    """
+
+    k_BSGD: torch.Tensor
+    v_BSGD: torch.Tensor
+    table: torch.Tensor
+
+    def slots(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and place within it of each position; int64 [N] each."""
+        size = self.k_BSGD.shape[1]
+        return self.table[positions_N // size].long(), positions_N % size
+
+    def gather(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [N, G, D] at these positions: the plain way, for twins and tests."""
+        block, place = self.slots(positions_N)
+        return self.k_BSGD[block, place], self.v_BSGD[block, place]

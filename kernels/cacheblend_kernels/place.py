@@ -1,0 +1,109 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Re-rotate stored keys and scatter K and V into the paged cache: one launch a layer.
+
+Shape legend: N tokens to place, P rotated pairs, G KV heads, D head size, C source chunks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from cacheblend_kernels.paged import PagedKV
+
+_TOKENS = 16  # a program
+
+
+class Sources(NamedTuple):
+    """Where each token's stored KV is, for one layer. A source is a contiguous ``[2, n, G, D]``.
+
+    Attributes:
+        address_C: int64 device addresses of the sources, in the cache's dtype.
+        length_C: int64 n of each.
+        chunk_N: int32 source of each token; row_N: int32 its row there.
+    """
+
+    address_C: torch.Tensor
+    length_C: torch.Tensor
+    chunk_N: torch.Tensor
+    row_N: torch.Tensor
+
+
+def place(
+    sources: Sources,
+    cos_NP: torch.Tensor,
+    sin_NP: torch.Tensor,
+    positions_N: torch.Tensor,
+    cache: PagedKV,
+    *,
+    is_neox: bool,
+) -> None:
+    """Put stored K and V at ``positions_N`` (int64), keys turned by a further angle per token.
+
+    The same as ``reference.rerotate`` of the source rows, written through ``PagedKV.slots``
+    (CacheBlend, section 4.3). Reads each row once and writes it once.
+
+    Args:
+        cos_NP, sin_NP: float32 cosine and sine of the further angle.
+        is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
+    """
+    n, pairs = cos_NP.shape
+    if n == 0:
+        return
+    _, size, groups, dim = cache.k_BSGD.shape
+    k, v = cache.k_BSGD, cache.v_BSGD
+    grid = (triton.cdiv(n, _TOKENS), groups)
+    _place_kernel[grid](
+        sources.address_C, sources.length_C, sources.chunk_N, sources.row_N,
+        cos_NP, sin_NP, positions_N, cache.table, k, v,
+        n, k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
+        SIZE=size, GROUPS=groups, DIM=dim, PAIRS=pairs, NEOX=is_neox,
+        BLOCK_N=_TOKENS, BLOCK_P=triton.next_power_of_2(pairs),
+        BLOCK_D=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n"])
+def _place_kernel(
+    address, length, chunk, row, cos, sin, positions, table, k, v,
+    n, k_block, k_place, k_head, v_block, v_place, v_head,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
+    NEOX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    g = tl.program_id(1)
+    here = t < n
+    c = tl.load(chunk + t, mask=here, other=0)
+    base = tl.load(address + c, mask=here, other=0)
+    far = tl.load(length + c, mask=here, other=0) * (GROUPS * DIM)  # elements from K to V
+    from_k = (tl.load(row + t, mask=here, other=0).to(tl.int64) * GROUPS + g) * DIM
+    source = base.to(tl.pointer_type(k.dtype.element_ty)) + from_k
+
+    position = tl.load(positions + t, mask=here, other=0)
+    block = tl.load(table + position // SIZE, mask=here, other=0).to(tl.int64)
+    inside = position % SIZE
+    to_k = k + block * k_block + inside * k_place + g * k_head
+    to_v = v + block * v_block + inside * v_place + g * v_head
+
+    d = tl.arange(0, BLOCK_D)
+    whole = here[:, None] & (d < DIM)[None]
+    tl.store(to_v[:, None] + d[None], tl.load((source + far)[:, None] + d[None], mask=whole), whole)
+    if 2 * PAIRS < DIM:
+        rest = whole & (d >= 2 * PAIRS)[None]
+        tl.store(to_k[:, None] + d[None], tl.load(source[:, None] + d[None], mask=rest), rest)
+
+    p = tl.arange(0, BLOCK_P)
+    some = here[:, None] & (p < PAIRS)[None]
+    first = p if NEOX else 2 * p
+    second = p + PAIRS if NEOX else 2 * p + 1
+    a = tl.load(source[:, None] + first[None], mask=some).to(tl.float32)
+    b = tl.load(source[:, None] + second[None], mask=some).to(tl.float32)
+    at = t[:, None] * PAIRS + p[None]
+    co = tl.load(cos + at, mask=some)
+    si = tl.load(sin + at, mask=some)
+    kind = k.dtype.element_ty
+    tl.store(to_k[:, None] + first[None], (a * co - b * si).to(kind), some)
+    tl.store(to_k[:, None] + second[None], (b * co + a * si).to(kind), some)

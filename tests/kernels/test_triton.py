@@ -1,0 +1,150 @@
+"""Triton kernels against their plain-torch twins; on the GPU where there is one, else in Triton's
+interpreter (``TRITON_INTERPRET=1``, which conftest sets before Triton is imported).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from cacheblend_kernels.paged import PagedKV
+from cacheblend_kernels.reference import placed, question_attention
+
+pytest.importorskip("triton", reason="this platform has no Triton")
+from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
+from cacheblend_kernels.place import Sources, place
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def paged(num_tokens: int, size: int, groups: int, dim: int, dtype: torch.dtype) -> PagedKV:
+    """A cache in vLLM's layout [B, G, S, 2 D], its blocks in random order, with room to spare."""
+    used = -(-num_tokens // size)
+    cache = torch.randn(used + 5, groups, size, 2 * dim, device=DEVICE).to(dtype)
+    k, v = cache.transpose(1, 2).split(dim, -1)
+    table = torch.randperm(used + 5, device=DEVICE)[:used].int()
+    return PagedKV(k, v, table)
+
+
+class Shape(NamedTuple):
+    context: int
+    rows: int
+    heads: int
+    groups: int
+    dim: int
+    size: int
+
+
+SHAPES = [
+    Shape(64, 1, 1, 1, 16, 16),
+    Shape(77, 9, 6, 2, 32, 16),
+    Shape(150, 33, 14, 2, 64, 32),
+    Shape(333, 40, 4, 4, 80, 16),
+    Shape(700, 70, 8, 2, 128, 16),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize(("dim", "rotary"), [(16, 16), (64, 32), (80, 80), (128, 128), (96, 24)])
+def test_place(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(dim)
+    groups, lengths = 3, (21, 50, 7)
+    chunks = [torch.randn(2, n, groups, dim, device=DEVICE).to(dtype) for n in lengths]
+    picks = [(0, r) for r in range(21)] + [(2, r) for r in (3, 4, 6)] + [(1, r) for r in range(49)]
+    chunk_N, row_N = (torch.tensor(x, device=DEVICE) for x in zip(*picks, strict=True))
+    positions = torch.randperm(130, device=DEVICE)[: len(picks)].sort().values
+    angle = torch.rand(len(picks), rotary // 2, device=DEVICE) * 6
+    cos, sin = angle.cos(), angle.sin()
+    cache = paged(130, 16, groups, dim, dtype)
+    before_k, before_v = cache.k_BSGD.clone(), cache.v_BSGD.clone()
+    twin = PagedKV(before_k, before_v, cache.table)
+    k = torch.stack([chunks[c][0, r] for c, r in picks])
+    v = torch.stack([chunks[c][1, r] for c, r in picks])
+    placed(k, v, cos, sin, positions, twin, is_neox=is_neox)
+    sources = Sources(
+        torch.tensor([c.data_ptr() for c in chunks], device=DEVICE),
+        torch.tensor(lengths, device=DEVICE),
+        chunk_N.int(),
+        row_N.int(),
+    )
+    place(sources, cos, sin, positions, cache, is_neox=is_neox)
+    torch.testing.assert_close(cache.v_BSGD, twin.v_BSGD, atol=0, rtol=0)
+    torch.testing.assert_close(cache.k_BSGD, twin.k_BSGD, atol=TOLERANCE[dtype], rtol=1e-2)
+
+
+def twin_of(q, positions, cache, context, *, extra, known, window, scale, softcap):  # type: ignore[no-untyped-def]
+    """Output and score by ``question_attention`` over gathered keys."""
+    at = torch.arange(context, device=DEVICE)
+    k, v = cache.gather(at)
+    seen = torch.ones(context, dtype=torch.bool, device=DEVICE) if known is None else known
+    if extra is not None:
+        k, v = torch.cat([k, extra.k_XGD]), torch.cat([v, extra.v_XGD])
+        at = torch.cat([at, extra.position_X])
+        seen = torch.cat([seen, torch.ones_like(extra.position_X, dtype=torch.bool)])
+    distance = positions[:, None] - at[None]
+    visible = (distance >= 0) & seen
+    if window is not None:
+        visible &= distance < window
+    return question_attention(q, k, v, visible, scale=scale, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", ["plain", "window", "softcap", "holes", "extra", "everything"])
+def test_attention_and_scores(case: str, shape: Shape, dtype: torch.dtype) -> None:
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
+    torch.manual_seed(shape.context)
+    every = case == "everything"
+    window = max(5, shape.context // 3) if case == "window" or every else None
+    softcap = 7.0 if case == "softcap" or every else 0.0
+    scale = 1.3 * shape.dim**-0.5
+    cache = paged(shape.context, shape.size, shape.groups, shape.dim, dtype)
+    known = extra = None
+    rows = shape.rows
+    positions = torch.randperm(shape.context, device=DEVICE)[:rows].sort().values
+    if case == "holes" or every:
+        known = torch.rand(shape.context, device=DEVICE) < 0.7
+        known[positions] = True  # a row sees itself
+    if case == "extra" or every:
+        ask = min(17, rows)
+        behind = torch.arange(ask, device=DEVICE) + shape.context + 3
+        positions = torch.cat([positions[: rows - ask], behind])
+        kv = torch.randn(2, ask, shape.groups, shape.dim, device=DEVICE).to(dtype)
+        extra = Extra(kv[0], kv[1], behind)
+    q = torch.randn(rows, shape.heads, shape.dim, device=DEVICE).to(dtype)
+    out = torch.full_like(q, torch.nan)
+    options = {"scale": scale, "softcap": softcap, "window": window, "known_N": known}
+    lse = scattered_attention(
+        q, positions, cache, shape.context, out, extra=extra, want_lse=True, **options
+    )
+    expected, weights = twin_of(
+        q, positions, cache, shape.context, extra=extra, known=known, window=window,
+        scale=scale, softcap=softcap,
+    )  # fmt: skip
+    torch.testing.assert_close(out.float(), expected.float(), atol=TOLERANCE[dtype], rtol=1e-2)
+    score = torch.ones(shape.groups, shape.context, device=DEVICE)
+    question_scores(q, positions, lse, cache, shape.context, score, **options)
+    got = (score - 1).sum(0)
+    bound = TOLERANCE[dtype] * max(1.0, float(weights.max()))
+    torch.testing.assert_close(got, weights[: shape.context], atol=bound, rtol=2e-2)
+
+
+def test_queries_see_nothing_after_them() -> None:
+    """Changing the future changes nothing, though a tile reads it."""
+    shape = Shape(200, 50, 4, 2, 64, 16)
+    torch.manual_seed(0)
+    cache = paged(200, 16, 2, 64, torch.float32)
+    positions = torch.arange(50, device=DEVICE) + 60
+    q = torch.randn(50, 4, 64, device=DEVICE)
+    before, after = torch.empty_like(q), torch.empty_like(q)
+    scattered_attention(q, positions, cache, shape.context, before, scale=0.1)
+    block, inside = cache.slots(torch.arange(90, 200, device=DEVICE))
+    cache.v_BSGD[block, inside] = torch.nan_to_num(torch.tensor(1e4))
+    scattered_attention(q, positions, cache, shape.context, after, scale=0.1)
+    assert torch.equal(before[:30], after[:30]) and not torch.equal(before[30:], after[30:])
