@@ -27,6 +27,7 @@ from cacheblend_rag.prefix import ingest_prefix, prompt_head
 from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
 from cacheblend_rag.report import make_report
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
+from cacheblend_rag.store.url import parse_size
 
 _PROBE_SAMPLING = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20, "detokenize": False}
 
@@ -310,7 +311,12 @@ class CacheBlend:
             return report
         prefix = ingest_prefix(self.config, self.tokenizer, max_model_len=self.info.max_model_len)
         self._space = self._space._replace(prefix_ids=prefix)
-        ranks = self._engine.rpc("cacheblend_bind", self.config.store, self.info.fingerprint)
+        ranks = self._engine.rpc(
+            "cacheblend_bind",
+            self.config.store,
+            self.info.fingerprint,
+            parse_size(self.config.gpu_cache) if self.config.gpu_cache else 0,
+        )
         report = self._probe(report)
         if report.passed:
             self._index.add_many(ours(self._space, ranks))

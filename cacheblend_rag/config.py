@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.errors import ConfigError, StoreError
 from cacheblend_rag.select import create_selector
+from cacheblend_rag.store.url import parse_size
 
 Mode = Literal["blend", "full", "reuse", "off"]
 Schedule = Literal["auto", "sync", "async"]
@@ -39,6 +40,8 @@ class BlendConfig:
         tile_tokens: most tokens recomputed at once; the engine's ``max_num_batched_tokens`` bounds
             it, and is used where it is None.
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
+        gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
+            no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.
         namespace: tenant salt; chunks of another namespace are never seen.
     """
 
@@ -52,6 +55,7 @@ class BlendConfig:
     schedule: Schedule = "auto"
     tile_tokens: int | None = None
     store: str = "memory://"
+    gpu_cache: str | None = None
     namespace: str = ""
 
     def __post_init__(self) -> None:
@@ -73,6 +77,11 @@ class BlendConfig:
             _one_of("ingest_prefix", self.ingest_prefix, ("auto", "head", "bos", "none"))
         else:
             object.__setattr__(self, "ingest_prefix", tuple(int(t) for t in self.ingest_prefix))
+        if self.gpu_cache is not None:
+            try:
+                parse_size(self.gpu_cache)
+            except StoreError as error:
+                raise ConfigError(f"gpu_cache: {error}") from error
         object.__setattr__(self, "selector_options", MappingProxyType(dict(self.selector_options)))
         create_selector(self.selector, self.selector_options)  # raises ConfigError
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from cacheblend_kernels import masked_attention
@@ -45,15 +46,17 @@ class PagedCache:
     def __init__(self, handle: ModelHandle, attn_groups: Any) -> None:
         self.handle = handle
         self.block_size = int(handle.config.cache_config.block_size)
-        self._builder = _own_builder(attn_groups, handle.config, handle.device)
+        self._builders = _own_builders(attn_groups, handle)
 
     def slots(self, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """int64 slots of ``positions`` on the device; both arguments on the CPU."""
         size = self.block_size
         return (blocks[positions // size] * size + positions % size).to(self.handle.device)
 
-    def metadata(self, blocks: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> Any:
-        """The backend's metadata for queries at sorted ``positions`` (CPU)."""
+    def metadata(
+        self, blocks: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> list[Any]:
+        """Each layer's backend metadata for queries at sorted ``positions`` (CPU)."""
         device = self.handle.device
         new_run = torch.ones(len(positions), dtype=torch.bool)
         new_run[1:] = positions[1:] != positions[:-1] + 1
@@ -62,30 +65,34 @@ class PagedCache:
         lengths = (positions[bounds[1:].long() - 1] + 1).to(torch.int32)
         num_runs = len(lengths)
         table = blocks.to(torch.int32)[None].expand(num_runs, -1).contiguous()
-        return self._builder.build(
-            0,
-            CommonAttentionMetadata(
-                query_start_loc=bounds.to(device),
-                query_start_loc_cpu=bounds,
-                seq_lens=lengths.to(device),
-                num_reqs=num_runs,
-                num_actual_tokens=len(positions),
-                max_query_len=int((bounds[1:] - bounds[:-1]).max()),
-                max_seq_len=int(lengths.max()),
-                block_table_tensor=table.to(device),
-                slot_mapping=slots,
-                causal=True,
-                positions=positions.to(device),
-                seq_lens_cpu_upper_bound=lengths,
-            ),
+        common = CommonAttentionMetadata(
+            query_start_loc=bounds.to(device),
+            query_start_loc_cpu=bounds,
+            seq_lens=lengths.to(device),
+            num_reqs=num_runs,
+            num_actual_tokens=len(positions),
+            max_query_len=int((bounds[1:] - bounds[:-1]).max()),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=table.to(device),
+            slot_mapping=slots,
+            causal=True,
+            positions=positions.to(device),
+            seq_lens_cpu_upper_bound=lengths,
         )
+        layers: list[Any] = [None] * self.handle.num_layers
+        for builder, indices in self._builders:
+            built = builder.build(0, common)
+            for index in indices:
+                layers[index] = built
+        return layers
 
 
 class PagedPass(Pass):
     """Write each layer's K and V of these tokens into the cache, then attend over the cache.
 
-    Stops after writing layer ``last``. With ``check``, stops there before writing and keeps that
-    layer's K and V: the probe pass of KV deviation.
+    Stops after writing the last layer. With ``check``, stops there before writing and keeps that
+    layer's K and V: the probe pass of KV deviation. ``before`` is called with each layer's number
+    before the layer is touched.
     """
 
     def __init__(
@@ -95,8 +102,9 @@ class PagedPass(Pass):
         positions: torch.Tensor,
         *,
         check: int | None = None,
+        before: Callable[[int], None] | None = None,
     ) -> None:
-        self._cache, self._check = cache, check
+        self._cache, self._check, self._before = cache, check, before
         self._last = cache.handle.num_layers - 1
         self._slots = cache.slots(blocks, positions)
         self._metadata = cache.metadata(blocks, positions, self._slots)
@@ -111,6 +119,8 @@ class PagedPass(Pass):
         v_TGD: torch.Tensor,
         out_THD: torch.Tensor,
     ) -> None:
+        if self._before is not None:
+            self._before(index)
         if index == self._check:
             self.checked = (k_TGD, v_TGD)
             self.stop()
@@ -118,20 +128,29 @@ class PagedPass(Pass):
         if index == self._last:
             self.stop()
         real = self._cache.handle.layers[index]
-        real.impl.forward(real, q_THD, k_TGD, v_TGD, real.kv_cache, self._metadata, output=out_THD)
+        metadata = self._metadata[index]
+        real.impl.forward(real, q_THD, k_TGD, v_TGD, real.kv_cache, metadata, output=out_THD)
 
 
-def _own_builder(attn_groups: Any, config: VllmConfig, device: torch.device) -> Any:
-    """Never the runner's own builder: on a GPU it fills static CUDA graph buffers that the step
+def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list[int]]]:
+    """A metadata builder for each kind of attention (sliding windows are another), and its layers.
+
+    Never the runner's own builders: on a GPU they fill static CUDA graph buffers that the step
     about to run has already prepared.
     """
-    groups = [group for of_cache in attn_groups for group in of_cache]
-    if len(groups) != 1:
-        raise UnsupportedModelError(f"{len(groups)} attention groups; blending needs exactly one")
-    group = groups[0]
-    own = copy.copy(config)
+    if len(attn_groups) != 1:
+        raise UnsupportedModelError(
+            f"{len(attn_groups)} KV cache groups; blending needs one block table for all layers"
+        )
+    own = copy.copy(handle.config)
     own.compilation_config = copy.copy(own.compilation_config)
     own.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    builders = []
     with set_current_vllm_config(own):
-        builder = group.backend.get_builder_cls()
-        return builder(group.kv_cache_spec, group.layer_names, own, device)
+        for group in attn_groups[0]:
+            builder = group.backend.get_builder_cls()
+            layers = [handle.index(name) for name in group.layer_names]
+            builders.append(
+                (builder(group.kv_cache_spec, group.layer_names, own, handle.device), layers)
+            )
+    return builders

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_rag.errors import EngineMissingError
@@ -106,6 +108,17 @@ def sliding_window(layer: Any) -> int | None:
 def softcap(layer: Any) -> float:
     """Cap on the attention logits; 0 for none."""
     return float(getattr(layer.impl, "logits_soft_cap", None) or 0.0)
+
+
+def flash_attention(layer: Any) -> Callable[..., Any] | None:
+    """vLLM's FlashAttention over packed sequences, where this layer's backend is built on it."""
+    if type(layer.impl).__name__ != "FlashAttentionImpl":
+        return None
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    return functools.partial(
+        flash_attn_varlen_func, fa_version=layer.impl.vllm_flash_attn_version, causal=True
+    )
 
 
 def _dotted(version: tuple[int, int]) -> str:

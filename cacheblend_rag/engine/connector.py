@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from cacheblend_rag.engine.blend import BlendOutcome, BlendTask
+from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask
 from cacheblend_rag.plan import PARAMS_KEY, SALT_PREFIX, Plan
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self.blender: Blender | None = None  # worker: set by WorkerExtension
         self.recent: OrderedDict[str, BlendOutcome] = OrderedDict()  # worker: by the task's name
         self._jobs: list[tuple[BlendTask, Iterator[None]]] = []  # worker: blends under way
-        self._results = BlendResults()  # worker
+        self._done: list[tuple[str, BlendOutcome]] = []  # worker: not yet reported
+        self._failed: dict[str, str] = {}  # worker
         self._failed_blocks: set[int] = set()  # worker
         self._loaded: set[str] = set()  # worker: background blends that ended
 
@@ -200,17 +201,17 @@ class CacheBlendConnector(KVConnectorBase_V1):
             self._loaded.add(self._jobs.pop(0)[0].request_id)
 
     def _blend(self, task: BlendTask) -> Iterator[None]:
-        outcome = BlendOutcome()
         try:
             if self.blender is None:
                 raise RuntimeError("the worker was not bound (collective_rpc 'cacheblend_bind')")
+            outcome = self.blender.start(task)
             yield from self.blender.steps(task, outcome)
         except Exception as error:  # any failure here costs time only: vLLM recomputes the blocks
             logger.exception("blend of %s failed; its blocks are recomputed", task.request_id)
             self._failed_blocks |= set(task.blocks[task.write_from // self._block_size :])
-            self._results.failed[task.request_id] = f"{type(error).__name__}: {error}"
+            self._failed[task.request_id] = f"{type(error).__name__}: {error}"
             return
-        self._results.outcomes[task.request_id] = outcome.to_dict()
+        self._done.append((task.request_id, outcome))
         self.recent[task.name] = outcome
         while len(self.recent) > _KEEP_OUTCOMES:
             self.recent.popitem(last=False)
@@ -226,9 +227,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
         return failed
 
     def build_connector_worker_meta(self) -> BlendResults | None:
-        """Results since the step before."""
-        results, self._results = self._results, BlendResults()
-        return results if results.outcomes or results.failed else None
+        """Results since the step before; of a blend that the GPU is still at, a step later."""
+        ready = [(name, outcome) for name, outcome in self._done if outcome.ready]
+        self._done = [(name, outcome) for name, outcome in self._done if not outcome.ready]
+        failed, self._failed = self._failed, {}
+        outcomes = {name: outcome.to_dict() for name, outcome in ready}
+        return BlendResults(outcomes, failed) if outcomes or failed else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: blends are complete before the forward."""

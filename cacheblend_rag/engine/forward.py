@@ -112,6 +112,10 @@ class ModelHandle:
         """Number of attention layers."""
         return len(self.layers)
 
+    def index(self, name: str) -> int:
+        """The number of the layer that vLLM calls ``name``."""
+        return list(self._attention).index(name)
+
     @torch.inference_mode()
     def run(self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
         """Run the model over these tokens, ``step`` doing the attention.
@@ -125,7 +129,7 @@ class ModelHandle:
             attn_metadata=step,  # only has to be something: our proxies don't read it
             vllm_config=self.config,
             slot_mapping={},  # or the op would write K and V itself
-            skip_compiled=True,
+            skip_compiled=not __import__("os").environ.get("CB_COMPILED"),
         )
         proxies = {n: _ProxyLayer(a, i, step) for i, (n, a) in enumerate(self._attention.items())}
         context.no_compile_layers = {**self._context_layers, **proxies}
@@ -143,11 +147,11 @@ class ModelHandle:
     def write(
         self, index: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, slots_T: torch.Tensor
     ) -> None:
-        """Put K and V of layer ``index`` into the paged cache, in its backend's own layout."""
+        """Put K and V of layer ``index`` into the paged cache, in its backend's own layout. Rows of
+        [G, D] are contiguous; rows may be apart.
+        """
         layer = self.layers[index]
-        layer.impl.do_kv_cache_update(
-            layer, k_TGD.contiguous(), v_TGD.contiguous(), layer.kv_cache, slots_T
-        )
+        layer.impl.do_kv_cache_update(layer, k_TGD, v_TGD, layer.kv_cache, slots_T)
 
 
 def _check_layer(layer: Any) -> None:

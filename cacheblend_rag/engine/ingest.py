@@ -6,7 +6,8 @@ H query heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ import torch
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import dense_causal, visible
 from cacheblend_rag.engine.forward import ModelHandle, Pass
+from cacheblend_rag.engine.lane import upload
 from cacheblend_rag.store.base import ChunkKV
+
+Span = tuple[int, int]
 
 
 class LayerKV(NamedTuple):
@@ -25,23 +29,27 @@ class LayerKV(NamedTuple):
 
 
 class IsolatedPass(Pass):
-    """Causal attention within each span and over a shared prefix; keeps every layer's K and V.
+    """Causal attention within each span and over a shared prefix; hands out every layer's K and V.
 
     Spans are half-open intervals of the pass's tokens. A span's tokens stand at positions
-    ``first_position`` and following, right behind the prefix.
+    ``first_position`` and following, right behind the prefix. ``keep`` gets each layer's K and V
+    (the model's own memory, to be copied); by default they are collected in ``layers``.
     """
 
     def __init__(
         self,
-        spans: Sequence[tuple[int, int]],
+        spans: Sequence[Span],
         num_layers: int,
         *,
         prefix: Sequence[LayerKV] = (),
         first_position: int = 0,
+        keep: Callable[[int, LayerKV], None] | None = None,
     ) -> None:
         self._spans, self._last, self._prefix = spans, num_layers - 1, prefix
         self._first = first_position
+        self._keep = keep or self._collect
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._packed: _Packed | None = None
         self.layers: list[LayerKV] = []
 
     def attend(
@@ -53,9 +61,13 @@ class IsolatedPass(Pass):
         v_TGD: torch.Tensor,
         out_THD: torch.Tensor,
     ) -> None:
-        self.layers.append(LayerKV(k_TGD.clone(), v_TGD.clone()))
+        self._keep(index, LayerKV(k_TGD, v_TGD))
         if index == self._last:
             self.stop()
+        flash = compat.flash_attention(layer)
+        if flash is not None:
+            self._attend_packed(flash, index, layer, q_THD, k_TGD, v_TGD, out_THD)
+            return
         window = compat.sliding_window(layer)
         for a, b in self._spans:
             k, v = k_TGD[a:b], v_TGD[a:b]
@@ -65,6 +77,42 @@ class IsolatedPass(Pass):
             mask = self._mask(b - a, window, k.device)
             out_THD[a:b] = dense_causal(layer, q_THD[a:b], k, v, mask)
 
+    def _attend_packed(
+        self,
+        flash: Callable[..., Any],
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        """All spans in one kernel; the prefix is repeated before each."""
+        if self._packed is None:
+            behind = self._prefix[0].k_TGD.shape[0] if self._prefix else 0
+            self._packed = _Packed.of(self._spans, behind, k_TGD.device)
+        p = self._packed
+        if self._prefix:
+            k_TGD = torch.cat([self._prefix[index].k_TGD, k_TGD])[p.keys]
+            v_TGD = torch.cat([self._prefix[index].v_TGD, v_TGD])[p.keys]
+        window = compat.sliding_window(layer)
+        flash(
+            q=q_THD,
+            k=k_TGD,
+            v=v_TGD,
+            out=out_THD,
+            cu_seqlens_q=p.query_bounds,
+            cu_seqlens_k=p.key_bounds,
+            max_seqlen_q=p.most_queries,
+            max_seqlen_k=p.most_keys,
+            softmax_scale=layer.impl.scale,
+            window_size=[window - 1, 0] if window is not None else None,
+            softcap=compat.softcap(layer),
+        )
+
+    def _collect(self, index: int, kv: LayerKV) -> None:
+        self.layers.append(LayerKV(kv.k_TGD.clone(), kv.v_TGD.clone()))
+
     def _mask(self, num_tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
         key = (num_tokens, window)
         if key not in self._masks:
@@ -72,6 +120,26 @@ class IsolatedPass(Pass):
             keys = torch.arange(self._first - behind, self._first + num_tokens, device=device)
             self._masks[key] = visible(keys[behind:], keys, window)
         return self._masks[key]
+
+
+class _Packed(NamedTuple):
+    """Spans as sequences of a packed attention, each with the prefix's S keys in front."""
+
+    keys: torch.Tensor  # int64 rows of prefix and pass together
+    query_bounds: torch.Tensor  # int32
+    key_bounds: torch.Tensor  # int32
+    most_queries: int
+    most_keys: int
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], behind: int, device: torch.device) -> _Packed:
+        prefix = torch.arange(behind)
+        rows = [torch.cat([prefix, torch.arange(a, b) + behind]) for a, b in spans]
+        lengths = torch.tensor([[b - a, b - a + behind] for a, b in spans])
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous()
+        most = int(lengths[:, 0].max())
+        query_bounds, key_bounds = upload(bounds, device)
+        return cls(upload(torch.cat(rows), device), query_bounds, key_bounds, most, most + behind)
 
 
 class Ingestor:
@@ -88,20 +156,20 @@ class Ingestor:
         """KV of each chunk behind ``prefix_ids``, on the CPU; the prefix's own KV is dropped."""
         self._run_prefix(prefix_ids)
         base = len(prefix_ids)
-        spans, at = [], 0
-        for chunk in chunks:
-            spans.append((at, at + len(chunk)))
-            at += len(chunk)
+        ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
+        spans = list(zip([0, *ends], ends, strict=False))
+        host = _Host(spans, self._handle)
         step = IsolatedPass(
-            spans, self._handle.num_layers, prefix=self._prefix, first_position=base
+            spans,
+            self._handle.num_layers,
+            prefix=self._prefix,
+            first_position=base,
+            keep=host.copy,
         )
         ids = [token for chunk in chunks for token in chunk]
         positions = [base + i for chunk in chunks for i in range(len(chunk))]
         self._run(step, ids, positions)
-        return [
-            ChunkKV(chunk, base, _gather(step.layers, a, b))
-            for chunk, (a, b) in zip(chunks, spans, strict=True)
-        ]
+        return [ChunkKV(chunk, base, kv) for chunk, kv in zip(chunks, host.arrived(), strict=True)]
 
     def _run_prefix(self, prefix_ids: tuple[int, ...]) -> None:
         if prefix_ids == self._prefix_ids:
@@ -115,16 +183,45 @@ class Ingestor:
         self._prefix_ids = prefix_ids
 
     def _run(self, step: Pass, ids: Sequence[int], positions: Sequence[int]) -> None:
-        device = self._handle.device
-        self._handle.run(
-            step, torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-        )
+        both = upload(torch.tensor([list(ids), list(positions)]), self._handle.device)
+        self._handle.run(step, both[0], both[1])
 
 
-def _gather(layers: Sequence[LayerKV], start: int, end: int) -> torch.Tensor:
-    """[L, 2, N, G, D], contiguous, on the CPU; pinned where it came from a GPU."""
-    stacked = torch.stack(
-        [torch.stack([kv.k_TGD[start:end], kv.v_TGD[start:end]]) for kv in layers]
-    )
-    host = stacked.cpu().contiguous()
-    return host.pin_memory() if stacked.is_cuda else host
+class _Host:
+    """Host memory for the KV of spans, [L, 2, N, G, D] each; pinned, and filled by a stream of its
+    own beside the forward, where it comes from a GPU.
+    """
+
+    def __init__(self, spans: Sequence[Span], handle: ModelHandle) -> None:
+        layer, dtype = handle.layers[0], handle.config.model_config.dtype
+        self._spans = spans
+        on_gpu = handle.device.type == "cuda"
+        self._stream = torch.cuda.Stream(handle.device) if on_gpu else None
+        shape = (layer.num_kv_heads, layer.head_size)
+        self._kv = [
+            torch.empty(handle.num_layers, 2, b - a, *shape, dtype=dtype, pin_memory=on_gpu)
+            for a, b in spans
+        ]
+
+    def copy(self, index: int, kv: LayerKV) -> None:
+        """Take one layer's K and V of all spans."""
+        if self._stream is None:
+            self._split(index, kv)
+            return
+        own = LayerKV(kv.k_TGD.clone(), kv.v_TGD.clone())  # the model will reuse its memory
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._split(index, own)
+        own.k_TGD.record_stream(self._stream)
+        own.v_TGD.record_stream(self._stream)
+
+    def _split(self, index: int, kv: LayerKV) -> None:
+        for host, (a, b) in zip(self._kv, self._spans, strict=True):
+            host[index, 0].copy_(kv.k_TGD[a:b], non_blocking=True)
+            host[index, 1].copy_(kv.v_TGD[a:b], non_blocking=True)
+
+    def arrived(self) -> list[torch.Tensor]:
+        """Wait for the last copy."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        return self._kv

@@ -21,6 +21,7 @@ from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.ingest import Ingestor
+from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.errors import CacheBlendError
@@ -76,12 +77,18 @@ class WorkerExtension:
         return facts
 
     @_reporting
-    def cacheblend_bind(self, store_url: str, fingerprint: str) -> list[list[Any]]:
-        """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows."""
+    def cacheblend_bind(
+        self, store_url: str, fingerprint: str, gpu_cache: int = 0
+    ) -> list[list[Any]]:
+        """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows.
+
+        ``gpu_cache``: bytes of GPU memory for chunks that are used often.
+        """
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         store = open_store(store_url, namespace=f"{fingerprint[:32]}-{rank}of{size}")
         handle, rope, cache = self._cacheblend_parts
-        self._connector().blender = Blender(handle, rope, cache, store)
+        self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
+        self._connector().blender = Blender(handle, rope, store, self._cacheblend_lanes)
         self._cacheblend_ingestor = Ingestor(handle)
         return [[c.key, array("i", c.token_ids).tobytes(), c.base] for c in store.scan()]
 
@@ -116,6 +123,7 @@ class WorkerExtension:
         """Drop ``keys`` from the store."""
         for key in keys:
             self._blender().store.discard(key)
+            self._cacheblend_lanes.forget(key)
 
     def cacheblend_store_stats(self) -> dict[str, int]:
         """Counts of this rank's store."""
@@ -128,7 +136,7 @@ class WorkerExtension:
         outcome = self._connector().recent.get(name)
         if outcome is None:
             return {}
-        return {**outcome.to_dict(), **({"selected": outcome.selected} if positions else {})}
+        return {**outcome.to_dict(), **({"selected": outcome.positions()} if positions else {})}
 
     def _connector(self) -> CacheBlendConnector:
         connector = get_kv_transfer_group()

@@ -171,7 +171,7 @@ def _attention_kernel(
     d = tl.arange(0, BLOCK_D)
     FULL_D: tl.constexpr = DIM == BLOCK_D
     in_d = d < DIM
-    at = tl.load(position + row, mask=live, other=-1)
+    at = tl.load(position + row, mask=live, other=-1).to(tl.int32)
     queries = tl.load(
         q + row[:, None] * q_row + head[:, None] * DIM + d[None],
         mask=live[:, None] & in_d[None], other=0.0,
@@ -229,10 +229,10 @@ def _attention_kernel(
         )
     if EXTRA:  # noqa: SIM102 - decided when compiled, the inner one when run
         if z == splits - 1:
-            for start in range(0, extra, BLOCK_N):
-                x = start + n
+            for first_x in range(0, extra, BLOCK_N):
+                x = first_x + n
                 there = x < extra
-                where = tl.load(extra_position + x, mask=there, other=1 << 30)
+                where = tl.load(extra_position + x, mask=there, other=1 << 30).to(tl.int32)
                 see = (where[None] <= at[:, None]) & there[None] & live[:, None]
                 if WINDOW:
                     see = see & (at[:, None] - where[None] < window)
@@ -321,7 +321,7 @@ def _score_kernel(
         m = start + tl.arange(0, BLOCK_M)
         row, head = m // SHARE, g * SHARE + m % SHARE
         live = row < rows
-        at = tl.load(position + row, mask=live, other=-1)
+        at = tl.load(position + row, mask=live, other=-1).to(tl.int32)
         queries = tl.load(
             q + row[:, None] * q_row + head[:, None] * DIM + d[None],
             mask=live[:, None] & in_d[None], other=0.0,

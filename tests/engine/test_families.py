@@ -15,8 +15,8 @@ from cacheblend_rag.select import create_selector
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_process")]
 
-# On a GPU, Triton's float32 attention multiplies in TF32 and rounds by batch shape
-EXACT = 5e-3 if torch.cuda.is_available() else 1e-4
+# On a GPU, kernels round by batch shape
+EXACT = 1e-3 if torch.cuda.is_available() else 1e-4
 
 words = Words(1)
 PREFIX, HEAD, GLUE, QUESTION = words(4), words(9), words(3), words(40)
@@ -46,11 +46,13 @@ def test_family(name: str, tiny_models: Path) -> None:
         blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
         plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
         exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)
-        assert exact.report.blended and exact.report.tokens_reused == 0
+        assert exact.report.blended, exact.report.reason
+        assert exact.report.tokens_reused == 0
         assert exact.token_ids == plain.token_ids
         torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
 
         naive = blend.generate(PROMPT, mode="reuse", **FULL_LOGPROBS)
+        assert naive.report.blended, naive.report.reason
         assert naive.report.tokens_recomputed == 0
         fresh = [
             i for i, is_stored in enumerate(p.stored for p in PARTS for _ in p.ids) if not is_stored

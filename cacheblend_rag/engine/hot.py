@@ -1,0 +1,51 @@
+"""Chunks that stay in GPU memory: a hit needs no transfer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from cacheblend_rag.store.base import ChunkKV
+
+
+@dataclass
+class HotChunk:
+    """A chunk's KV on the GPU, [L, 2, N, H, D]; ``whole`` once all of it is on its way there."""
+
+    kv: torch.Tensor
+    whole: bool = False
+
+
+class HotChunks:
+    """A bounded LRU of whole chunks, filled by the transfers of the requests that use them."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity, self.nbytes = capacity, 0
+        self._device = device
+        self._held: OrderedDict[str, HotChunk] = OrderedDict()
+
+    def get(self, key: str) -> HotChunk | None:
+        """The chunk under ``key``; also one that another request is still filling."""
+        if key in self._held:
+            self._held.move_to_end(key)
+        return self._held.get(key)
+
+    def room(self, key: str, chunk: ChunkKV) -> HotChunk | None:
+        """Memory to fill with ``chunk``, in place of what was unused for longest; None where it is
+        larger than the whole cache. Who fills it sets ``whole``.
+        """
+        if chunk.nbytes > self.capacity:
+            return None
+        while self.nbytes + chunk.nbytes > self.capacity:
+            self.discard(next(iter(self._held)))
+        self._held[key] = HotChunk(torch.empty_like(chunk.kv_L2NHD, device=self._device))
+        self.nbytes += chunk.nbytes
+        return self._held[key]
+
+    def discard(self, key: str) -> None:
+        """Forget ``key``. Requests that read it keep its memory until they are done."""
+        old = self._held.pop(key, None)
+        if old is not None:
+            self.nbytes -= old.kv.numel() * old.kv.element_size()

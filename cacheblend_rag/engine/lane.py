@@ -1,0 +1,126 @@
+"""One request's way into the paged cache: what a blend needs done, whoever does it.
+
+``TorchLane`` does it in plain torch on any device and is the specification; ``KernelLane`` does the
+same with our kernels and a copy stream on a GPU.
+
+Shape legend: E tokens of the blended region, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from cacheblend_rag.engine.forward import ModelHandle
+from cacheblend_rag.engine.outcome import BlendTask
+from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.store.base import ChunkKV
+
+
+class Loaded(NamedTuple):
+    """Prompt tokens [start, end) and the chunk whose tokens ``offset`` and following they are."""
+
+    start: int
+    end: int
+    offset: int
+    key: str
+    chunk: ChunkKV
+
+
+class Region:
+    """The blended region [0, E) of a request: which tokens have stored KV, and where. On the CPU.
+
+    Attributes:
+        stored_E: bool; offset_E: int64, a token's place in its chunk; old_E: int64, the position
+            its key is rotated to.
+        write_from: positions below it are in the paged cache already.
+    """
+
+    def __init__(self, task: BlendTask, spans: Sequence[Loaded]) -> None:
+        self.task, self.spans = task, spans
+        self.end, self.write_from = task.plan.end, task.write_from
+        self.offset_E = torch.zeros(self.end, dtype=torch.int64)
+        self.stored_E = torch.zeros(self.end, dtype=torch.bool)
+        self.old_E = torch.arange(self.end)
+        for start, end, offset, _, chunk in spans:
+            self.offset_E[start:end] = torch.arange(offset, offset + end - start)
+            self.old_E[start:end] = chunk.base + self.offset_E[start:end]
+            self.stored_E[start:end] = True
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of stored KV used."""
+        return sum((s.end - s.start) * s.chunk.nbytes // len(s.chunk.token_ids) for s in self.spans)
+
+    def glue(self, most: int) -> torch.Tensor:
+        """int64 positions of the tokens between chunks, the last ``most`` of them. Those of a chunk
+        that is missing are not among them: too many to be asked with the question.
+        """
+        missing = torch.zeros_like(self.stored_E)
+        for s in self.task.plan.segments:
+            missing[s.start : s.end] = bool(s.key) and not self.stored_E[s.start]
+        glue: torch.Tensor = (~self.stored_E & ~missing).nonzero().flatten()
+        return glue[-max(1, most) :]
+
+
+def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``host`` on ``device``; without waiting for what a GPU is doing."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+class Lane(ABC):
+    """Layers are placed in ascending order; everything else says what must be placed before."""
+
+    def __init__(self, region: Region, handle: ModelHandle, rope: Rerotator) -> None:
+        self.region, self.handle, self.rope = region, handle, rope
+        self.device = handle.device
+        self._placed = 0
+        ids_offsets = torch.stack([torch.tensor(region.task.token_ids), region.offset_E])
+        self.ids_E, self.offset_E = upload(ids_offsets, self.device)
+
+    def place_through(self, index: int) -> None:
+        """See that the stored KV of layers 0 to ``index`` is in the paged cache, re-rotated."""
+        while self._placed <= index:
+            self._place(self._placed)
+            self._placed += 1
+
+    @abstractmethod
+    def _place(self, index: int) -> None:
+        """Put the stored KV of one layer into the paged cache."""
+
+    @abstractmethod
+    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
+        """Run the question's tokens, and the tokens between chunks, over the reused KV.
+
+        Args:
+            question: token ids, at the positions behind the last chunk.
+            keep: the layers whose attention is summed; none above them runs.
+            most_glue: tokens between chunks that may run along.
+
+        Returns:
+            float32 [E]: attention each context token got, on this rank's heads.
+        """
+
+    @abstractmethod
+    def deviation(self, check: int, values: bool, tile: torch.Tensor) -> torch.Tensor:
+        """Run the tokens at ``tile`` (int64, on the CPU, consecutive) up to layer ``check``.
+
+        Returns:
+            float32 [tile]: squared distance of their fresh keys there, and values if asked, to the
+            reused ones, on this rank's heads.
+        """
+
+    @abstractmethod
+    def recompute(self, tile: torch.Tensor) -> None:
+        """Compute the tokens at ``tile`` (int64 positions on the device, ascending) through all
+        layers over the fused KV, each seeing what comes before it, and put their K and V into the
+        paged cache. Places what is not placed yet, each layer just before it is needed.
+        """
+
+    def _question_positions(self, count: int) -> torch.Tensor:
+        """int64, on the CPU: where the question stands, or just before the RoPE table ends."""
+        start = min(self.region.task.plan.question_start, self.rope.positions - count)
+        return torch.arange(start, start + count)

@@ -1,0 +1,44 @@
+"""Which lane this engine's requests take."""
+
+from __future__ import annotations
+
+from cacheblend_rag.engine.attention import PagedCache
+from cacheblend_rag.engine.forward import ModelHandle
+from cacheblend_rag.engine.lane import Lane, Region
+from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.torch_lane import TorchLane
+
+
+class Lanes:
+    """Makes requests' lanes. ``reason`` says why they are the plain ones; empty if they are not."""
+
+    def __init__(
+        self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, reason: str
+    ) -> None:
+        self._handle, self._rope, self._cache, self.reason = handle, rope, cache, reason
+
+    def __call__(self, region: Region) -> Lane:
+        return TorchLane(region, self._handle, self._rope, self._cache)
+
+    def forget(self, key: str) -> None:
+        """Drop what is kept of a chunk beside the store."""
+
+
+def open_lanes(
+    handle: ModelHandle, rope: Rerotator, cache: PagedCache, gpu_cache: int = 0
+) -> Lanes:
+    """The quickest lanes that are right here.
+
+    Args:
+        gpu_cache: bytes of GPU memory for chunks that are used often.
+    """
+    if handle.device.type != "cuda":
+        return Lanes(
+            handle, rope, cache, f"the kernels need a GPU, the engine is on {handle.device}"
+        )
+    from cacheblend_rag.engine.kernel_lane import KernelLanes, KernelsUnusableError
+
+    try:
+        return KernelLanes(handle, rope, cache, gpu_cache)
+    except KernelsUnusableError as error:
+        return Lanes(handle, rope, cache, str(error))

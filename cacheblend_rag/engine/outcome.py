@@ -1,0 +1,108 @@
+"""What a blend was asked to do, and what it did: plain data between scheduler, ranks and report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cacheblend_rag.plan import Plan, Segment
+
+
+@dataclass(frozen=True)
+class BlendTask:
+    """One request's blend, from the scheduler to every rank.
+
+    Attributes:
+        request_id: vLLM's own; name: the caller's.
+        token_ids: the prompt's first E tokens.
+        question: token ids whose attention selects.
+        blocks: numbers of the paged blocks that hold positions [0, E).
+        write_from: positions below it are in the cache already, blended by an identical plan.
+    """
+
+    request_id: str
+    name: str
+    token_ids: tuple[int, ...]
+    question: tuple[int, ...]
+    plan: Plan
+    blocks: tuple[int, ...]
+    write_from: int
+
+
+class Clock:
+    """Seconds a stage: by the host's clock, on a GPU by its own events, for which nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self.mark()
+
+    def mark(self, stage: str = "") -> None:
+        """The time since the mark before belongs to ``stage``; to none if it has no name."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((stage, event))
+        else:
+            self._marks.append((stage, time.perf_counter()))
+
+    def ready(self) -> bool:
+        """Whether the GPU is past the last mark."""
+        return not self._cuda or bool(self._marks[-1][1].query())
+
+    def seconds(self) -> dict[str, float]:
+        """By stage; waits for the last mark."""
+        if self._cuda:
+            self._marks[-1][1].synchronize()
+        total: dict[str, float] = {}
+        for (_, before), (stage, now) in zip(self._marks, self._marks[1:], strict=False):
+            if stage:
+                spent = before.elapsed_time(now) / 1e3 if self._cuda else now - before
+                total[stage] = total.get(stage, 0.0) + spent
+        return total
+
+
+@dataclass
+class BlendOutcome:
+    """What one rank did for one request.
+
+    Attributes:
+        segments: the plan's; missing: numbers of those whose chunk this engine did not have.
+        bytes: of stored KV used.
+        chosen: int64 positions computed, ascending, on the host; on a GPU they arrive there with
+            the clock's last mark.
+    """
+
+    clock: Clock
+    segments: Sequence[Segment]
+    missing: list[int] = field(default_factory=list)
+    bytes: int = 0
+    chosen: torch.Tensor | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``to_dict`` would not wait."""
+        return self.clock.ready()
+
+    def positions(self) -> list[int]:
+        """The positions computed; waits for them."""
+        self.clock.seconds()
+        return [] if self.chosen is None else [int(p) for p in self.chosen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report: plain data; waits for the GPU."""
+        seconds = self.clock.seconds()
+        chosen = torch.zeros(0, dtype=torch.int64) if self.chosen is None else self.chosen
+        bounds = torch.tensor([[s.start, s.end] for s in self.segments])
+        counts = torch.searchsorted(chosen, bounds).diff(dim=1).flatten().tolist()
+        reused = [bool(s.key) and i not in self.missing for i, s in enumerate(self.segments)]
+        return {
+            "recomputed": [n if kept else 0 for n, kept in zip(counts, reused, strict=True)],
+            "missing": self.missing,
+            "seconds": seconds,
+            "bytes": self.bytes,
+        }

@@ -1,0 +1,151 @@
+"""Host to GPU: chunk KV in groups of layers, on a stream of its own, through a few buffers.
+
+Shape legend: L layers, S source chunks, K layers of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cacheblend_rag.engine.hot import HotChunk, HotChunks
+from cacheblend_rag.store.base import ChunkKV
+
+_BUFFERS = 4  # a transfer
+_GROUP_BYTES = 32 << 20  # aimed at: small enough to start soon, large enough to run at full speed
+
+
+class Buffers:
+    """A few equal pieces of GPU memory that one transfer at a time uses in turn.
+
+    The copy stream writes a buffer, the computing stream reads it; an event each way keeps them
+    apart.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self.nbytes = nbytes
+        self.memory = torch.empty(_BUFFERS, nbytes, dtype=torch.uint8, device=device)
+        self.memory.record_stream(stream)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        self.free: list[torch.cuda.Event | None] = [None] * _BUFFERS
+
+
+class Staging:
+    """The copy stream of one rank, and buffers that wait for a transfer."""
+
+    def __init__(self, device: torch.device, num_layers: int, hot: HotChunks) -> None:
+        self.device, self.num_layers, self.hot = device, num_layers, hot
+        self.stream = torch.cuda.Stream(device)
+        self._idle: list[Buffers] = []
+
+    def begin(self, sources: Sequence[tuple[str, ChunkKV]]) -> Transfer:
+        """Start to bring all layers of ``sources`` (key and chunk) to the GPU."""
+        return Transfer(self, sources)
+
+    def take(self, nbytes: int) -> Buffers:
+        """Buffers of ``nbytes`` each at least; a transfer under way keeps its own."""
+        if self._idle and self._idle[-1].nbytes >= nbytes:
+            return self._idle.pop()
+        self._idle.clear()
+        return Buffers(nbytes, self.device, self.stream)
+
+    def give_back(self, buffers: Buffers) -> None:
+        """For the next transfer."""
+        self._idle = [buffers]
+
+
+class Transfer:
+    """All layers of one request's chunks on their way to the GPU.
+
+    A chunk is there already (hot), goes into GPU memory to stay (filling), or passes through the
+    buffers.
+
+    Attributes:
+        address_LS: int64, where each layer of each source is, or will be once ``wait`` returned.
+    """
+
+    def __init__(self, staging: Staging, sources: Sequence[tuple[str, ChunkKV]]) -> None:
+        self._staging = staging
+        self._ready: dict[int, torch.cuda.Event] = {}
+        self._hot: list[HotChunk] = []  # kept until the request is done with them
+        self._filling: list[tuple[HotChunk, ChunkKV]] = []
+        passing: list[tuple[int, ChunkKV]] = []
+        num_layers = staging.num_layers
+        layers = torch.arange(num_layers)
+        self.address_LS = torch.empty(num_layers, len(sources), dtype=torch.int64)
+        for i, (key, chunk) in enumerate(sources):
+            hot = staging.hot.get(key)
+            if hot is None:
+                hot = staging.hot.room(key, chunk)
+                if hot is not None:
+                    self._filling.append((hot, chunk))
+            elif not hot.whole:
+                hot = None  # another request's transfer is not through
+            if hot is None:
+                passing.append((i, chunk))
+                continue
+            self._hot.append(hot)
+            self.address_LS[:, i] = hot.kv.data_ptr() + layers * (chunk.nbytes // num_layers)
+        if self._filling:  # their memory may still be read by what was queued before
+            staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
+        moving = [chunk for _, chunk in passing] + [chunk for _, chunk in self._filling]
+        a_layer = sum(chunk.nbytes for chunk in moving) // num_layers
+        self._group = max(1, min(_GROUP_BYTES // max(1, a_layer), num_layers))
+        self._num_groups = -(-num_layers // self._group) if moving else 0
+        self._passing: list[tuple[int, ChunkKV]] = []  # byte offset in a buffer
+        offset = 0
+        for i, chunk in passing:
+            step = chunk.nbytes // num_layers
+            self.address_LS[:, i] = offset + layers % self._group * step
+            self._passing.append((offset, chunk))
+            offset += step * self._group
+        self._buffers = staging.take(offset) if passing else None
+        if self._buffers is not None:
+            slot = layers // self._group % _BUFFERS
+            starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
+            self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
+        for number in range(min(_BUFFERS, self._num_groups)):
+            self._start(number)
+
+    def wait(self, index: int) -> None:
+        """Make the computing stream wait for layer ``index``."""
+        event = self._ready.get(index // self._group)
+        if event is not None:
+            torch.cuda.current_stream(self._staging.device).wait_event(event)
+
+    def used(self, index: int) -> None:
+        """Layer ``index`` was read, and so were all before it."""
+        last = index + 1 == self._staging.num_layers
+        if not last and (index + 1) % self._group:
+            return
+        number = index // self._group
+        if self._buffers is not None:
+            done = torch.cuda.current_stream(self._staging.device).record_event()
+            self._buffers.free[number % _BUFFERS] = done
+        if number + _BUFFERS < self._num_groups:
+            self._start(number + _BUFFERS)
+        if last:
+            for hot, _ in self._filling:
+                hot.whole = True
+            if self._buffers is not None:
+                self._staging.give_back(self._buffers)
+                self._buffers = None
+
+    def _start(self, number: int) -> None:
+        stream = self._staging.stream
+        first = number * self._group
+        last = min(first + self._group, self._staging.num_layers)
+        with torch.cuda.stream(stream):
+            for hot, chunk in self._filling:
+                hot.kv[first:last].copy_(chunk.kv_L2NHD[first:last], non_blocking=True)
+            if self._buffers is not None:
+                free = self._buffers.free[number % _BUFFERS]
+                if free is not None:
+                    stream.wait_event(free)
+                for offset, chunk in self._passing:
+                    stored = chunk.kv_L2NHD[first:last]
+                    nbytes = stored.numel() * stored.element_size()
+                    target = self._buffers.memory[number % _BUFFERS, offset : offset + nbytes]
+                    target.view(stored.dtype).view(stored.shape).copy_(stored, non_blocking=True)
+            self._ready[number] = stream.record_event()

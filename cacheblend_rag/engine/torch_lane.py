@@ -1,0 +1,135 @@
+"""The plain way: dense torch operations, the backend's own attention. Any device; our twin.
+
+Shape legend: E tokens of the blended region, Q question tokens, F tokens between chunks, T tokens
+of a pass, K layers loaded at once, G KV heads, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cacheblend_kernels import key_deviation, question_attention
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.attention import PagedCache, PagedPass, dense_causal, visible
+from cacheblend_rag.engine.forward import ModelHandle, Pass
+from cacheblend_rag.engine.lane import Lane, Region, upload
+from cacheblend_rag.engine.rope import Rerotator
+
+_AT_ONCE = 64 << 20  # bytes: enough layers together that an operation's fixed cost is small
+
+
+class TorchLane(Lane):
+    """See ``Lane``."""
+
+    def __init__(
+        self, region: Region, handle: ModelHandle, rope: Rerotator, cache: PagedCache
+    ) -> None:
+        super().__init__(region, handle, rope)
+        self._cache, self._blocks = cache, torch.tensor(region.task.blocks)
+        self._slots = cache.slots(self._blocks, torch.arange(region.write_from, region.end))
+        self._turn = rope.turn(
+            upload(region.old_E, self.device), torch.arange(region.end, device=self.device)
+        )
+        self._first = 0  # of the layers held
+        self._k_KEGD = self._v_KEGD = torch.empty(0, device=self.device)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [E, G, D] of layer ``index``, keys at their new positions; zeros in holes."""
+        if not self._first <= index < self._first + len(self._k_KEGD):
+            first = self.handle.layers[0]
+            shape = (2, self.region.end, first.num_kv_heads, first.head_size)
+            dtype = self.handle.config.model_config.dtype
+            nbytes = shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize
+            last = min(index + max(1, _AT_ONCE // nbytes), self.handle.num_layers)
+            kv = torch.zeros(last - index, *shape, dtype=dtype, device=self.device)
+            for start, end, offset, _, chunk in self.region.spans:
+                stored = chunk.kv_L2NHD[index:last, :, offset : offset + end - start]
+                kv[:, :, start:end].copy_(stored, non_blocking=True)
+            self._first = index
+            self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._turn), kv[:, 1]
+        return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
+
+    def _place(self, index: int) -> None:
+        k, v = self.layer(index)
+        new = slice(self.region.write_from, None)
+        self.handle.write(index, k[new], v[new], self._slots)
+
+    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
+        glue = upload(self.region.glue(most_glue), self.device)
+        positions_Q = upload(self._question_positions(len(question)), self.device)
+        step = _QuestionPass(self, glue, positions_Q, keep)
+        ids = torch.cat([self.ids_E[glue], upload(torch.tensor(question), self.device)])
+        self.handle.run(step, ids, torch.cat([glue, positions_Q]))
+        return step.score_E
+
+    def deviation(self, check: int, values: bool, tile: torch.Tensor) -> torch.Tensor:
+        self.place_through(check)
+        cached_k, cached_v = self.layer(check)
+        step = PagedPass(self._cache, self._blocks, tile, check=check)
+        at = upload(tile, self.device)
+        self.handle.run(step, self.ids_E[at], at)
+        assert step.checked is not None
+        k, v = step.checked
+        distance = key_deviation(k, cached_k[at])
+        return distance + key_deviation(v, cached_v[at]) if values else distance
+
+    def recompute(self, tile: torch.Tensor) -> None:
+        step = PagedPass(self._cache, self._blocks, tile.cpu(), before=self.place_through)
+        self.handle.run(step, self.ids_E[tile], tile)
+
+
+class _QuestionPass(Pass):
+    """Question and tokens between chunks over the reused KV; sums the question's attention.
+
+    Its own K and V stay out of the paged cache: the tokens between chunks are computed again, over
+    the blended KV, by the selective pass.
+    """
+
+    def __init__(
+        self, lane: TorchLane, fresh_F: torch.Tensor, positions_Q: torch.Tensor, keep: range
+    ) -> None:
+        self._lane, self._keep = lane, keep
+        self._fresh_F, self._num_fresh = fresh_F, len(fresh_F)
+        end, device = lane.region.end, lane.device
+        self._query_pos = torch.cat([fresh_F, positions_Q])
+        self._key_pos = torch.cat([torch.arange(end, device=device), positions_Q])
+        self._known = torch.ones(len(self._key_pos), dtype=torch.bool, device=device)
+        self._known[:end] = upload(lane.region.stored_E, device)
+        self._known[fresh_F] = True
+        self._masks: dict[int | None, torch.Tensor] = {}  # by sliding window
+        self.score_E = torch.zeros(end, device=device)
+
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        n = self._num_fresh
+        self._lane.place_through(index)
+        stored_k, stored_v = self._lane.layer(index)
+        k, v = torch.cat([stored_k, k_TGD[n:]]), torch.cat([stored_v, v_TGD[n:]])
+        k[self._fresh_F], v[self._fresh_F] = k_TGD[:n], v_TGD[:n]
+        mask = self._mask(compat.sliding_window(layer))
+        if index not in self._keep:
+            out_THD.copy_(dense_causal(layer, q_THD, k, v, mask))
+            return
+        if n:
+            out_THD[:n] = dense_causal(layer, q_THD[:n], k, v, mask[:n])
+        out_THD[n:], score = question_attention(
+            q_THD[n:], k, v, mask[n:], scale=layer.impl.scale, softcap=compat.softcap(layer)
+        )
+        self.score_E += score[: len(self.score_E)]
+        if index == self._keep[-1]:
+            self.stop()
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        if window not in self._masks:
+            self._masks[window] = visible(self._query_pos, self._key_pos, window) & self._known
+        return self._masks[window]
