@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
 from cacheblend_rag.engine.forward import ModelHandle
-from cacheblend_rag.engine.lane import Lane, Loaded, Region, upload
+from cacheblend_rag.engine.lane import Array, Lane, Loaded, Region, upload
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.plan import Kind, Plan, Segment
@@ -57,7 +58,7 @@ class Blender:
         budget = min(selector.budget(plan.ratio, weighted), num_candidates)
         clock.mark("load")
 
-        chosen = upload(must_E.nonzero().flatten(), device)
+        chosen = upload(must_E.nonzero()[0], device)
         if 0 < budget < num_candidates:
             question_E = deviation_E = None
             if selector.evidence == "question":
@@ -71,7 +72,7 @@ class Blender:
             score = selector.score(evidence).masked_fill(~evidence.candidate_N, -torch.inf)
             chosen = torch.cat([chosen, score.topk(budget).indices]).sort().values
         elif budget:
-            chosen = upload((must_E | candidate_E).nonzero().flatten(), device)
+            chosen = upload((must_E | candidate_E).nonzero()[0], device)
 
         clock.mark("select")
 
@@ -136,9 +137,12 @@ class Blender:
         assert isinstance(selector, HKVDSelector)
         check = min(selector.check_layer, self.handle.num_layers - 1)
         deviation = torch.zeros(task.plan.end, device=self.handle.device)
-        for tile in torch.arange(task.write_from, task.plan.end).split(self._tile(task.plan)):
-            at = slice(int(tile[0]), int(tile[-1]) + 1)
-            deviation[at] = lane.deviation(check, selector.deviation == "kv", tile)
+        size, end = self._tile(task.plan), task.plan.end
+        for start in range(task.write_from, end, size):
+            tile = range(start, min(start + size, end))
+            deviation[tile.start : tile.stop] = lane.deviation(
+                check, selector.deviation == "kv", tile
+            )
             yield
         return self._sum(deviation)
 
@@ -159,16 +163,14 @@ def _to_host(positions: torch.Tensor) -> torch.Tensor:
     return host.copy_(positions, non_blocking=True)
 
 
-def _duties(
-    task: BlendTask, stored_E: torch.Tensor, missing: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Which tokens must be computed, which may be, and the candidates' weighted number.
+def _duties(task: BlendTask, stored_E: Array, missing: Sequence[int]) -> tuple[Array, Array, float]:
+    """Which tokens must be computed, which may be (bool [E]), and the candidates' weighted number.
 
     Tokens below ``write_from`` are neither. Exact segments are neither. A head-cut segment's
     tokens count twice, capped so that the ratio stays a share.
     """
     must = ~stored_E
-    candidate = torch.zeros_like(stored_E)
+    candidate = np.zeros_like(stored_E)
     weighted, ratio = 0.0, task.plan.ratio
     twice = min(2.0, 1.0 / ratio) if ratio else 0.0
     for i, s in enumerate(task.plan.segments):

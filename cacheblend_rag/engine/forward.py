@@ -95,6 +95,9 @@ class ModelHandle:
 
     def __init__(self, model: Any, config: VllmConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
+        # compiled only where it saves launches; vLLM compiles for the tokens of one step at most
+        self._compiled = device.type == "cuda"
+        self._most_compiled = int(config.scheduler_config.max_num_batched_tokens)
         self._context_layers = config.compilation_config.static_forward_context  # experts too
         self._attention = {
             name: layer
@@ -129,7 +132,7 @@ class ModelHandle:
             attn_metadata=step,  # only has to be something: our proxies don't read it
             vllm_config=self.config,
             slot_mapping={},  # or the op would write K and V itself
-            skip_compiled=not __import__("os").environ.get("CB_COMPILED"),
+            skip_compiled=not self._compiled or len(ids_T) > self._most_compiled,
         )
         proxies = {n: _ProxyLayer(a, i, step) for i, (n, a) in enumerate(self._attention.items())}
         context.no_compile_layers = {**self._context_layers, **proxies}

@@ -11,18 +11,18 @@ heads, D head size, T tokens of a pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 
 from cacheblend_kernels import key_deviation
-from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.place import Sources, place
-from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, PagedPass
-from cacheblend_rag.engine.forward import ModelHandle, Pass
+from cacheblend_rag.engine.forward import ModelHandle
+from cacheblend_rag.engine.graphs import PassGraphs
 from cacheblend_rag.engine.hot import HotChunks
+from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass, SelectivePass
 from cacheblend_rag.engine.lane import Lane, Region, upload
 from cacheblend_rag.engine.lanes import Lanes
 from cacheblend_rag.engine.rope import Rerotator
@@ -60,12 +60,12 @@ class KernelCache:
     def table(self, blocks: Sequence[int], device: torch.device) -> torch.Tensor:
         """int32 block table for the kernels, whose blocks may be smaller than the scheduler's."""
         parts = self._block_size // self._views[0][0].shape[1]
-        table = torch.tensor(blocks, dtype=torch.int32)[:, None] * parts
-        return upload((table + torch.arange(parts, dtype=torch.int32)).flatten(), device)
+        table = np.array(blocks, dtype=np.int32)[:, None] * parts
+        return upload((table + np.arange(parts, dtype=np.int32)).ravel(), device)
 
-    def view(self, index: int, table: torch.Tensor) -> PagedKV:
-        """A request's view of layer ``index``."""
-        return PagedKV(*self._views[index], table)
+    def view(self, index: int, table: torch.Tensor, length: torch.Tensor, most: int) -> PagedKV:
+        """Layer ``index`` as a request with these blocks sees it."""
+        return PagedKV(*self._views[index], table, length, most)
 
     def _check(self, handle: ModelHandle, index: int) -> None:
         """What the backend writes into block 0, which no request uses, must be where we look."""
@@ -90,31 +90,32 @@ class KernelLane(Lane):
         cache: PagedCache,
         kernels: KernelCache,
         staging: Staging,
+        graphs: PassGraphs,
     ) -> None:
         super().__init__(region, handle, rope)
-        self.kernels, self._cache = kernels, cache
-        self.table = kernels.table(region.task.blocks, self.device)
-        new_E = region.stored_E.clone()
-        new_E[: region.write_from] = False
-        positions = new_E.nonzero().flatten()
+        self._kernels, self._cache, self._graphs = kernels, cache, graphs
         sources = list({s.key: s.chunk for s in region.spans}.items())
+        self._transfer = staging.begin(sources)
+        self._table = kernels.table(region.task.blocks, self.device)
+        new_E = region.stored_E.copy()
+        new_E[: region.write_from] = False
         number = {key: i for i, (key, _) in enumerate(sources)}
-        chunk_E = torch.zeros(region.end, dtype=torch.int64)
+        chunk_E = np.zeros(region.end, dtype=np.int64)
         for s in region.spans:
             chunk_E[s.start : s.end] = number[s.key]
-        rows = [positions, region.old_E, chunk_E, region.offset_E]
-        packed = upload(torch.stack([positions, *(r[positions] for r in rows[1:])]), self.device)
-        self._positions_N, old_N, chunk_N, row_N = packed
+        at = new_E.nonzero()[0]
+        rows = np.stack([at, region.old_E[at], chunk_E[at], region.offset_E[at]])
+        self._positions_N, old_N, chunk_N, row_N = upload(rows, self.device)
         self._turn = rope.turn(old_N, self._positions_N)
         self._chunk_N, self._row_N = chunk_N.int(), row_N.int()
-        self._transfer = staging.begin(sources)
-        lengths = torch.tensor([len(chunk.token_ids) for _, chunk in sources])
-        table = upload(torch.cat([self._transfer.address_LS, lengths[None]]), self.device)
+        lengths = np.array([[len(chunk.token_ids) for _, chunk in sources]], dtype=np.int64)
+        table = upload(np.concatenate([self._transfer.address_LS, lengths]), self.device)
         self._address_LS, self._length_S = table[:-1], table[-1]
+        self._length = upload(np.array([region.end], dtype=np.int32), self.device)
 
     def view(self, index: int) -> PagedKV:
         """This request's paged cache of layer ``index``."""
-        return self.kernels.view(index, self.table)
+        return self._kernels.view(index, self._table, self._length, self.region.end)
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """int64 slots of ``positions``, both on the device, as the backend counts them."""
@@ -135,24 +136,41 @@ class KernelLane(Lane):
         self._transfer.used(index)
 
     def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
-        glue = self.region.glue(most_glue)
-        glue = glue[glue >= self.region.write_from]
-        known = self.region.stored_E.clone()
-        known[: self.region.write_from] = True
+        region = self.region
+        glue = region.glue(most_glue)
+        glue = glue[glue >= region.write_from]
+        known = region.stored_E.copy()
+        known[: region.write_from] = True
         known[glue] = True
-        at = torch.cat([glue, self._question_positions(len(question))])
-        ids = torch.cat([torch.tensor(self.region.task.token_ids)[glue], torch.tensor(question)])
-        at, ids = upload(torch.stack([at, ids]), self.device)
-        known_E = None if bool(known.all()) else upload(known, self.device)
-        step = _QuestionPass(self, at, len(glue), known_E, keep)
+        n, behind = len(glue), self._question_positions(len(question))
+        rows = np.full((4, n + len(question)), NOWHERE)
+        rows[0] = np.concatenate([region.ids_E[glue], question])
+        rows[1] = np.concatenate([glue, behind])
+        rows[2, n:] = rows[3, n:] = behind
+        rows[3, :n] = NEVER
+        ids, at, asking, beside = upload(rows, self.device)
+        slots = torch.full_like(at, NOWHERE)
+        slots[:n] = self.slots(at[:n])
+        if known.all():
+            self.place_through(keep[-1])
+            score = self._graphs.ask(ids, at, slots, asking, beside, keep, self.view(0))
+            if score is not None:
+                return score.sum(0)
+        known_E = None if known.all() else upload(known, self.device)
+        score = torch.zeros(self.view(0).k_BSGD.shape[2], region.end, device=self.device)
+        step = QuestionPass(
+            self.handle, self.view, at, slots, asking, beside, known_E, score, keep,
+            before=self.place_through,
+        )  # fmt: skip
         self.handle.run(step, ids, at)
-        return step.score_GE.sum(0)
+        return score.sum(0)
 
-    def deviation(self, check: int, values: bool, tile: torch.Tensor) -> torch.Tensor:
+    def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
         self.place_through(check)
+        positions = torch.arange(tile.start, tile.stop)
         blocks = torch.tensor(self.region.task.blocks)
-        step = PagedPass(self._cache, blocks, tile, check=check)
-        at = upload(tile, self.device)
+        step = PagedPass(self._cache, blocks, positions, check=check)
+        at = upload(positions, self.device)
         self.handle.run(step, self.ids_E[at], at)
         assert step.checked is not None
         cached_k, cached_v = self.view(check).gather(at)
@@ -161,7 +179,13 @@ class KernelLane(Lane):
         return distance + key_deviation(v, cached_v) if values else distance
 
     def recompute(self, tile: torch.Tensor) -> None:
-        self.handle.run(_SelectivePass(self, tile), self.ids_E[tile], tile)
+        ids, slots = self.ids_E[tile], self.slots(tile)
+        if self._graphs.takes(len(tile)):
+            self.place_through(self.handle.num_layers - 1)
+            if self._graphs.select(ids, tile, slots, self.view(0)):
+                return
+        step = SelectivePass(self.handle, self.view, tile, slots, before=self.place_through)
+        self.handle.run(step, ids, tile)
 
 
 class KernelLanes(Lanes):
@@ -178,97 +202,18 @@ class KernelLanes(Lanes):
         self._kernels = KernelCache(handle)
         self._hot = HotChunks(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
+        self._graphs = PassGraphs(handle, self._kernels.view)
 
     def __call__(self, region: Region) -> Lane:
         return KernelLane(
-            region, self._handle, self._rope, self._cache, self._kernels, self._staging
+            region,
+            self._handle,
+            self._rope,
+            self._cache,
+            self._kernels,
+            self._staging,
+            self._graphs,
         )
 
     def forget(self, key: str) -> None:
         self._hot.discard(key)
-
-
-class _SelectivePass(Pass):
-    """Chosen tokens over the fused KV; their K and V go into the cache first."""
-
-    def __init__(self, lane: KernelLane, positions_T: torch.Tensor) -> None:
-        self._lane, self._positions_T = lane, positions_T
-        self._slots_T = lane.slots(positions_T)
-        self._last = lane.handle.num_layers - 1
-
-    def attend(
-        self,
-        index: int,
-        layer: Any,
-        q_THD: torch.Tensor,
-        k_TGD: torch.Tensor,
-        v_TGD: torch.Tensor,
-        out_THD: torch.Tensor,
-    ) -> None:
-        lane = self._lane
-        lane.place_through(index)
-        lane.handle.write(index, k_TGD, v_TGD, self._slots_T)
-        if index == self._last:
-            self.stop()
-        scattered_attention(
-            q_THD,
-            self._positions_T,
-            lane.view(index),
-            lane.region.end,
-            out_THD,
-            scale=layer.impl.scale,
-            softcap=compat.softcap(layer),
-            window=compat.sliding_window(layer),
-        )
-
-
-class _QuestionPass(Pass):
-    """Tokens between chunks, then the question, over the reused KV in the paged cache.
-
-    The former are written there (the selective pass computes them again, over the blended KV); the
-    question's own K and V stay outside.
-    """
-
-    def __init__(
-        self,
-        lane: KernelLane,
-        positions_T: torch.Tensor,
-        num_glue: int,
-        known_E: torch.Tensor | None,
-        keep: range,
-    ) -> None:
-        self._lane, self._positions_T, self._known_E, self._keep = lane, positions_T, known_E, keep
-        self._num_glue = num_glue
-        self._slots = lane.slots(positions_T[:num_glue])
-        groups = lane.view(0).k_BSGD.shape[2]
-        self.score_GE = torch.zeros(groups, lane.region.end, device=lane.device)
-
-    def attend(
-        self,
-        index: int,
-        layer: Any,
-        q_THD: torch.Tensor,
-        k_TGD: torch.Tensor,
-        v_TGD: torch.Tensor,
-        out_THD: torch.Tensor,
-    ) -> None:
-        lane, n, at = self._lane, self._num_glue, self._positions_T
-        lane.place_through(index)
-        if n:
-            lane.handle.write(index, k_TGD[:n], v_TGD[:n], self._slots)
-        view, end = lane.view(index), lane.region.end
-        options: dict[str, Any] = {
-            "scale": layer.impl.scale,
-            "softcap": compat.softcap(layer),
-            "window": compat.sliding_window(layer),
-            "known_N": self._known_E,
-        }
-        extra = Extra(k_TGD[n:], v_TGD[n:], at[n:])
-        scored = index in self._keep
-        lse = scattered_attention(
-            q_THD, at, view, end, out_THD, extra=extra, want_lse=scored, **options
-        )
-        if lse is not None:
-            question_scores(q_THD[n:], at[n:], lse[n:], view, end, self.score_GE, **options)
-        if index == self._keep[-1]:
-            self.stop()

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.store.base import ChunkKV
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Loaded(NamedTuple):
@@ -31,9 +34,12 @@ class Loaded(NamedTuple):
 
 
 class Region:
-    """The blended region [0, E) of a request: which tokens have stored KV, and where. On the CPU.
+    """The blended region [0, E) of a request: which tokens have stored KV, and where.
+
+    Plain numpy: torch's operations on the CPU wake threads for every few thousand numbers.
 
     Attributes:
+        ids_E: int64 token ids.
         stored_E: bool; offset_E: int64, a token's place in its chunk; old_E: int64, the position
             its key is rotated to.
         write_from: positions below it are in the paged cache already.
@@ -42,11 +48,12 @@ class Region:
     def __init__(self, task: BlendTask, spans: Sequence[Loaded]) -> None:
         self.task, self.spans = task, spans
         self.end, self.write_from = task.plan.end, task.write_from
-        self.offset_E = torch.zeros(self.end, dtype=torch.int64)
-        self.stored_E = torch.zeros(self.end, dtype=torch.bool)
-        self.old_E = torch.arange(self.end)
+        self.ids_E = np.array(task.token_ids, dtype=np.int64)
+        self.offset_E = np.zeros(self.end, dtype=np.int64)
+        self.stored_E = np.zeros(self.end, dtype=np.bool_)
+        self.old_E = np.arange(self.end)
         for start, end, offset, _, chunk in spans:
-            self.offset_E[start:end] = torch.arange(offset, offset + end - start)
+            self.offset_E[start:end] = np.arange(offset, offset + end - start)
             self.old_E[start:end] = chunk.base + self.offset_E[start:end]
             self.stored_E[start:end] = True
 
@@ -55,20 +62,21 @@ class Region:
         """Bytes of stored KV used."""
         return sum((s.end - s.start) * s.chunk.nbytes // len(s.chunk.token_ids) for s in self.spans)
 
-    def glue(self, most: int) -> torch.Tensor:
+    def glue(self, most: int) -> Array:
         """int64 positions of the tokens between chunks, the last ``most`` of them. Those of a chunk
         that is missing are not among them: too many to be asked with the question.
         """
-        missing = torch.zeros_like(self.stored_E)
+        glue = ~self.stored_E
         for s in self.task.plan.segments:
-            missing[s.start : s.end] = bool(s.key) and not self.stored_E[s.start]
-        glue: torch.Tensor = (~self.stored_E & ~missing).nonzero().flatten()
-        return glue[-max(1, most) :]
+            if s.key and not self.stored_E[s.start]:
+                glue[s.start : s.end] = False
+        return glue.nonzero()[0][-max(1, most) :]
 
 
-def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+def upload(host: Array | torch.Tensor, device: torch.device) -> torch.Tensor:
     """``host`` on ``device``; without waiting for what a GPU is doing."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    tensor = torch.from_numpy(host) if isinstance(host, np.ndarray) else host
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Lane(ABC):
@@ -78,8 +86,7 @@ class Lane(ABC):
         self.region, self.handle, self.rope = region, handle, rope
         self.device = handle.device
         self._placed = 0
-        ids_offsets = torch.stack([torch.tensor(region.task.token_ids), region.offset_E])
-        self.ids_E, self.offset_E = upload(ids_offsets, self.device)
+        self.ids_E, self.offset_E = upload(np.stack([region.ids_E, region.offset_E]), self.device)
 
     def place_through(self, index: int) -> None:
         """See that the stored KV of layers 0 to ``index`` is in the paged cache, re-rotated."""
@@ -105,8 +112,8 @@ class Lane(ABC):
         """
 
     @abstractmethod
-    def deviation(self, check: int, values: bool, tile: torch.Tensor) -> torch.Tensor:
-        """Run the tokens at ``tile`` (int64, on the CPU, consecutive) up to layer ``check``.
+    def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
+        """Run the tokens at the positions ``tile`` up to layer ``check``.
 
         Returns:
             float32 [tile]: squared distance of their fresh keys there, and values if asked, to the
@@ -120,7 +127,7 @@ class Lane(ABC):
         paged cache. Places what is not placed yet, each layer just before it is needed.
         """
 
-    def _question_positions(self, count: int) -> torch.Tensor:
-        """int64, on the CPU: where the question stands, or just before the RoPE table ends."""
+    def _question_positions(self, count: int) -> Array:
+        """int64: where the question stands, or just before the RoPE table ends."""
         start = min(self.region.task.plan.question_start, self.rope.positions - count)
-        return torch.arange(start, start + count)
+        return np.arange(start, start + count)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from cacheblend_rag.engine.hot import HotChunk, HotChunks
 from cacheblend_rag.store.base import ChunkKV
 
 _BUFFERS = 4  # a transfer
-_GROUP_BYTES = 32 << 20  # aimed at: small enough to start soon, large enough to run at full speed
+_GROUP_BYTES = 96 << 20  # aimed at: small enough to start soon, large enough to run at full speed
 
 
 class Buffers:
@@ -72,8 +73,8 @@ class Transfer:
         self._filling: list[tuple[HotChunk, ChunkKV]] = []
         passing: list[tuple[int, ChunkKV]] = []
         num_layers = staging.num_layers
-        layers = torch.arange(num_layers)
-        self.address_LS = torch.empty(num_layers, len(sources), dtype=torch.int64)
+        layers = np.arange(num_layers)
+        self.address_LS = np.empty((num_layers, len(sources)), dtype=np.int64)
         for i, (key, chunk) in enumerate(sources):
             hot = staging.hot.get(key)
             if hot is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from cacheblend_kernels import key_deviation, question_attention
@@ -61,15 +62,16 @@ class TorchLane(Lane):
         glue = upload(self.region.glue(most_glue), self.device)
         positions_Q = upload(self._question_positions(len(question)), self.device)
         step = _QuestionPass(self, glue, positions_Q, keep)
-        ids = torch.cat([self.ids_E[glue], upload(torch.tensor(question), self.device)])
+        ids = torch.cat([self.ids_E[glue], upload(np.array(question), self.device)])
         self.handle.run(step, ids, torch.cat([glue, positions_Q]))
         return step.score_E
 
-    def deviation(self, check: int, values: bool, tile: torch.Tensor) -> torch.Tensor:
+    def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
         self.place_through(check)
         cached_k, cached_v = self.layer(check)
-        step = PagedPass(self._cache, self._blocks, tile, check=check)
-        at = upload(tile, self.device)
+        positions = torch.arange(tile.start, tile.stop)
+        step = PagedPass(self._cache, self._blocks, positions, check=check)
+        at = upload(positions, self.device)
         self.handle.run(step, self.ids_E[at], at)
         assert step.checked is not None
         k, v = step.checked

@@ -32,7 +32,6 @@ def scattered_attention(
     q_RHD: torch.Tensor,
     position_R: torch.Tensor,
     cache: PagedKV,
-    num_context: int,
     out_RHD: torch.Tensor,
     *,
     scale: float,
@@ -49,12 +48,12 @@ def scattered_attention(
 
     Args:
         q_RHD: queries; rows of ``[H, D]`` are contiguous.
-        position_R: int64, ascending.
-        cache: a layer's paged cache; positions ``[0, num_context)`` may be read.
+        position_R: int64, ascending; rows of -1 at the end see nothing and become 0.
+        cache: a layer's paged cache.
         out_RHD: written.
         scale: factor on the logits; softcap: ``softcap * tanh(logits / softcap)`` where not 0.
         window: tokens a row sees back, itself included.
-        known_N: bool [num_context], context tokens that may be seen; None for all.
+        known_N: bool [N], context tokens that may be seen; None for all.
         extra: further keys.
         want_lse: also return log2-sum-exp2 of the logits in base 2, float32 [R, H].
     """
@@ -64,7 +63,7 @@ def scattered_attention(
     num_extra = len(extra.position_X) if extra is not None else 0
     block_m = 128 if rows * share >= 1024 else 64
     tiles = triton.cdiv(rows * share, block_m)
-    splits = _power(min(_PROGRAMS // (tiles * groups), num_context // (2 * _KEYS)))
+    splits = _power(min(_PROGRAMS // (tiles * groups), cache.most // (2 * _KEYS)))
     empty = q_RHD  # a pointer that is never followed
     lse = torch.empty(rows, heads, dtype=torch.float32, device=q_RHD.device)
     if splits > 1:
@@ -78,7 +77,7 @@ def scattered_attention(
         q_RHD, position_R, k, v, cache.table, partial, partial_lse,
         known_N if known_N is not None else empty, ek, ev,
         extra.position_X if extra is not None else empty,
-        rows, num_context, num_extra, scale * _LOG2E, softcap * _LOG2E,
+        rows, cache.length, num_extra, scale * _LOG2E, softcap * _LOG2E,
         q_RHD.stride(0), partial.stride(-3), rows * heads * dim, rows * heads,
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         ek.stride(0), ev.stride(0), window or 0,
@@ -100,7 +99,6 @@ def question_scores(
     position_R: torch.Tensor,
     lse_RH: torch.Tensor,
     cache: PagedKV,
-    num_context: int,
     score_GN: torch.Tensor,
     *,
     scale: float,
@@ -112,16 +110,17 @@ def question_scores(
 
     Args:
         lse_RH: what ``scattered_attention`` returned for these rows.
+        position_R: as there; rows of -1 do not count.
         score_GN: float32, added to. Each group has a row of its own, so that no sum depends on the
             order in which programs happen to run.
     """
     rows, heads, dim = q_RHD.shape
     _, size, groups, _ = cache.k_BSGD.shape
     k = cache.k_BSGD
-    _score_kernel[(triton.cdiv(num_context, _KEYS), groups)](
+    _score_kernel[(triton.cdiv(cache.most, _KEYS), groups)](
         q_RHD, position_R, lse_RH, k, cache.table,
         known_N if known_N is not None else q_RHD, score_GN,
-        rows, num_context, scale * _LOG2E, softcap * _LOG2E, q_RHD.stride(0), lse_RH.stride(0),
+        rows, cache.length, scale * _LOG2E, softcap * _LOG2E, q_RHD.stride(0), lse_RH.stride(0),
         k.stride(0), k.stride(1), k.stride(2), score_GN.stride(0), window or 0,
         SIZE=size, SHARE=heads // groups, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
         SOFTCAP=softcap > 0, WINDOW=window is not None, KNOWN=known_N is not None,
@@ -156,13 +155,13 @@ def _cap(x, softcap):
 )
 def _attention_kernel(
     q, position, k, v, table, out, lse, known, extra_k, extra_v, extra_position,
-    rows, context, extra, scale, softcap, q_row, out_row, out_split, lse_split,
+    rows, length, extra, scale, softcap, q_row, out_row, out_split, lse_split,
     k_block, k_place, k_head, v_block, v_place, v_head, ek_row, ev_row, window,
     SIZE: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KNOWN: tl.constexpr,
     EXTRA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    splits = tl.num_programs(2)
+    splits, context = tl.num_programs(2), tl.load(length)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     g, z = tl.program_id(1), tl.program_id(2)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -296,15 +295,17 @@ def _combine_kernel(
     tl.store(lse + at, tl.where(total > 0, sure + tl.log2(some), -float("inf")))
 
 
-@triton.jit(do_not_specialize=["rows", "context", "q_row", "lse_row", "score_group", "window"])
+@triton.jit(do_not_specialize=["rows", "q_row", "lse_row", "score_group", "window"])
 def _score_kernel(
     q, position, lse, k, table, known, score,
-    rows, context, scale, softcap, q_row, lse_row, k_block, k_place, k_head, score_group, window,
+    rows, length, scale, softcap, q_row, lse_row, k_block, k_place, k_head, score_group, window,
     SIZE: tl.constexpr, SHARE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KNOWN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(1)
+    g, context = tl.program_id(1), tl.load(length)
+    if tl.program_id(0) * BLOCK_N >= context:
+        return
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     there, in_d = j < context, d < DIM

@@ -16,11 +16,16 @@ class PagedKV(NamedTuple):
     Attributes:
         k_BSGD, v_BSGD: views of the same dtype; the last dimension has stride 1.
         table: int32 numbers of the blocks that hold positions ``[0, len(table) * S)``.
+        length: int32 [1] N, the positions that may be read. On the device, so that a CUDA graph
+            serves any context.
+        most: a bound on N, known to the host: what is launched depends on it.
     """
 
     k_BSGD: torch.Tensor
     v_BSGD: torch.Tensor
     table: torch.Tensor
+    length: torch.Tensor
+    most: int
 
     def slots(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Block and place within it of each position; int64 [N] each."""

@@ -26,7 +26,8 @@ def paged(num_tokens: int, size: int, groups: int, dim: int, dtype: torch.dtype)
     cache = torch.randn(used + 5, groups, size, 2 * dim, device=DEVICE).to(dtype)
     k, v = cache.transpose(1, 2).split(dim, -1)
     table = torch.randperm(used + 5, device=DEVICE)[:used].int()
-    return PagedKV(k, v, table)
+    length = torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE)
+    return PagedKV(k, v, table, length, num_tokens)
 
 
 class Shape(NamedTuple):
@@ -62,7 +63,7 @@ def test_place(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None
     cos, sin = angle.cos(), angle.sin()
     cache = paged(130, 16, groups, dim, dtype)
     before_k, before_v = cache.k_BSGD.clone(), cache.v_BSGD.clone()
-    twin = PagedKV(before_k, before_v, cache.table)
+    twin = cache._replace(k_BSGD=before_k, v_BSGD=before_v)
     k = torch.stack([chunks[c][0, r] for c, r in picks])
     v = torch.stack([chunks[c][1, r] for c, r in picks])
     placed(k, v, cos, sin, positions, twin, is_neox=is_neox)
@@ -120,16 +121,14 @@ def test_attention_and_scores(case: str, shape: Shape, dtype: torch.dtype) -> No
     q = torch.randn(rows, shape.heads, shape.dim, device=DEVICE).to(dtype)
     out = torch.full_like(q, torch.nan)
     options = {"scale": scale, "softcap": softcap, "window": window, "known_N": known}
-    lse = scattered_attention(
-        q, positions, cache, shape.context, out, extra=extra, want_lse=True, **options
-    )
+    lse = scattered_attention(q, positions, cache, out, extra=extra, want_lse=True, **options)
     expected, weights = twin_of(
         q, positions, cache, shape.context, extra=extra, known=known, window=window,
         scale=scale, softcap=softcap,
     )  # fmt: skip
     torch.testing.assert_close(out.float(), expected.float(), atol=TOLERANCE[dtype], rtol=1e-2)
     score = torch.ones(shape.groups, shape.context, device=DEVICE)
-    question_scores(q, positions, lse, cache, shape.context, score, **options)
+    question_scores(q, positions, lse, cache, score, **options)
     got = (score - 1).sum(0)
     bound = TOLERANCE[dtype] * max(1.0, float(weights.max()))
     torch.testing.assert_close(got, weights[: shape.context], atol=bound, rtol=2e-2)
@@ -143,8 +142,26 @@ def test_queries_see_nothing_after_them() -> None:
     positions = torch.arange(50, device=DEVICE) + 60
     q = torch.randn(50, 4, 64, device=DEVICE)
     before, after = torch.empty_like(q), torch.empty_like(q)
-    scattered_attention(q, positions, cache, shape.context, before, scale=0.1)
+    scattered_attention(q, positions, cache, before, scale=0.1)
     block, inside = cache.slots(torch.arange(90, 200, device=DEVICE))
     cache.v_BSGD[block, inside] = torch.nan_to_num(torch.tensor(1e4))
-    scattered_attention(q, positions, cache, shape.context, after, scale=0.1)
+    scattered_attention(q, positions, cache, after, scale=0.1)
     assert torch.equal(before[:30], after[:30]) and not torch.equal(before[30:], after[30:])
+
+
+def test_rows_without_a_position_and_a_bound_beyond_the_context() -> None:
+    """What a CUDA graph of a larger size does: rows to spare, programs for keys that are not."""
+    torch.manual_seed(0)
+    cache = paged(200, 16, 2, 64, torch.float32)
+    positions = torch.tensor([3, 70, 199] + [-1] * 90, device=DEVICE)
+    q = torch.randn(93, 4, 64, device=DEVICE)
+    small, large = torch.empty_like(q[:3]), torch.full_like(q, torch.nan)
+    scores = torch.zeros(2, 2, 2000, device=DEVICE)
+    for rows, out, score, most in ((3, small, scores[0], 200), (93, large, scores[1], 2000)):
+        view = cache._replace(most=most)
+        lse = scattered_attention(q[:rows], positions[:rows], view, out, scale=0.1, want_lse=True)
+        question_scores(q[:rows], positions[:rows], lse, view, score, scale=0.1)
+    torch.testing.assert_close(large[:3], small, atol=1e-5, rtol=0)
+    assert torch.equal(large[3:], torch.zeros_like(large[3:]))
+    torch.testing.assert_close(scores[1], scores[0], atol=1e-5, rtol=0)
+    assert not scores[1][:, 200:].any() and scores[1][:, :200].any()

@@ -1,0 +1,164 @@
+"""Passes as CUDA graphs: one launch instead of some twenty a layer.
+
+A graph is captured for a padded number of tokens and, for the question, of context; rows to spare
+have no position and no slot. What a request puts in goes into tensors that all graphs share.
+
+Shape legend: T tokens of the pass, padded; N context tokens, padded; G KV heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+
+from cacheblend_kernels.paged import PagedKV
+from cacheblend_rag.engine.forward import ModelHandle, Pass
+from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass, SelectivePass
+
+logger = init_logger("vllm.cacheblend_rag")
+
+_MOST_SELECTED = 2048  # beyond, the GPU is the bottleneck and launches are free
+_MOST_ASKING = 256
+_LEAST_CONTEXT = 8192
+
+
+class PassGraphs:
+    """Captures passes when they are first needed, and replays them.
+
+    Attributes:
+        usable: false where the model is split over ranks, runs eagerly by the user's wish, or can't
+            be captured; the passes then run as they are.
+    """
+
+    def __init__(
+        self, handle: ModelHandle, view: Callable[[int, torch.Tensor, torch.Tensor, int], PagedKV]
+    ) -> None:
+        self._handle, self._view = handle, view
+        config = handle.config
+        self.usable = (
+            get_tensor_model_parallel_world_size() == 1 and not config.model_config.enforce_eager
+        )
+        self._graphs: dict[tuple[str, int, int, range], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        device, most = handle.device, int(config.model_config.max_model_len)
+
+        def rows(fill: int) -> torch.Tensor:
+            return torch.full((_MOST_SELECTED,), fill, dtype=torch.int64, device=device)
+
+        self._ids, self._rope = rows(0), rows(0)
+        self._positions, self._slots = rows(NOWHERE), rows(NOWHERE)
+        self._asking, self._beside = rows(NOWHERE), rows(NEVER)
+        self._length = torch.zeros(1, dtype=torch.int32, device=device)
+        size = view(0, self._length, self._length, 1).k_BSGD.shape[1]
+        self._table = torch.zeros(most // size + 2, dtype=torch.int32, device=device)
+        first = handle.layers[0]
+        self._groups = int(first.num_kv_heads)
+        self._scores: dict[int, torch.Tensor] = {}
+
+    def takes(self, count: int) -> bool:
+        """Whether a selective pass of so many tokens can be a graph."""
+        return self.usable and _padded(count) <= _MOST_SELECTED
+
+    def select(
+        self, ids_T: torch.Tensor, positions_T: torch.Tensor, slots_T: torch.Tensor, at: PagedKV
+    ) -> bool:
+        """The selective pass, as a graph; false where there is none, and nothing was done."""
+        size = _padded(len(ids_T))
+        self._fill(at, size, (self._ids, ids_T, 0), (self._rope, positions_T, 0))
+        self._fill(
+            at, size, (self._positions, positions_T, NOWHERE), (self._slots, slots_T, NOWHERE)
+        )
+
+        def make() -> Pass:
+            view = self._layers(_MOST_SELECTED)
+            return SelectivePass(self._handle, view, self._positions[:size], self._slots[:size])
+
+        return self._replay(("select", size, 0, range(0)), size, make)
+
+    def ask(
+        self,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        slots_T: torch.Tensor,
+        asking_T: torch.Tensor,
+        beside_T: torch.Tensor,
+        keep: range,
+        at: PagedKV,
+    ) -> torch.Tensor | None:
+        """The question pass, as a graph; float32 [G, at.most], or None where there is none."""
+        size = -(-len(ids_T) // 32) * 32
+        context = max(_LEAST_CONTEXT, 1 << (at.most - 1).bit_length())
+        if not self.usable or size > _MOST_ASKING:
+            return None
+        self._fill(at, size, (self._ids, ids_T, 0), (self._rope, positions_T, 0))
+        self._fill(
+            at, size, (self._positions, positions_T, NOWHERE), (self._slots, slots_T, NOWHERE)
+        )
+        self._fill(at, size, (self._asking, asking_T, NOWHERE), (self._beside, beside_T, NEVER))
+        if context not in self._scores:
+            self._scores[context] = torch.zeros(self._groups, context, device=self._handle.device)
+        score = self._scores[context]
+        score.zero_()
+
+        def make() -> Pass:
+            return QuestionPass(
+                self._handle,
+                self._layers(context),
+                self._positions[:size],
+                self._slots[:size],
+                self._asking[:size],
+                self._beside[:size],
+                None,
+                score,
+                keep,
+            )
+
+        done = self._replay(("ask", size, context, keep), size, make, lambda: score.zero_())
+        return score[:, : at.most] if done else None
+
+    def _layers(self, most: int) -> Callable[[int], PagedKV]:
+        return lambda index: self._view(index, self._table, self._length, most)
+
+    def _fill(self, at: PagedKV, size: int, *rows: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+        self._table[: len(at.table)].copy_(at.table, non_blocking=True)
+        self._length.copy_(at.length, non_blocking=True)
+        for static, values, spare in rows:
+            static[: len(values)].copy_(values, non_blocking=True)
+            static[len(values) : size].fill_(spare)
+
+    def _replay(
+        self,
+        key: tuple[str, int, int, range],
+        size: int,
+        make: Callable[[], Pass],
+        reset: Callable[[], object] = lambda: None,
+    ) -> bool:
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._capture(size, make)
+            except Exception as error:  # a model that can't be captured is served all the same
+                logger.warning("CUDA graphs are off for blends: %s", error)
+                self.usable = False
+                reset()
+                return False
+            reset()  # what was run before the capture has added to the scores
+        self._graphs[key].replay()
+        return True
+
+    def _capture(self, size: int, make: Callable[[], Pass]) -> torch.cuda.CUDAGraph:
+        """Run once as it is, so that all is compiled and allocated, then capture."""
+        ids, rope = self._ids[:size], self._rope[:size]
+        self._handle.run(make(), ids, rope)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._handle.run(make(), ids, rope)
+        return graph
+
+
+def _padded(count: int) -> int:
+    step = 32 if count <= 256 else 64 if count <= 1024 else 128
+    return -(-count // step) * step

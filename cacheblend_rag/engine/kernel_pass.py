@@ -1,0 +1,131 @@
+"""The passes of a blend over the paged cache, by our kernels. Everything they read is a tensor on
+the device, so that the same pass runs eagerly and inside a CUDA graph.
+
+Shape legend: T tokens of the pass, G KV heads, N context tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
+from cacheblend_kernels.paged import PagedKV
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.forward import ModelHandle, Pass
+
+NOWHERE = -1  # position and slot of a row to spare
+NEVER = 1 << 30  # position of a key that no row may see
+
+View = Callable[[int], PagedKV]
+
+
+class SelectivePass(Pass):
+    """Chosen tokens over the fused KV; their K and V go into the cache first.
+
+    Args:
+        view: a layer's paged cache.
+        positions_T: int64, ascending, then ``NOWHERE``; slots_T: int64 slots of the same.
+        before: called with each layer's number before the layer is touched.
+    """
+
+    def __init__(
+        self,
+        handle: ModelHandle,
+        view: View,
+        positions_T: torch.Tensor,
+        slots_T: torch.Tensor,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        self._handle, self._view, self._before = handle, view, before
+        self._positions_T, self._slots_T = positions_T, slots_T
+
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        if self._before is not None:
+            self._before(index)
+        self._handle.write(index, k_TGD, v_TGD, self._slots_T)
+        if index + 1 == self._handle.num_layers:
+            self.stop()
+        scattered_attention(
+            q_THD,
+            self._positions_T,
+            self._view(index),
+            out_THD,
+            scale=layer.impl.scale,
+            softcap=compat.softcap(layer),
+            window=compat.sliding_window(layer),
+        )
+
+
+class QuestionPass(Pass):
+    """Tokens between chunks, then the question, over the reused KV in the paged cache.
+
+    The former are written there (the selective pass computes them again, over the blended KV); the
+    question's own K and V stay outside. Stops behind the last layer of ``keep``.
+
+    Args:
+        view: a layer's paged cache.
+        positions_T: int64, ascending, then ``NOWHERE``.
+        slots_T: int64 slots of the tokens between chunks; ``NOWHERE`` elsewhere.
+        asking_T: int64, the position where it is the question's; ``NOWHERE`` elsewhere.
+        beside_T: the same with ``NEVER``.
+        known_N: bool, context tokens that may be seen; None for all.
+        score_GN: float32, to which the question's attention is added over the layers ``keep``.
+        before: called with each layer's number before the layer is touched.
+    """
+
+    def __init__(
+        self,
+        handle: ModelHandle,
+        view: View,
+        positions_T: torch.Tensor,
+        slots_T: torch.Tensor,
+        asking_T: torch.Tensor,
+        beside_T: torch.Tensor,
+        known_N: torch.Tensor | None,
+        score_GN: torch.Tensor,
+        keep: range,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        self._handle, self._view, self._before = handle, view, before
+        self._positions_T, self._slots_T = positions_T, slots_T
+        self._asking_T, self._beside_T = asking_T, beside_T
+        self._known_N, self._score_GN, self._keep = known_N, score_GN, keep
+
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        if self._before is not None:
+            self._before(index)
+        self._handle.write(index, k_TGD, v_TGD, self._slots_T)
+        view, scored = self._view(index), index in self._keep
+        options: dict[str, Any] = {
+            "scale": layer.impl.scale,
+            "softcap": compat.softcap(layer),
+            "window": compat.sliding_window(layer),
+            "known_N": self._known_N,
+        }
+        extra = Extra(k_TGD, v_TGD, self._beside_T)
+        lse = scattered_attention(
+            q_THD, self._positions_T, view, out_THD, extra=extra, want_lse=scored, **options
+        )
+        if lse is not None:
+            question_scores(q_THD, self._asking_T, lse, view, self._score_GN, **options)
+        if index == self._keep[-1]:
+            self.stop()
