@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cacheblend_rag import gate, ingest
 from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
+from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
 from cacheblend_rag.errors import ClosedError, ConfigError, EmptyTextError, PromptError
 from cacheblend_rag.ingest import Chunk, IngestReport
@@ -75,6 +76,7 @@ class CacheBlend:
         self._closed = False
         self._index = ChunkIndex()
         self._head: Head | None = None
+        self._costs: Costs | None = None
         self._engine: Engine = create_engine(engine, resolve_model(str(model)), engine_args)
         try:
             self.info = self._engine.info
@@ -226,6 +228,7 @@ class CacheBlend:
             prefix_ids=self._space.prefix_ids,
             block_size=self.info.block_size,
             head=self._head,
+            costs=self._costs,
         )
 
     def _finish(
@@ -321,6 +324,8 @@ class CacheBlend:
         if report.passed:
             self._index.add_many(ours(self._space, ranks))
             self._head = self._store_head()
+            measured = self._engine.rpc("cacheblend_costs")[0]
+            self._costs = Costs(**measured) if measured else None
         else:
             self._engine.rpc("cacheblend_unbind")
         return report

@@ -13,9 +13,10 @@ from cacheblend_rag.select import create_selector
 from cacheblend_rag.store.url import parse_size
 
 Mode = Literal["blend", "full", "reuse", "off"]
+When = Literal["pays", "always"]
 Schedule = Literal["auto", "sync", "async"]
 
-PER_CALL = ("mode", "recompute_ratio", "selector", "selector_options", "schedule")
+PER_CALL = ("mode", "recompute_ratio", "selector", "selector_options", "when", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ class BlendConfig:
             without the neutral text), ``bos`` (the BOS token, if the model has one), ``none``,
             or a sequence of token ids.
         system_prompt: the system prompt your requests use; the template's default where None.
+        when: ``pays`` blends where the measured costs predict a gain over a plain prefill (they are
+            measured on a GPU only), ``always`` blends whatever is found.
         schedule: ``sync`` blends within one engine step, ``async`` one tile a step so that other
             streams keep decoding, ``auto`` is sync only while nothing else runs.
         tile_tokens: most tokens recomputed at once; the engine's ``max_num_batched_tokens`` bounds
@@ -52,6 +55,7 @@ class BlendConfig:
     min_chunk_tokens: int = 32
     ingest_prefix: str | tuple[int, ...] = "auto"
     system_prompt: str | None = None
+    when: When = "pays"
     schedule: Schedule = "auto"
     tile_tokens: int | None = None
     store: str = "memory://"
@@ -61,6 +65,7 @@ class BlendConfig:
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
         _one_of("schedule", self.schedule, get_args(Schedule))
+        _one_of("when", self.when, get_args(When))
         if isinstance(self.recompute_ratio, bool) or not isinstance(
             self.recompute_ratio, int | float
         ):

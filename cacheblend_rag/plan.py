@@ -21,6 +21,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from cacheblend_rag.config import BlendConfig, Schedule
+from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
 from cacheblend_rag.select import create_selector
 
@@ -179,6 +180,7 @@ def make_plan(
     prefix_ids: Sequence[int],
     block_size: int,
     head: Head | None = None,
+    costs: Costs | None = None,
 ) -> Plan | NoPlan:
     """Decide what of a prompt is reused.
 
@@ -189,6 +191,7 @@ def make_plan(
         prefix_ids: the ingest prefix the chunks were computed behind.
         block_size: tokens a block of the paged cache.
         head: the prompts' usual first tokens, stored at position 0.
+        costs: what was measured; None where nothing was: then every plan is worth it.
     """
     if config.mode in ("off", "full"):
         return NoPlan(f"mode is {config.mode!r}")
@@ -200,7 +203,7 @@ def make_plan(
     segments = _with_head(segments, token_ids, head)
     if not any(s.kind is not Kind.FRESH for s in segments):
         return NoPlan(f"the matched chunks fill no block of {block_size} tokens")
-    return Plan(
+    plan = Plan(
         segments=segments,
         question_start=question_start,
         ratio=0.0 if config.mode == "reuse" else float(config.recompute_ratio),
@@ -209,6 +212,10 @@ def make_plan(
         schedule=config.schedule,
         tile_tokens=config.tile_tokens,
     )
+    if costs is not None and config.mode == "blend" and config.when == "pays":
+        refusal = costs.refusal(plan)
+        return NoPlan(refusal) if refusal else plan
+    return plan
 
 
 def _segments(

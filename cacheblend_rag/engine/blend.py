@@ -56,19 +56,16 @@ class Blender:
         selector = create_selector(plan.selector, plan.selector_options)
         num_candidates = int(candidate_E.sum())
         budget = min(selector.budget(plan.ratio, weighted), num_candidates)
+        chosen, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
         clock.mark("load")
 
-        chosen = upload(must_E.nonzero()[0], device)
         if 0 < budget < num_candidates:
             question_E = deviation_E = None
             if selector.evidence == "question":
                 question_E = self._ask(lane, task, selector)
             elif selector.evidence == "deviation":
-                deviation_E = yield from self._probe(lane, task, selector)
-                clock.mark()
-            evidence = Evidence(
-                upload(candidate_E, device), lane.offset_E, lane.ids_E, question_E, deviation_E
-            )
+                deviation_E = yield from self._probe(lane, task, selector, clock)
+            evidence = Evidence(candidate, lane.offset_E, lane.ids_E, question_E, deviation_E)
             score = selector.score(evidence).masked_fill(~evidence.candidate_N, -torch.inf)
             chosen = torch.cat([chosen, score.topk(budget).indices]).sort().values
         elif budget:
@@ -131,7 +128,7 @@ class Blender:
         return self._sum(lane.ask(task.question, keep, self._max_tile - len(task.question)))
 
     def _probe(
-        self, lane: Lane, task: BlendTask, selector: Selector
+        self, lane: Lane, task: BlendTask, selector: Selector, clock: Clock
     ) -> Generator[None, None, torch.Tensor]:
         """KV deviation at the check layer, float32 [E]; 0 below ``write_from``."""
         assert isinstance(selector, HKVDSelector)

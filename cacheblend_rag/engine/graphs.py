@@ -8,6 +8,7 @@ Shape legend: T tokens of the pass, padded; N context tokens, padded; G KV heads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -67,7 +68,7 @@ class PassGraphs:
     ) -> bool:
         """The selective pass, as a graph; false where there is none, and nothing was done."""
         size = _padded(len(ids_T))
-        self._fill(at, size, (self._ids, ids_T, 0), (self._rope, positions_T, 0))
+        self._fill(at, size, (self._ids, ids_T, 0), (self._rope, positions_T.clamp(min=0), 0))
         self._fill(
             at, size, (self._positions, positions_T, NOWHERE), (self._slots, slots_T, NOWHERE)
         )
@@ -93,7 +94,7 @@ class PassGraphs:
         context = max(_LEAST_CONTEXT, 1 << (at.most - 1).bit_length())
         if not self.usable or size > _MOST_ASKING:
             return None
-        self._fill(at, size, (self._ids, ids_T, 0), (self._rope, positions_T, 0))
+        self._fill(at, size, (self._ids, ids_T, 0), (self._rope, positions_T.clamp(min=0), 0))
         self._fill(
             at, size, (self._positions, positions_T, NOWHERE), (self._slots, slots_T, NOWHERE)
         )
@@ -118,6 +119,41 @@ class PassGraphs:
 
         done = self._replay(("ask", size, context, keep), size, make, lambda: score.zero_())
         return score[:, : at.most] if done else None
+
+    def prepare(self, keep: range) -> None:
+        """Capture the usual sizes now, so that no request waits for it.
+
+        Args:
+            keep: the layers at which the question's attention is summed.
+        """
+        none = torch.zeros(1, dtype=torch.int64, device=self._handle.device)
+        nowhere = torch.full_like(none, NOWHERE)
+        empty = self._view(0, self._table[:1], torch.zeros_like(self._length), 1)
+        sizes = sorted({_padded(n) for n in range(1, _MOST_SELECTED + 1, 32)}, reverse=True)
+        for size in sizes:  # the largest first: the others fit into its memory
+            ids, spare = none.expand(size), nowhere.expand(size)
+            if not self.takes(size):
+                return
+            self.select(ids, spare, spare, empty)
+        for size in range(_MOST_ASKING, 0, -32):
+            ids, spare = none.expand(size), nowhere.expand(size)
+            beside = torch.full_like(spare, NEVER)
+            self.ask(ids, spare, spare, spare, beside, keep, empty)
+
+    def seconds(self, kind: str, size: int) -> float | None:
+        """How long the graph of a padded size runs, without a context; None where there is none."""
+        graph = next((g for (k, n, *_), g in self._graphs.items() if (k, n) == (kind, size)), None)
+        if graph is None:
+            return None
+        best = math.inf
+        for _ in range(3):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+        return best
 
     def _layers(self, most: int) -> Callable[[int], PagedKV]:
         return lambda index: self._view(index, self._table, self._length, most)

@@ -7,6 +7,7 @@ H query heads, D head size.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -225,3 +226,22 @@ class _Host:
         if self._stream is not None:
             self._stream.synchronize()
         return self._kv
+
+
+def prefill_seconds(handle: ModelHandle) -> float:
+    """Seconds a token of a plain prefill of medium length, on a GPU."""
+    config = handle.config
+    most = min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)
+    count = min(2048, int(most))
+    ids = torch.zeros(count, dtype=torch.int64, device=handle.device)
+    positions = torch.arange(count, device=handle.device)
+    best = math.inf
+    for _ in range(3):
+        step = IsolatedPass([(0, count)], handle.num_layers, keep=lambda index, kv: None)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        handle.run(step, ids, positions)
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return best / count

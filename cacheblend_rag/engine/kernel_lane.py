@@ -3,6 +3,7 @@
 Chunk KV travels in groups of layers through a few staging buffers while whatever comes first
 computes; each layer is re-rotated and scattered by one launch just before it is needed. Nothing
 here waits for the GPU, and nothing on the host grows with the context but one index per token.
+Small uploads come before the transfer starts: they would queue behind it.
 
 Shape legend: E tokens of the blended region, N tokens to place, S source chunks, L layers, G KV
 heads, D head size, T tokens of a pass.
@@ -22,11 +23,15 @@ from cacheblend_rag.engine.attention import PagedCache, PagedPass
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import PassGraphs
 from cacheblend_rag.engine.hot import HotChunks
+from cacheblend_rag.engine.ingest import prefill_seconds
 from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass, SelectivePass
 from cacheblend_rag.engine.lane import Lane, Region, upload
 from cacheblend_rag.engine.lanes import Lanes
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
+from cacheblend_rag.select.query import QuerySelector
+
+_HOST_S = 3e-3  # on the host, before the GPU has work; measured on an H100's host
 
 
 class KernelsUnusableError(Exception):
@@ -35,6 +40,10 @@ class KernelsUnusableError(Exception):
 
 class KernelCache:
     """Views of every layer's paged cache, shown to be right by writing through the backend.
+
+    Attributes:
+        address_L2: int64 device addresses of each layer's K and V view.
+        bytes_per_token: of KV over all layers, on this rank.
 
     Raises:
         KernelsUnusableError: a cache of another layout or dtype than the kernels know.
@@ -55,7 +64,14 @@ class KernelCache:
             if k.shape[2] != heads or k.stride(-1) != 1 or self._block_size % k.shape[1]:
                 raise KernelsUnusableError(f"layer {index} has a paged cache of another layout")
             self._views.append((k, v))
+            if (k.stride(), v.stride()) != tuple(x.stride() for x in self._views[0]):
+                raise KernelsUnusableError(f"layer {index} has other strides than the first one")
             self._check(handle, index)
+        k = self._views[0][0]
+        self.bytes_per_token = 2 * len(self._views) * k[0, 0].numel() * k.element_size()
+        self.address_L2 = torch.tensor(
+            [[k.data_ptr(), v.data_ptr()] for k, v in self._views], device=handle.device
+        )
 
     def table(self, blocks: Sequence[int], device: torch.device) -> torch.Tensor:
         """int32 block table for the kernels, whose blocks may be smaller than the scheduler's."""
@@ -122,18 +138,21 @@ class KernelLane(Lane):
         block, inside = self.view(0).slots(positions)
         return block * self.view(0).k_BSGD.shape[1] + inside
 
-    def _place(self, index: int) -> None:
-        self._transfer.wait(index)
-        sources = Sources(self._address_LS[index], self._length_S, self._chunk_N, self._row_N)
-        place(
-            sources,
-            self._turn.cos_NP,
-            self._turn.sin_NP,
-            self._positions_N,
-            self.view(index),
-            is_neox=self.rope.is_neox,
-        )
-        self._transfer.used(index)
+    def place_through(self, index: int) -> None:
+        while self._placed <= index:
+            layers = self._transfer.arrive(self._placed)
+            some = slice(layers.start, layers.stop)
+            place(
+                Sources(self._address_LS[some], self._length_S, self._chunk_N, self._row_N),
+                self._turn.cos_NP,
+                self._turn.sin_NP,
+                self._positions_N,
+                self.view(0),
+                self._kernels.address_L2[some],
+                is_neox=self.rope.is_neox,
+            )
+            self._transfer.used(layers)
+            self._placed = layers.stop
 
     def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
         region = self.region
@@ -152,7 +171,7 @@ class KernelLane(Lane):
         slots = torch.full_like(at, NOWHERE)
         slots[:n] = self.slots(at[:n])
         if known.all():
-            self.place_through(keep[-1])
+            self.place_through(keep[-1])  # also starts the transfer: small uploads come first
             score = self._graphs.ask(ids, at, slots, asking, beside, keep, self.view(0))
             if score is not None:
                 return score.sum(0)
@@ -166,11 +185,11 @@ class KernelLane(Lane):
         return score.sum(0)
 
     def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
-        self.place_through(check)
         positions = torch.arange(tile.start, tile.stop)
         blocks = torch.tensor(self.region.task.blocks)
         step = PagedPass(self._cache, blocks, positions, check=check)
         at = upload(positions, self.device)
+        self.place_through(check)  # also starts the transfer: small uploads come first
         self.handle.run(step, self.ids_E[at], at)
         assert step.checked is not None
         cached_k, cached_v = self.view(check).gather(at)
@@ -203,6 +222,7 @@ class KernelLanes(Lanes):
         self._hot = HotChunks(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
         self._graphs = PassGraphs(handle, self._kernels.view)
+        self._graphs.prepare(QuerySelector().layer_range(handle.num_layers))
 
     def __call__(self, region: Region) -> Lane:
         return KernelLane(
@@ -214,6 +234,19 @@ class KernelLanes(Lanes):
             self._staging,
             self._graphs,
         )
+
+    def costs(self) -> dict[str, float]:
+        few, many = self._graphs.seconds("select", 256), self._graphs.seconds("select", 1024)
+        ask = self._graphs.seconds("ask", 64)
+        if few is None or many is None or ask is None:
+            return {}
+        per_token = max(0.0, many - few) / (1024 - 256)
+        return {
+            "prefill_s": prefill_seconds(self._handle),
+            "recompute_s": per_token,
+            "blend_s": _HOST_S + ask + max(0.0, few - 256 * per_token),
+            "load_s": self._staging.seconds_per_byte() * self._kernels.bytes_per_token,
+        }
 
     def forget(self, key: str) -> None:
         self._hot.discard(key)

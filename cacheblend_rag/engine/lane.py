@@ -85,18 +85,12 @@ class Lane(ABC):
     def __init__(self, region: Region, handle: ModelHandle, rope: Rerotator) -> None:
         self.region, self.handle, self.rope = region, handle, rope
         self.device = handle.device
-        self._placed = 0
+        self._placed = 0  # layers
         self.ids_E, self.offset_E = upload(np.stack([region.ids_E, region.offset_E]), self.device)
 
+    @abstractmethod
     def place_through(self, index: int) -> None:
         """See that the stored KV of layers 0 to ``index`` is in the paged cache, re-rotated."""
-        while self._placed <= index:
-            self._place(self._placed)
-            self._placed += 1
-
-    @abstractmethod
-    def _place(self, index: int) -> None:
-        """Put the stored KV of one layer into the paged cache."""
 
     @abstractmethod
     def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:

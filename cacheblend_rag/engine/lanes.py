@@ -20,6 +20,10 @@ class Lanes:
     def __call__(self, region: Region) -> Lane:
         return TorchLane(region, self._handle, self._rope, self._cache)
 
+    def costs(self) -> dict[str, float]:
+        """Measured seconds, see ``cacheblend_rag.costs.Costs``; empty where none were measured."""
+        return {}
+
     def forget(self, key: str) -> None:
         """Drop what is kept of a chunk beside the store."""
 

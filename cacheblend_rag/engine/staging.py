@@ -44,6 +44,20 @@ class Staging:
         """Start to bring all layers of ``sources`` (key and chunk) to the GPU."""
         return Transfer(self, sources)
 
+    def seconds_per_byte(self) -> float:
+        """Of a copy from pinned memory."""
+        host = torch.empty(_GROUP_BYTES, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty_like(host, device=self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            there.copy_(host, non_blocking=True)
+            start.record()
+            there.copy_(host, non_blocking=True)
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / _GROUP_BYTES
+
     def take(self, nbytes: int) -> Buffers:
         """Buffers of ``nbytes`` each at least; a transfer under way keeps its own."""
         if self._idle and self._idle[-1].nbytes >= nbytes:
@@ -63,7 +77,7 @@ class Transfer:
     buffers.
 
     Attributes:
-        address_LS: int64, where each layer of each source is, or will be once ``wait`` returned.
+        address_LS: int64, where each layer of each source is, or will be once ``arrive`` returned.
     """
 
     def __init__(self, staging: Staging, sources: Sequence[tuple[str, ChunkKV]]) -> None:
@@ -80,6 +94,7 @@ class Transfer:
             if hot is None:
                 hot = staging.hot.room(key, chunk)
                 if hot is not None:
+                    hot.kv.record_stream(staging.stream)
                     self._filling.append((hot, chunk))
             elif not hot.whole:
                 hot = None  # another request's transfer is not through
@@ -106,27 +121,28 @@ class Transfer:
             slot = layers // self._group % _BUFFERS
             starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
             self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
-        for number in range(min(_BUFFERS, self._num_groups)):
-            self._start(number)
+        self._started = 0
 
-    def wait(self, index: int) -> None:
-        """Make the computing stream wait for layer ``index``."""
-        event = self._ready.get(index // self._group)
-        if event is not None:
-            torch.cuda.current_stream(self._staging.device).wait_event(event)
-
-    def used(self, index: int) -> None:
-        """Layer ``index`` was read, and so were all before it."""
-        last = index + 1 == self._staging.num_layers
-        if not last and (index + 1) % self._group:
-            return
+    def arrive(self, index: int) -> range:
+        """Make the computing stream wait for layer ``index``; returns it and those that come along.
+        The first call starts the transfer.
+        """
+        if not self._num_groups:
+            return range(index, self._staging.num_layers)
         number = index // self._group
+        while self._started < min(number + _BUFFERS, self._num_groups):
+            self._start(self._started)
+            self._started += 1
+        torch.cuda.current_stream(self._staging.device).wait_event(self._ready[number])
+        last = min((number + 1) * self._group, self._staging.num_layers)
+        return range(index, last)
+
+    def used(self, layers: range) -> None:
+        """These layers were read, up to the end of what came with them, and all before them."""
         if self._buffers is not None:
             done = torch.cuda.current_stream(self._staging.device).record_event()
-            self._buffers.free[number % _BUFFERS] = done
-        if number + _BUFFERS < self._num_groups:
-            self._start(number + _BUFFERS)
-        if last:
+            self._buffers.free[layers.start // self._group % _BUFFERS] = done
+        if layers.stop == self._staging.num_layers:
             for hot, _ in self._filling:
                 hot.whole = True
             if self._buffers is not None:

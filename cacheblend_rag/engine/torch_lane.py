@@ -53,10 +53,12 @@ class TorchLane(Lane):
             self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._turn), kv[:, 1]
         return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
 
-    def _place(self, index: int) -> None:
-        k, v = self.layer(index)
+    def place_through(self, index: int) -> None:
         new = slice(self.region.write_from, None)
-        self.handle.write(index, k[new], v[new], self._slots)
+        while self._placed <= index:
+            k, v = self.layer(self._placed)
+            self.handle.write(self._placed, k[new], v[new], self._slots)
+            self._placed += 1
 
     def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
         glue = upload(self.region.glue(most_glue), self.device)

@@ -92,6 +92,10 @@ class WorkerExtension:
         self._cacheblend_ingestor = Ingestor(handle)
         return [[c.key, array("i", c.token_ids).tobytes(), c.base] for c in store.scan()]
 
+    def cacheblend_costs(self) -> dict[str, float]:
+        """What blending and prefilling cost here, in seconds; empty where it was not measured."""
+        return self._cacheblend_lanes.costs()
+
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
         connector = self._connector()

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Re-rotate stored keys and scatter K and V into the paged cache: one launch a layer.
+"""Re-rotate stored keys and scatter K and V into the paged cache: many layers in one launch.
 
-Shape legend: N tokens to place, P rotated pairs, G KV heads, D head size, C source chunks.
+Shape legend: K layers, N tokens to place, P rotated pairs, G KV heads, D head size, C source
+chunks.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ _TOKENS = 16  # a program
 
 
 class Sources(NamedTuple):
-    """Where each token's stored KV is, for one layer. A source is a contiguous ``[2, n, G, D]``.
+    """Where each token's stored KV is. A source is, per layer, a contiguous ``[2, n, G, D]``.
 
     Attributes:
-        address_C: int64 device addresses of the sources, in the cache's dtype.
+        address_KC: int64 device addresses of the sources, in the cache's dtype.
         length_C: int64 n of each.
         chunk_N: int32 source of each token; row_N: int32 its row there.
     """
 
-    address_C: torch.Tensor
+    address_KC: torch.Tensor
     length_C: torch.Tensor
     chunk_N: torch.Tensor
     row_N: torch.Tensor
@@ -38,6 +39,7 @@ def place(
     sin_NP: torch.Tensor,
     positions_N: torch.Tensor,
     cache: PagedKV,
+    address_K2: torch.Tensor,
     *,
     is_neox: bool,
 ) -> None:
@@ -48,39 +50,46 @@ def place(
 
     Args:
         cos_NP, sin_NP: float32 cosine and sine of the further angle.
+        cache: any layer's paged cache; all have its strides.
+        address_K2: int64 device addresses of each layer's K and V view.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
     """
     n, pairs = cos_NP.shape
-    if n == 0:
+    layers = len(address_K2)
+    if n == 0 or layers == 0:
         return
     _, size, groups, dim = cache.k_BSGD.shape
     k, v = cache.k_BSGD, cache.v_BSGD
-    grid = (triton.cdiv(n, _TOKENS), groups)
+    grid = (triton.cdiv(n, _TOKENS), groups, layers)
     _place_kernel[grid](
-        sources.address_C, sources.length_C, sources.chunk_N, sources.row_N,
-        cos_NP, sin_NP, positions_N, cache.table, k, v,
-        n, k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
+        sources.address_KC, sources.length_C, sources.chunk_N, sources.row_N,
+        cos_NP, sin_NP, positions_N, cache.table, address_K2, k,
+        n, len(sources.length_C),
+        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         SIZE=size, GROUPS=groups, DIM=dim, PAIRS=pairs, NEOX=is_neox,
         BLOCK_N=_TOKENS, BLOCK_P=triton.next_power_of_2(pairs),
         BLOCK_D=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "num_chunks"])
 def _place_kernel(
-    address, length, chunk, row, cos, sin, positions, table, k, v,
-    n, k_block, k_place, k_head, v_block, v_place, v_head,
+    address, length, chunk, row, cos, sin, positions, table, caches, like,
+    n, num_chunks, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    g = tl.program_id(1)
+    g, layer = tl.program_id(1), tl.program_id(2)
+    kind: tl.constexpr = like.dtype.element_ty
+    k = tl.load(caches + 2 * layer).to(tl.pointer_type(kind))
+    v = tl.load(caches + 2 * layer + 1).to(tl.pointer_type(kind))
     here = t < n
     c = tl.load(chunk + t, mask=here, other=0)
-    base = tl.load(address + c, mask=here, other=0)
+    base = tl.load(address + layer * num_chunks + c, mask=here, other=0)
     far = tl.load(length + c, mask=here, other=0) * (GROUPS * DIM)  # elements from K to V
     from_k = (tl.load(row + t, mask=here, other=0).to(tl.int64) * GROUPS + g) * DIM
-    source = base.to(tl.pointer_type(k.dtype.element_ty)) + from_k
+    source = base.to(tl.pointer_type(kind)) + from_k
 
     position = tl.load(positions + t, mask=here, other=0)
     block = tl.load(table + position // SIZE, mask=here, other=0).to(tl.int64)
@@ -104,6 +113,5 @@ def _place_kernel(
     at = t[:, None] * PAIRS + p[None]
     co = tl.load(cos + at, mask=some)
     si = tl.load(sin + at, mask=some)
-    kind = k.dtype.element_ty
     tl.store(to_k[:, None] + first[None], (a * co - b * si).to(kind), some)
     tl.store(to_k[:, None] + second[None], (b * co + a * si).to(kind), some)

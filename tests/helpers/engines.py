@@ -13,7 +13,7 @@ from tiny import VOCAB
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 
 # a fixed cache, so that engines of several test processes fit beside one another; vLLM 0.26 gives
-# sliding-window layers blocks of 16 on a GPU, and without its hybrid manager all layers need the same
+# sliding-window layers blocks of 16 on a GPU, and without its hybrid manager all need the same
 GPU_SHARE: dict[str, Any] = (
     {
         "kv_cache_memory_bytes": 1 << 29,
@@ -32,7 +32,7 @@ def start(
     path: Path, *, prefix: tuple[int, ...] = (), engine: str = "batch", **changes: Any
 ) -> CacheBlend:
     """A float32 engine on token ids with small blocks and full log-probabilities."""
-    config = changes.pop("config", None) or BlendConfig(ingest_prefix=prefix)
+    config = changes.pop("config", None) or BlendConfig(ingest_prefix=prefix, when="always")
     options = {
         "dtype": "float32",
         "skip_tokenizer_init": True,

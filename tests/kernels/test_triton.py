@@ -54,28 +54,38 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize(("dim", "rotary"), [(16, 16), (64, 32), (80, 80), (128, 128), (96, 24)])
 def test_place(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(dim)
-    groups, lengths = 3, (21, 50, 7)
-    chunks = [torch.randn(2, n, groups, dim, device=DEVICE).to(dtype) for n in lengths]
+    groups, lengths, layers = 3, (21, 50, 7), 2
+    chunks = [
+        torch.randn(layers, 2, n, groups, dim, device=DEVICE).to(dtype).contiguous()
+        for n in lengths
+    ]
     picks = [(0, r) for r in range(21)] + [(2, r) for r in (3, 4, 6)] + [(1, r) for r in range(49)]
     chunk_N, row_N = (torch.tensor(x, device=DEVICE) for x in zip(*picks, strict=True))
     positions = torch.randperm(130, device=DEVICE)[: len(picks)].sort().values
     angle = torch.rand(len(picks), rotary // 2, device=DEVICE) * 6
     cos, sin = angle.cos(), angle.sin()
-    cache = paged(130, 16, groups, dim, dtype)
-    before_k, before_v = cache.k_BSGD.clone(), cache.v_BSGD.clone()
-    twin = cache._replace(k_BSGD=before_k, v_BSGD=before_v)
-    k = torch.stack([chunks[c][0, r] for c, r in picks])
-    v = torch.stack([chunks[c][1, r] for c, r in picks])
-    placed(k, v, cos, sin, positions, twin, is_neox=is_neox)
+    caches = [paged(130, 16, groups, dim, dtype) for _ in range(layers)]
+    caches[1] = caches[1]._replace(table=caches[0].table)
+    twins = [c._replace(k_BSGD=c.k_BSGD.clone(), v_BSGD=c.v_BSGD.clone()) for c in caches]
+    for layer, twin in enumerate(twins):
+        k = torch.stack([chunks[c][layer, 0, r] for c, r in picks])
+        v = torch.stack([chunks[c][layer, 1, r] for c, r in picks])
+        placed(k, v, cos, sin, positions, twin, is_neox=is_neox)
     sources = Sources(
-        torch.tensor([c.data_ptr() for c in chunks], device=DEVICE),
+        torch.tensor(
+            [[c[layer].data_ptr() for c in chunks] for layer in range(layers)], device=DEVICE
+        ),
         torch.tensor(lengths, device=DEVICE),
         chunk_N.int(),
         row_N.int(),
     )
-    place(sources, cos, sin, positions, cache, is_neox=is_neox)
-    torch.testing.assert_close(cache.v_BSGD, twin.v_BSGD, atol=0, rtol=0)
-    torch.testing.assert_close(cache.k_BSGD, twin.k_BSGD, atol=TOLERANCE[dtype], rtol=1e-2)
+    addresses = torch.tensor(
+        [[c.k_BSGD.data_ptr(), c.v_BSGD.data_ptr()] for c in caches], device=DEVICE
+    )
+    place(sources, cos, sin, positions, caches[0], addresses, is_neox=is_neox)
+    for cache, twin in zip(caches, twins, strict=True):
+        torch.testing.assert_close(cache.v_BSGD, twin.v_BSGD, atol=0, rtol=0)
+        torch.testing.assert_close(cache.k_BSGD, twin.k_BSGD, atol=TOLERANCE[dtype], rtol=1e-2)
 
 
 def twin_of(q, positions, cache, context, *, extra, known, window, scale, softcap):  # type: ignore[no-untyped-def]
@@ -136,7 +146,6 @@ def test_attention_and_scores(case: str, shape: Shape, dtype: torch.dtype) -> No
 
 def test_queries_see_nothing_after_them() -> None:
     """Changing the future changes nothing, though a tile reads it."""
-    shape = Shape(200, 50, 4, 2, 64, 16)
     torch.manual_seed(0)
     cache = paged(200, 16, 2, 64, torch.float32)
     positions = torch.arange(50, device=DEVICE) + 60
