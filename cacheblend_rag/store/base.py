@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -101,6 +102,42 @@ class KVStore(ABC):
 
     def touch(self, key: str) -> None:  # noqa: B027 - nothing to note where nothing is evicted
         """Note that ``key`` was used, as a hit does: a store in front of this one served it."""
+
+    @contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        """While the block runs, this store object evicts none of ``keys``. Another process may:
+        what it evicts is recomputed, and what is being read stays readable.
+        """
+        yield
+
+    # ---- documents: which chunks were put for whose sake ----------------------------------------
+
+    def label(self, document: str, keys: Iterable[str]) -> None:  # noqa: B027 - see forget
+        """Note that ``document`` consists of these chunks, beside those noted before."""
+
+    def documents(self) -> set[str]:
+        """Documents noted by ``label``, as this store names them."""
+        return set()
+
+    def unlabel(self, documents: Iterable[str]) -> list[str]:
+        """Drop the notes on ``documents``; returns the keys that no other document consists of."""
+        return []
+
+    def forget(self, document: str) -> int:
+        """Discard the chunks of ``document`` but for those other documents share; how many."""
+        return self._drop([document])
+
+    def gc(self, live: Iterable[str]) -> int:
+        """Forget every document that is not among ``live``; returns the chunks discarded. Chunks
+        that no document was ever noted for stay.
+        """
+        return self._drop(self.documents() - set(live))
+
+    def _drop(self, documents: Iterable[str]) -> int:
+        keys = self.unlabel(documents)
+        for key in keys:
+            self.discard(key)
+        return len(keys)
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Release what is held open; does nothing on the second call."""
