@@ -1,0 +1,1 @@
+"""LangChain over CacheBlend."""
