@@ -1,4 +1,4 @@
-"""LlamaIndex over CacheBlend: an LLM for query and chat engines, and what computes chunks for it."""
+"""LlamaIndex over CacheBlend: an LLM, and what computes chunks for it at ingestion."""
 
 from llama_index_cacheblend.ingestion import CacheBlendIngestion
 from llama_index_cacheblend.llm import CacheBlendLLM

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
+from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.engine import Engine, EngineInfo, EngineOutput, EngineRequest
 from cacheblend_rag.engine.start import sampling_names, sampling_params
 from cacheblend_rag.errors import ClosedError
 from cacheblend_rag.models import cache_home
-from cacheblend_rag.plan import PARAMS_KEY, Plan
+from cacheblend_rag.plan import Plan
 
 MODEL = cache_home() / "models" / "smollm2-135m-instruct"
 ANSWER = ("A", " short", " answer", ".")
@@ -31,6 +31,7 @@ class FakeEngine(Engine):
 
         self.options = dict(options)
         self.answer: Sequence[str] = ANSWER
+        self.answers: list[str] = []  # of the next requests, before `answer`
         self.requests: list[EngineRequest] = []
         self.ingested: list[str] = []
         self.stored: set[str] = set()
@@ -94,10 +95,11 @@ class FakeEngine(Engine):
         self._open()
         sampling_params(request.sampling, request.params)  # refuses what vLLM would refuse
         self.requests.append(request)
-        words = list(self.answer)[: request.sampling.get("max_tokens") or 16]
+        answer = [self.answers.pop(0)] if self.answers else self.answer
+        words = list(answer)[: request.sampling.get("max_tokens") or 16]
         stop = request.sampling.get("stop") or []
         cut = next((i for i, w in enumerate(words) if any(s in w for s in stop)), len(words))
-        reason = "stop" if cut < len(words) or len(words) == len(self.answer) else "length"
+        reason = "stop" if cut < len(words) or len(words) == len(answer) else "length"
         words = words[:cut] or [""]
         wanted = request.sampling.get("logprobs") is not None
         plan = Plan.from_params(request.params)
@@ -152,16 +154,3 @@ def sent(blend: CacheBlend) -> list[EngineRequest]:
 
 def _of_gate(request: EngineRequest) -> bool:
     return (request.sampling.get("logprobs"), request.sampling.get("max_tokens")) == (20, 1)
-
-
-def found_share(request: EngineRequest, chunks: Sequence[Sequence[int]]) -> float:
-    """Share of the tokens of ``chunks`` that the plan of a request takes from stored KV."""
-    plan = Plan.from_params(request.params)
-    if plan is None:
-        return 0.0
-    # the last block of a prompt's last chunk is vLLM's, found all the same
-    found = sum(len(s) for s in plan.segments if s.key and s.start) + plan.question_start - plan.end
-    return found / sum(map(len, chunks))
-
-
-__all__ = ["ANSWER", "MODEL", "PARAMS_KEY", "BlendResult", "fake_blend", "found_share", "install"]
