@@ -212,9 +212,10 @@ class Index:
 
         Read in pages, so that chunks may come and go meanwhile.
         """
+        # The plus keeps SQLite from looking namespaces up and sorting all they hold for each page.
         query = (
             "SELECT id, key, base, kv_bytes, tokens FROM chunks JOIN contents USING (id) "
-            "WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?"
+            "WHERE +namespace = ? AND id > ? ORDER BY id LIMIT ?"
         )
         while True:
             with self._reading() as db:

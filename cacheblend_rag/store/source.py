@@ -54,10 +54,10 @@ class FileSource:
 
 
 class BytesSource:
-    """Bytes in memory."""
+    """Bytes in memory, or the first of ``size`` bytes."""
 
-    def __init__(self, data: bytes) -> None:
-        self.size = len(data)
+    def __init__(self, data: bytes, size: int | None = None) -> None:
+        self.size = len(data) if size is None else size
         self._left = memoryview(data)
 
     def read_into(self, target: memoryview) -> None:

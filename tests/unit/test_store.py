@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from stat import S_ISDIR
 
 import pytest
 import torch
+from chunks import chunk_of, key_of, same
 from safetensors import safe_open
 
 from cacheblend_rag.errors import StoreError
@@ -32,28 +32,6 @@ from cacheblend_rag.store.chunk_file import header_of
 from cacheblend_rag.store.evict import LRU
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def key_of(name: object) -> str:
-    return hashlib.sha256(str(name).encode()).hexdigest()
-
-
-def chunk_of(seed: int, dtype: torch.dtype = torch.bfloat16, num_tokens: int = 7) -> ChunkKV:
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.randint(0, 256, (2, 2, num_tokens, 2, 4 * dtype.itemsize), generator=generator)
-    token_ids = tuple(seed * 1000 + n for n in range(num_tokens))
-    return ChunkKV(token_ids, seed % 5, bits.to(torch.uint8).view(dtype))
-
-
-def same(one: ChunkKV | None, other: ChunkKV) -> bool:
-    """Bit for bit; the KV is random bits, so NaNs are among it."""
-    return (
-        one is not None
-        and (one.token_ids, one.base) == (other.token_ids, other.base)
-        and one.kv_L2NHD.dtype == other.kv_L2NHD.dtype
-        and one.kv_L2NHD.shape == other.kv_L2NHD.shape
-        and torch.equal(one.kv_L2NHD.view(torch.uint8), other.kv_L2NHD.view(torch.uint8))
-    )
 
 
 def open_disk(folder: Path, capacity: int | None = None, namespace: str = "tiny-r0") -> DiskStore:
