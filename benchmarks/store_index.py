@@ -1,7 +1,7 @@
 """How long does opening a large store take, and how much memory?
 
-Fills a folder with small chunks of many tokens (the index holds keys and tokens, not KV), then opens
-and scans it in fresh processes: with its index, and with the index deleted.
+Fills a folder with small chunks of many tokens (the index holds keys and tokens, not KV), then
+opens and scans it in fresh processes: with its index, and with the index deleted.
 
     python benchmarks/store_index.py --chunks 100000
 """
@@ -48,9 +48,7 @@ def measure(folder: Path) -> dict[str, float]:
         "chunks": count,
         "open_s": round(opened, 3),
         "open_and_scan_s": round(time.perf_counter() - started, 3),
-        "memory_mb": round(
-            (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1
-        ),
+        "memory_mb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1),
     }
 
 

@@ -5,6 +5,7 @@ Shape legend: L layers, N tokens, H KV heads of this rank, D head size.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -112,26 +113,31 @@ class KVStore(ABC):
 
     # ---- documents: which chunks were put for whose sake ----------------------------------------
 
-    def label(self, document: str, keys: Iterable[str]) -> None:  # noqa: B027 - see forget
-        """Note that ``document`` consists of these chunks, beside those noted before."""
+    @property
+    def keeps_documents(self) -> bool:
+        """Whether what follows does anything; a store that doesn't keep notes forgets nothing."""
+        return False
+
+    def label(self, document: str, keys: Iterable[str]) -> None:  # noqa: B027 - see above
+        """Note that ``document`` (any text) consists of these chunks, beside those noted before."""
 
     def documents(self) -> set[str]:
-        """Documents noted by ``label``, as this store names them."""
+        """The ``document_id`` of each document noted."""
         return set()
 
     def unlabel(self, documents: Iterable[str]) -> list[str]:
-        """Drop the notes on ``documents``; returns the keys that no other document consists of."""
+        """Drop the notes on these ids; returns the keys that no other document consists of."""
         return []
 
     def forget(self, document: str) -> int:
         """Discard the chunks of ``document`` but for those other documents share; how many."""
-        return self._drop([document])
+        return self._drop([document_id(document)])
 
     def gc(self, live: Iterable[str]) -> int:
         """Forget every document that is not among ``live``; returns the chunks discarded. Chunks
         that no document was ever noted for stay.
         """
-        return self._drop(self.documents() - set(live))
+        return self._drop(self.documents() - {document_id(document) for document in live})
 
     def _drop(self, documents: Iterable[str]) -> int:
         keys = self.unlabel(documents)
@@ -152,6 +158,11 @@ class KVStore(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def document_id(document: str) -> str:
+    """What stores call a document: its name may be private."""
+    return hashlib.sha256(document.encode()).hexdigest()
 
 
 def check_key(key: str) -> None:

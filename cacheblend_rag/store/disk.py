@@ -22,13 +22,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats, check_key
+from cacheblend_rag.store.base import (
+    ChunkInfo,
+    ChunkKV,
+    KVStore,
+    StoreStats,
+    check_key,
+    document_id,
+)
 from cacheblend_rag.store.catalog import Catalog, opened
 from cacheblend_rag.store.chunk_file import Encoding, decode, encode, possible_sizes
 from cacheblend_rag.store.counts import EventCounts
 from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import atomic_file, explained, make_folder, write_all
-from cacheblend_rag.store.index import Limits, document_id
+from cacheblend_rag.store.index import Limits
 from cacheblend_rag.store.marker import MARKER, check_writable, claim
 from cacheblend_rag.store.source import DamagedFileError, FileSource
 
@@ -133,10 +140,14 @@ class DiskStore(KVStore):
             with self._pins_lock:
                 self._pins -= Counter(raw)  # drops what reaches zero
 
+    @property
+    def keeps_documents(self) -> bool:
+        return True
+
     def label(self, document: str, keys: Iterable[str]) -> None:
         with explained(self._folder):
             raw = [bytes.fromhex(key) for key in keys]
-            self._catalog.index.label(self.namespace, document_id(document), raw)
+            self._catalog.index.label(self.namespace, bytes.fromhex(document_id(document)), raw)
 
     def documents(self) -> set[str]:
         with explained(self._folder):
@@ -146,12 +157,6 @@ class DiskStore(KVStore):
         with explained(self._folder):
             raw = [bytes.fromhex(document) for document in documents]
             return [key.hex() for key in self._catalog.index.unlabel(self.namespace, raw)]
-
-    def forget(self, document: str) -> int:
-        return self._drop([document_id(document).hex()])
-
-    def gc(self, live: Iterable[str]) -> int:
-        return self._drop(self.documents() - {document_id(name).hex() for name in live})
 
     def scan(self) -> Iterator[ChunkInfo]:
         for _, info in self.scan_after(0):

@@ -11,7 +11,6 @@ is run, and what it says of a chunk is checked again when the chunk is used.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -113,7 +112,7 @@ class Index:
     def add(self, namespace: str, content: Content, nbytes: int, cost: float) -> None:
         """Note that a chunk is there, as used now; replaces an older note."""
         with self._writing() as db:
-            usage = self._usage(db, namespace, content.key, cost, nbytes)
+            usage = self._count(db, namespace, content.key, cost, nbytes)
             self._forget(db, namespace, [content.key])
             row = db.execute(
                 "INSERT INTO chunks (namespace, key, nbytes, cost, heat, tick, priority) "
@@ -135,7 +134,7 @@ class Index:
             if found is None:
                 return False
             number, cost, nbytes = found
-            usage = self._usage(db, namespace, key, cost, nbytes)
+            usage = self._count(db, namespace, key, cost, nbytes)
             db.execute(
                 "UPDATE chunks SET heat = ?, tick = ?, priority = ? WHERE id = ?",
                 (usage.heat, usage.tick, self._rank(usage), number),
@@ -173,7 +172,7 @@ class Index:
         if any(limit is not None and nbytes > limit for limit in limits):
             return None
         with self._writing() as db:
-            usage = self._usage(db, namespace, key, cost, nbytes)
+            usage = self._next_usage(db, namespace, key, cost, nbytes)  # counted by ``add``
             victims: dict[tuple[str, bytes], Victim] = {}
             for scope, limit in ((namespace, limits.namespace), (None, limits.folder)):
                 if limit is None:
@@ -182,6 +181,7 @@ class Index:
                 missing = self._used(db, scope) - freed + nbytes - limit
                 found = self._victims(db, scope, missing, self._rank(usage), pinned, victims)
                 if found is None:
+                    self._count(db, namespace, key, cost, nbytes)
                     self._remember(db, namespace, key, usage.heat)
                     return None
                 victims |= found
@@ -323,19 +323,26 @@ class Index:
     def _rank(self, usage: Usage) -> float:
         return self.policy.priority(usage)
 
-    def _usage(
+    def _count(
         self, db: sqlite3.Connection, namespace: str, key: bytes, cost: float, nbytes: int
     ) -> Usage:
         """Count a use of ``key``, which may have been here before."""
+        usage = self._next_usage(db, namespace, key, cost, nbytes)
         step = age_step(self._held(db))
-        age, tick = db.execute(
-            "UPDATE state SET age = age + ?, tick = tick + 1 RETURNING age, tick", (step,)
-        ).fetchone()
+        db.execute("UPDATE state SET age = age + ?, tick = tick + 1", (step,))
+        return usage
+
+    def _next_usage(
+        self, db: sqlite3.Connection, namespace: str, key: bytes, cost: float, nbytes: int
+    ) -> Usage:
+        """What a use of ``key`` would make of it."""
+        age, tick = db.execute("SELECT age, tick FROM state").fetchone()
         where = (namespace, key)
         query = "SELECT heat FROM {} WHERE namespace = ? AND key = ?"
         found = db.execute(query.format("chunks"), where).fetchone()
         found = found or db.execute(query.format("heats"), where).fetchone()
-        return Usage(warmed(found[0] if found else None, age), cost, nbytes, tick)
+        heat = warmed(found[0] if found else None, age + age_step(self._held(db)))
+        return Usage(heat, cost, nbytes, tick + 1)
 
     def _held(self, db: sqlite3.Connection) -> int:
         return int(db.execute("SELECT coalesce(sum(chunks), 0) FROM totals").fetchone()[0])
@@ -398,11 +405,6 @@ class Index:
         rows = db.execute("SELECT heat, cost, nbytes, tick, id FROM chunks").fetchall()
         ranks = [(self._rank(Usage(*row[:4])), row[4]) for row in rows]
         db.executemany("UPDATE chunks SET priority = ? WHERE id = ?", ranks)
-
-
-def document_id(document: str) -> bytes:
-    """How the index names a document: not by its text, which may be private."""
-    return hashlib.sha256(document.encode()).digest()
 
 
 def _is_possible(content: Content) -> bool:

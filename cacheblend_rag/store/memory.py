@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats, check_key
+from cacheblend_rag.store.base import (
+    ChunkInfo,
+    ChunkKV,
+    KVStore,
+    StoreStats,
+    check_key,
+    document_id,
+)
 from cacheblend_rag.store.counts import EventCounts
 from cacheblend_rag.store.evict import GDSF, Policy, Ranking, recompute_cost
 
@@ -77,9 +84,13 @@ class MemoryStore(KVStore):
             with self._lock:
                 self._pins -= Counter(keys)  # drops what reaches zero
 
+    @property
+    def keeps_documents(self) -> bool:
+        return True
+
     def label(self, document: str, keys: Iterable[str]) -> None:
         with self._lock:
-            self._documents.setdefault(document, set()).update(keys)
+            self._documents.setdefault(document_id(document), set()).update(keys)
 
     def documents(self) -> set[str]:
         with self._lock:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
@@ -52,6 +53,30 @@ class TieredStore(KVStore):
     def touch(self, key: str) -> None:
         self.fast.touch(key)
         self.slow.touch(key)
+
+    @contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        keys = list(keys)
+        with self.fast.pinned(keys), self.slow.pinned(keys):
+            yield
+
+    @property
+    def keeps_documents(self) -> bool:
+        return self.fast.keeps_documents or self.slow.keeps_documents
+
+    @property
+    def _notes(self) -> KVStore:
+        """The tier that lives longest of those that keep notes on documents."""
+        return self.slow if self.slow.keeps_documents else self.fast
+
+    def label(self, document: str, keys: Iterable[str]) -> None:
+        self._notes.label(document, keys)
+
+    def documents(self) -> set[str]:
+        return self._notes.documents()
+
+    def unlabel(self, documents: Iterable[str]) -> list[str]:
+        return self._notes.unlabel(documents)
 
     def scan(self) -> Iterator[ChunkInfo]:
         seen: set[str] = set()
