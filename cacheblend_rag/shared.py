@@ -91,6 +91,12 @@ class SharedEngine:
             shared._blend = blend
         return shared
 
+    @property
+    def config(self) -> BlendConfig:
+        """How the engine blends, or will once it runs."""
+        config: BlendConfig = self._settings["config"]
+        return config
+
     # ---- the engine ----------------------------------------------------------------------------
 
     @property
@@ -126,6 +132,12 @@ class SharedEngine:
             for name, shared in list(_by_model.items()):
                 if shared is self:
                     del _by_model[name]
+
+    @staticmethod
+    def close_all() -> None:
+        """Close every engine that was made by ``of``, as happens when the process ends."""
+        for shared in list(_by_model.values()):
+            shared.close()
 
     def identity(self) -> str:
         """Names model, ingest prefix, namespace and store: what computed chunks depend on.
@@ -236,7 +248,4 @@ def _birth(store: str) -> str | None:
     return f"{found.st_ino}/{found.st_mtime_ns}"
 
 
-@atexit.register
-def _close_all() -> None:
-    for shared in list(_by_model.values()):
-        shared.close()
+atexit.register(SharedEngine.close_all)

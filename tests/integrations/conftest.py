@@ -1,10 +1,18 @@
-"""LlamaIndex finds its own tokenizer's files where it ships them, also in worker processes."""
+"""One real engine for all tests here; and LlamaIndex finds the tokenizer files that it ships."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, install
+
+from cacheblend_rag import BlendConfig, CacheBlend, ModelError
+from cacheblend_rag.models import embedded_model
+from cacheblend_rag.shared import SharedEngine
 
 
 def _shipped_tokenizers() -> Path:
@@ -15,3 +23,21 @@ def _shipped_tokenizers() -> Path:
 
 
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(_shipped_tokenizers()))
+
+
+@pytest.fixture(scope="session")
+def real() -> Iterator[CacheBlend]:
+    """SmolLM2-135M-Instruct on the CPU, in an engine that serves many requests at once."""
+    try:
+        model = embedded_model(progress=False)
+    except ModelError as error:
+        pytest.skip(f"the embedded model can't be had here: {error}")
+    with CacheBlend(model, config=BlendConfig(), max_model_len=4096, block_size=32) as blend:
+        yield blend
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
+    """From here on engines are fake ones; those that were started, in order."""
+    yield install(monkeypatch)
+    SharedEngine.close_all()

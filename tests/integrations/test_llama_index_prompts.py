@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import MODEL, FakeEngine, install, sent
+from fake_engine import MODEL, FakeEngine, sent
 from llama_matrix import CASES, Calls, listen
 
 from llama_index_cacheblend import CacheBlendLLM
@@ -14,11 +14,6 @@ from llama_index_cacheblend import CacheBlendLLM
 @pytest.fixture(scope="module")
 def asked() -> Calls:
     return listen()
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
-    return install(monkeypatch)
 
 
 @pytest.fixture
@@ -41,7 +36,6 @@ def test_chunks_are_found(
     located = [blend._index.locate(request.token_ids) for request in requests]
     found = sum(match.end - match.start for matches in located for match in matches)
     share = found / sum(len(llm.encode(text)) for text in texts)
-    print(f"{name}: {share:.4f} found, in {len(requests)} prompts")
     assert case.at_least <= share <= 1
     for request, matches in zip(requests, located, strict=True):
         assert (request.params is not None) == bool(matches)
