@@ -49,8 +49,8 @@ def open_store(url: str, *, namespace: str, tenant: str = "") -> KVStore:
     ``null://``               nowhere
     ========================= ======================================================================
 
-    All but the last also take ``evict`` (``gdsf`` or ``lru``); those that outlive the process take
-    ``dtype=fp8`` and ``encrypt=yes``. See docs/store.md.
+    All but the last also take ``evict`` (``gdsf``, ``gdsf-strict`` or ``lru``); those that outlive
+    the process take ``dtype=fp8`` and ``encrypt=yes``. See docs/store.md.
 
     Args:
         url: what to open.

@@ -35,7 +35,11 @@ _OPTIONS: dict[str, set[str]] = {
     "az": _REMOTE,
 }
 _REMOTES = _OPTIONS.keys() - {"memory", "file", "null"}
-_CHOICES = {"dtype": ("auto", "fp8"), "encrypt": ("no", "yes"), "evict": ("gdsf", "lru")}
+_CHOICES = {
+    "dtype": ("auto", "fp8"),
+    "encrypt": ("no", "yes"),
+    "evict": ("gdsf", "gdsf-strict", "lru"),
+}
 
 
 class StoreURL(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store.evict.base import Policy, Usage, age_step, recompute_cost, warmed
 from cacheblend_rag.store.evict.gdsf import GDSF
+from cacheblend_rag.store.evict.gdsf_strict import StrictGDSF
 from cacheblend_rag.store.evict.lru import LRU
 from cacheblend_rag.store.evict.ranking import Ranking
 
@@ -14,6 +15,7 @@ __all__ = [
     "POLICIES",
     "Policy",
     "Ranking",
+    "StrictGDSF",
     "Usage",
     "age_step",
     "create_policy",
@@ -21,7 +23,7 @@ __all__ = [
     "warmed",
 ]
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (GDSF(), LRU())}
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (GDSF(), StrictGDSF(), LRU())}
 
 
 def create_policy(name: str) -> Policy:

@@ -14,10 +14,10 @@ from cacheblend_rag.store.evict.base import Policy, Usage
 
 
 class GDSF(Policy):
-    """Keeps what saves most work per byte. Chunks seen once push out none that is warm."""
+    """Keeps what saves most work per byte. Chunks seen once push out one another, not warm ones."""
 
     name: ClassVar[str] = "gdsf"
-    refuses: ClassVar[bool] = True
+    refuses: ClassVar[bool] = False
 
     def priority(self, usage: Usage) -> float:
         return usage.heat + math.log2(usage.cost / usage.nbytes)
