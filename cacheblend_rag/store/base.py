@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +148,7 @@ class KVStore(ABC):
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Release what is held open; does nothing on the second call."""
 
-    def __enter__(self) -> KVStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -95,6 +95,10 @@ class Catalog:
         """Keys of the namespace by their files."""
         return sorted(key.hex() for key in self._names(self._namespace))
 
+    def discard_corrupt(self) -> int:
+        """Remove what was set aside in the namespace: how many."""
+        return _drop_corrupt(str(self._root / self._namespace), keep=0)
+
     def recover(self) -> Recovery:
         """Put in order what processes that died left, in all namespaces."""
         removed = adopted = vanished = 0
@@ -104,7 +108,7 @@ class Catalog:
             if NAMESPACE.fullmatch(namespace.name):
                 _, more, fewer = self._reconcile(namespace.name)
                 adopted, vanished = adopted + more, vanished + fewer
-                _drop_old_corrupt(namespace.path)
+                _drop_corrupt(namespace.path, keep=_KEPT_CORRUPT)
         return Recovery(removed, adopted, vanished, self.index.rebuilt)
 
     def _reconcile(self, namespace: str) -> tuple[set[bytes], int, int]:
@@ -201,13 +205,16 @@ def opened(path: str | Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _drop_old_corrupt(namespace: str) -> None:
+def _drop_corrupt(namespace: str, keep: int) -> int:
+    """Remove what was set aside but for the newest: how many."""
     found: list[tuple[int, str]] = []
     for shard in entries(namespace):
         for entry in entries(shard.path):
             if _CORRUPT_NAME.fullmatch(entry.name):
                 with contextlib.suppress(OSError):
                     found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
-    for _, path in sorted(found)[:-_KEPT_CORRUPT]:
+    old = sorted(found)[: max(len(found) - keep, 0)]
+    for _, path in old:
         with contextlib.suppress(OSError):
             os.unlink(path)
+    return len(old)

@@ -37,7 +37,7 @@ from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import atomic_file, explained, make_folder, write_all
 from cacheblend_rag.store.index import Limits
 from cacheblend_rag.store.marker import MARKER, check_writable, claim
-from cacheblend_rag.store.source import DamagedFileError, FileSource
+from cacheblend_rag.store.source import BytesSource, DamagedFileError, FileSource
 
 __all__ = ["MARKER", "DiskStore"]
 
@@ -181,6 +181,38 @@ class DiskStore(KVStore):
             is_intact = self._read(key, path, is_use=False) is not None
             if is_intact or _is_damaged(path):
                 yield key, is_intact
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Name and content of the file of every intact chunk of the namespace."""
+        for key in self._catalog.all_keys():
+            path = self._path(key)
+            try:
+                data = path.read_bytes()
+                decode(BytesSource(data), key, self._encoding.cipher)
+            except (OSError, DamagedFileError):
+                continue  # gone or damaged: ``verify`` tells and sets aside
+            yield path.name, data
+
+    def put_file(self, key: str, data: bytes) -> bool:
+        """Keep a chunk given as its file; False where that is not intact, or there is no room."""
+        path = self._path(key)
+        try:
+            chunk = decode(BytesSource(data), key, self._encoding.cipher)
+        except DamagedFileError:
+            return False
+        with explained(self._folder):
+            if not self._has_room(key, chunk, len(data)):
+                return False
+            make_folder(path.parent)
+            with atomic_file(path) as descriptor:
+                write_all(descriptor, data)
+            self._catalog.note(_info(key, chunk), len(data))
+        return True
+
+    def discard_corrupt(self) -> int:
+        """Remove what was set aside in this namespace: how many."""
+        with explained(self._folder):
+            return self._catalog.discard_corrupt()
 
     def trim(self, capacity_bytes: int) -> int:
         """Evict, whatever the namespace, until the folder holds that much; how many left."""
