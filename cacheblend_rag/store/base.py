@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -80,6 +80,18 @@ class KVStore(ABC):
     @abstractmethod
     def get(self, key: str) -> ChunkKV | None:
         """The chunk under ``key``, checked; None when there is none that is intact."""
+
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        """``get`` of each key, in order; at once where waiting for one need not hold up others."""
+        return [self.get(key) for key in keys]
+
+    def prefetch(self, keys: Iterable[str]) -> None:  # noqa: B027 - only tiers have what to move
+        """Start bringing chunks nearer that will be wanted soon; returns at once, never raises."""
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second that recent hits came with; None where nothing was loaded yet."""
+        return None
 
     @abstractmethod
     def put(self, key: str, chunk: ChunkKV) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import xxhash
 
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV
+from cacheblend_rag.store.host import empty
 from cacheblend_rag.store.seal import Cipher, SealedSource, sealed_bytes, sealed_parts
 from cacheblend_rag.store.source import DamagedFileError, Source
 
@@ -193,7 +194,9 @@ def decode(source: Source, key: str, cipher: Cipher | None = None) -> ChunkKV:
     rest = bytearray(header.token_bytes + header.scale_bytes)
     is_small = header.stored == FP8
     dtype = torch.float8_e4m3fn if is_small else getattr(torch, _TORCH_NAMES[header.dtype])
-    kv_L2NHD = torch.empty(header.shape, dtype=dtype)
+    # eight bits are widened afterwards: only what is handed out is worth page-locking
+    make = torch.empty if is_small else empty
+    kv_L2NHD = make(header.shape, dtype=dtype)
     kv = _bytes_of(kv_L2NHD)
     source.read_into(memoryview(rest))
     source.read_into(kv)
@@ -294,9 +297,7 @@ def _quantized(kv_L2NHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | No
 def _widened(
     small_L2NHD: torch.Tensor, scales_L2H: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    import torch
-
-    kv_L2NHD = torch.empty(small_L2NHD.shape, dtype=dtype)
+    kv_L2NHD = empty(small_L2NHD.shape, dtype)
     for small_2NHD, scale_2H, out_2NHD in zip(small_L2NHD, scales_L2H, kv_L2NHD, strict=True):
         out_2NHD.copy_(small_2NHD.float() * scale_2H[:, None, :, None])
     return kv_L2NHD

@@ -18,7 +18,7 @@ import stat
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -37,12 +37,14 @@ from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import atomic_file, explained, make_folder, write_all
 from cacheblend_rag.store.index import Limits
 from cacheblend_rag.store.marker import MARKER, check_writable, claim
+from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.source import BytesSource, DamagedFileError, FileSource
 
 __all__ = ["MARKER", "DiskStore"]
 
 _NAMESPACE = re.compile("[a-z0-9-]{1,100}")
 _PLAIN = Encoding()
+_READERS = 8
 
 
 class DiskStore(KVStore):
@@ -84,7 +86,7 @@ class DiskStore(KVStore):
         self._limits = Limits(capacity_bytes, quota_bytes)
         self._pins: Counter[bytes] = Counter()
         self._pins_lock, self._setting_aside = Lock(), Lock()
-        self._counts = EventCounts()
+        self._counts, self._readers = EventCounts("disk"), Readers(_READERS)
         with explained(folder):
             claim(folder)
             home = folder / "v1" / self.namespace
@@ -98,9 +100,13 @@ class DiskStore(KVStore):
         return os.path.isfile(self._path(key))
 
     def get(self, key: str) -> ChunkKV | None:
-        chunk = self._read(key, self._path(key))
-        self._counts.add("misses" if chunk is None else "hits")
-        return chunk
+        path = self._path(key)
+        with self._counts.loading() as load:
+            load.chunk = self._read(key, path)
+        return load.chunk
+
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        return self._readers.map(self.get, keys)
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         path = self._path(key)
@@ -118,6 +124,11 @@ class DiskStore(KVStore):
                         nbytes += len(part)
                     _mark_used(descriptor)
                 self._catalog.note(_info(key, chunk), nbytes)
+                self._counts.wrote(chunk.nbytes)
+
+    @property
+    def bandwidth(self) -> float | None:
+        return self._counts.bandwidth
 
     def discard(self, key: str) -> None:
         path = self._path(key)
@@ -220,6 +231,7 @@ class DiskStore(KVStore):
             return self._catalog.trim(Limits(capacity_bytes, None))
 
     def close(self) -> None:
+        self._readers.close()
         self._catalog.index.close()
 
     # ---- one chunk -----------------------------------------------------------------------------

@@ -17,12 +17,14 @@ from cacheblend_rag.store.base import (
 )
 from cacheblend_rag.store.counts import EventCounts
 from cacheblend_rag.store.evict import GDSF, Policy, Ranking, recompute_cost
+from cacheblend_rag.store.host import pinned
 
 
 class MemoryStore(KVStore):
     """At most ``capacity_bytes`` of KV in memory, evicted by ``policy``.
 
-    It keeps the chunks themselves, not copies, and hands out the same tensors each time. A chunk
+    It keeps the chunks themselves and hands out the same tensors each time; where this process uses
+    a GPU, it keeps copies in page-locked memory, which the GPU reads several times faster. A chunk
     that does not get in (larger than the capacity, or colder than all it would push out) counts as
     an eviction.
     """
@@ -30,12 +32,12 @@ class MemoryStore(KVStore):
     def __init__(self, capacity_bytes: int, *, policy: Policy | None = None) -> None:
         if capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
-        self._lock = Lock()
+        self._lock, self._capacity = Lock(), capacity_bytes
         self._chunks: dict[str, ChunkKV] = {}
         self._ranking = Ranking(policy or GDSF(), capacity_bytes)
         self._pins: Counter[str] = Counter()
         self._documents: dict[str, set[str]] = {}
-        self._counts = EventCounts()
+        self._counts = EventCounts("memory")
 
     def contains(self, key: str) -> bool:
         check_key(key)
@@ -44,16 +46,17 @@ class MemoryStore(KVStore):
 
     def get(self, key: str) -> ChunkKV | None:
         check_key(key)
-        with self._lock:
-            chunk = self._chunks.get(key)
-            if chunk is not None:
+        with self._counts.loading() as load, self._lock:
+            load.chunk = self._chunks.get(key)
+            if load.chunk is not None:
                 self._ranking.use(key)
-        self._counts.add("misses" if chunk is None else "hits")
-        return chunk
+        return load.chunk
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         check_key(key)
         cost = recompute_cost(len(chunk.token_ids))
+        if chunk.nbytes <= self._capacity and not self.contains(key):
+            chunk = pinned(chunk)
         with self._lock:
             evicted = self._ranking.add(key, chunk.nbytes, cost, self._pins)
             if evicted is not None:
@@ -61,6 +64,7 @@ class MemoryStore(KVStore):
                 for victim in evicted:
                     del self._chunks[victim]
         self._counts.add("evictions", 1 if evicted is None else len(evicted))
+        self._counts.wrote(chunk.nbytes)
 
     def discard(self, key: str) -> None:
         check_key(key)

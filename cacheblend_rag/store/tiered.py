@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+from cacheblend_rag.store.parallel import Readers
+
+_PREFETCHERS = 4
 
 
 class TieredStore(KVStore):
@@ -26,6 +29,7 @@ class TieredStore(KVStore):
     def __init__(self, fast: KVStore, slow: KVStore) -> None:
         self.fast = fast
         self.slow = slow
+        self._prefetching = Readers(_PREFETCHERS)
 
     def contains(self, key: str) -> bool:
         return self.fast.contains(key) or self.slow.contains(key)
@@ -39,6 +43,26 @@ class TieredStore(KVStore):
         if chunk is not None:
             self._promote(key, chunk)
         return chunk
+
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        found = {}
+        for key in keys:
+            found[key] = self.fast.get(key)
+            if found[key] is not None:
+                self.slow.touch(key)
+        missing = [key for key, chunk in found.items() if chunk is None]
+        for key, chunk in zip(missing, self.slow.get_many(missing), strict=True):
+            if chunk is not None:
+                found[key] = chunk
+                self._promote(key, chunk)
+        return [found[key] for key in keys]
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        self._prefetching.start(self._bring, [key for key in keys if not self.fast.contains(key)])
+
+    @property
+    def bandwidth(self) -> float | None:
+        return self.slow.bandwidth
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         # Fast first: a chunk that the slow tier cannot write is still served from the fast one.
@@ -98,8 +122,13 @@ class TieredStore(KVStore):
         )
 
     def close(self) -> None:
+        self._prefetching.close()
         self.fast.close()
         self.slow.close()
+
+    def _bring(self, key: str) -> None:
+        if not self.fast.contains(key) and (chunk := self.slow.get(key)) is not None:
+            self._promote(key, chunk)
 
     def _promote(self, key: str, chunk: ChunkKV) -> None:
         try:

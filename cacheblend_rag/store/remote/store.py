@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats, check_key
 from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
 from cacheblend_rag.store.counts import EventCounts
+from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.remote.base import Backend, BackendError, Head
 from cacheblend_rag.store.remote.guard import Guard, PausedError
 from cacheblend_rag.store.source import BytesSource, DamagedFileError
@@ -17,6 +18,7 @@ _NAME = re.compile(r".*/([0-9a-f]{64})")
 _HEAD_BYTES = 16 << 10  # the header and 3,900 tokens; for longer chunks the whole value is read
 _LARGEST = 1 << 30  # a larger value is not ours
 _PLAIN = Encoding()
+_READERS = 8
 
 
 class RemoteStore(KVStore):
@@ -48,7 +50,7 @@ class RemoteStore(KVStore):
         self._prefix = f"cacheblend/v1/{namespace}{encoding.folder_suffix}/"
         self._guard = Guard(backend, timeout_s)
         self._largest = min(largest_bytes, backend.largest)
-        self._counts = EventCounts()
+        self._counts, self._readers = EventCounts("remote"), Readers(_READERS)
         self._said: set[str] = set()
 
     @property
@@ -70,9 +72,13 @@ class RemoteStore(KVStore):
             return False
 
     def get(self, key: str) -> ChunkKV | None:
-        chunk = self._get(key, self._name(key))
-        self._counts.add("misses" if chunk is None else "hits")
-        return chunk
+        name = self._name(key)
+        with self._counts.loading() as load:
+            load.chunk = self._get(key, name)
+        return load.chunk
+
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        return self._readers.map(self.get, keys)
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         name = self._name(key)
@@ -84,8 +90,13 @@ class RemoteStore(KVStore):
             if not self._guard.call(lambda: self._backend.exists(name)):
                 value = b"".join(encode(key, chunk, self._encoding))
                 self._guard.call(lambda: self._backend.put(name, value))
+                self._counts.wrote(chunk.nbytes)
         except BackendError as error:
             self._say(error)
+
+    @property
+    def bandwidth(self) -> float | None:
+        return self._counts.bandwidth
 
     def discard(self, key: str) -> None:
         name = self._name(key)
@@ -115,6 +126,7 @@ class RemoteStore(KVStore):
         return self._counts.stats(chunks=chunks, nbytes=nbytes)
 
     def close(self) -> None:
+        self._readers.close()
         self._guard.close()
 
     def _get(self, key: str, name: str) -> ChunkKV | None:
