@@ -2,5 +2,7 @@
 
 from llama_index_cacheblend.ingestion import CacheBlendIngestion
 from llama_index_cacheblend.llm import CacheBlendLLM
+from llama_index_cacheblend.retrieval import watch_retrieval
+from llama_index_cacheblend.vector_store import CacheBlendVectorStore
 
-__all__ = ["CacheBlendIngestion", "CacheBlendLLM"]
+__all__ = ["CacheBlendIngestion", "CacheBlendLLM", "CacheBlendVectorStore", "watch_retrieval"]

@@ -112,6 +112,10 @@ class CacheBlendIngestion(TransformComponent):
         """
         return self._engine.forget([ref_doc_id])
 
+    def documents(self) -> list[str]:
+        """Documents ingested since the engine was started: those that can be forgotten by name."""
+        return sorted(self._engine.ledger.documents())
+
     def gc(self, docstore: BaseDocumentStore) -> int:
         """Drop the KV of all that ``docstore`` does not hold: every other chunk of this model and
         namespace, so it must be the only docstore that uses them.

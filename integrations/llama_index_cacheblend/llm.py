@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as generic_messages_to_prompt,
@@ -31,9 +31,22 @@ from cacheblend_rag.prompt import Prompt
 from cacheblend_rag.shared import SharedEngine
 from llama_index_cacheblend import responses
 from llama_index_cacheblend.prompts import to_messages
+from llama_index_cacheblend.retrieval import not_found
 
 _Response = TypeVar("_Response", CompletionResponse, ChatResponse)
 _Make = Callable[[str, str | None, Mapping[str, Any]], _Response]
+
+
+class _Asked(NamedTuple):
+    """A call, ready for the engine."""
+
+    blend: CacheBlend
+    prompt: Prompt
+    options: dict[str, Any]
+    not_found: list[str] | None  # retrieved, and not in the prompt
+
+    def tail(self, result: BlendResult) -> dict[str, Any]:
+        return responses.tail(result, self.blend.tokenizer, self.not_found)
 
 
 class CacheBlendLLM(LLM):
@@ -148,65 +161,51 @@ class CacheBlendLLM(LLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        blend = self.blend
-        asked = self._from_text(blend, prompt, formatted)
-        return _whole(blend, blend.generate(asked, **self._options(kwargs)), responses.completion)
+        asked = self._ask_text(self.blend, prompt, formatted, kwargs)
+        return _whole(asked, responses.completion)
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
-        blend = self.blend
-        asked = self._from_text(blend, prompt, formatted)
-        stream = blend.stream(asked, **self._options(kwargs))
-        return _pieces(blend, stream, responses.completion)
+        asked = self._ask_text(self.blend, prompt, formatted, kwargs)
+        return _pieces(asked, responses.completion)
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
-        blend = await self.engine.ablend()
-        asked = self._from_text(blend, prompt, formatted)
-        result = await blend.agenerate(asked, **self._options(kwargs))
-        return _whole(blend, result, responses.completion)
+        asked = self._ask_text(await self.engine.ablend(), prompt, formatted, kwargs)
+        return await _awhole(asked, responses.completion)
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
-        blend = await self.engine.ablend()
-        asked = self._from_text(blend, prompt, formatted)
-        stream = blend.astream(asked, **self._options(kwargs))
-        return _apieces(blend, stream, responses.completion)
+        asked = self._ask_text(await self.engine.ablend(), prompt, formatted, kwargs)
+        return _apieces(asked, responses.completion)
 
     # ---- chat ----------------------------------------------------------------------------------
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        blend = self.blend
-        asked = self._from_messages(blend, messages)
-        return _whole(blend, blend.generate(asked, **self._options(kwargs)), responses.chat)
+        return _whole(self._ask(self.blend, messages, kwargs), responses.chat)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        blend = self.blend
-        asked = self._from_messages(blend, messages)
-        return _pieces(blend, blend.stream(asked, **self._options(kwargs)), responses.chat)
+        return _pieces(self._ask(self.blend, messages, kwargs), responses.chat)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        blend = await self.engine.ablend()
-        asked = self._from_messages(blend, messages)
-        result = await blend.agenerate(asked, **self._options(kwargs))
-        return _whole(blend, result, responses.chat)
+        asked = self._ask(await self.engine.ablend(), messages, kwargs)
+        return await _awhole(asked, responses.chat)
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        blend = await self.engine.ablend()
-        asked = self._from_messages(blend, messages)
-        return _apieces(blend, blend.astream(asked, **self._options(kwargs)), responses.chat)
+        asked = self._ask(await self.engine.ablend(), messages, kwargs)
+        return _apieces(asked, responses.chat)
 
     # ---- prompts and options -------------------------------------------------------------------
 
@@ -216,25 +215,33 @@ class CacheBlendLLM(LLM):
         own = self.messages_to_prompt is not generic_messages_to_prompt
         return own or bool(getattr(blend.tokenizer, "chat_template", None))
 
-    def _from_text(self, blend: CacheBlend, prompt: str, formatted: bool) -> Prompt:
+    def _ask_text(
+        self, blend: CacheBlend, text: str, formatted: bool, call: Mapping[str, Any]
+    ) -> _Asked:
         """Text that is formatted already goes in as it is. Other text becomes, for a chat model,
         what a user says.
         """
-        if formatted:
-            return prompt
         assert self.completion_to_prompt is not None
-        if self.completion_to_prompt is default_completion_to_prompt and self._is_chat(blend):
-            return self._from_messages(blend, [ChatMessage(content=prompt)])
-        return self.completion_to_prompt(prompt)
+        own = self.completion_to_prompt is not default_completion_to_prompt
+        if not formatted and not own and self._is_chat(blend):
+            return self._ask(blend, [ChatMessage(content=text)], call)
+        prompt = text if formatted else self.completion_to_prompt(text)
+        return _Asked(blend, prompt, self._options(call), not_found(prompt))
 
-    def _from_messages(self, blend: CacheBlend, messages: Sequence[ChatMessage]) -> Prompt:
+    def _ask(
+        self, blend: CacheBlend, messages: Sequence[ChatMessage], call: Mapping[str, Any]
+    ) -> _Asked:
         if not messages:
             raise PromptError("there are no messages; pass at least one")
+        assert self.messages_to_prompt is not None
         own = self.messages_to_prompt is not generic_messages_to_prompt
+        prompt: str | list[dict[str, str]]
         if own or not getattr(blend.tokenizer, "chat_template", None):
-            assert self.messages_to_prompt is not None
-            return self.messages_to_prompt(messages)
-        return to_messages(messages)
+            prompt = text = self.messages_to_prompt(messages)
+        else:
+            prompt = to_messages(messages)
+            text = "\n".join(message["content"] for message in prompt)
+        return _Asked(blend, prompt, self._options(call), not_found(text))
 
     def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
         own: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
@@ -243,31 +250,33 @@ class CacheBlendLLM(LLM):
         return {**own, **self.sampling, **call}
 
 
-def _whole(blend: CacheBlend, result: BlendResult, make: _Make[_Response]) -> _Response:
-    return make(result.text, None, responses.tail(result, blend.tokenizer))
+def _whole(asked: _Asked, make: _Make[_Response]) -> _Response:
+    result = asked.blend.generate(asked.prompt, **asked.options)
+    return make(result.text, None, asked.tail(result))
 
 
-def _pieces(
-    blend: CacheBlend, stream: BlendStream, make: _Make[_Response]
-) -> Generator[_Response, None, None]:
+async def _awhole(asked: _Asked, make: _Make[_Response]) -> _Response:
+    result = await asked.blend.agenerate(asked.prompt, **asked.options)
+    return make(result.text, None, asked.tail(result))
+
+
+def _pieces(asked: _Asked, make: _Make[_Response]) -> Generator[_Response, None, None]:
     text = ""
-    with closing(stream):
+    with closing(asked.blend.stream(asked.prompt, **asked.options)) as stream:
         for delta in stream:
             text += delta
-            yield make(text, delta, _tail(blend, stream))
+            yield make(text, delta, _tail(asked, stream))
 
 
-async def _apieces(
-    blend: CacheBlend, stream: AsyncBlendStream, make: _Make[_Response]
-) -> AsyncGenerator[_Response, None]:
+async def _apieces(asked: _Asked, make: _Make[_Response]) -> AsyncGenerator[_Response, None]:
     text = ""
-    async with aclosing(stream):
+    async with aclosing(asked.blend.astream(asked.prompt, **asked.options)) as stream:
         async for delta in stream:
             text += delta
-            yield make(text, delta, _tail(blend, stream))
+            yield make(text, delta, _tail(asked, stream))
 
 
-def _tail(blend: CacheBlend, stream: BlendStream | AsyncBlendStream) -> dict[str, Any]:
-    if stream.pieces[-1].finish_reason is None:
-        return {}
-    return responses.tail(stream.result, blend.tokenizer)
+def _tail(asked: _Asked, stream: BlendStream | AsyncBlendStream) -> dict[str, Any]:
+    """Counts and report, for the last piece."""
+    last = stream.pieces[-1].finish_reason is not None
+    return asked.tail(stream.result) if last else {}

@@ -27,9 +27,14 @@ def chat(text: str, delta: str | None, tail: Mapping[str, Any]) -> ChatResponse:
     return ChatResponse(message=message, delta=delta, **tail)
 
 
-def tail(result: BlendResult, tokenizer: Any) -> dict[str, Any]:
+def tail(result: BlendResult, tokenizer: Any, not_found: list[str] | None) -> dict[str, Any]:
     """What the last or only response carries: token counts where LlamaIndex looks for them, the
     report, and log-probabilities where they were asked for.
+
+    Args:
+        result: the answer.
+        tokenizer: the model's.
+        not_found: retrieved nodes that are not in the prompt, if that is known.
     """
     prompt, answer = len(result.prompt_token_ids), len(result.token_ids)
     usage = {
@@ -37,11 +42,14 @@ def tail(result: BlendResult, tokenizer: Any) -> dict[str, Any]:
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
     }
+    report = result.report.to_dict()
+    if not_found is not None:
+        report["retrieved_not_found"] = not_found
     raw = {
         "usage": usage,
         "finish_reason": result.finish_reason,
         "stop_reason": result.stop_reason,
-        "cacheblend": result.report.to_dict(),
+        "cacheblend": report,
     }
     if result.logprobs is None:
         return {"raw": raw}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine, install
 
-from cacheblend_rag import BlendConfig, CacheBlend, ModelError
+from cacheblend_rag import CacheBlend, ModelError
 from cacheblend_rag.models import embedded_model
 from cacheblend_rag.shared import SharedEngine
 
@@ -32,7 +32,8 @@ def real() -> Iterator[CacheBlend]:
         model = embedded_model(progress=False)
     except ModelError as error:
         pytest.skip(f"the embedded model can't be had here: {error}")
-    with CacheBlend(model, config=BlendConfig(), max_model_len=4096, block_size=32) as blend:
+    # float32: the same answer in every batch
+    with CacheBlend(model, dtype="float32", max_model_len=4096, block_size=32) as blend:
         yield blend
 
 
