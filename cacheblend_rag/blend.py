@@ -6,7 +6,7 @@ import itertools
 import time
 import uuid
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -127,11 +127,33 @@ class CacheBlend:
         """Drop chunks from the store and the index; absent ones are ignored."""
         self._check_open()
         given = [texts] if isinstance(texts, str) else list(texts)
-        keys = [self._chunk(text).key for text in given]
+        self.forget_keys(self._chunk(text).key for text in given)
+
+    def forget_keys(self, keys: Iterable[str]) -> int:
+        """``forget`` chunks by the keys that ``IngestReport`` and reports name; returns how many
+        of them were there.
+        """
+        self._check_open()
+        keys = list(dict.fromkeys(keys))
+        known = sum(key in self._index for key in keys)
         if self.gate.passed:
             self._engine.rpc("cacheblend_forget", keys)
         for key in keys:
             self._index.discard(key)
+        return known
+
+    def retain(self, texts: Iterable[str | Sequence[int]]) -> int:
+        """Forget every chunk of this model and namespace that is not among ``texts``; returns how
+        many were forgotten. Chunks that another process stored since this one started stay.
+        """
+        self._check_open()
+        kept = {self._chunk(text).key for text in texts}
+        return self.forget_keys(self._index.keys() - kept)
+
+    @property
+    def key_space(self) -> KeySpace:
+        """What the keys of this engine's chunks depend on, beside their tokens."""
+        return self._space
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -300,7 +322,7 @@ class CacheBlend:
     def _compute(self, chunks: Sequence[Chunk], progress: bool) -> int:
         """Prefill and store; returns the bytes stored, over all ranks."""
         prefix, stored = list(self._space.prefix_ids), 0
-        with tqdm(total=len(chunks), desc="ingest", unit="chunk", disable=not progress) as bar:
+        with tqdm(total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)) as bar:
             for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
                 keys, ids = [c.key for c in batch], [list(c.token_ids) for c in batch]
                 stored += sum(self._engine.rpc("cacheblend_ingest", keys, ids, prefix))

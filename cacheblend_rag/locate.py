@@ -100,6 +100,11 @@ class ChunkIndex:
         """Whether a chunk is indexed under ``key``."""
         return key in self._rows
 
+    def keys(self) -> set[str]:
+        """The keys of all chunks."""
+        with self._lock:
+            return set(self._rows)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays in use: token ids, anchors, filter and chunk table."""

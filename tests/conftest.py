@@ -31,3 +31,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine in the test's own process: quicker to start, and its inside can be looked at."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests counted and measured (``user_properties``), for who reads the log."""
+    reports = [
+        report
+        for report in terminalreporter.getreports("passed")
+        if report.when == "call" and report.user_properties
+    ]
+    if reports:
+        terminalreporter.section("counts")
+    for report in reports:
+        counts = ", ".join(f"{name} {value}" for name, value in report.user_properties)
+        terminalreporter.line(f"{report.nodeid.rpartition('/')[2]}: {counts}")

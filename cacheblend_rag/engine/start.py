@@ -197,12 +197,14 @@ def sampling_params(options: Mapping[str, Any], params: Mapping[str, Any] | None
         ConfigError: unknown name or refused value.
     """
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     values = dict(options)
     if params is not None:
         values["extra_args"] = {**(values.get("extra_args") or {}), "kv_transfer_params": params}
     try:
+        if isinstance(values.get("structured_outputs"), Mapping):  # plain data: no vLLM to import
+            values["structured_outputs"] = StructuredOutputsParams(**values["structured_outputs"])
         return SamplingParams(output_kind=RequestOutputKind.DELTA, **values)
     except compat.refusals() as error:
         raise ConfigError(f"vLLM refused a sampling parameter: {_first_line(error)}") from error

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+from cacheblend_rag.store.chunk_file import Encoding
 from cacheblend_rag.store.disk import DiskStore
+from cacheblend_rag.store.evict import Policy, create_policy
 from cacheblend_rag.store.memory import MemoryStore
 from cacheblend_rag.store.null import NullStore
+from cacheblend_rag.store.seal import cipher_from_environment
 from cacheblend_rag.store.tiered import TieredStore
-from cacheblend_rag.store.url import parse_url
+from cacheblend_rag.store.url import StoreURL, parse_seconds, parse_url
 
 __all__ = [
     "ChunkInfo",
     "ChunkKV",
     "DiskStore",
+    "Encoding",
     "KVStore",
     "MemoryStore",
     "NullStore",
@@ -26,24 +31,74 @@ __all__ = [
 _DEFAULT_MEMORY_BYTES = 4 * 1024**3
 
 
-def open_store(url: str, *, namespace: str) -> KVStore:
+_DEFAULT_TIMEOUT = "5s"
+
+
+def open_store(url: str, *, namespace: str, tenant: str = "") -> KVStore:
     """Open the store that ``url`` names.
 
-    ``memory://?capacity=4GiB`` keeps chunks in this process (4GiB where no capacity is given),
-    ``file:///data/kv?capacity=100GiB&memory=2GiB`` on disk, with copies in memory where ``memory``
-    is given, and ``null://`` nowhere. A plain path is a file URL and may start with ``~``.
+    ========================= ======================================================================
+    ``memory://``             in this process; ``capacity`` (4GiB)
+    ``file:///data/kv``       on disk; ``capacity`` of the folder, ``quota`` of this model and rank,
+                              ``memory`` for copies in memory. A plain path may start with ``~``
+    ``redis://host:6379/0``   in Redis or Valkey (``rediss://``: over TLS); ``timeout`` (5s) a call,
+                              ``memory`` and ``disk=/data/kv`` for copies here, ``capacity`` and
+                              ``quota`` of that disk
+    ``s3://bucket/path``      in object storage, also ``gs://`` and ``az://``; as for Redis, with
+                              ``endpoint`` and ``region``
+    ``null://``               nowhere
+    ========================= ======================================================================
+
+    All but the last also take ``evict`` (``gdsf``, ``gdsf-strict`` or ``lru``); those that outlive
+    the process take ``dtype=fp8`` and ``encrypt=yes``. See docs/store.md.
 
     Args:
         url: what to open.
-        namespace: short name of the model and the rank, which keeps their chunks apart on disk.
+        namespace: short name of the model and the rank, which keeps their chunks apart.
+        tenant: keeps chunks, counts and documents of tenants apart as well; any text.
 
     Raises:
         StoreError: the URL is not supported or the store cannot be used.
+        MissingExtraError: it needs a package that is not installed.
     """
-    scheme, path, sizes = parse_url(url)
-    if scheme == "null":
+    parsed = parse_url(url)
+    if parsed.scheme == "null":
         return NullStore()
-    if scheme == "memory":
-        return MemoryStore(sizes.get("capacity", _DEFAULT_MEMORY_BYTES))
-    disk = DiskStore(Path(path), namespace=namespace, capacity_bytes=sizes.get("capacity"))
-    return TieredStore(MemoryStore(sizes["memory"]), disk) if "memory" in sizes else disk
+    policy = create_policy(parsed.options["evict"]) if "evict" in parsed.options else None
+    if parsed.scheme == "memory":
+        return MemoryStore(parsed.sizes.get("capacity", _DEFAULT_MEMORY_BYTES), policy=policy)
+    if tenant:
+        namespace = f"{namespace}-{hashlib.sha256(tenant.encode()).hexdigest()[:16]}"
+    slow = _slow_tiers(parsed, namespace, policy)
+    if "memory" not in parsed.sizes:
+        return slow
+    return TieredStore(MemoryStore(parsed.sizes["memory"], policy=policy), slow)
+
+
+def _slow_tiers(parsed: StoreURL, namespace: str, policy: Policy | None) -> KVStore:
+    options = dict(parsed.options)
+    is_encrypted = options.pop("encrypt", "no") == "yes"
+    encoding = Encoding(
+        fp8=options.pop("dtype", "auto") == "fp8",
+        cipher=cipher_from_environment() if is_encrypted else None,
+    )
+    options.pop("evict", None)
+    path = parsed.path if parsed.scheme == "file" else options.pop("disk", None)
+    disk = path and DiskStore(
+        Path(path).expanduser().absolute(),
+        namespace=namespace,
+        capacity_bytes=parsed.sizes.get("capacity"),
+        quota_bytes=parsed.sizes.get("quota"),
+        policy=policy,
+        encoding=encoding,
+    )
+    if parsed.scheme == "file":
+        assert disk
+        return disk
+    from cacheblend_rag.store.remote import open_remote
+
+    timeout_s = parse_seconds(options.pop("timeout", _DEFAULT_TIMEOUT))
+    remote = open_remote(
+        parsed.path, namespace=namespace, encoding=encoding, timeout_s=timeout_s, options=options
+    )
+    return TieredStore(disk, remote) if disk else remote

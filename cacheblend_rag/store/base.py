@@ -5,12 +5,14 @@ Shape legend: L layers, N tokens, H KV heads of this rank, D head size.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +81,18 @@ class KVStore(ABC):
     def get(self, key: str) -> ChunkKV | None:
         """The chunk under ``key``, checked; None when there is none that is intact."""
 
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        """``get`` of each key, in order; at once where waiting for one need not hold up others."""
+        return [self.get(key) for key in keys]
+
+    def prefetch(self, keys: Iterable[str]) -> None:  # noqa: B027 - only tiers have what to move
+        """Start bringing chunks nearer that will be wanted soon; returns at once, never raises."""
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second that recent hits came with; None where nothing was loaded yet."""
+        return None
+
     @abstractmethod
     def put(self, key: str, chunk: ChunkKV) -> None:
         """Keep ``chunk`` under ``key``; may evict others.
@@ -102,10 +116,51 @@ class KVStore(ABC):
     def touch(self, key: str) -> None:  # noqa: B027 - nothing to note where nothing is evicted
         """Note that ``key`` was used, as a hit does: a store in front of this one served it."""
 
+    @contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        """While the block runs, this store object evicts none of ``keys``. Another process may:
+        what it evicts is recomputed, and what is being read stays readable.
+        """
+        yield
+
+    # ---- documents: which chunks were put for whose sake ----------------------------------------
+
+    @property
+    def keeps_documents(self) -> bool:
+        """Whether what follows does anything; a store that doesn't keep notes forgets nothing."""
+        return False
+
+    def label(self, document: str, keys: Iterable[str]) -> None:  # noqa: B027 - see above
+        """Note that ``document`` (any text) consists of these chunks, beside those noted before."""
+
+    def documents(self) -> set[str]:
+        """The ``document_id`` of each document noted."""
+        return set()
+
+    def unlabel(self, documents: Iterable[str]) -> list[str]:
+        """Drop the notes on these ids; returns the keys that no other document consists of."""
+        return []
+
+    def forget(self, document: str) -> int:
+        """Discard the chunks of ``document`` but for those other documents share; how many."""
+        return self._drop([document_id(document)])
+
+    def gc(self, live: Iterable[str]) -> int:
+        """Forget every document that is not among ``live``; returns the chunks discarded. Chunks
+        that no document was ever noted for stay.
+        """
+        return self._drop(self.documents() - {document_id(document) for document in live})
+
+    def _drop(self, documents: Iterable[str]) -> int:
+        keys = self.unlabel(documents)
+        for key in keys:
+            self.discard(key)
+        return len(keys)
+
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Release what is held open; does nothing on the second call."""
 
-    def __enter__(self) -> KVStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -115,6 +170,11 @@ class KVStore(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def document_id(document: str) -> str:
+    """What stores call a document: its name may be private."""
+    return hashlib.sha256(document.encode()).hexdigest()
 
 
 def check_key(key: str) -> None:

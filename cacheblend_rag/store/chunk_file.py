@@ -2,6 +2,10 @@
 
     header length (8 bytes) | JSON header | token_ids int32 [N] | kv [L, 2, N, H, D]
 
+or, stored in eight bits, with what each head's keys and values were divided by::
+
+    header length (8 bytes) | JSON header | token_ids int32 [N] | scales float32 [L, 2, H] | kv
+
 Any safetensors reader opens these files. They are written and read here because the package's
 reader maps the file: a bad sector or a file cut short would then kill the process with SIGBUS, and
 the KV could change after it was checked. Its writer hides the error number and needs a second copy.
@@ -11,44 +15,62 @@ Shape legend: L layers, N tokens, H KV heads of this rank, D head size.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import stat
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV
-from cacheblend_rag.store.files import write_all
+from cacheblend_rag.store.host import empty
+from cacheblend_rag.store.seal import Cipher, SealedSource, sealed_bytes, sealed_parts
+from cacheblend_rag.store.source import DamagedFileError, Source
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["ChunkHeader", "DamagedFileError", "Encoding", "decode", "decode_info", "encode"]
+
 FORMAT = "1"
+FP8 = "F8_E4M3"
 
 _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 4096  # ours are near 400 bytes
-_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _DTYPES = {f"torch.{name}": dtype for dtype, name in _TORCH_NAMES.items()}
-_DAMAGE = {errno.EIO, errno.EISDIR}  # other failures to read are not the file's fault
+_LARGEST_FP8 = 448.0
 
 
-class DamagedFileError(Exception):
-    """The file is not the chunk that was written under this key."""
+class Encoding(NamedTuple):
+    """How a store writes its chunks."""
+
+    fp8: bool = False  # KV in eight bits, rounded: half the bytes
+    cipher: Cipher | None = None  # encrypted
+
+    @property
+    def suffix(self) -> str:
+        """What files end in."""
+        return ".safetensors" if self.cipher is None else ".sealed"
+
+    @property
+    def folder_suffix(self) -> str:
+        """Keeps what is written differently apart: the same key would name different bytes."""
+        sealed = "" if self.cipher is None else f"-sealed-{self.cipher.name}"
+        return ("-fp8" if self.fp8 else "") + sealed
 
 
 class ChunkHeader(NamedTuple):
-    """Everything in the file but the two tensors' contents."""
+    """Everything in the file but the tensors' contents."""
 
     key: str
     base: int
-    dtype: str  # as safetensors spells it
+    dtype: str  # of the KV that is handed out, as safetensors spells it
     shape: tuple[int, ...]  # [L, 2, N, H, D]
     checksum: str
+    stored: str  # the dtype it is stored in: the same, or FP8
 
     @property
     def num_tokens(self) -> int:
@@ -61,37 +83,56 @@ class ChunkHeader(NamedTuple):
         return 4 * self.num_tokens
 
     @property
+    def scales_shape(self) -> tuple[int, int, int]:
+        """[L, 2, H]."""
+        return (self.shape[0], 2, self.shape[3])
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of scales."""
+        return 4 * math.prod(self.scales_shape) if self.stored == FP8 else 0
+
+    @property
     def kv_bytes(self) -> int:
-        """Bytes of KV."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        """Bytes of KV, as stored."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.stored]
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes before the KV."""
+        return _LENGTH.size + len(self.encode()) + self.token_bytes + self.scale_bytes
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the whole file."""
-        return _LENGTH.size + len(self.encode()) + self.token_bytes + self.kv_bytes
+        """Bytes of the whole file, if it is not sealed."""
+        return self.head_bytes + self.kv_bytes
 
     def encode(self) -> bytes:
         """The JSON header, padded so that the tensors start at a multiple of 8."""
-        end = self.token_bytes
-        content = {
-            "__metadata__": {
-                "format": FORMAT,
-                "key": self.key,
-                "base": str(self.base),
-                "checksum": self.checksum,
-            },
-            "token_ids": {"dtype": "I32", "shape": [self.num_tokens], "data_offsets": [0, end]},
-            "kv": {
-                "dtype": self.dtype,
-                "shape": list(self.shape),
-                "data_offsets": [end, end + self.kv_bytes],
-            },
+        metadata = {
+            "format": FORMAT,
+            "key": self.key,
+            "base": str(self.base),
+            "checksum": self.checksum,
         }
+        end = self.token_bytes
+        content: dict[str, Any] = {"__metadata__": metadata}
+        content["token_ids"] = _tensor("I32", (self.num_tokens,), 0, end)
+        if self.stored != self.dtype:
+            metadata["dtype"] = self.dtype
+            scales_end = end + self.scale_bytes
+            content["scales"] = _tensor("F32", self.scales_shape, end, scales_end)
+            end = scales_end
+        content["kv"] = _tensor(self.stored, self.shape, end, end + self.kv_bytes)
         text = json.dumps(content, separators=(",", ":")).encode()
         return text + b" " * (-len(text) % 8)
 
 
-def header_of(key: str, chunk: ChunkKV) -> ChunkHeader:
+def _tensor(dtype: str, shape: tuple[int, ...], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def header_of(key: str, chunk: ChunkKV, *, fp8: bool = False) -> ChunkHeader:
     """The header of the file that keeps ``chunk`` under ``key``, without its checksum.
 
     Raises:
@@ -105,25 +146,43 @@ def header_of(key: str, chunk: ChunkKV) -> ChunkHeader:
     if not _is_chunk_shape(shape) or shape[2] != len(chunk.token_ids):
         tokens = len(chunk.token_ids)
         raise ValueError(f"KV of {tokens} tokens must be [L, 2, {tokens}, H, D], not {shape}")
-    return ChunkHeader(key, chunk.base, dtype, shape, checksum="0" * 32)
+    return ChunkHeader(key, chunk.base, dtype, shape, "0" * 32, FP8 if fp8 else dtype)
 
 
-def write_chunk(descriptor: int, key: str, chunk: ChunkKV) -> None:
-    """Write ``chunk`` to an empty file.
+def possible_sizes(key: str, chunk: ChunkKV, encoding: Encoding) -> set[int]:
+    """Bytes that the file of ``chunk`` may have: in eight bits only what is finite is stored."""
+    headers = [header_of(key, chunk)]
+    if encoding.fp8:
+        headers.append(header_of(key, chunk, fp8=True))
+    if encoding.cipher is None:
+        return {header.file_bytes for header in headers}
+    return {sealed_bytes(header.head_bytes, header.kv_bytes) for header in headers}
+
+
+def encode(key: str, chunk: ChunkKV, encoding: Encoding) -> Iterator[bytes | memoryview]:
+    """The file of ``chunk`` under ``key``, in order.
 
     Raises:
-        OSError: the disk refuses.
+        ValueError: the KV has a dtype or shape that cannot be stored.
     """
-    tokens = struct.pack(f"<{len(chunk.token_ids)}i", *chunk.token_ids)
-    kv = _bytes_of(chunk.kv_L2NHD.contiguous())
     header = header_of(key, chunk)
-    text = header._replace(checksum=_checksum(header, tokens, kv)).encode()
-    write_all(descriptor, _LENGTH.pack(len(text)) + text + tokens)
-    write_all(descriptor, kv)
+    kv_L2NHD, scales = chunk.kv_L2NHD.contiguous(), b""
+    if encoding.fp8 and (small := _quantized(kv_L2NHD)) is not None:
+        kv_L2NHD, scales_L2H = small
+        header, scales = header._replace(stored=FP8), bytes(_bytes_of(scales_L2H))
+    tokens = struct.pack(f"<{len(chunk.token_ids)}i", *chunk.token_ids)
+    kv = _bytes_of(kv_L2NHD)
+    text = header._replace(checksum=_checksum(header, tokens + scales, kv)).encode()
+    head = _LENGTH.pack(len(text)) + text + tokens + scales
+    if encoding.cipher is None:
+        yield head
+        yield kv
+    else:
+        yield from sealed_parts(encoding.cipher, key, head, kv)
 
 
-def read_chunk(descriptor: int, key: str) -> ChunkKV:
-    """The chunk in the file, after every check.
+def decode(source: Source, key: str, cipher: Cipher | None = None) -> ChunkKV:
+    """The chunk in ``source``, after every check.
 
     Raises:
         DamagedFileError: it is not what was written under ``key``.
@@ -131,48 +190,55 @@ def read_chunk(descriptor: int, key: str) -> ChunkKV:
     """
     import torch
 
-    header = _read_header(descriptor, key)
-    tokens = bytearray(header.token_bytes)
-    kv_L2NHD = torch.empty(header.shape, dtype=getattr(torch, _TORCH_NAMES[header.dtype]))
+    header, source = _read_header(source, key, cipher)
+    rest = bytearray(header.token_bytes + header.scale_bytes)
+    is_small = header.stored == FP8
+    dtype = torch.float8_e4m3fn if is_small else getattr(torch, _TORCH_NAMES[header.dtype])
+    # eight bits are widened afterwards: only what is handed out is worth page-locking
+    make = torch.empty if is_small else empty
+    kv_L2NHD = make(header.shape, dtype=dtype)
     kv = _bytes_of(kv_L2NHD)
-    _read_into(descriptor, memoryview(tokens))
-    _read_into(descriptor, kv)
-    if _checksum(header, tokens, kv) != header.checksum:
+    source.read_into(memoryview(rest))
+    source.read_into(kv)
+    if _checksum(header, rest, kv) != header.checksum:
         raise DamagedFileError("checksum")
+    tokens, scales = rest[: header.token_bytes], rest[header.token_bytes :]
+    if is_small:
+        scales_L2H = torch.frombuffer(scales, dtype=torch.float32).view(header.scales_shape)
+        kv_L2NHD = _widened(kv_L2NHD, scales_L2H, getattr(torch, _TORCH_NAMES[header.dtype]))
     return ChunkKV(_token_ids(tokens), header.base, kv_L2NHD)
 
 
-def read_info(descriptor: int, key: str) -> ChunkInfo:
-    """What the file says of its chunk; leaves the KV unread, so the checksum stays unchecked.
+def decode_info(source: Source, key: str, cipher: Cipher | None = None) -> ChunkInfo:
+    """What ``source`` says of its chunk; leaves the KV unread, so the checksum stays unchecked.
 
     Raises:
         DamagedFileError: it cannot be a chunk written under ``key``.
         OSError: it cannot be read now.
     """
-    header = _read_header(descriptor, key)
+    header, source = _read_header(source, key, cipher)
     tokens = bytearray(header.token_bytes)
-    _read_into(descriptor, memoryview(tokens))
+    source.read_into(memoryview(tokens))
     return ChunkInfo(key, _token_ids(tokens), header.base, header.kv_bytes)
 
 
-def _read_header(descriptor: int, key: str) -> ChunkHeader:
-    """The header, which fits the size of the file; leaves the position at the token ids."""
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        raise DamagedFileError("not a file")
+def _read_header(source: Source, key: str, cipher: Cipher | None) -> tuple[ChunkHeader, Source]:
+    """The header, which fits the size of the source, and the source behind it."""
+    if cipher is not None:
+        source = SealedSource(source, cipher, key)
     length_field = bytearray(_LENGTH.size)
-    _read_into(descriptor, memoryview(length_field))
+    source.read_into(memoryview(length_field))
     (length,) = _LENGTH.unpack(length_field)
     if length > _LONGEST_HEADER:
         raise DamagedFileError("header length")
     text = bytearray(length)
-    _read_into(descriptor, memoryview(text))
+    source.read_into(memoryview(text))
     header = _decode(bytes(text))
     if header.key != key:
         raise DamagedFileError("another chunk's file")
-    if header.file_bytes != found.st_size:
+    if header.file_bytes != source.size:
         raise DamagedFileError("file size")
-    return header
+    return header, source
 
 
 def _decode(text: bytes) -> ChunkHeader:
@@ -182,12 +248,13 @@ def _decode(text: bytes) -> ChunkHeader:
         header = ChunkHeader(
             key=metadata["key"],
             base=int(metadata["base"]),
-            dtype=kv["dtype"],
+            dtype=metadata.get("dtype", kv["dtype"]),
             shape=tuple(kv["shape"]),
             checksum=metadata["checksum"],
+            stored=kv["dtype"],
         )
         # One comparison instead of a check per field: we know the only bytes we would have written.
-        intact = _is_chunk_shape(header.shape) and header.encode() == text
+        intact = _is_possible(header) and header.encode() == text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedFileError("header") from error
     if not intact:
@@ -195,22 +262,45 @@ def _decode(text: bytes) -> ChunkHeader:
     return header
 
 
+def _is_possible(header: ChunkHeader) -> bool:
+    fits = header.dtype in _TORCH_NAMES and header.stored in (header.dtype, FP8)
+    return fits and _is_chunk_shape(header.shape)
+
+
 def _is_chunk_shape(shape: tuple[int, ...]) -> bool:
     is_positive = all(type(size) is int and size > 0 for size in shape)
     return len(shape) == 5 and shape[1] == 2 and is_positive
 
 
-def _read_into(descriptor: int, target: memoryview) -> None:
-    while target:
-        try:
-            count = os.readv(descriptor, [target])
-        except OSError as error:
-            if error.errno in _DAMAGE:
-                raise DamagedFileError("unreadable") from error
-            raise
-        if count == 0:
-            raise DamagedFileError("too short")
-        target = target[count:]
+def _quantized(kv_L2NHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """KV over its scales [L, 2, H], in eight bits; None where it holds what is not finite.
+
+    A scale for each head's keys and one for its values: rotation leaves a head's range as it is,
+    so they fit rotated keys too, which a scale for each channel would not.
+    """
+    import torch
+
+    small_L2NHD = torch.empty_like(kv_L2NHD, dtype=torch.float8_e4m3fn)
+    scales = []
+    for kv_2NHD, out_2NHD in zip(kv_L2NHD, small_L2NHD, strict=True):
+        wide_2NHD = kv_2NHD.float()
+        scale_2H = wide_2NHD.abs().amax(dim=(1, 3)) / _LARGEST_FP8
+        if not bool(scale_2H.isfinite().all()):
+            return None
+        scale_2H = scale_2H.clamp(min=torch.finfo(torch.float32).tiny)
+        scaled = (wide_2NHD / scale_2H[:, None, :, None]).clamp(-_LARGEST_FP8, _LARGEST_FP8)
+        out_2NHD.copy_(scaled)
+        scales.append(scale_2H)
+    return small_L2NHD, torch.stack(scales)
+
+
+def _widened(
+    small_L2NHD: torch.Tensor, scales_L2H: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    kv_L2NHD = empty(small_L2NHD.shape, dtype)
+    for small_2NHD, scale_2H, out_2NHD in zip(small_L2NHD, scales_L2H, kv_L2NHD, strict=True):
+        out_2NHD.copy_(small_2NHD.float() * scale_2H[:, None, :, None])
+    return kv_L2NHD
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -225,7 +315,10 @@ def _token_ids(tokens: bytes | bytearray) -> tuple[int, ...]:
 
 def _checksum(header: ChunkHeader, tokens: bytes | bytearray, kv: memoryview) -> str:
     # dtype and shape too: equal bytes under another shape are other KV.
-    digest = xxhash.xxh3_128(repr((header.key, header.base, header.dtype, header.shape)).encode())
+    meaning = [header.key, header.base, header.dtype, header.shape]
+    if header.stored != header.dtype:
+        meaning.append(header.stored)
+    digest = xxhash.xxh3_128(repr(tuple(meaning)).encode())
     digest.update(tokens)
     digest.update(kv)
     return digest.hexdigest()

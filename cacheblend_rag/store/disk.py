@@ -3,7 +3,8 @@
 ::
 
     <folder>/cacheblend-store.json                        marks the folder as ours
-    <folder>/v1/<namespace>/<key[:2]>/<key>.safetensors   one chunk
+    <folder>/index.sqlite                                 what is there and how much it is used
+    <folder>/v1/<namespace>/<key[:2]>/<key>.safetensors   one chunk (.sealed if encrypted)
     <folder>/v1/<namespace>/<key[:2]>/<key>.corrupt-<n>   one that failed its check
 """
 
@@ -11,128 +12,240 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import stat
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
-from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats, check_key
-from cacheblend_rag.store.chunk_file import (
-    DamagedFileError,
-    header_of,
-    read_chunk,
-    read_info,
-    write_chunk,
+from cacheblend_rag.store.base import (
+    ChunkInfo,
+    ChunkKV,
+    KVStore,
+    StoreStats,
+    check_key,
+    document_id,
 )
+from cacheblend_rag.store.catalog import Catalog, opened
+from cacheblend_rag.store.chunk_file import Encoding, decode, encode, possible_sizes
 from cacheblend_rag.store.counts import EventCounts
-from cacheblend_rag.store.files import (
-    TEMPORARY_SUFFIX,
-    atomic_file,
-    entries,
-    explained,
-    make_folder,
-    remove_abandoned,
-    write_all,
-)
-from cacheblend_rag.store.quota import Quota
+from cacheblend_rag.store.evict import Policy, recompute_cost
+from cacheblend_rag.store.files import atomic_file, explained, make_folder, write_all
+from cacheblend_rag.store.index import Limits
+from cacheblend_rag.store.marker import MARKER, check_writable, claim
+from cacheblend_rag.store.parallel import Readers
+from cacheblend_rag.store.source import BytesSource, DamagedFileError, FileSource
 
-MARKER = "cacheblend-store.json"
-SUFFIX = ".safetensors"
+__all__ = ["MARKER", "DiskStore"]
 
-_MARK = {"format": 1, "made_by": "cacheblend-rag"}
 _NAMESPACE = re.compile("[a-z0-9-]{1,100}")
-_CHUNK_NAME = re.compile(rf"([0-9a-f]{{64}}){re.escape(SUFFIX)}")
+_PLAIN = Encoding()
+_READERS = 8
 
 
 class DiskStore(KVStore):
-    """One safetensors file per chunk below ``folder``.
+    """One file per chunk below ``folder``, safetensors unless encrypted.
 
-    Several stores, also of several processes, may share a folder. ``namespace`` keeps what differs
-    by model or rank apart; ``capacity_bytes`` is for the whole folder, so that chunks of a model no
-    longer used leave first. Where a file stands that has the right size, ``put`` trusts it; a
-    damaged one is found by the next ``get``. ``stats()`` lists the namespace.
+    Several stores, also of several processes, may share a folder. Where a file stands that has the
+    right size, ``put`` trusts it; a damaged one is found by the next ``get``. ``stats()`` describes
+    the namespace.
+
+    Args:
+        folder: made where it does not exist.
+        namespace: keeps what differs by model or rank apart.
+        capacity_bytes: for the whole folder, so that chunks of a model no longer used leave first.
+        quota_bytes: for this namespace.
+        policy: what leaves first, for all processes on the folder; None: as it was (at first GDSF).
+        encoding: eight bits, encryption. What is encoded differently is kept apart.
 
     Raises:
         StoreError: the folder cannot be used, with the fix in the message.
     """
 
-    def __init__(self, folder: Path, *, namespace: str, capacity_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        namespace: str,
+        capacity_bytes: int | None = None,
+        quota_bytes: int | None = None,
+        policy: Policy | None = None,
+        encoding: Encoding = _PLAIN,
+    ) -> None:
         if not _NAMESPACE.fullmatch(namespace):
             raise ValueError(f"A namespace is 1 to 100 of a-z, 0-9 and -, not {namespace!r}")
-        self._folder = folder
-        self._home = folder / "v1" / namespace
-        self._quota = None if capacity_bytes is None else Quota(folder / "v1", capacity_bytes)
-        self._counts = EventCounts()
-        self._setting_aside = Lock()
+        for name, size in (("capacity_bytes", capacity_bytes), ("quota_bytes", quota_bytes)):
+            if size is not None and size <= 0:
+                raise ValueError(f"{name} must be positive, not {size}")
+        self._folder, self._encoding = folder, encoding
+        self.namespace = namespace + encoding.folder_suffix
+        self._limits = Limits(capacity_bytes, quota_bytes)
+        self._pins: Counter[bytes] = Counter()
+        self._pins_lock, self._setting_aside = Lock(), Lock()
+        self._counts, self._readers = EventCounts("disk"), Readers(_READERS)
         with explained(folder):
-            _claim(folder)
-            make_folder(self._home)
-            _check_writable(self._home)
-            _clean_up(folder)
+            claim(folder)
+            home = folder / "v1" / self.namespace
+            make_folder(home)
+            check_writable(home)
+            self._catalog = Catalog(folder, self.namespace, encoding, policy)
+            self.recovery = self._catalog.recover()
+            self._counts.add("evictions", self._catalog.trim(self._limits))
 
     def contains(self, key: str) -> bool:
         return os.path.isfile(self._path(key))
 
     def get(self, key: str) -> ChunkKV | None:
-        chunk = self._read(self._path(key))
-        self._counts.add("misses" if chunk is None else "hits")
-        return chunk
+        path = self._path(key)
+        with self._counts.loading() as load:
+            load.chunk = self._read(key, path)
+        return load.chunk
+
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        return self._readers.map(self.get, keys)
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         path = self._path(key)
-        nbytes = header_of(key, chunk).file_bytes
+        sizes = possible_sizes(key, chunk, self._encoding)
         with explained(self._folder):
-            if not self._is_kept(path, nbytes) and self._has_room(nbytes):
+            if (kept := self._kept_bytes(path, sizes)) is not None:
+                if not self._catalog.index.use(self.namespace, bytes.fromhex(key)):
+                    self._catalog.note(_info(key, chunk), kept)
+            elif self._has_room(key, chunk, max(sizes)):
                 make_folder(path.parent)
                 with atomic_file(path) as descriptor:
-                    write_chunk(descriptor, key, chunk)
+                    nbytes = 0
+                    for part in encode(key, chunk, self._encoding):
+                        write_all(descriptor, part)
+                        nbytes += len(part)
                     _mark_used(descriptor)
+                self._catalog.note(_info(key, chunk), nbytes)
+                self._counts.wrote(chunk.nbytes)
+
+    @property
+    def bandwidth(self) -> float | None:
+        return self._counts.bandwidth
 
     def discard(self, key: str) -> None:
         path = self._path(key)
         with explained(self._folder):
             path.unlink(missing_ok=True)
+            self._catalog.index.remove(self.namespace, [bytes.fromhex(key)])
 
     def touch(self, key: str) -> None:
         _mark_used(self._path(key))
+        self._catalog.note_use(key)
+
+    @contextlib.contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        raw = [bytes.fromhex(key) for key in keys]
+        with self._pins_lock:
+            self._pins.update(raw)
+        try:
+            yield
+        finally:
+            with self._pins_lock:
+                self._pins -= Counter(raw)  # drops what reaches zero
+
+    @property
+    def keeps_documents(self) -> bool:
+        return True
+
+    def label(self, document: str, keys: Iterable[str]) -> None:
+        with explained(self._folder):
+            raw = [bytes.fromhex(key) for key in keys]
+            self._catalog.index.label(self.namespace, bytes.fromhex(document_id(document)), raw)
+
+    def documents(self) -> set[str]:
+        with explained(self._folder):
+            return {document.hex() for document in self._catalog.index.documents(self.namespace)}
+
+    def unlabel(self, documents: Iterable[str]) -> list[str]:
+        with explained(self._folder):
+            raw = [bytes.fromhex(document) for document in documents]
+            return [key.hex() for key in self._catalog.index.unlabel(self.namespace, raw)]
 
     def scan(self) -> Iterator[ChunkInfo]:
-        for entry in self._chunk_entries():
-            try:
-                with _opened(entry.path) as descriptor:
-                    info = read_info(descriptor, entry.name.removesuffix(SUFFIX))
-            except (OSError, DamagedFileError):
-                continue
+        for _, info in self.scan_after(0):
             yield info
 
+    def scan_after(self, number: int) -> Iterator[tuple[int, ChunkInfo]]:
+        """As ``scan``, but only what was put, by any process, after the chunk of that number; each
+        with its own number. Keep the last one to ask for what is new.
+        """
+        with explained(self._folder):
+            yield from self._catalog.infos(number)
+
     def stats(self) -> StoreStats:
-        sizes: list[int] = []
-        for entry in self._chunk_entries():
-            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
-                sizes.append(entry.stat().st_size)
-        return self._counts.stats(chunks=len(sizes), nbytes=sum(sizes))
+        with explained(self._folder):
+            chunks, nbytes = self._catalog.index.totals(self.namespace)
+        return self._counts.stats(chunks=chunks, nbytes=nbytes)
+
+    def verify(self) -> Iterator[tuple[str, bool]]:
+        """Read every chunk of the namespace; whether each is intact. Damaged ones are set aside."""
+        for key in self._catalog.all_keys():
+            path = self._path(key)
+            is_intact = self._read(key, path, is_use=False) is not None
+            if is_intact or _is_damaged(path):
+                yield key, is_intact
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Name and content of the file of every intact chunk of the namespace."""
+        for key in self._catalog.all_keys():
+            path = self._path(key)
+            try:
+                data = path.read_bytes()
+                decode(BytesSource(data), key, self._encoding.cipher)
+            except (OSError, DamagedFileError):
+                continue  # gone or damaged: ``verify`` tells and sets aside
+            yield path.name, data
+
+    def put_file(self, key: str, data: bytes) -> bool:
+        """Keep a chunk given as its file; False where that is not intact, or there is no room."""
+        path = self._path(key)
+        try:
+            chunk = decode(BytesSource(data), key, self._encoding.cipher)
+        except DamagedFileError:
+            return False
+        with explained(self._folder):
+            if not self._has_room(key, chunk, len(data)):
+                return False
+            make_folder(path.parent)
+            with atomic_file(path) as descriptor:
+                write_all(descriptor, data)
+            self._catalog.note(_info(key, chunk), len(data))
+        return True
+
+    def discard_corrupt(self) -> int:
+        """Remove what was set aside in this namespace: how many."""
+        with explained(self._folder):
+            return self._catalog.discard_corrupt()
+
+    def trim(self, capacity_bytes: int) -> int:
+        """Evict, whatever the namespace, until the folder holds that much; how many left."""
+        with explained(self._folder):
+            return self._catalog.trim(Limits(capacity_bytes, None))
+
+    def close(self) -> None:
+        self._readers.close()
+        self._catalog.index.close()
+
+    # ---- one chunk -----------------------------------------------------------------------------
 
     def _path(self, key: str) -> Path:
         check_key(key)
-        return self._home / key[:2] / f"{key}{SUFFIX}"
+        return self._catalog.path(key)
 
-    def _chunk_entries(self) -> Iterator[os.DirEntry[str]]:
-        for shard in entries(self._home):
-            for entry in entries(shard.path):
-                if _CHUNK_NAME.fullmatch(entry.name) and entry.is_file():
-                    yield entry
-
-    def _read(self, path: Path) -> ChunkKV | None:
+    def _read(self, key: str, path: Path, *, is_use: bool = True) -> ChunkKV | None:
         try:
-            with _opened(path) as descriptor:
-                return self._read_open(path, descriptor)
+            with opened(path) as descriptor:
+                chunk = self._read_open(key, path, descriptor)
+                if chunk is not None and is_use:
+                    _mark_used(descriptor)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -140,39 +253,39 @@ class DiskStore(KVStore):
             problem = f"Chunks in {self._folder} cannot be read ({error.strerror})"
             warnings.warn(f"{problem}; they are recomputed.", RuntimeWarning, stacklevel=3)
             return None
+        if chunk is not None and is_use:
+            self._catalog.note_use(key)
+        return chunk
 
-    def _read_open(self, path: Path, descriptor: int) -> ChunkKV | None:
+    def _read_open(self, key: str, path: Path, descriptor: int) -> ChunkKV | None:
         try:
-            chunk = read_chunk(descriptor, path.stem)
+            return decode(FileSource(descriptor), key, self._encoding.cipher)
         except DamagedFileError:
             # Where we may not rename it, it stays and fails its check again.
             with contextlib.suppress(OSError):
                 self._set_aside(path, os.fstat(descriptor))
             return None
-        _mark_used(descriptor)
-        return chunk
 
-    def _is_kept(self, path: Path, nbytes: int) -> bool:
-        """Whether the file can be left as it is; what cannot be the chunk is set aside."""
+    def _kept_bytes(self, path: Path, sizes: set[int]) -> int | None:
+        """Size of the file that can be left as it is; what cannot be the chunk is set aside."""
         try:
-            with _opened(path) as descriptor:
+            with opened(path) as descriptor:
                 found = os.fstat(descriptor)
-                if stat.S_ISREG(found.st_mode) and found.st_size == nbytes:
+                if stat.S_ISREG(found.st_mode) and found.st_size in sizes:
                     _mark_used(descriptor)
-                    return True
+                    return found.st_size
                 self._set_aside(path, found)
         except FileNotFoundError:
             pass
-        return False
+        return None
 
-    def _has_room(self, nbytes: int) -> bool:
-        if self._quota is None:
-            return True
-        if nbytes > self._quota.capacity:
-            self._counts.add("evictions")
-            return False
-        self._counts.add("evictions", self._quota.make_room(nbytes))
-        return True
+    def _has_room(self, key: str, chunk: ChunkKV, nbytes: int) -> bool:
+        cost = recompute_cost(len(chunk.token_ids))
+        with self._pins_lock:
+            pins = set(self._pins)
+        num_evicted = self._catalog.make_room(key, nbytes, cost, self._limits, pins)
+        self._counts.add("evictions", 1 if num_evicted is None else num_evicted)
+        return num_evicted is not None
 
     def _set_aside(self, path: Path, damaged: os.stat_result) -> None:
         with self._setting_aside:
@@ -180,63 +293,16 @@ class DiskStore(KVStore):
             if os.path.samestat(os.stat(path), damaged):
                 self._counts.add("corrupt")
                 os.rename(path, _free_name(path))
+                self._catalog.drop(path.stem)
 
 
-def _claim(folder: Path) -> None:
-    """Mark an empty folder as ours, or check that it is.
-
-    Raises:
-        StoreError: it holds something else, or another format.
-    """
-    make_folder(folder)
-    marker = folder / MARKER
-    if not marker.exists():
-        # Listed first, then asked again: another process may be claiming the folder just now.
-        if any(_is_foreign(name) for name in os.listdir(folder)) and not marker.exists():
-            raise StoreError(
-                f"{folder} holds files but no {MARKER}, so it is not a chunk store. "
-                "Choose an empty or a new folder."
-            )
-        with atomic_file(marker) as descriptor:
-            write_all(descriptor, json.dumps(_MARK).encode())
-    if _read_marker(marker) != _MARK:
-        raise StoreError(
-            f"{marker} is damaged or of another version of cacheblend-rag (expected "
-            f"{json.dumps(_MARK)}). Choose another folder, or delete this one: it is only a cache."
-        )
+def _info(key: str, chunk: ChunkKV) -> ChunkInfo:
+    return ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
 
 
-def _is_foreign(name: str) -> bool:
-    return name != "lost+found" and not name.endswith(TEMPORARY_SUFFIX)
-
-
-def _read_marker(marker: Path) -> object:
-    try:
-        mark: object = json.loads(marker.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return mark
-
-
-def _check_writable(folder: Path) -> None:
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def _clean_up(folder: Path) -> None:
-    for namespace in entries(folder / "v1"):
-        for shard in entries(namespace.path):
-            remove_abandoned(shard.path)
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[int]:
-    # O_NONBLOCK: a named pipe in the place of a file must not hang us.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _is_damaged(path: Path) -> bool:
+    """Whether what could not be read is still there or was set aside, rather than evicted."""
+    return path.exists() or path.with_name(f"{path.stem}.corrupt-1").exists()
 
 
 def _mark_used(file: int | Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import sqlite3
 import stat
 import time
 from collections.abc import Iterator
@@ -26,7 +27,16 @@ _FIXES = {
     errno.EROFS: f"Mount it writable, {_OTHER_FOLDER}.",
     errno.EEXIST: f"A file stands where a folder belongs: remove it, {_OTHER_FOLDER}.",
     errno.ENOTDIR: f"A file stands where a folder belongs: remove it, {_OTHER_FOLDER}.",
+    errno.EBUSY: "Another process holds it: end that one if it hangs, and try again.",
     errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+}
+
+_ERRNO_OF_SQLITE = {
+    sqlite3.SQLITE_BUSY: errno.EBUSY,
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
 
 # An abandoned temporary is unlocked. The grace covers the moment between creating and locking one;
@@ -37,13 +47,20 @@ _UNLOCKABLE_SECONDS = 3600
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into a StoreError about ``folder`` that says how to fix it.
+    """Turn a failure of the disk or of SQLite inside the block into a StoreError about ``folder``
+    that says how to fix it.
 
     Raises:
-        StoreError: the block raised an OSError.
+        StoreError: the block raised an OSError or a sqlite3.Error.
     """
     try:
         yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        number = _ERRNO_OF_SQLITE.get(code, 0)
+        fix = _FIXES.get(number, f"Check the disk, {_OTHER_FOLDER}.")
+        problem = f"Cannot use the index of the chunk store {folder}: {error}."
+        raise StoreError(f"{problem} {fix}") from error
     except OSError as error:
         fix = _FIXES.get(error.errno or 0, f"Check the disk, {_OTHER_FOLDER}.")
         problem = f"Cannot use the chunk store {folder}: {error.strerror or error}."
@@ -105,12 +122,15 @@ def entries(folder: str | Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def remove_abandoned(folder: str | Path) -> None:
-    """Remove the temporaries that dead writers left in ``folder``."""
+def remove_abandoned(folder: str | Path) -> int:
+    """Remove the temporaries that dead writers left in ``folder``: how many."""
+    count = 0
     for entry in entries(folder):
         if entry.name.endswith(TEMPORARY_SUFFIX) and _is_abandoned(entry.path):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or not ours
                 os.unlink(entry.path)
+                count += 1
+    return count
 
 
 def _is_abandoned(path: str) -> bool:

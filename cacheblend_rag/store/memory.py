@@ -1,30 +1,43 @@
-"""Chunks in this process's memory, the least recently used leaving first."""
+"""Chunks in this process's memory."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats, check_key
+from cacheblend_rag.store.base import (
+    ChunkInfo,
+    ChunkKV,
+    KVStore,
+    StoreStats,
+    check_key,
+    document_id,
+)
 from cacheblend_rag.store.counts import EventCounts
+from cacheblend_rag.store.evict import GDSF, Policy, Ranking, recompute_cost
+from cacheblend_rag.store.host import pinned
 
 
 class MemoryStore(KVStore):
-    """At most ``capacity_bytes`` of KV in memory.
+    """At most ``capacity_bytes`` of KV in memory, evicted by ``policy``.
 
-    It keeps the chunks themselves, not copies, and hands out the same tensors each time. A chunk
-    larger than the whole capacity is not kept, which counts as an eviction.
+    It keeps the chunks themselves and hands out the same tensors each time; where this process uses
+    a GPU, it keeps copies in page-locked memory, which the GPU reads several times faster. A chunk
+    that does not get in (larger than the capacity, or colder than all it would push out) counts as
+    an eviction.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, *, policy: Policy | None = None) -> None:
         if capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
-        self._capacity = capacity_bytes
-        self._lock = Lock()
-        self._chunks: OrderedDict[str, ChunkKV] = OrderedDict()  # least recently used first
-        self._nbytes = 0
-        self._counts = EventCounts()
+        self._lock, self._capacity = Lock(), capacity_bytes
+        self._chunks: dict[str, ChunkKV] = {}
+        self._ranking = Ranking(policy or GDSF(), capacity_bytes)
+        self._pins: Counter[str] = Counter()
+        self._documents: dict[str, set[str]] = {}
+        self._counts = EventCounts("memory")
 
     def contains(self, key: str) -> bool:
         check_key(key)
@@ -33,37 +46,66 @@ class MemoryStore(KVStore):
 
     def get(self, key: str) -> ChunkKV | None:
         check_key(key)
-        with self._lock:
-            chunk = self._chunks.get(key)
-            if chunk is not None:
-                self._chunks.move_to_end(key)
-        self._counts.add("misses" if chunk is None else "hits")
-        return chunk
+        with self._counts.loading() as load, self._lock:
+            load.chunk = self._chunks.get(key)
+            if load.chunk is not None:
+                self._ranking.use(key)
+        return load.chunk
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         check_key(key)
-        if chunk.nbytes > self._capacity:
-            self._counts.add("evictions")
-            return
+        cost = recompute_cost(len(chunk.token_ids))
+        if chunk.nbytes <= self._capacity and not self.contains(key):
+            chunk = pinned(chunk)
         with self._lock:
-            if key not in self._chunks:
-                self._make_room(chunk.nbytes)
-                self._chunks[key] = chunk
-                self._nbytes += chunk.nbytes
-            self._chunks.move_to_end(key)
+            evicted = self._ranking.add(key, chunk.nbytes, cost, self._pins)
+            if evicted is not None:
+                self._chunks.setdefault(key, chunk)
+                for victim in evicted:
+                    del self._chunks[victim]
+        self._counts.add("evictions", 1 if evicted is None else len(evicted))
+        self._counts.wrote(chunk.nbytes)
 
     def discard(self, key: str) -> None:
         check_key(key)
         with self._lock:
-            chunk = self._chunks.pop(key, None)
-            if chunk is not None:
-                self._nbytes -= chunk.nbytes
+            if self._chunks.pop(key, None) is not None:
+                self._ranking.remove(key)
 
     def touch(self, key: str) -> None:
         check_key(key)
         with self._lock:
-            if key in self._chunks:
-                self._chunks.move_to_end(key)
+            self._ranking.use(key)
+
+    @contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        keys = list(keys)
+        with self._lock:
+            self._pins.update(keys)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pins -= Counter(keys)  # drops what reaches zero
+
+    @property
+    def keeps_documents(self) -> bool:
+        return True
+
+    def label(self, document: str, keys: Iterable[str]) -> None:
+        with self._lock:
+            self._documents.setdefault(document_id(document), set()).update(keys)
+
+    def documents(self) -> set[str]:
+        with self._lock:
+            return set(self._documents)
+
+    def unlabel(self, documents: Iterable[str]) -> list[str]:
+        with self._lock:
+            gone: set[str] = set()
+            for document in documents:
+                gone |= self._documents.pop(document, set())
+            return sorted(gone.difference(*self._documents.values()))
 
     def scan(self) -> Iterator[ChunkInfo]:
         with self._lock:
@@ -73,11 +115,5 @@ class MemoryStore(KVStore):
 
     def stats(self) -> StoreStats:
         with self._lock:
-            chunks, nbytes = len(self._chunks), self._nbytes
+            chunks, nbytes = len(self._chunks), self._ranking.nbytes
         return self._counts.stats(chunks=chunks, nbytes=nbytes)
-
-    def _make_room(self, nbytes: int) -> None:
-        while self._nbytes + nbytes > self._capacity:
-            _, evicted = self._chunks.popitem(last=False)
-            self._nbytes -= evicted.nbytes
-            self._counts.add("evictions")

@@ -12,7 +12,7 @@ class NullStore(KVStore):
     """Keeps nothing; every ``get`` is a miss."""
 
     def __init__(self) -> None:
-        self._counts = EventCounts()
+        self._counts = EventCounts("null")
 
     def contains(self, key: str) -> bool:
         check_key(key)

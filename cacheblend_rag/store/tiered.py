@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+from cacheblend_rag.store.parallel import Readers
+
+_PREFETCHERS = 4
 
 
 class TieredStore(KVStore):
@@ -25,6 +29,7 @@ class TieredStore(KVStore):
     def __init__(self, fast: KVStore, slow: KVStore) -> None:
         self.fast = fast
         self.slow = slow
+        self._prefetching = Readers(_PREFETCHERS)
 
     def contains(self, key: str) -> bool:
         return self.fast.contains(key) or self.slow.contains(key)
@@ -39,6 +44,26 @@ class TieredStore(KVStore):
             self._promote(key, chunk)
         return chunk
 
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        found = {}
+        for key in keys:
+            found[key] = self.fast.get(key)
+            if found[key] is not None:
+                self.slow.touch(key)
+        missing = [key for key, chunk in found.items() if chunk is None]
+        for key, chunk in zip(missing, self.slow.get_many(missing), strict=True):
+            if chunk is not None:
+                found[key] = chunk
+                self._promote(key, chunk)
+        return [found[key] for key in keys]
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        self._prefetching.start(self._bring, [key for key in keys if not self.fast.contains(key)])
+
+    @property
+    def bandwidth(self) -> float | None:
+        return self.slow.bandwidth
+
     def put(self, key: str, chunk: ChunkKV) -> None:
         # Fast first: a chunk that the slow tier cannot write is still served from the fast one.
         self.fast.put(key, chunk)
@@ -52,6 +77,30 @@ class TieredStore(KVStore):
     def touch(self, key: str) -> None:
         self.fast.touch(key)
         self.slow.touch(key)
+
+    @contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        keys = list(keys)
+        with self.fast.pinned(keys), self.slow.pinned(keys):
+            yield
+
+    @property
+    def keeps_documents(self) -> bool:
+        return self.fast.keeps_documents or self.slow.keeps_documents
+
+    @property
+    def _notes(self) -> KVStore:
+        """The tier that lives longest of those that keep notes on documents."""
+        return self.slow if self.slow.keeps_documents else self.fast
+
+    def label(self, document: str, keys: Iterable[str]) -> None:
+        self._notes.label(document, keys)
+
+    def documents(self) -> set[str]:
+        return self._notes.documents()
+
+    def unlabel(self, documents: Iterable[str]) -> list[str]:
+        return self._notes.unlabel(documents)
 
     def scan(self) -> Iterator[ChunkInfo]:
         seen: set[str] = set()
@@ -73,8 +122,13 @@ class TieredStore(KVStore):
         )
 
     def close(self) -> None:
+        self._prefetching.close()
         self.fast.close()
         self.slow.close()
+
+    def _bring(self, key: str) -> None:
+        if not self.fast.contains(key) and (chunk := self.slow.get(key)) is not None:
+            self._promote(key, chunk)
 
     def _promote(self, key: str, chunk: ChunkKV) -> None:
         try:

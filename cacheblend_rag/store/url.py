@@ -10,19 +10,45 @@ from urllib.parse import parse_qsl, unquote
 
 from cacheblend_rag.errors import StoreError
 
-SUPPORTED = "memory://, file:///absolute/path, null:// or the plain path of a folder"
+SUPPORTED = (
+    "memory://, file:///absolute/path, redis://host:6379/0, s3://bucket/path, null:// or the plain "
+    "path of a folder"
+)
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>//)?(?P<rest>.*)", re.DOTALL)
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[KMGT]?B|[KMGT]iB)?", re.IGNORECASE)
-_OPTIONS = {"memory": {"capacity"}, "file": {"capacity", "memory"}, "null": set[str]()}
+_SECONDS = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>ms|s)?", re.IGNORECASE)
+
+_SIZES = {"capacity", "memory", "quota"}
+_FILES = {"dtype", "encrypt", "evict"}
+_DISK = {*_SIZES, *_FILES}
+_REMOTE = {*_DISK, "disk", "timeout"}
+_BUCKET = {*_REMOTE, "endpoint", "region"}
+_OPTIONS: dict[str, set[str]] = {
+    "memory": {"capacity", "evict"},
+    "file": _DISK,
+    "null": set(),
+    "redis": _REMOTE,
+    "rediss": _REMOTE,
+    "s3": _BUCKET,
+    "gs": _REMOTE,
+    "az": _REMOTE,
+}
+_REMOTES = _OPTIONS.keys() - {"memory", "file", "null"}
+_CHOICES = {
+    "dtype": ("auto", "fp8"),
+    "encrypt": ("no", "yes"),
+    "evict": ("gdsf", "gdsf-strict", "lru"),
+}
 
 
 class StoreURL(NamedTuple):
     """A checked URL: the scheme is supported and so is every option."""
 
     scheme: str
-    path: str  # empty but for file
+    path: str  # of a file URL; of a remote one all that comes before the options, secrets included
     sizes: dict[str, int]  # option -> bytes
+    options: dict[str, str] = {}  # noqa: RUF012 - the others, as they are
 
 
 def parse_url(url: str) -> StoreURL:
@@ -37,8 +63,32 @@ def parse_url(url: str) -> StoreURL:
         raise StoreError(f"A store cannot be opened by {scheme}://. Use {SUPPORTED}.")
     location, _, query = (match["rest"] if match else url).partition("?")
     path = unquote(location) if match else location
-    sizes = {name: parse_size(text) for name, text in _options(scheme, query).items()}
-    return StoreURL(scheme, _check_path(scheme, path, is_url=match is not None), sizes)
+    options = _options(scheme, query)
+    sizes = {name: parse_size(options.pop(name)) for name in sorted(_SIZES & options.keys())}
+    for name, known in _CHOICES.items():
+        if options.get(name, known[0]) not in known:
+            raise StoreError(f"{name} is {' or '.join(known)}, not {options[name]!r}.")
+    if "timeout" in options:
+        parse_seconds(options["timeout"])
+    if {"capacity", "quota"} & sizes.keys() and scheme in _REMOTES and "disk" not in options:
+        raise StoreError(f"capacity and quota are of the disk tier: give {scheme}:// also disk=...")
+    if scheme in _REMOTES:
+        return StoreURL(scheme, _check_remote(scheme, location), sizes, options)
+    return StoreURL(scheme, _check_path(scheme, path, is_url=match is not None), sizes, options)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds in a time such as ``2``, ``0.5s`` or ``300ms``.
+
+    Raises:
+        StoreError: it is not a time, or is zero.
+    """
+    match = _SECONDS.fullmatch(text)
+    factor = Decimal("0.001") if match and (match["unit"] or "").lower() == "ms" else Decimal(1)
+    seconds = float(Decimal(match["number"]) * factor) if match else 0.0
+    if not 0 < seconds < 3600:
+        raise StoreError(f"{text!r} is not a time. Write for example 2s or 300ms.")
+    return seconds
 
 
 def parse_size(text: str) -> int:
@@ -72,6 +122,12 @@ def _options(scheme: str, query: str) -> dict[str, str]:
         known = ", ".join(sorted(_OPTIONS[scheme])) or "none"
         raise StoreError(f"{scheme}:// has no option {', '.join(unknown)}. It has: {known}.")
     return options
+
+
+def _check_remote(scheme: str, location: str) -> str:
+    if not location.strip("/"):
+        raise StoreError(f"{scheme}:// needs a server or a bucket. Use {SUPPORTED}.")
+    return f"{scheme}://{location}"
 
 
 def _check_path(scheme: str, path: str, *, is_url: bool) -> str:

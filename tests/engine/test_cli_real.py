@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_engine(model: Path, home: Path) -> Iterator[None]:
     """All commands of this module share the engine that the first one starts, and its store."""
-    for package in cli._EXTRAS:
+    for package in cli.engine.EXTRAS:
         pytest.importorskip(package)
     started: list[CacheBlend] = []
 
@@ -56,11 +56,11 @@ def one_engine(model: Path, home: Path) -> Iterator[None]:
             pass
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (cli._ENVIRONMENT | THREADS).items():
+        for name, value in (cli.output.ENVIRONMENT | THREADS).items():
             patch.setenv(name, os.environ.get(name, value))  # as the command, and undone
         patch.setenv("CACHEBLEND_HOME", str(home))
-        patch.setattr(cli, "CacheBlend", Shared)
-        patch.setattr(cli, "resolve_model", lambda name: name or str(model))
+        patch.setattr(cli.engine, "CacheBlend", Shared)
+        patch.setattr(cli.engine, "resolve_model", lambda name: name or str(model))
         yield
     for blend in started:
         blend.close()

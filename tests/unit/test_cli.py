@@ -153,12 +153,14 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeB
         made = []  # noqa: RUF012
         stored = set()  # noqa: RUF012
 
-    monkeypatch.setattr(cli, "CacheBlend", Fake)
-    monkeypatch.setattr(cli, "Retriever", FakeRetriever)
-    monkeypatch.setattr(cli, "split", split)
-    monkeypatch.setattr(cli, "_EXTRAS", {})
-    monkeypatch.setattr(cli, "resolve_model", lambda name: name or str(tmp_path))
-    environment = {k: v for k, v in os.environ.items() if k not in cli._ENVIRONMENT}
+    monkeypatch.setattr(cli.engine, "CacheBlend", Fake)
+    for family in (cli.documents, cli.store, cli.demo):
+        monkeypatch.setattr(family, "Retriever", FakeRetriever)
+    for family in (cli.documents, cli.demo):
+        monkeypatch.setattr(family, "split", split)
+    monkeypatch.setattr(cli.engine, "EXTRAS", {})
+    monkeypatch.setattr(cli.engine, "resolve_model", lambda name: name or str(tmp_path))
+    environment = {k: v for k, v in os.environ.items() if k not in cli.output.ENVIRONMENT}
     environment["CACHEBLEND_HOME"] = str(tmp_path / "home")
     with mock.patch.dict(os.environ, environment, clear=True):
         yield Fake
@@ -256,7 +258,7 @@ def test_our_errors_end_with_1_and_their_message(
 def test_a_missing_extra_is_named(
     documents: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_EXTRAS", {"no_such_module": "no-such-package"})
+    monkeypatch.setattr(cli.engine, "EXTRAS", {"no_such_module": "no-such-package"})
     for arguments in (["ingest", str(documents)], ["ask", "Who?"], ["demo"]):
         said = fails(arguments, capsys)
         assert "no-such-package is not installed" in said and "cacheblend-rag[cli]" in said

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store import DiskStore, MemoryStore, NullStore, TieredStore, open_store
+from cacheblend_rag.store.remote import RemoteStore
 from cacheblend_rag.store.url import StoreURL, parse_size, parse_url
 
 
@@ -34,6 +35,24 @@ from cacheblend_rag.store.url import StoreURL, parse_size, parse_url
         ("/data/kv?capacity=5", StoreURL("file", "/data/kv", {"capacity": 5})),
         ("./a:b", StoreURL("file", str(Path.cwd() / "a:b"), {})),
         ("~/kv", StoreURL("file", str(Path.home() / "kv"), {})),
+        (
+            "file:///kv?quota=1GB&dtype=fp8&encrypt=yes&evict=lru",
+            StoreURL(
+                "file", "/kv", {"quota": 10**9}, {"dtype": "fp8", "encrypt": "yes", "evict": "lru"}
+            ),
+        ),
+        (
+            "redis://u:p%40@host:6380/2?timeout=300ms&memory=1GB",
+            StoreURL(
+                "redis", "redis://u:p%40@host:6380/2", {"memory": 10**9}, {"timeout": "300ms"}
+            ),
+        ),
+        (
+            "s3://bucket/a/b?region=eu-1&disk=/kv&capacity=1TB",
+            StoreURL(
+                "s3", "s3://bucket/a/b", {"capacity": 10**12}, {"region": "eu-1", "disk": "/kv"}
+            ),
+        ),
     ],
 )
 def test_urls(url: str, expected: StoreURL) -> None:
@@ -43,9 +62,20 @@ def test_urls(url: str, expected: StoreURL) -> None:
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("redis://user:secret@host/0", r"opened by redis://\. Use memory://, file:///abs"),
-        ("s3://bucket/kv", r"opened by s3://\. Use memory://"),
-        ("redis:host", "opened by redis://"),
+        ("ftp://user:secret@host/0", r"opened by ftp://\. Use memory://, file:///abs"),
+        (
+            "redis://user:secret@host/0?size=1",
+            "redis:// has no option size. It has: cap",
+        ),
+        ("redis://user:secret@host/0?capacity=1GiB", "also disk="),
+        ("redis://", "needs a server or a bucket"),
+        ("s3://", "needs a server or a bucket"),
+        ("gs://bucket?endpoint=x", "no option endpoint"),
+        ("redis://host?timeout=0", "'0' is not a time. Write for example 2s"),
+        ("redis://host?timeout=2m", "'2m' is not a time"),
+        ("file:///kv?dtype=int4", "dtype is auto or fp8, not 'int4'"),
+        ("file:///kv?encrypt=1", "encrypt is no or yes, not '1'"),
+        ("memory://?evict=fifo", "evict is gdsf or gdsf-strict or lru, not 'fifo'"),
         ("file://kv", "absolute path"),
         ("file://~/kv", "plain path may be relative or start with ~"),
         ("file://", "absolute path"),
@@ -54,8 +84,8 @@ def test_urls(url: str, expected: StoreURL) -> None:
         ("a\0b", "no usable path"),
         ("~no-such-user-here/kv", "home folder"),
         ("memory:///kv", "takes no path"),
-        ("memory://?memory=1GiB", "memory:// has no option memory. It has: capacity"),
-        ("file:///kv?size=1GiB&colour=red", "no option colour, size. It has: capacity, memory"),
+        ("memory://?memory=1GiB", "memory:// has no option memory. It has: capacity, evict"),
+        ("file:///kv?size=1GiB&colour=red", "no option colour, size. It has: capacity, dtype"),
         ("null://?capacity=1", "no option capacity. It has: none"),
         ("file:///kv?capacity=1&capacity=2", "given twice"),
         ("file:///kv?capacity", "not of the form"),
@@ -104,7 +134,7 @@ def test_any_text_is_a_url_or_a_store_error(url: str) -> None:
         parsed = parse_url(url)
     except StoreError:
         return
-    assert parsed.scheme in {"file", "memory", "null"}
+    assert parsed.scheme in {"file", "memory", "null", "redis", "rediss", "s3", "gs", "az"}
 
 
 def test_open_store(tmp_path: Path) -> None:
@@ -119,6 +149,38 @@ def test_open_store(tmp_path: Path) -> None:
         with open_store(url, namespace="tiny-r0") as store:
             assert type(store) is kind
     assert (tmp_path / "url" / "v1" / "tiny-r0").is_dir()
+
+
+def test_open_remote_stores_connects_to_nothing(tmp_path: Path) -> None:
+    for extra, url in (("redis", "redis://127.0.0.1:1/0"), ("obstore", "s3://bucket?region=x")):
+        pytest.importorskip(extra)
+        sign = "&" if "?" in url else "?"
+        with open_store(url, namespace="tiny-r0") as store:
+            assert type(store) is RemoteStore
+        tiers = f"{url}{sign}disk={tmp_path}/{extra}&capacity=1GiB&memory=1MiB"
+        with open_store(tiers, namespace="tiny-r0") as store:
+            assert type(store) is TieredStore
+            assert type(store.slow) is TieredStore
+            assert type(store.slow.fast) is DiskStore
+
+
+def test_tenants_are_apart(tmp_path: Path) -> None:
+    stores = [
+        open_store(str(tmp_path), namespace="m-0of1", tenant=t) for t in ("", "a", "b", "Ä/..")
+    ]
+    names = {store.namespace for store in stores if isinstance(store, DiskStore)}
+    assert len(names) == 4
+    assert all(name.startswith("m-0of1") for name in names)
+
+
+def test_encryption_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CACHEBLEND_STORE_KEY", raising=False)
+    with pytest.raises(StoreError, match="CACHEBLEND_STORE_KEY is not set"):
+        open_store(f"{tmp_path}?encrypt=yes", namespace="tiny-r0")
+    monkeypatch.setenv("CACHEBLEND_STORE_KEY", "c2VjcmV0")
+    with pytest.raises(StoreError, match="not 32 bytes in base64") as caught:
+        open_store(f"{tmp_path}?encrypt=yes", namespace="tiny-r0")
+    assert "c2VjcmV0" not in str(caught.value)
 
 
 def test_import_needs_no_torch() -> None:

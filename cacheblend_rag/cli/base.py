@@ -1,0 +1,101 @@
+"""What every command needs: where text goes, how it ends, and kinds of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from cacheblend_rag.models import cache_home
+
+OK, OUR_ERROR, REFUSED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
+
+
+class Screen(NamedTuple):
+    """Where text for people goes."""
+
+    out: Console  # results
+    note: Console  # progress
+
+
+class Done(NamedTuple):
+    """How a command ended, and what ``--json`` prints."""
+
+    code: int
+    data: Mapping[str, Any]
+
+
+Run = Callable[[argparse.Namespace, Screen], Done]
+
+
+def command(commands: Any, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    """A new command; every one has ``--json``."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """``--store``, a folder."""
+    default = cache_home() / "store"
+    parser.add_argument("--store", type=folder, default=default, metavar="DIR", help=f"({default})")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """``--model``, the embedded one by default."""
+    text = "a hub name or a folder (the embedded SmolLM2-135M-Instruct)"
+    parser.add_argument("--model", metavar="M", help=text)
+
+
+def _number(text: str, low: int) -> int:
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= low:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {low} or more")
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    return _number(text, 1)
+
+
+def at_least_32(text: str) -> int:
+    """A whole number of 32 or more."""
+    return _number(text, 32)  # shorter chunks are never reused
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share, 0 to 1")
+
+
+def folder(text: str) -> Path:
+    """The absolute path of a folder."""
+    if not text or "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a folder; a store of this command is one"
+        )
+    return Path(text).expanduser().absolute()
+
+
+def index_of(store: Path) -> Path:
+    """The folder of the FAISS index, beside the store."""
+    return store.with_name(f"{store.name}-index")
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time for people."""
+    return f"{seconds * 1000:.1f} ms"

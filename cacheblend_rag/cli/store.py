@@ -1,0 +1,231 @@
+"""Look into a store folder, and keep it in order; no engine is started."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from cacheblend_rag.cli.base import (
+    OK,
+    REFUSED,
+    Done,
+    Screen,
+    add_store,
+    command,
+    index_of,
+    megabytes,
+)
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.retrieval import MANIFEST, Passage, Retriever
+from cacheblend_rag.store.base import document_id
+from cacheblend_rag.store.folder import (
+    Imported,
+    export,
+    import_,
+    is_store,
+    namespaces,
+    open_namespace,
+)
+from cacheblend_rag.store.url import parse_size
+
+
+def add(commands: Any) -> None:
+    """Add the commands of this file."""
+    stats = command(commands, "stats", _stats, "what the store holds")
+    add_store(stats)
+
+    verify = command(
+        commands, "verify", _verify, "read every stored chunk; set damaged ones aside (exit code 3)"
+    )
+    add_store(verify)
+
+    prune = command(commands, "prune", _prune, "remove leftovers, and chunks down to a size")
+    prune.add_argument("--to", type=_size, metavar="SIZE", help="bytes to keep, such as 10GiB")
+    add_store(prune)
+
+    out = command(commands, "export", _export, "write the store to one file")
+    out.add_argument("file", type=Path, metavar="FILE.tar")
+    add_store(out)
+
+    into = command(commands, "import", _import, "add what an exported file holds")
+    into.add_argument("file", type=Path, metavar="FILE.tar")
+    add_store(into)
+
+    forget = command(commands, "forget", _forget, "drop documents: their passages and their KV")
+    forget.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="as ingested")
+    add_store(forget)
+
+    gc = command(commands, "gc", _gc, "drop the KV of documents that are no longer indexed")
+    add_store(gc)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except StoreError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+# --- what is there --------------------------------------------------------------------------------
+
+
+def _stats(args: argparse.Namespace, screen: Screen) -> Done:
+    rows = [_row(args.store, name) for name in namespaces(args.store)]
+    passages = len(_passages(args.store))
+    table = Table("namespace", "chunks", "tokens", "KV", title=str(args.store))
+    for row in rows:
+        size = megabytes(row["bytes"])
+        table.add_row(row["namespace"], str(row["chunks"]), str(row["tokens"]), size)
+    screen.out.print(table)
+    screen.out.print(f"{passages} passages indexed. A namespace is one model on one rank.")
+    total = {name: sum(row[name] for row in rows) for name in ("chunks", "tokens", "bytes")}
+    data = {"store": str(args.store), "namespaces": rows, "total": total, "passages": passages}
+    return Done(OK, data)
+
+
+def _row(folder: Path, namespace: str) -> dict[str, Any]:
+    with open_namespace(folder, namespace) as store:
+        chunks = list(store.scan())
+    return {
+        "namespace": namespace,
+        "chunks": len(chunks),
+        "tokens": sum(len(chunk.token_ids) for chunk in chunks),
+        "bytes": sum(chunk.nbytes for chunk in chunks),
+    }
+
+
+def _verify(args: argparse.Namespace, screen: Screen) -> Done:
+    rows: list[dict[str, Any]] = []
+    for namespace in namespaces(args.store):
+        counts = Counter[bool]()
+        damaged = []
+        with open_namespace(args.store, namespace) as store:
+            for key, is_intact in store.verify():
+                counts[is_intact] += 1
+                if not is_intact:
+                    damaged.append(key)
+                    screen.out.print(f"[red]damaged[/red] {namespace} {key}", soft_wrap=True)
+            recovery = store.recovery._asdict()
+        rows.append({"namespace": namespace, "intact": counts[True], "damaged": damaged} | recovery)
+    intact = sum(row["intact"] for row in rows)
+    broken = sum(len(row["damaged"]) for row in rows)
+    screen.out.print(f"{intact} chunks intact, {broken} damaged and set aside.", highlight=False)
+    data = {"store": str(args.store), "namespaces": rows, "intact": intact, "damaged": broken}
+    return Done(REFUSED if broken else OK, data)
+
+
+# --- less of it -----------------------------------------------------------------------------------
+
+
+def _prune(args: argparse.Namespace, screen: Screen) -> Done:
+    evicted = corrupt = temporaries = 0
+    for number, namespace in enumerate(namespaces(args.store)):
+        with open_namespace(args.store, namespace) as store:
+            corrupt += store.discard_corrupt()
+            temporaries += store.recovery.temporaries
+            if args.to is not None and number == 0:  # of the whole folder
+                evicted = store.trim(args.to)
+    screen.out.print(
+        f"Removed {evicted} chunks, {corrupt} damaged ones, {temporaries} unfinished ones.",
+        highlight=False,
+    )
+    data = {"evicted": evicted, "corrupt": corrupt, "temporaries": temporaries}
+    return Done(OK, {"store": str(args.store), **data})
+
+
+def _forget(args: argparse.Namespace, screen: Screen) -> Done:
+    names = namespaces(args.store)
+    roots = [path.expanduser().resolve() for path in args.paths]
+    kept, gone = list[Passage](), set[str]()
+    for passage in _passages(args.store):
+        if any(Path(passage.source).is_relative_to(root) for root in roots):
+            gone.add(passage.source)
+        else:
+            kept.append(passage)
+    gone.update(map(str, roots))  # a document that is no longer indexed may still be stored
+    chunks = 0
+    for namespace in names:
+        with open_namespace(args.store, namespace) as store:
+            chunks += sum(store.forget(document) for document in sorted(gone))
+    _index_only(args.store, kept, len(kept) < len(_passages(args.store)))
+    screen.out.print(f"Forgot {chunks} chunks; {len(kept)} passages stay.", highlight=False)
+    return Done(OK, {"store": str(args.store), "chunks": chunks, "passages": len(kept)})
+
+
+def _gc(args: argparse.Namespace, screen: Screen) -> Done:
+    live = {passage.source for passage in _passages(args.store)}
+    chunks = 0
+    for namespace in namespaces(args.store):
+        with open_namespace(args.store, namespace) as store:
+            chunks += store.gc(live)
+    screen.out.print(f"Dropped {chunks} chunks; {len(live)} documents stay.", highlight=False)
+    return Done(OK, {"store": str(args.store), "chunks": chunks, "documents": len(live)})
+
+
+def _passages(store: Path) -> tuple[Passage, ...]:
+    index = index_of(store)
+    return Retriever.load(index).passages if (index / MANIFEST).exists() else ()
+
+
+def _index_only(store: Path, kept: list[Passage], changed: bool) -> None:
+    if not changed:
+        return
+    if kept:
+        Retriever(kept, folder=index_of(store))
+    else:  # an index of nothing can't be searched
+        (index_of(store) / MANIFEST).unlink()
+
+
+def label(folder: Path, sources: list[str], keys: list[str]) -> None:
+    """Note in every namespace which document each chunk is of; an empty key is none."""
+    if not is_store(folder):
+        return
+    by_document: dict[str, list[str]] = {}
+    for source, key in zip(sources, keys, strict=True):
+        if key:
+            by_document.setdefault(source, []).append(key)
+    for namespace in namespaces(folder):
+        with contextlib.suppress(StoreError), open_namespace(folder, namespace) as store:
+            before = store.unlabel(map(document_id, by_document))
+            for document, its_keys in by_document.items():
+                store.label(document, [key for key in its_keys if store.contains(key)])
+            for key in set(before).difference(*by_document.values()):
+                store.discard(key)  # of a document that has changed since it was last read
+
+
+# --- to and from one file -------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace, screen: Screen) -> Done:
+    chunks = nbytes = 0
+    try:
+        with args.file.open("xb") as target:
+            for _, size in export(args.store, target):
+                chunks, nbytes = chunks + 1, nbytes + size
+    except OSError as error:
+        raise StoreError(f"{args.file} cannot be written: {error.strerror}.") from error
+    screen.out.print(f"Wrote {chunks} chunks, {megabytes(nbytes)}, to {args.file}.")
+    return Done(OK, {"file": str(args.file), "chunks": chunks, "bytes": nbytes})
+
+
+def _import(args: argparse.Namespace, screen: Screen) -> Done:
+    total = Counter[str](dict.fromkeys(Imported._fields, 0))
+    try:
+        with args.file.open("rb") as source:
+            for name, counts in import_(source, args.store):
+                total.update(counts._asdict())
+                if counts.refused:
+                    screen.out.print(f"[red]refused[/red] {name!r}", soft_wrap=True)
+    except OSError as error:
+        raise StoreError(f"{args.file} cannot be read: {error.strerror}.") from error
+    screen.out.print(
+        f"Added {total['added']} chunks, {total['present']} were there, "
+        f"{total['refused']} were refused.",
+        highlight=False,
+    )
+    return Done(REFUSED if total["refused"] else OK, {"store": str(args.store), **total})

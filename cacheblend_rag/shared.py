@@ -1,0 +1,251 @@
+"""One engine for everything in a process that names the same model; it starts when first needed.
+
+Frameworks make, copy and pickle their model objects freely, and a second engine rarely fits. So
+an adapter holds a ``SharedEngine``: copies of it are itself, and a pickle has its settings only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import hashlib
+import os
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cacheblend_rag.blend import CacheBlend
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.errors import ClosedError, ConfigError, PromptError
+from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.ledger import Ledger
+from cacheblend_rag.store.disk import MARKER
+from cacheblend_rag.store.url import parse_url
+
+_lock = threading.Lock()
+_by_model: dict[str, SharedEngine] = {}
+_by_name: weakref.WeakValueDictionary[str, SharedEngine] = weakref.WeakValueDictionary()
+
+
+class SharedEngine:
+    """Make one with ``of`` or ``around``. Safe to use from several threads and event loops.
+
+    Attributes:
+        model: hub name or folder, as it was given.
+        ledger: which chunks the documents ingested here consist of.
+    """
+
+    def __init__(
+        self, model: str, start: Callable[[], CacheBlend], settings: Mapping[str, Any]
+    ) -> None:
+        self.model = model
+        self.ledger = Ledger()
+        self._start, self._settings = start, settings
+        self._lock = threading.Lock()
+        self._blend: CacheBlend | None = None
+        self._closed = False
+        self._name = uuid.uuid4().hex
+        _by_name[self._name] = self
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path,
+        config: BlendConfig | None = None,
+        engine_args: Mapping[str, Any] | None = None,
+        default: Callable[[], BlendConfig] = BlendConfig,
+    ) -> SharedEngine:
+        """The engine of ``model`` in this process: the one there is, or one yet to be started.
+
+        Args:
+            model: hub name or folder.
+            config: None takes the running engine's, or ``default()`` for a new one.
+            engine_args: vLLM's engine arguments; None takes the running engine's.
+            default: makes the configuration where none was given.
+
+        Raises:
+            ConfigError: there is one with other settings.
+        """
+        name = _canonical(model)
+        with _lock:
+            shared = _by_model.get(name)
+            if shared is None or shared._closed:
+                settings = {"config": config or default(), "engine_args": dict(engine_args or {})}
+                shared = _by_model[name] = cls(str(model), _starter(str(model), settings), settings)
+            else:
+                shared._check_same(config, engine_args)
+        return shared
+
+    @classmethod
+    def around(cls, blend: CacheBlend) -> SharedEngine:
+        """The one of an engine that runs already: the same for all who hold one of it."""
+        with _lock:
+            for shared in _by_name.values():
+                if shared._blend is blend:
+                    return shared
+            shared = cls(blend.info.model, lambda: blend, {"config": blend.config})
+            shared._blend = blend
+        return shared
+
+    @property
+    def config(self) -> BlendConfig:
+        """How the engine blends, or will once it runs."""
+        config: BlendConfig = self._settings["config"]
+        return config
+
+    # ---- the engine ----------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Whether the engine runs."""
+        return self._blend is not None and not self._closed
+
+    def blend(self) -> CacheBlend:
+        """The engine; the first call starts it, and others wait meanwhile.
+
+        Raises:
+            ClosedError: it was closed.
+            EngineMissingError, ConfigError, ModelError, StoreError, EngineError: it can't start.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"the engine of {self.model} was closed; make a new object")
+            if self._blend is None:
+                self._blend = self._start()
+            return self._blend
+
+    async def ablend(self) -> CacheBlend:
+        """``blend`` for an event loop, which goes on while the engine starts."""
+        return self.blend() if self.started else await asyncio.to_thread(self.blend)
+
+    def close(self) -> None:
+        """Stop the engine, for all who share it; does nothing on the second call."""
+        with self._lock:
+            self._closed = True
+            if self._blend is not None:
+                self._blend.close()
+        with _lock:
+            for name, shared in list(_by_model.items()):
+                if shared is self:
+                    del _by_model[name]
+
+    @staticmethod
+    def close_all() -> None:
+        """Close every engine that was made by ``of``, as happens when the process ends."""
+        for shared in list(_by_model.values()):
+            shared.close()
+
+    def identity(self) -> str:
+        """Names model, ingest prefix, namespace and store: what computed chunks depend on.
+
+        Starts the engine. A store that is emptied, and memory, which starts empty, have another.
+        """
+        blend = self.blend()
+        space = blend.key_space
+        parts = [*map(str, space), blend.config.store, _birth(blend.config.store) or self._name]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    # ---- documents -----------------------------------------------------------------------------
+
+    def ingest(
+        self, texts: Sequence[str], documents: Sequence[str | None], *, progress: bool
+    ) -> IngestReport:
+        """Compute chunks, and note which document each belongs to; empty texts are passed over."""
+        rows = [(t, d) for t, d in zip(texts, documents, strict=True) if t.strip()]
+        report = self.blend().ingest([text for text, _ in rows], progress=progress)
+        for (_, document), key in zip(rows, report.keys, strict=False):
+            if document is not None and key:
+                self.ledger.note(document, [key])
+        return report
+
+    def forget(self, documents: Iterable[str]) -> int:
+        """Drop the chunks that only these documents consist of; returns how many.
+
+        Raises:
+            PromptError: a document that was not ingested through this engine object.
+        """
+        documents = set(documents)
+        if unknown := documents - self.ledger.documents():
+            raise PromptError(
+                f"no chunks are on record for {sorted(unknown)}: only documents ingested since "
+                "this engine was started are. To drop all chunks that your documents no longer "
+                "contain, use gc(); to have them on record again, ingest or backfill them first"
+            )
+        return self.blend().forget_keys(self.ledger.drop(documents))
+
+    # ---- copies --------------------------------------------------------------------------------
+
+    def __copy__(self) -> SharedEngine:
+        return self
+
+    def __deepcopy__(self, memo: object) -> SharedEngine:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        config = self._settings["config"]
+        plain = {f.name: getattr(config, f.name) for f in fields(config)}
+        plain["selector_options"] = dict(config.selector_options)
+        args = self._settings.get("engine_args")
+        return _revive, (self._name, self.model, plain, args)
+
+    def _check_same(
+        self, config: BlendConfig | None, engine_args: Mapping[str, Any] | None
+    ) -> None:
+        given = {"config": config, "engine_args": engine_args}
+        for name, value in given.items():
+            if value is not None and value != self._settings[name]:
+                raise ConfigError(
+                    f"{self.model} is in use in this process with {name}={self._settings[name]!r}, "
+                    f"and {value!r} was asked for. Ask for the same or leave {name} out to share "
+                    "it, close() the other first, or start a second engine yourself and pass it "
+                    "to from_engine()"
+                )
+
+
+def _canonical(model: str | Path) -> str:
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(model)
+
+
+def _starter(model: str, settings: Mapping[str, Any]) -> Callable[[], CacheBlend]:
+    return lambda: CacheBlend(model, config=settings["config"], **settings["engine_args"])
+
+
+def _revive(
+    name: str, model: str, config: dict[str, Any], engine_args: Mapping[str, Any] | None
+) -> SharedEngine:
+    """In the same process the very same; in another one, an engine of its own when needed."""
+    with _lock:
+        shared = _by_name.get(name)
+    if shared is not None:
+        return shared
+    if engine_args is not None:
+        return SharedEngine.of(model, BlendConfig(**config), engine_args)
+
+    def refuse() -> CacheBlend:
+        raise ConfigError(
+            f"this object came here pickled from another process, around an engine of {model} that "
+            "was passed to from_engine(). Give it the model's name instead, so that it can start "
+            "one here"
+        )
+
+    return SharedEngine(model, refuse, {"config": BlendConfig(**config)})
+
+
+def _birth(store: str) -> str | None:
+    """What tells a store on disk from an emptied one in the same folder; None where not on disk."""
+    url = parse_url(store)
+    if url.scheme != "file":
+        return None
+    try:
+        found = os.stat(Path(url.path) / MARKER)
+    except OSError:
+        return None
+    return f"{found.st_ino}/{found.st_mtime_ns}"
+
+
+atexit.register(SharedEngine.close_all)

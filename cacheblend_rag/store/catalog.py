@@ -1,0 +1,220 @@
+"""A store folder's files and its index, kept in step.
+
+A file comes before its entry and goes after it, so a process that dies in between leaves a file
+that the next one to open the store adopts, or an entry whose file is gone, which it drops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+import struct
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from cacheblend_rag.store.base import ChunkInfo
+from cacheblend_rag.store.chunk_file import Encoding, decode_info
+from cacheblend_rag.store.evict import Policy, recompute_cost
+from cacheblend_rag.store.files import entries, remove_abandoned
+from cacheblend_rag.store.index import Content, Index, Limits, Victim
+from cacheblend_rag.store.seal import Cipher
+from cacheblend_rag.store.source import DamagedFileError, FileSource
+
+NAMESPACE = re.compile("[a-z0-9-]{1,130}")
+
+_CHUNK_NAME = re.compile(r"([0-9a-f]{64})\.(?:safetensors|sealed)")
+_CORRUPT_NAME = re.compile(r"[0-9a-f]{64}\.corrupt-[0-9]+")
+_KEPT_CORRUPT = 16  # of each namespace, for whoever wants to know what happened
+_SEALED = "-sealed-"
+
+
+class Recovery(NamedTuple):
+    """What opening found that a clean end would not have left."""
+
+    temporaries: int = 0  # of writers that died, removed
+    adopted: int = 0  # files that the index did not know, added to it
+    vanished: int = 0  # entries of the index whose file is gone, dropped
+    index_rebuilt: bool = False  # it was damaged; notes on use and documents are lost
+
+
+class Catalog:
+    """The files of ``namespace`` below ``<folder>/v1``, and the index of all namespaces there."""
+
+    def __init__(
+        self, folder: Path, namespace: str, encoding: Encoding, policy: Policy | None
+    ) -> None:
+        self._root, self._namespace, self._encoding = folder / "v1", namespace, encoding
+        self.index = Index(folder, policy)
+
+    def path(self, key: str) -> Path:
+        """Where the file of a chunk is, or would be."""
+        return self._place(self._namespace, key)
+
+    # ---- entries -------------------------------------------------------------------------------
+
+    def note(self, info: ChunkInfo, nbytes: int) -> None:
+        """Enter a chunk whose file of ``nbytes`` was just written."""
+        self._note(self._namespace, info, nbytes)
+
+    def note_use(self, key: str) -> None:
+        """Count a use."""
+        with contextlib.suppress(sqlite3.Error):  # a use not counted is no reason to fail
+            self.index.use(self._namespace, bytes.fromhex(key))
+
+    def drop(self, key: str) -> None:
+        """Remove the entry of a file set aside."""
+        with contextlib.suppress(sqlite3.Error):  # it is dropped at the next opening then
+            self.index.remove(self._namespace, [bytes.fromhex(key)])
+
+    def infos(self, after: int) -> Iterator[tuple[int, ChunkInfo]]:
+        """The chunks whose file is there, with the numbers of their entries, from ``after`` on."""
+        there = self._reconcile(self._namespace)[0]
+        for number, content in self.index.contents(self._namespace, after):
+            if content.key in there and (info := self._info(content)) is not None:
+                yield number, info
+
+    def make_room(
+        self, key: str, nbytes: int, cost: float, limits: Limits, pinned: Collection[bytes]
+    ) -> int | None:
+        """Remove what has to leave for a new chunk: how many; None where the new one stays out."""
+        raw = bytes.fromhex(key)
+        victims = self.index.make_room(self._namespace, raw, nbytes, cost, limits, pinned)
+        return None if victims is None else self._unlink(victims)
+
+    def trim(self, limits: Limits) -> int:
+        """Remove what is over the limits: how many."""
+        in_namespace = self._unlink(self.index.surplus(limits, self._namespace))
+        return in_namespace + self._unlink(self.index.surplus(limits))
+
+    # ---- files ---------------------------------------------------------------------------------
+
+    def all_keys(self) -> list[str]:
+        """Keys of the namespace by their files."""
+        return sorted(key.hex() for key in self._names(self._namespace))
+
+    def discard_corrupt(self) -> int:
+        """Remove what was set aside in the namespace: how many."""
+        return _drop_corrupt(str(self._root / self._namespace), keep=0)
+
+    def recover(self) -> Recovery:
+        """Put in order what processes that died left, in all namespaces."""
+        removed = adopted = vanished = 0
+        for namespace in entries(self._root):
+            for shard in entries(namespace.path):
+                removed += remove_abandoned(shard.path)
+            if NAMESPACE.fullmatch(namespace.name):
+                _, more, fewer = self._reconcile(namespace.name)
+                adopted, vanished = adopted + more, vanished + fewer
+                _drop_corrupt(namespace.path, keep=_KEPT_CORRUPT)
+        return Recovery(removed, adopted, vanished, self.index.rebuilt)
+
+    def _reconcile(self, namespace: str) -> tuple[set[bytes], int, int]:
+        """Make the index agree with the files: the keys there, numbers of adopted and dropped."""
+        there, known = self._names(namespace), self.index.keys(namespace)
+        vanished = 0
+        if gone := known - there:
+            # Asked again, file by file: a chunk may have been put since the names were listed.
+            vanished = self.index.remove_if(
+                namespace, gone, lambda key: not self._place(namespace, key.hex()).exists()
+            )
+        return there, self._adopt(namespace, there - known), vanished
+
+    def _adopt(self, namespace: str, keys: set[bytes]) -> int:
+        if _SEALED in namespace and namespace != self._namespace:
+            return 0  # only who has the key can read what is in them
+        used: list[tuple[int, bytes]] = []
+        for key in keys:
+            with contextlib.suppress(OSError):  # gone since it was listed
+                used.append((os.stat(self._place(namespace, key.hex())).st_mtime_ns, key))
+        adopted = 0
+        for _, key in sorted(used):  # the one used last comes last
+            try:
+                nbytes, info = self._read_info(namespace, key.hex())
+            except (OSError, DamagedFileError):
+                continue  # found damaged, and set aside, when it is asked for
+            self._note(namespace, info, nbytes)
+            adopted += 1
+        return adopted
+
+    def _read_info(self, namespace: str, key: str) -> tuple[int, ChunkInfo]:
+        with opened(self._place(namespace, key)) as descriptor:
+            source = FileSource(descriptor)
+            nbytes = source.size
+            return nbytes, decode_info(source, key, self._cipher(namespace))
+
+    def _unlink(self, victims: Iterable[Victim]) -> int:
+        count = 0
+        for victim in victims:
+            if NAMESPACE.fullmatch(victim.namespace) and len(victim.key) == 32:
+                with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                    os.unlink(self._place(victim.namespace, victim.key.hex()))
+                count += 1
+        return count
+
+    def _names(self, namespace: str) -> set[bytes]:
+        suffix = self._suffix(namespace)
+        return {
+            bytes.fromhex(match[1])
+            for shard in entries(self._root / namespace)
+            for entry in entries(shard.path)
+            if entry.name.endswith(suffix)
+            and (match := _CHUNK_NAME.fullmatch(entry.name))
+            and entry.is_file()
+        }
+
+    def _place(self, namespace: str, key: str) -> Path:
+        return self._root / namespace / key[:2] / f"{key}{self._suffix(namespace)}"
+
+    def _suffix(self, namespace: str) -> str:
+        return ".sealed" if _SEALED in namespace else ".safetensors"
+
+    def _cipher(self, namespace: str) -> Cipher | None:
+        return self._encoding.cipher if namespace == self._namespace else None
+
+    def _note(self, namespace: str, info: ChunkInfo, nbytes: int) -> None:
+        tokens = struct.pack(f"<{len(info.token_ids)}i", *info.token_ids)
+        if (cipher := self._cipher(namespace)) is not None:
+            tokens = cipher.seal(tokens, f"{info.key}/tokens")
+        content = Content(bytes.fromhex(info.key), info.base, info.nbytes, tokens)
+        self.index.add(namespace, content, nbytes, recompute_cost(len(info.token_ids)))
+
+    def _info(self, content: Content) -> ChunkInfo | None:
+        key, tokens = content.key.hex(), content.tokens
+        if (cipher := self._cipher(self._namespace)) is not None:
+            try:
+                tokens = cipher.open(tokens, f"{key}/tokens")
+            except DamagedFileError:
+                return None
+        if len(tokens) % 4:
+            return None
+        token_ids = struct.unpack(f"<{len(tokens) // 4}i", tokens)
+        return ChunkInfo(key, token_ids, content.base, content.kv_bytes)
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[int]:
+    """Descriptor to read ``path`` with."""
+    # O_NONBLOCK: a named pipe in the place of a file must not hang us.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _drop_corrupt(namespace: str, keep: int) -> int:
+    """Remove what was set aside but for the newest: how many."""
+    found: list[tuple[int, str]] = []
+    for shard in entries(namespace):
+        for entry in entries(shard.path):
+            if _CORRUPT_NAME.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
+    old = sorted(found)[: max(len(found) - keep, 0)]
+    for _, path in old:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    return len(old)

@@ -1,0 +1,129 @@
+"""A store folder as a whole: its namespaces, and moving it to another place as one file."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.store.catalog import NAMESPACE
+from cacheblend_rag.store.chunk_file import Encoding
+from cacheblend_rag.store.disk import DiskStore
+from cacheblend_rag.store.marker import MARKER
+from cacheblend_rag.store.seal import VARIABLE, cipher_from_environment
+
+_ENCODED = re.compile(r"(?P<name>.*?)(?P<fp8>-fp8)?(?:-sealed-(?P<cipher>[0-9a-f]{8}))?")
+_MEMBER = re.compile(r"v1/(?P<namespace>[a-z0-9-]{1,130})/(?P<key>[0-9a-f]{64})\.[a-z]+")
+_LARGEST = 4 << 30  # a larger member of an archive is not ours
+
+
+class Imported(NamedTuple):
+    """Counts of an import."""
+
+    added: int = 0
+    present: int = 0
+    refused: int = 0  # damaged, foreign, or sealed with a key that is not at hand
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a store was ever opened there."""
+    return (folder / MARKER).is_file()
+
+
+def namespaces(folder: Path) -> list[str]:
+    """The namespaces in a store folder.
+
+    Raises:
+        StoreError: it is no store folder.
+    """
+    if not is_store(folder):
+        raise StoreError(
+            f"There is no chunk store in {folder}. Make one with 'cacheblend ingest PATH "
+            f"--store {folder}', or name another folder."
+        )
+    found = sorted(path.name for path in (folder / "v1").iterdir() if path.is_dir())
+    return [name for name in found if NAMESPACE.fullmatch(name)]
+
+
+def open_namespace(folder: Path, namespace: str) -> DiskStore:
+    """The store of one namespace, by the name of its folder, encodings included.
+
+    Raises:
+        StoreError: it is encrypted and the key in the environment is not its own.
+    """
+    match = _ENCODED.fullmatch(namespace)
+    assert match
+    cipher = cipher_from_environment() if match["cipher"] else None
+    if cipher is not None and cipher.name != match["cipher"]:
+        raise StoreError(f"{namespace} is encrypted with another key than the one in {VARIABLE}.")
+    encoding = Encoding(fp8=match["fp8"] is not None, cipher=cipher)
+    return DiskStore(folder, namespace=match["name"], encoding=encoding)
+
+
+def export(folder: Path, target: IO[bytes]) -> Iterator[tuple[str, int]]:
+    """Write every intact chunk to a tar archive; yields each namespace and the bytes of a chunk.
+
+    Raises:
+        StoreError: it is no store folder, or a namespace cannot be opened.
+    """
+    with tarfile.open(fileobj=target, mode="w|") as archive:
+        for namespace in namespaces(folder):
+            with open_namespace(folder, namespace) as store:
+                for name, data in store.files():
+                    member = tarfile.TarInfo(f"v1/{namespace}/{name}")
+                    member.size = len(data)
+                    archive.addfile(member, BytesIO(data))
+                    yield namespace, len(data)
+
+
+def import_(source: IO[bytes], folder: Path) -> Iterator[tuple[str, Imported]]:
+    """Put the chunks of an archive into a store folder, each after every check; yields what became
+    of each member. The archive is not trusted: only our names are read, nothing is extracted.
+
+    Raises:
+        StoreError: it is no archive, or the store cannot be written.
+    """
+    stores: dict[str, DiskStore | None] = {}
+    try:
+        with tarfile.open(fileobj=source, mode="r|") as archive:
+            for member in archive:
+                match = _MEMBER.fullmatch(member.name)
+                if match is None or not member.isreg() or member.size > _LARGEST:
+                    yield member.name, Imported(refused=1)
+                    continue
+                namespace = match["namespace"]
+                if namespace not in stores:
+                    stores[namespace] = _opened(folder, namespace)
+                store, content = stores[namespace], archive.extractfile(member)
+                assert content is not None
+                yield member.name, _import_one(store, match["key"], content)
+    except (tarfile.TarError, EOFError) as error:
+        raise StoreError(
+            f"This is no archive of a store, or it is damaged ({error}). "
+            "Make one with 'cacheblend export'. What was read so far is kept."
+        ) from error
+    finally:
+        for opened in stores.values():
+            if opened is not None:
+                opened.close()
+
+
+def _opened(folder: Path, namespace: str) -> DiskStore | None:
+    try:
+        return open_namespace(folder, namespace)
+    except StoreError:
+        if "-sealed-" in namespace:
+            return None  # its key is not at hand: what can't be checked is not taken
+        raise
+
+
+def _import_one(store: DiskStore | None, key: str, content: IO[bytes]) -> Imported:
+    if store is None:
+        return Imported(refused=1)
+    if store.contains(key):
+        return Imported(present=1)
+    return Imported(added=1) if store.put_file(key, content.read()) else Imported(refused=1)

@@ -1,0 +1,57 @@
+"""The file that marks a folder as a chunk store, so that no other folder is ever written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.store.files import TEMPORARY_SUFFIX, atomic_file, make_folder, write_all
+
+MARKER = "cacheblend-store.json"
+
+_MARK = {"format": 1, "made_by": "cacheblend-rag"}
+
+
+def claim(folder: Path) -> None:
+    """Mark an empty folder as ours, or check that it is.
+
+    Raises:
+        StoreError: it holds something else, or another format.
+    """
+    make_folder(folder)
+    marker = folder / MARKER
+    if not marker.exists():
+        # Listed first, then asked again: another process may be claiming the folder just now.
+        if any(_is_foreign(name) for name in os.listdir(folder)) and not marker.exists():
+            raise StoreError(
+                f"{folder} holds files but no {MARKER}, so it is not a chunk store. "
+                "Choose an empty or a new folder."
+            )
+        with atomic_file(marker) as descriptor:
+            write_all(descriptor, json.dumps(_MARK).encode())
+    if _read_marker(marker) != _MARK:
+        raise StoreError(
+            f"{marker} is damaged or of another version of cacheblend-rag (expected "
+            f"{json.dumps(_MARK)}). Choose another folder, or delete this one: it is only a cache."
+        )
+
+
+def _is_foreign(name: str) -> bool:
+    return name != "lost+found" and not name.endswith(TEMPORARY_SUFFIX)
+
+
+def _read_marker(marker: Path) -> object:
+    try:
+        mark: object = json.loads(marker.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return mark
+
+
+def check_writable(folder: Path) -> None:
+    """Raise the OSError that writing there would."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass

@@ -1,0 +1,81 @@
+"""Counters for Prometheus and spans for OpenTelemetry. Without these packages nothing happens.
+
+========================================= =========== ==========================================
+``cacheblend_store_events_total``         tier, event hits, misses, evictions, corrupt
+``cacheblend_store_read_bytes_total``     tier        KV handed out
+``cacheblend_store_written_bytes_total``  tier        KV put
+``cacheblend_store_load_seconds``         tier        histogram of look-ups that found something
+========================================= =========== ==========================================
+
+They are in prometheus_client's default registry, once a process; vLLM serves them beside its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+_BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
+
+
+class _Instruments(NamedTuple):
+    events: Any
+    read: Any
+    written: Any
+    seconds: Any
+
+
+@cache
+def _instruments() -> _Instruments | None:
+    try:
+        from prometheus_client import Counter, Histogram
+    except ImportError:
+        return None
+    return _Instruments(
+        Counter("cacheblend_store_events", "Events in the chunk store", ["tier", "event"]),
+        Counter("cacheblend_store_read_bytes", "Bytes of KV handed out", ["tier"]),
+        Counter("cacheblend_store_written_bytes", "Bytes of KV put", ["tier"]),
+        Histogram("cacheblend_store_load_seconds", "Seconds of a hit", ["tier"], buckets=_BUCKETS),
+    )
+
+
+@cache
+def _tracer() -> Any:
+    try:
+        from opentelemetry import trace
+    except ImportError:
+        return None
+    return trace.get_tracer("cacheblend_rag.store")
+
+
+def count(tier: str, event: str, times: int) -> None:
+    """Count an event."""
+    if (instruments := _instruments()) is not None:
+        instruments.events.labels(tier, event).inc(times)
+
+
+def wrote(tier: str, nbytes: int) -> None:
+    """Count bytes put."""
+    if (instruments := _instruments()) is not None:
+        instruments.written.labels(tier).inc(nbytes)
+
+
+def loaded(tier: str, nbytes: int, seconds: float) -> None:
+    """Count a hit's bytes and time."""
+    if (instruments := _instruments()) is not None:
+        instruments.read.labels(tier).inc(nbytes)
+        instruments.seconds.labels(tier).observe(seconds)
+
+
+@contextmanager
+def span(name: str, **attributes: Any) -> Iterator[dict[str, Any]]:
+    """A span around the block, with attributes that the block may add to."""
+    tracer = _tracer()
+    if tracer is None:
+        yield attributes
+        return
+    with tracer.start_as_current_span(name) as current:
+        yield attributes
+        current.set_attributes({f"cacheblend.{key}": value for key, value in attributes.items()})

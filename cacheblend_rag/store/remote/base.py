@@ -1,0 +1,63 @@
+"""The contract of what values are kept in, on other machines: names in, bytes out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class BackendError(Exception):
+    """The other side is gone, slow, refuses or answers what cannot be understood."""
+
+
+class Head(NamedTuple):
+    """The start of a value."""
+
+    name: str
+    data: bytes
+    size: int  # of the whole value
+
+
+class Backend(ABC):
+    """A client. Methods block, may be called from several threads, and raise ``BackendError`` only.
+
+    Values are replaced as a whole: a reader sees the old one or the new one.
+    """
+
+    largest: int  # bytes that a value may have
+
+    @abstractmethod
+    def get(self, name: str, limit: int) -> bytes | None:
+        """The value; None where there is none.
+
+        Raises:
+            BackendError: also where it is larger than ``limit`` bytes: it is not even fetched.
+        """
+
+    @abstractmethod
+    def put(self, name: str, value: bytes) -> None:
+        """Set a value."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is a value."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Drop a value; does nothing where there is none."""
+
+    @abstractmethod
+    def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
+        """Names that start so, some at a time, with the sizes of their values."""
+
+    @abstractmethod
+    def heads(self, names: Sequence[str], nbytes: int) -> list[Head]:
+        """The first bytes of values, without those that are gone."""
+
+    def abort(self) -> None:  # noqa: B027 - for clients that could wait for ever
+        """Make calls that hang in other threads fail soon."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release connections; does nothing on the second call."""

@@ -1,0 +1,130 @@
+"""Values in object storage (S3, Google, Azure), through obstore."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from cacheblend_rag.errors import MissingExtraError, StoreError
+from cacheblend_rag.store.remote.base import Backend, BackendError, Head
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_RETRIES = 2
+_AT_ONCE = 16  # requests for heads
+
+
+def open_bucket(url: str, timeout_s: float, options: Mapping[str, str]) -> ObjectStore:
+    """The bucket at ``s3://``, ``gs://`` or ``az://``; credentials as the providers' own tools
+    take them (``AWS_ACCESS_KEY_ID`` and so on).
+
+    Raises:
+        MissingExtraError: obstore is not installed.
+        StoreError: it does not take the URL or an option.
+    """
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+    except ImportError as error:
+        raise MissingExtraError("obstore", "s3") from error
+    timeout = timedelta(seconds=timeout_s)
+    config: dict[str, Any] = dict(options)
+    plain_http = options.get("endpoint", "").startswith("http://")
+    try:
+        bucket: ObjectStore = from_url(
+            url,
+            config=config or None,  # type: ignore[call-overload] # which keys depends on the URL
+            client_options={
+                "timeout": timeout,
+                "connect_timeout": timeout,
+                **({"allow_http": True} if plain_http else {}),
+            },
+            retry_config={
+                "max_retries": _RETRIES,
+                "retry_timeout": timeout,
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=50),
+                    "max_backoff": timeout / 4,
+                    "base": 2,
+                },
+            },
+        )
+    except (BaseError, ValueError, TypeError) as error:
+        raise StoreError(
+            f"The object storage {url.partition('?')[0]} cannot be used: {error}. "
+            "Use s3://bucket/path, gs://bucket/path or az://account/container/path."
+        ) from error
+    return bucket
+
+
+class ObjectBackend(Backend):
+    """One bucket, or the part of it below the URL's path."""
+
+    largest = 5 << 30  # one PUT
+
+    def __init__(self, bucket: ObjectStore) -> None:
+        import obstore
+        from obstore.exceptions import BaseError, NotFoundError
+
+        self._obstore, self._bucket = obstore, bucket
+        self._not_found = (NotFoundError, FileNotFoundError)
+        self._errors = (BaseError, OSError, ValueError)
+
+    def get(self, name: str, limit: int) -> bytes | None:
+        with self._failing():
+            try:
+                found = self._obstore.get(self._bucket, name)
+                size = found.meta["size"]
+                if size > limit:
+                    raise BackendError(f"an object of {size} bytes")
+                return bytes(found.bytes())
+            except self._not_found:
+                return None
+
+    def put(self, name: str, value: bytes) -> None:
+        with self._failing():
+            self._obstore.put(self._bucket, name, value, use_multipart=False)
+
+    def exists(self, name: str) -> bool:
+        with self._failing():
+            try:
+                self._obstore.head(self._bucket, name)
+            except self._not_found:
+                return False
+            return True
+
+    def delete(self, name: str) -> None:
+        with self._failing(), contextlib.suppress(*self._not_found):
+            self._obstore.delete(self._bucket, name)
+
+    def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
+        with self._failing():
+            for page in self._obstore.list(self._bucket, prefix.rstrip("/"), chunk_size=500):
+                yield [(found["path"], found["size"]) for found in page]
+
+    def heads(self, names: Sequence[str], nbytes: int) -> list[Head]:
+        with self._failing(), ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(lambda name: self._head(name, nbytes), names))
+        return [head for head in found if head is not None]
+
+    def close(self) -> None:
+        pass  # obstore keeps its connections for itself
+
+    def _head(self, name: str, nbytes: int) -> Head | None:
+        try:
+            found = self._obstore.get(self._bucket, name, options={"range": (0, nbytes)})
+            return Head(name, bytes(found.bytes()), found.meta["size"])
+        except self._not_found:
+            return None
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            text = str(error).strip()
+            raise BackendError(f"{type(error).__name__}: {text.splitlines()[0][:200]}") from error

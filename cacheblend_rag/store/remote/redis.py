@@ -1,0 +1,113 @@
+"""Values in Redis or Valkey, through redis-py."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from cacheblend_rag.errors import MissingExtraError, StoreError
+from cacheblend_rag.store.remote.base import Backend, BackendError, Head
+
+_PAGE = 500
+_RETRIES = 2
+
+
+class RedisBackend(Backend):
+    """One connection pool.
+
+    Args:
+        url: ``redis://user:password@host:port/database``, or ``rediss://`` for TLS.
+        timeout_s: for connecting, and for each answer.
+    """
+
+    largest = 512 << 20  # what a server takes unless it is told otherwise (proto-max-bulk-len)
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        try:
+            import redis
+            from redis.backoff import ExponentialWithJitterBackoff
+            from redis.retry import Retry
+        except ImportError as error:
+            raise MissingExtraError("redis", "redis") from error
+        retry = Retry(ExponentialWithJitterBackoff(cap=timeout_s / 4, base=0.02), _RETRIES)
+        try:
+            self._client = redis.Redis.from_url(
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=retry,
+                protocol=2,
+            )
+        except ValueError as error:  # the message must not quote a password
+            raise StoreError("That is no Redis URL. Use redis://host:6379/0.") from error
+        self._errors = (redis.RedisError, OSError, ValueError, TypeError, AttributeError)
+
+    def get(self, name: str, limit: int) -> bytes | None:
+        with self._failing():
+            size = int(self._client.strlen(name))
+            if size == 0:
+                return None
+            if size > limit:
+                raise BackendError(f"a value of {size} bytes")
+            return _as_bytes(self._client.get(name))
+
+    def put(self, name: str, value: bytes) -> None:
+        with self._failing():
+            self._client.set(name, value)
+
+    def exists(self, name: str) -> bool:
+        with self._failing():
+            return bool(self._client.exists(name))
+
+    def delete(self, name: str) -> None:
+        with self._failing():
+            self._client.unlink(name)
+
+    def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
+        cursor = 0
+        while True:
+            with self._failing():
+                cursor, found = self._client.scan(cursor, match=f"{prefix}*", count=_PAGE)
+                names = [_as_text(name) for name in found]
+                with self._client.pipeline(transaction=False) as pipeline:
+                    for name in names:
+                        pipeline.strlen(name)
+                    sizes = pipeline.execute()
+            yield [(name, size) for name, size in zip(names, sizes, strict=True) if size]
+            if cursor == 0:
+                return
+
+    def heads(self, names: Sequence[str], nbytes: int) -> list[Head]:
+        with self._failing():
+            with self._client.pipeline(transaction=False) as pipeline:
+                for name in names:
+                    pipeline.getrange(name, 0, nbytes - 1)
+                    pipeline.strlen(name)
+                answers = pipeline.execute()
+            pairs = zip(names, answers[::2], answers[1::2], strict=True)
+            return [Head(name, data, size) for name, data, size in pairs if size]
+
+    def abort(self) -> None:
+        with contextlib.suppress(*self._errors):
+            self._client.connection_pool.disconnect(inuse_connections=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(*self._errors):
+            self._client.close()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:  # garbage for an answer ends in the last three
+            raise BackendError(f"{type(error).__name__}: {error}") from error
+
+
+def _as_text(name: bytes | str) -> str:
+    return name if isinstance(name, str) else name.decode(errors="replace")
+
+
+def _as_bytes(value: object) -> bytes | None:
+    if value is None or isinstance(value, bytes):
+        return value
+    raise BackendError(f"an answer of type {type(value).__name__}")

@@ -1,0 +1,186 @@
+"""A store on other machines, behind a client of Redis or object storage."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats, check_key
+from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
+from cacheblend_rag.store.counts import EventCounts
+from cacheblend_rag.store.parallel import Readers
+from cacheblend_rag.store.remote.base import Backend, BackendError, Head
+from cacheblend_rag.store.remote.guard import Guard, PausedError
+from cacheblend_rag.store.source import BytesSource, DamagedFileError
+
+_NAME = re.compile(r".*/([0-9a-f]{64})")
+_HEAD_BYTES = 16 << 10  # the header and 3,900 tokens; for longer chunks the whole value is read
+_LARGEST = 1 << 30  # a larger value is not ours
+_PLAIN = Encoding()
+_READERS = 8
+
+
+class RemoteStore(KVStore):
+    """Values are the files that ``DiskStore`` writes, named ``cacheblend/v1/<namespace>/<key>``,
+    and pass the same checks. A value that fails them is dropped.
+
+    The other side decides what it evicts. Where it is gone, slow or talks nonsense, ``get`` finds
+    nothing, ``put`` keeps nothing, each within ``timeout_s``, and after three failures in a row
+    nothing is asked for a while. None of this raises; the first failure warns.
+
+    Args:
+        backend: the client; closed with the store.
+        namespace: keeps what differs by model or rank apart.
+        encoding: eight bits, encryption. What is encoded differently is kept apart.
+        timeout_s: what a call may take, a whole value included.
+        largest_bytes: values beyond are not read.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        namespace: str,
+        encoding: Encoding = _PLAIN,
+        timeout_s: float = 5.0,
+        largest_bytes: int = _LARGEST,
+    ) -> None:
+        self._backend, self._encoding = backend, encoding
+        self._prefix = f"cacheblend/v1/{namespace}{encoding.folder_suffix}/"
+        self._guard = Guard(backend, timeout_s)
+        self._largest = min(largest_bytes, backend.largest)
+        self._counts, self._readers = EventCounts("remote"), Readers(_READERS)
+        self._said: set[str] = set()
+
+    @property
+    def failures(self) -> int:
+        """Calls that failed or took too long, since the store was opened."""
+        return self._guard.failures
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the other side is not asked just now, because it failed."""
+        return self._guard.breaker.is_open
+
+    def contains(self, key: str) -> bool:
+        name = self._name(key)
+        try:
+            return self._guard.call(lambda: self._backend.exists(name))
+        except BackendError as error:
+            self._say(error)
+            return False
+
+    def get(self, key: str) -> ChunkKV | None:
+        name = self._name(key)
+        with self._counts.loading() as load:
+            load.chunk = self._get(key, name)
+        return load.chunk
+
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        return self._readers.map(self.get, keys)
+
+    def put(self, key: str, chunk: ChunkKV) -> None:
+        name = self._name(key)
+        if max(possible_sizes(key, chunk, self._encoding)) > self._largest:
+            self._counts.add("evictions")
+            self._warn("large", f"Chunks over {self._largest >> 20} MiB are not kept remotely")
+            return
+        try:
+            if not self._guard.call(lambda: self._backend.exists(name)):
+                value = b"".join(encode(key, chunk, self._encoding))
+                self._guard.call(lambda: self._backend.put(name, value))
+                self._counts.wrote(chunk.nbytes)
+        except BackendError as error:
+            self._say(error)
+
+    @property
+    def bandwidth(self) -> float | None:
+        return self._counts.bandwidth
+
+    def discard(self, key: str) -> None:
+        name = self._name(key)
+        try:
+            self._guard.call(lambda: self._backend.delete(name))
+        except BackendError as error:
+            self._say(error)
+
+    def scan(self) -> Iterator[ChunkInfo]:
+        for page in self._pages():
+            names = [name for name, _ in page if self._key(name)]
+            try:
+                heads = self._guard.call(lambda n=names: self._backend.heads(n, _HEAD_BYTES))  # type: ignore[misc]
+            except BackendError as error:
+                self._say(error)
+                return
+            for head in heads:
+                if (info := self._info(head)) is not None:
+                    yield info
+
+    def stats(self) -> StoreStats:
+        chunks = nbytes = 0
+        for page in self._pages():
+            for name, size in page:
+                if self._key(name):
+                    chunks, nbytes = chunks + 1, nbytes + size
+        return self._counts.stats(chunks=chunks, nbytes=nbytes)
+
+    def close(self) -> None:
+        self._readers.close()
+        self._guard.close()
+
+    def _get(self, key: str, name: str) -> ChunkKV | None:
+        try:
+            value = self._guard.call(lambda: self._backend.get(name, self._largest))
+        except BackendError as error:
+            self._say(error)
+            return None
+        if value is None:
+            return None
+        try:
+            return decode(BytesSource(value), key, self._encoding.cipher)
+        except DamagedFileError:
+            self._counts.add("corrupt")
+            self.discard(key)
+            return None
+
+    def _pages(self) -> Iterator[list[tuple[str, int]]]:
+        pages = self._backend.pages(self._prefix)
+        while True:
+            try:
+                page = self._guard.call(lambda: next(pages, None))
+            except BackendError as error:
+                self._say(error)
+                return
+            if page is None:
+                return
+            yield page
+
+    def _info(self, head: Head) -> ChunkInfo | None:
+        key = self._key(head.name)
+        try:
+            return decode_info(BytesSource(head.data, head.size), key, self._encoding.cipher)
+        except DamagedFileError:
+            if len(head.data) >= head.size:
+                return None
+        chunk = self._get(key, head.name)  # its head is longer than what was read
+        if chunk is None:
+            return None
+        return ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
+
+    def _name(self, key: str) -> str:
+        check_key(key)
+        return self._prefix + key
+
+    def _key(self, name: str) -> str:
+        match = _NAME.fullmatch(name)
+        return match[1] if match else ""
+
+    def _say(self, error: BackendError) -> None:
+        if not isinstance(error, PausedError):
+            self._warn("failed", f"The remote store fails ({error}); its chunks are recomputed")
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"{text}.", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,208 @@
+"""``ChatCacheBlend``: LangChain's chat model over an embedded vLLM that reuses KV of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    convert_to_openai_messages,
+)
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+
+from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend, PromptError
+from cacheblend_rag.prompt import Prompt
+from langchain_cacheblend.settings import EngineSettings, details, usage
+from langchain_cacheblend.structured import structured
+
+
+class ChatCacheBlend(EngineSettings, BaseChatModel):
+    """A chat model whose prompts start sooner: KV of chunks that were ingested is reused.
+
+    Messages go through the model's own chat template, unchanged.
+
+    Args:
+        model: hub name or folder; left out only with ``from_engine``.
+        blend_config: how to blend; set its ``system_prompt`` to that of your chains.
+        engine_args: vLLM's engine arguments by their own names.
+        **fields: those of ``EngineSettings``, and LangChain's own.
+
+    Raises:
+        ConfigError: the model is in use in this process with other settings.
+    """
+
+    @property
+    def _llm_type(self) -> str:
+        return "cacheblend-chat"
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        return self.identifying
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params["ls_provider"] = "cacheblend"
+        params["ls_temperature"] = kwargs.get("temperature", self.temperature)
+        params["ls_max_tokens"] = kwargs.get("max_tokens", self.max_tokens)
+        if stops := stop or self.stop:
+            params["ls_stop"] = stops
+        return params
+
+    def get_token_ids(self, text: str) -> list[int]:
+        return list(self.blend.tokenizer.encode(text, add_special_tokens=False))
+
+    # ---- answers -------------------------------------------------------------------------------
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        blend, clock = self.blend, self.deadline()
+        with blend.stream(_prompt(messages), **self.options(stop, kwargs)) as stream:
+            for _ in stream:
+                clock.check()
+        return self._whole(blend, stream.result)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        blend, clock = await self.engine.ablend(), self.deadline()
+        async with blend.astream(_prompt(messages), **self.options(stop, kwargs)) as stream:
+            async for _ in stream:
+                clock.check()
+        return self._whole(blend, stream.result)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        blend, clock = self.blend, self.deadline()
+        with closing(blend.stream(_prompt(messages), **self.options(stop, kwargs))) as stream:
+            for delta in stream:
+                clock.check()
+                chunk = self._chunk(blend, delta, stream)
+                if run_manager is not None:
+                    run_manager.on_llm_new_token(delta, chunk=chunk)
+                yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        blend, clock = await self.engine.ablend(), self.deadline()
+        asked = blend.astream(_prompt(messages), **self.options(stop, kwargs))
+        async with aclosing(asked) as stream:
+            async for delta in stream:
+                clock.check()
+                chunk = self._chunk(blend, delta, stream)
+                if run_manager is not None:
+                    await run_manager.on_llm_new_token(delta, chunk=chunk)
+                yield chunk
+
+    def _whole(self, blend: CacheBlend, result: BlendResult) -> ChatResult:
+        message = AIMessage(
+            content=result.text,
+            usage_metadata=usage(result),
+            response_metadata=details(result, self.model, blend.tokenizer),
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _chunk(
+        self, blend: CacheBlend, delta: str, stream: BlendStream | AsyncBlendStream
+    ) -> ChatGenerationChunk:
+        """A piece of an answer; the last one carries counts and report."""
+        tail: dict[str, Any] = {}
+        if stream.pieces[-1].finish_reason is not None:
+            tail = {
+                "usage_metadata": usage(stream.result),
+                "response_metadata": details(stream.result, self.model, blend.tokenizer),
+                "chunk_position": "last",
+            }
+        return ChatGenerationChunk(message=AIMessageChunk(content=delta, **tail))
+
+    # ---- structured output and tools -----------------------------------------------------------
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: str = "json_schema",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answers of a given form: the engine lets the model write nothing else.
+
+        The prompt does not mention the schema, so say in words what you want. An answer that
+        ``max_tokens`` cuts off is no whole JSON, and is reported as such.
+
+        Args:
+            schema: a pydantic class, a TypedDict or a JSON schema; see LangChain.
+            include_raw: also return the message, and a parsing error instead of raising it.
+            method: ``json_schema``, ``function_calling`` and ``json_mode`` are the same here:
+                decoding is held to the schema.
+            strict: of no effect: it always is.
+            **kwargs: options of the call.
+
+        Raises:
+            ConfigError: an unknown method.
+        """
+        return structured(self, schema, include_raw=include_raw, method=method, call=kwargs)
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Not possible.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "ChatCacheBlend calls no tools: how a model writes calls differs from model to model, "
+            "and nothing here reads them. For RAG, retrieve before the model is called (a chain, "
+            "or create_agent with no tools and a middleware that retrieves); for answers of a "
+            "given form, use with_structured_output()"
+        )
+
+
+def _prompt(messages: Sequence[BaseMessage]) -> Prompt:
+    """Messages as chat templates take them.
+
+    Raises:
+        PromptError: a tool call, which would be left out of the prompt.
+    """
+    for message in messages:
+        if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
+            raise PromptError(
+                "a message holds tool calls, and these can't be served here; leave them out of "
+                "the history, or put what the tools said into a message of the user"
+            )
+    found = convert_to_openai_messages(messages)
+    assert isinstance(found, list)
+    return found

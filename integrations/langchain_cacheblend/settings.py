@@ -1,0 +1,172 @@
+"""What the chat model and the LLM have in common: their fields, and how they reach the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from cacheblend_rag import BlendConfig, BlendResult, CacheBlend, ConfigError
+from cacheblend_rag.shared import SharedEngine
+
+
+class EngineSettings(BaseModel):
+    """The fields of every model here, declared once.
+
+    The engine starts when first needed, and is shared by all objects that name the same model.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    """Hub name or folder."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token."""
+    max_tokens: int = Field(default=256, gt=0)
+    """Most tokens of an answer."""
+    stop: list[str] | None = None
+    """Texts that end an answer."""
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    """More of vLLM's sampling parameters and CacheBlend's options of a call, by their own names."""
+    timeout: float | None = None
+    """Seconds an answer may take, looked at whenever a token comes; None: any time."""
+    streaming: bool = False
+    """Whether ``invoke`` streams inside, for callbacks that want tokens."""
+    max_retries: int | None = None
+    """Of no effect, for code that sets it: an engine in this process has no network to fail."""
+    api_key: SecretStr | None = None
+    """Of no effect, for code that sets it: nothing is sent anywhere."""
+    engine: SharedEngine = Field(exclude=True, repr=False)
+    """The engine, shared."""
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        blend_config: BlendConfig | None = None,
+        engine_args: Mapping[str, Any] | None = None,
+        engine: SharedEngine | None = None,
+        **fields: Any,
+    ) -> None:
+        if engine is None:
+            if model is None:
+                raise ConfigError("name a model, or pass a running engine to from_engine()")
+            engine = SharedEngine.of(str(model), blend_config, engine_args)
+        super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
+
+    @classmethod
+    def from_engine(cls, blend: CacheBlend, **fields: Any) -> Self:
+        """One over an engine that runs already, which it does not own but may close."""
+        return cls(engine=SharedEngine.around(blend), **fields)
+
+    @property
+    def blend(self) -> CacheBlend:
+        """The engine underneath; starts it."""
+        return self.engine.blend()
+
+    def close(self) -> None:
+        """Stop the engine, for all objects that share it."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def identifying(self) -> dict[str, Any]:
+        """What answers depend on: LangChain's caches key by it."""
+        return {
+            "model": self.model,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "stop": self.stop,
+            "sampling": self.sampling,
+            "config": repr(self.engine.config),
+        }
+
+    def options(self, stop: list[str] | None, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of one call.
+
+        Raises:
+            ConfigError: what only another engine, or nothing here, can do.
+        """
+        call = {name: value for name, value in call.items() if name != "stream"}
+        for name, why in _REFUSED.items():
+            if call.get(name) is not None:
+                raise ConfigError(f"{name} can't be set for a call: {why}")
+            call.pop(name, None)
+        own: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        if stops := self.stop if stop is None else stop:
+            own["stop"] = stops
+        return {**own, **self.sampling, **call}
+
+    def deadline(self) -> Deadline:
+        """Starts the clock of one answer."""
+        return Deadline(self.timeout)
+
+
+_TOOLS = (
+    "this model is not asked to call tools, because nothing here would check that it can. Retrieve "
+    "before the model is called, or use with_structured_output()"
+)
+_REFUSED = {
+    "model": "another model is another engine; make another object",
+    "tools": _TOOLS,
+    "tool_choice": _TOOLS,
+    "functions": _TOOLS,
+}
+
+
+class Deadline:
+    """Raises TimeoutError once an answer has taken too long."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds, self._start = seconds, time.monotonic()
+
+    def check(self) -> None:
+        """Called whenever a token came."""
+        if self._seconds is not None and time.monotonic() - self._start > self._seconds:
+            raise TimeoutError(
+                f"the answer took longer than timeout={self._seconds} s; raise it, or lower "
+                "max_tokens"
+            )
+
+
+def usage(result: BlendResult) -> dict[str, Any]:
+    """Token counts by LangChain's names. ``cache_read``: prompt tokens that were not computed."""
+    report, answer = result.report, len(result.token_ids)
+    return {
+        "input_tokens": report.tokens_total,
+        "output_tokens": answer,
+        "total_tokens": report.tokens_total + answer,
+        "input_token_details": {
+            "cache_read": report.tokens_reused + report.tokens_prefix_cached,
+        },
+    }
+
+
+def details(result: BlendResult, model: str, tokenizer: Any) -> dict[str, Any]:
+    """How an answer came about: the report, why it ended, log-probabilities if asked for."""
+    found: dict[str, Any] = {
+        "model_name": model,
+        "model_provider": "cacheblend",
+        "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
+        "cacheblend": result.report.to_dict(),
+    }
+    if result.logprobs is not None:
+        rows = zip(result.token_ids, result.logprobs, strict=True)
+        found["logprobs"] = {"content": [_logprob(t, row, tokenizer) for t, row in rows]}
+    return found
+
+
+def _logprob(token: int, row: Mapping[int, float], tokenizer: Any) -> dict[str, Any]:
+    top = [
+        {"token": tokenizer.decode([other]), "logprob": value}
+        for other, value in sorted(row.items(), key=lambda item: -item[1])
+    ]
+    return {"token": tokenizer.decode([token]), "logprob": row[token], "top_logprobs": top}

@@ -1,0 +1,63 @@
+"""Structured output: the engine lets the model write only what fits a JSON schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
+from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
+from langchain_core.utils.function_calling import convert_to_json_schema
+from langchain_core.utils.pydantic import is_basemodel_subclass
+
+from cacheblend_rag import ConfigError
+
+if TYPE_CHECKING:
+    from langchain_cacheblend.chat_models import ChatCacheBlend
+
+METHODS = ("json_schema", "function_calling", "json_mode")
+
+
+def structured(
+    model: ChatCacheBlend,
+    schema: dict[str, Any] | type,
+    *,
+    include_raw: bool,
+    method: str,
+    call: Mapping[str, Any],
+) -> Runnable[LanguageModelInput, Any]:
+    """``model`` and then a parser; see ``ChatCacheBlend.with_structured_output``."""
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+    form = convert_to_json_schema(schema)
+    bound = model.bind(
+        structured_outputs={"json": form},
+        ls_structured_output_format={"kwargs": {"method": method}, "schema": form},
+        **call,
+    )
+    parser = _parser(schema)
+    if not include_raw:
+        return bound | parser
+
+    def parse(found: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {**found, "parsed": parser.invoke(found["raw"]), "parsing_error": None}
+        except ValueError as error:  # as LangChain's parsers and pydantic raise
+            return {**found, "parsed": None, "parsing_error": error}
+
+    raw: Runnable[Any, Any] = RunnablePassthrough.assign(raw=itemgetter("input") | bound)
+    ask: Runnable[LanguageModelInput, Any] = RunnableLambda(lambda given: {"input": given})
+    return ask | raw | RunnableLambda(parse) | _without_input
+
+
+def _without_input(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != "input"}
+
+
+def _parser(schema: dict[str, Any] | type) -> BaseOutputParser[Any]:
+    if isinstance(schema, type) and is_basemodel_subclass(schema):  # of pydantic 2 or 1
+        made: Any = PydanticOutputParser
+        return made(pydantic_object=schema)  # type: ignore[no-any-return]
+    return JsonOutputParser()

@@ -1,0 +1,178 @@
+"""``CacheBlendIngestion``: computes the KV of nodes where LlamaIndex ingests them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.indices.base import BaseIndex
+from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
+from llama_index.core.storage.docstore.types import BaseDocumentStore
+
+from cacheblend_rag import CacheBlend, IngestReport, PromptError
+from cacheblend_rag.shared import SharedEngine
+from llama_index_cacheblend import relay
+from llama_index_cacheblend.llm import CacheBlendLLM
+
+
+class CacheBlendIngestion(TransformComponent):
+    """Put it last among the transformations: nodes pass unchanged, and their KV is computed.
+
+    What is computed is what a prompt will contain: the node's text with its metadata, as LlamaIndex
+    writes it for an LLM. It is computed in this process, also for a pipeline with ``num_workers``,
+    and once: what is stored is skipped.
+
+    Args:
+        llm: the LLM that will answer, or a running engine.
+        metadata_mode: ``MetadataMode.NONE`` for query engines that put text between metadata and
+            text, as ``CitationQueryEngine`` does: then the text alone is found.
+        metadata_key: for a ``MetadataReplacementPostProcessor``, the key whose value will stand in
+            the prompt in place of the text.
+        show_progress: a bar while KV is computed.
+    """
+
+    metadata_mode: MetadataMode = Field(default=MetadataMode.LLM)
+    metadata_key: str | None = Field(default=None)
+    show_progress: bool = Field(default=True)
+    _engine: SharedEngine = PrivateAttr()
+    _relay: relay.Relay | None = PrivateAttr(default=None)
+    # in a worker process: how to reach the one that pickled us, and what it is called there
+    _address: Any = PrivateAttr(default=None)
+    _identity: str | None = PrivateAttr(default=None)
+
+    def __init__(self, llm: CacheBlendLLM | CacheBlend | SharedEngine, **fields: Any) -> None:
+        super().__init__(**fields)
+        if isinstance(llm, CacheBlend):
+            llm = SharedEngine.around(llm)
+        self._engine = llm.engine if isinstance(llm, CacheBlendLLM) else llm
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "CacheBlendIngestion"
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Its fields, and the name of model and store: LlamaIndex's ingestion cache keys by them.
+
+        So a cache that was filled for another model, or for a store that is gone, is not hit.
+        """
+        identity = self._identity or self._engine.identity()
+        return {**super().to_dict(**kwargs), "identity": identity}
+
+    # ---- as a transformation -------------------------------------------------------------------
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        texts, documents = [self.text_of(n) for n in nodes], [_document(n) for n in nodes]
+        if self._address is not None:
+            relay.send(self._address, texts, documents)
+        else:
+            self._ingest(texts, documents)
+        return nodes
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        return await asyncio.to_thread(self.__call__, nodes, **kwargs)
+
+    def text_of(self, node: BaseNode) -> str:
+        """The text of a node as prompts will contain it."""
+        if self.metadata_key is not None:
+            if self.metadata_key not in node.metadata:
+                raise PromptError(
+                    f"node {node.node_id} has no metadata {self.metadata_key!r}; metadata_key "
+                    "names what a MetadataReplacementPostProcessor will put into the prompt"
+                )
+            node = node.model_copy()
+            node.set_content(str(node.metadata[self.metadata_key]))
+        return node.get_content(metadata_mode=self.metadata_mode).strip()
+
+    # ---- beside a pipeline ---------------------------------------------------------------------
+
+    def ingest(self, nodes: Iterable[BaseNode]) -> IngestReport:
+        """Compute the KV of nodes that go through no pipeline; says what was done."""
+        nodes = list(nodes)
+        return self._ingest([self.text_of(n) for n in nodes], [_document(n) for n in nodes])
+
+    def backfill(self, index: BaseIndex[Any]) -> IngestReport:
+        """Compute what is missing of an index that was built before, or without this.
+
+        Raises:
+            PromptError: the index's stores can't list its nodes.
+        """
+        return self.ingest(_nodes_of(index))
+
+    def forget(self, ref_doc_id: str) -> int:
+        """Drop the KV of a document, but for chunks that other documents share.
+
+        Returns:
+            Chunks dropped.
+
+        Raises:
+            PromptError: the document was not ingested since the engine was started; see ``gc``.
+        """
+        return self._engine.forget([ref_doc_id])
+
+    def documents(self) -> list[str]:
+        """Documents ingested since the engine was started: those that can be forgotten by name."""
+        return sorted(self._engine.ledger.documents())
+
+    def gc(self, docstore: BaseDocumentStore) -> int:
+        """Drop the KV of all that ``docstore`` does not hold: every other chunk of this model and
+        namespace, so it must be the only docstore that uses them.
+
+        Returns:
+            Chunks dropped.
+        """
+        texts = [self.text_of(node) for node in docstore.docs.values()]
+        return self._engine.blend().retain(text for text in texts if text)
+
+    def _ingest(self, texts: Sequence[str], documents: Sequence[str | None]) -> IngestReport:
+        return self._engine.ingest(texts, documents, progress=self.show_progress)
+
+    # ---- copies and worker processes -----------------------------------------------------------
+
+    def __deepcopy__(self, memo: object = None) -> CacheBlendIngestion:
+        return self.__copy__()
+
+    def __copy__(self) -> CacheBlendIngestion:
+        return type(self)(self._engine, **self._fields())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._address is None and self._relay is None:
+            self._relay = relay.Relay(self._ingest)
+        address = self._address if self._relay is None else self._relay.address
+        identity = self._identity or self._engine.identity()
+        return _revive, (type(self), self._engine, self._fields(), os.getpid(), address, identity)
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+def _revive(
+    cls: type[CacheBlendIngestion],
+    engine: SharedEngine,
+    fields: dict[str, Any],
+    pid: int,
+    address: Any,
+    identity: str,
+) -> CacheBlendIngestion:
+    revived = cls(engine, **fields)
+    if os.getpid() != pid:
+        revived._address, revived._identity = address, identity
+    return revived
+
+
+def _document(node: BaseNode) -> str:
+    return node.ref_doc_id or node.node_id
+
+
+def _nodes_of(index: BaseIndex[Any]) -> list[BaseNode]:
+    if nodes := list(index.docstore.docs.values()):
+        return nodes
+    store = getattr(index, "vector_store", None)
+    try:
+        return list(store.get_nodes(None)) if store is not None else []
+    except NotImplementedError as error:
+        raise PromptError(
+            f"{type(store).__name__} can't list its nodes; pass them to ingest() instead"
+        ) from error

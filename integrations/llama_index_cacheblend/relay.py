@@ -1,0 +1,81 @@
+"""Worker processes of an ingestion pipeline send their texts to the process that has the engine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any, NamedTuple
+
+from cacheblend_rag import CacheBlendError, EngineError, errors
+
+Ingest = Callable[[Sequence[str], Sequence[str | None]], Any]
+
+
+class Relay:
+    """The side with the engine: runs ``ingest`` for whoever connects, one thread a connection.
+
+    Only processes started by this one can connect: they inherit its ``authkey``.
+    """
+
+    def __init__(self, ingest: Ingest) -> None:
+        self._ingest = ingest
+        self._listener = Listener(None, authkey=_authkey())
+        self.address: Any = self._listener.address
+        threading.Thread(target=self._accept, name="cacheblend-relay", daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except (AuthenticationError, EOFError):  # somebody without our authkey knocked
+                continue
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: Connection[Any, Any]) -> None:
+        with connection:
+            texts, documents = connection.recv()
+            try:
+                self._ingest(texts, documents)
+            except CacheBlendError as error:
+                connection.send(_Failed(type(error).__name__, str(error)))
+            else:
+                connection.send(None)
+
+
+class _Failed(NamedTuple):
+    kind: str
+    message: str
+
+
+def send(address: Any, texts: Sequence[str], documents: Sequence[str | None]) -> None:
+    """The worker's side: have ``texts`` ingested; returns when they are.
+
+    Raises:
+        CacheBlendError: what ingestion raised there.
+        EngineError: that process is gone.
+    """
+    try:
+        with Client(address, authkey=_authkey()) as connection:
+            connection.send((list(texts), list(documents)))
+            failed = connection.recv()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise EngineError(
+            "the process that holds the engine does not answer; run the pipeline in the process "
+            "that made this transformation, or without num_workers"
+        ) from error
+    if isinstance(failed, _Failed):
+        raise getattr(errors, failed.kind)(failed.message)
+
+
+def _authkey() -> bytes:
+    return bytes(multiprocessing.current_process().authkey)

@@ -1,0 +1,156 @@
+"""An engine that computes nothing: it notes the requests and answers with given words.
+
+All of the front door runs over it: templates, token ids, keys, index, plans and reports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cacheblend_rag import BlendConfig, CacheBlend
+from cacheblend_rag.engine import Engine, EngineInfo, EngineOutput, EngineRequest
+from cacheblend_rag.engine.start import sampling_names, sampling_params
+from cacheblend_rag.errors import ClosedError
+from cacheblend_rag.models import cache_home
+from cacheblend_rag.plan import Plan
+
+MODEL = cache_home() / "models" / "smollm2-135m-instruct"
+ANSWER = ("A", " short", " answer", ".")
+
+
+class FakeEngine(Engine):
+    """Its chunk store is a set of keys."""
+
+    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+        from transformers import AutoTokenizer
+
+        self.options = dict(options)
+        self.answer: Sequence[str] = ANSWER
+        self.answers: list[str] = []  # of the next requests, before `answer`
+        self.requests: list[EngineRequest] = []
+        self.ingested: list[str] = []
+        self.stored: set[str] = set()
+        self.closed = False
+        self.aborted = 0
+        self.sampling_names = sampling_names()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.info = EngineInfo(
+            model=model,
+            vllm_version="0",
+            dtype="float32",
+            device="cpu",
+            block_size=16,
+            max_model_len=int(options.get("max_model_len", 8192)),
+            max_num_batched_tokens=2048,
+            vocab_size=len(self.tokenizer),
+            fingerprint="fake",
+        )
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        self._open()
+        match method.removeprefix("cacheblend_"), args:
+            case "bind", _:
+                return [[]]
+            case "missing", [keys]:
+                return [[key for key in keys if key not in self.stored]]
+            case "ingest", [keys, chunks, _]:
+                self.stored.update(keys)
+                self.ingested += keys
+                return [sum(map(len, chunks))]
+            case "forget", [keys]:
+                self.stored.difference_update(keys)
+                return [None]
+            case "store_stats", _:
+                return [{"chunks": len(self.stored)}]
+        raise AssertionError(f"no such call: {method}")
+
+    def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
+        return [list(self.stream(request)) for request in requests]
+
+    def stream(self, request: EngineRequest) -> Iterator[EngineOutput]:
+        pieces = self._answer(request)
+        try:
+            yield from pieces
+        except GeneratorExit:
+            self.aborted += 1
+            raise
+
+    async def astream(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        try:
+            for piece in self._answer(request):
+                yield piece
+        except GeneratorExit:
+            self.aborted += 1
+            raise
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _answer(self, request: EngineRequest) -> list[EngineOutput]:
+        self._open()
+        sampling_params(request.sampling, request.params)  # refuses what vLLM would refuse
+        self.requests.append(request)
+        answer = [self.answers.pop(0)] if self.answers else self.answer
+        words = list(answer)[: request.sampling.get("max_tokens") or 16]
+        stop = request.sampling.get("stop") or []
+        cut = next((i for i, w in enumerate(words) if any(s in w for s in stop)), len(words))
+        reason = "stop" if cut < len(words) or len(words) == len(answer) else "length"
+        words = words[:cut] or [""]
+        wanted = request.sampling.get("logprobs") is not None
+        plan = Plan.from_params(request.params)
+        engine = {} if plan is None else _outcome(plan)
+        return [
+            EngineOutput(
+                text=word,
+                token_ids=(100 + i,),
+                finish_reason=reason if i == len(words) - 1 else None,
+                stop_reason=None,
+                logprobs=[{100 + i: -0.5, 200 + i: -2.0}] if wanted else None,
+                engine=engine if i == len(words) - 1 else {},
+                at=time.perf_counter(),
+            )
+            for i, word in enumerate(words)
+        ]
+
+    def _open(self) -> None:
+        if self.closed:
+            raise ClosedError("this engine was closed; make a new CacheBlend")
+
+
+def _outcome(plan: Plan) -> dict[str, Any]:
+    recomputed = [round(plan.ratio * len(s)) if s.key else 0 for s in plan.segments]
+    return {"recomputed": recomputed, "missing": [], "seconds": {}, "bytes": 1}
+
+
+def install(patch: pytest.MonkeyPatch) -> list[FakeEngine]:
+    """From here on every CacheBlend runs over a fake engine; the list grows with each start."""
+    started: list[FakeEngine] = []
+
+    def create(kind: str, model: str, options: Mapping[str, Any]) -> FakeEngine:
+        started.append(FakeEngine(model, options))
+        return started[-1]
+
+    patch.setattr("cacheblend_rag.blend.create_engine", create)
+    return started
+
+
+def fake_blend(patch: pytest.MonkeyPatch, **options: Any) -> CacheBlend:
+    """A CacheBlend over a fake engine."""
+    install(patch)
+    config = options.pop("config", None) or BlendConfig()
+    return CacheBlend(Path(MODEL), config=config, **options)
+
+
+def sent(blend: CacheBlend) -> list[EngineRequest]:
+    """The requests that reached the fake engine, those of the gate left out."""
+    engine: Any = blend._engine
+    return [r for r in engine.requests if not _of_gate(r)]
+
+
+def _of_gate(request: EngineRequest) -> bool:
+    return (request.sampling.get("logprobs"), request.sampling.get("max_tokens")) == (20, 1)

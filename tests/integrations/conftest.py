@@ -1,0 +1,44 @@
+"""One real engine for all tests here; and LlamaIndex finds the tokenizer files that it ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, install
+
+from cacheblend_rag import CacheBlend, ModelError
+from cacheblend_rag.models import embedded_model
+from cacheblend_rag.shared import SharedEngine
+
+
+def _shipped_tokenizers() -> Path:
+    spec = importlib.util.find_spec("llama_index.core")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "_static" / "tiktoken_cache"
+
+
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(_shipped_tokenizers()))
+
+
+@pytest.fixture(scope="session")
+def real() -> Iterator[CacheBlend]:
+    """SmolLM2-135M-Instruct on the CPU, in an engine that serves many requests at once."""
+    try:
+        model = embedded_model(progress=False)
+    except ModelError as error:
+        pytest.skip(f"the embedded model can't be had here: {error}")
+    # float32: the same answer in every batch
+    with CacheBlend(model, dtype="float32", max_model_len=4096, block_size=32) as blend:
+        yield blend
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
+    """From here on engines are fake ones; those that were started, in order."""
+    yield install(monkeypatch)
+    SharedEngine.close_all()

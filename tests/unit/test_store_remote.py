@@ -1,0 +1,438 @@
+"""Remote stores against a real Redis and a real S3 API, and against servers that misbehave."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chunks import chunk_of, key_of, same
+from servers import RedisServer, answering, free_port
+
+from cacheblend_rag.store import ChunkInfo, ChunkKV, Encoding, MemoryStore, TieredStore, open_store
+from cacheblend_rag.store.chunk_file import encode
+from cacheblend_rag.store.remote import Backend, BackendError, RemoteStore
+from cacheblend_rag.store.remote.guard import Breaker, PausedError
+from cacheblend_rag.store.seal import Cipher
+
+TIMEOUT = 0.5
+Open = Callable[..., RemoteStore]
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    pytest.importorskip("redis")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def s3_url() -> Iterator[str]:
+    """A bucket of a real S3 API, in this process."""
+    pytest.importorskip("obstore")
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of botocore and werkzeug
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+        server.start()
+        endpoint = f"http://127.0.0.1:{server._port}"
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(
+            Bucket="chunks"
+        )
+        yield f"s3://chunks/below?endpoint={endpoint}&region=us-east-1"
+        server.stop()
+
+
+@pytest.fixture(params=["redis", "s3"])
+def url(request: pytest.FixtureRequest) -> str:
+    if request.param == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+        return f"{server.url}?timeout=20s"  # the machine may be busy
+    return f"{request.getfixturevalue('s3_url')}&timeout=20s"
+
+
+@pytest.fixture
+def store(url: str, request: pytest.FixtureRequest) -> Iterator[RemoteStore]:
+    namespace = key_of(request.node.name)[:16]
+    with open_store(url, namespace=namespace) as opened:
+        assert isinstance(opened, RemoteStore)
+        yield opened
+
+
+# --- the contract ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_get_returns_what_was_put_bit_for_bit(store: RemoteStore, dtype: torch.dtype) -> None:
+    store.put(key_of(1), chunk_of(1, dtype))
+    assert store.contains(key_of(1))
+    assert same(store.get(key_of(1)), chunk_of(1, dtype))
+    assert store.failures == 0
+
+
+def test_absent_key(store: RemoteStore) -> None:
+    assert store.get(key_of("absent")) is None
+    assert not store.contains(key_of("absent"))
+    store.discard(key_of("absent"))
+    assert store.stats() == (0, 0, 0, 1, 0, 0)
+    assert store.failures == 0
+
+
+def test_put_twice_and_discard(store: RemoteStore) -> None:
+    for _ in range(2):
+        store.put(key_of(1), chunk_of(1))
+    assert store.stats().chunks == 1
+    assert store.stats().nbytes > chunk_of(1).nbytes
+    store.discard(key_of(1))
+    assert store.get(key_of(1)) is None
+    assert store.stats().chunks == 0
+
+
+def test_scan_tells_every_chunk_once(store: RemoteStore) -> None:
+    chunks = {key_of(seed): chunk_of(seed, num_tokens=1 + seed) for seed in range(6)}
+    chunks[key_of("long")] = chunk_of(7, num_tokens=5000)  # its head is longer than what is read
+    for key, chunk in chunks.items():
+        store.put(key, chunk)
+    told = {ChunkInfo(key, c.token_ids, c.base, c.nbytes) for key, c in chunks.items()}
+    found = list(store.scan())
+    assert len(found) == len(told)
+    assert set(found) == told
+
+
+def test_namespaces_are_apart(store: RemoteStore, url: str) -> None:
+    store.put(key_of(1), chunk_of(1))
+    with open_store(url, namespace="other") as other:
+        assert other.get(key_of(1)) is None
+        assert list(other.scan()) == []
+    with open_store(url, namespace="other", tenant="b") as tenant:
+        assert tenant.stats().chunks == 0
+
+
+def test_a_second_machine_finds_what_the_first_ingested(
+    store: RemoteStore, url: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    store.put(key_of(1), chunk_of(1))
+    tiers = f"{url}&disk={tmp_path}/kv&memory=1MiB"
+    namespace = key_of(request.node.name)[:16]
+    with open_store(tiers, namespace=namespace) as second:
+        assert isinstance(second, TieredStore)
+        assert [info.key for info in second.scan()] == [key_of(1)]
+        assert same(second.get(key_of(1)), chunk_of(1))
+        store.discard(key_of(1))
+        assert same(second.get(key_of(1)), chunk_of(1))  # from memory
+    with open_store(tiers, namespace=namespace) as again:
+        assert same(again.get(key_of(1)), chunk_of(1))  # from disk
+
+
+@pytest.mark.parametrize("encoding", [Encoding(fp8=True), Encoding(cipher=Cipher(bytes(32)))])
+def test_encodings(url: str, encoding: Encoding, request: pytest.FixtureRequest) -> None:
+    with open_store(url, namespace=key_of(request.node.name)[:16]) as plain:
+        assert isinstance(plain, RemoteStore)
+        store = RemoteStore(
+            plain._backend, namespace=key_of(request.node.name)[:16], encoding=encoding
+        )
+        store.put(key_of(1), chunk_of(1))
+        found = store.get(key_of(1))
+        assert found is not None
+        assert found.token_ids == chunk_of(1).token_ids
+        assert plain.get(key_of(1)) is None
+        assert [info.key for info in store.scan()] == [key_of(1)]
+
+
+# --- values that are not what they should be ------------------------------------------------------
+
+
+def file_of(key: str, chunk: ChunkKV) -> bytes:
+    return b"".join(encode(key, chunk, Encoding()))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"x",
+        b"\xff" * 8,
+        bytes(100),
+        file_of(key_of(2), chunk_of(2)),
+        file_of(key_of(1), chunk_of(1))[:-1],
+        file_of(key_of(1), chunk_of(1)) + b"x",
+        b"\x80\x04cos\nsystem\n(S'touch /nowhere'\ntR.",
+    ],
+    ids=["short", "length", "zeros", "another's", "cut", "longer", "pickle"],
+)
+def test_foreign_values_are_dropped(store: RemoteStore, value: bytes) -> None:
+    store._backend.put(store._name(key_of(1)), value)
+    assert store.get(key_of(1)) is None
+    assert store.stats() == (0, 0, 0, 1, 0, 1)
+    store.put(key_of(1), chunk_of(1))
+    assert same(store.get(key_of(1)), chunk_of(1))
+
+
+def test_every_byte_position_class_is_checked(store: RemoteStore) -> None:
+    value = file_of(key_of(1), chunk_of(1))
+    flipped = 0
+    for position in range(0, len(value), 7):
+        changed = bytearray(value)
+        changed[position] ^= 1 << position % 8
+        store._backend.put(store._name(key_of(1)), bytes(changed))
+        assert store.get(key_of(1)) is None
+        flipped += 1
+    assert store.stats().corrupt == flipped > 100
+
+
+def test_a_value_over_the_limit_is_not_fetched(store: RemoteStore) -> None:
+    small = RemoteStore(store._backend, namespace="small", largest_bytes=1000)
+    small._backend.put(small._name(key_of(1)), bytes(2000))
+    with pytest.warns(RuntimeWarning, match="2000 bytes"):
+        assert small.get(key_of(1)) is None
+    with pytest.warns(RuntimeWarning, match="not kept remotely"):
+        small.put(key_of(2), chunk_of(2, num_tokens=100))
+    assert not small.contains(key_of(2))
+
+
+# --- servers that misbehave -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[RedisServer]:
+    pytest.importorskip("redis")
+    server = RedisServer(tmp_path)
+    yield server
+    server.process.send_signal(signal.SIGCONT)
+    server.kill()
+
+
+def open_redis(port: int, **options: Any) -> RemoteStore:
+    pytest.importorskip("redis")
+    url = f"redis://127.0.0.1:{port}/0?timeout={options.get('timeout', TIMEOUT)}"
+    store = open_store(url, namespace="tiny-r0")
+    assert isinstance(store, RemoteStore)
+    return store
+
+
+def took(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+def test_redis_killed_and_restarted_in_the_middle_of_loads(
+    own_server: RedisServer, request: pytest.FixtureRequest
+) -> None:
+    """No error, no wrong chunk, no long wait; and it is used again once it is back."""
+    chunks = {key_of(seed): chunk_of(seed) for seed in range(20)}
+    found = missed = wrong = 0
+    slowest = 0.0
+    stop = threading.Event()
+
+    def hurt() -> None:
+        for _ in range(3):
+            time.sleep(0.3)
+            own_server.kill()
+            time.sleep(0.3)
+            own_server.start()
+        stop.set()
+
+    with open_redis(own_server.port) as store:
+        saboteur = threading.Thread(target=hurt)
+        saboteur.start()
+        while not stop.is_set():
+            for key, chunk in chunks.items():
+                started = time.monotonic()
+                got = store.get(key)
+                slowest = max(slowest, time.monotonic() - started)
+                if got is None:
+                    missed += 1
+                    store.put(key, chunk)
+                else:
+                    found += 1
+                    wrong += not same(got, chunk)
+        saboteur.join()
+        store._guard.breaker._until = 0  # its pause may last some seconds yet
+        store.put(key_of(1), chunk_of(1))
+        assert same(store.get(key_of(1)), chunk_of(1))
+        assert store.failures > 0
+    request.node.user_properties += [
+        ("found", found),
+        ("missed", missed),
+        ("wrong", wrong),
+        ("slowest_s", round(slowest, 2)),
+    ]
+    assert wrong == 0
+    assert found > 0
+    assert missed > 0
+    assert slowest < 4 * TIMEOUT
+
+
+def test_a_redis_that_hangs_costs_a_recompute_and_then_nothing(own_server: RedisServer) -> None:
+    with open_redis(own_server.port) as store:
+        store.put(key_of(1), chunk_of(1))
+        own_server.process.send_signal(signal.SIGSTOP)
+        with pytest.warns(RuntimeWarning, match="remote store fails"):
+            assert took(lambda: store.get(key_of(1))) < 4 * TIMEOUT
+        for _ in range(2):
+            store.get(key_of(1))
+        assert store.is_paused
+        assert took(lambda: [store.get(key_of(1)) for _ in range(100)]) < TIMEOUT / 2
+        assert took(lambda: store.put(key_of(2), chunk_of(2))) < TIMEOUT / 2
+        assert list(store.scan()) == []
+        own_server.process.send_signal(signal.SIGCONT)
+        store._guard.breaker._until = 0
+        assert same(store.get(key_of(1)), chunk_of(1))
+        assert not store.is_paused
+
+
+def test_nothing_listens() -> None:
+    with open_redis(free_port()) as store:
+        with pytest.warns(RuntimeWarning, match="recomputed"):
+            assert store.get(key_of(1)) is None
+        store.put(key_of(1), chunk_of(1))
+        assert store.stats() == (0, 0, 0, 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "pause", "times"),
+    [
+        (b"\x00garbage\r\n", 0, 1),
+        (b"+OK\r\n", 0, 1),
+        (b"-ERR no\r\n", 0, 1),
+        (b":99999999999999999999\r\n", 0, 1),
+        (b"$9999999999\r\nxxxxxxxx", 0, 1),
+        (b"*1000000000\r\n", 0, 1),
+        (b"$100000\r\n", 0.05, 100),
+        (b":-5\r\n", 0, 1),
+        (b"", 0, 1),
+    ],
+    ids=["bytes", "ok", "error", "number", "huge", "nested", "drip", "negative", "silence"],
+)
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+def test_a_server_that_answers_garbage(answer: bytes, pause: float, times: int) -> None:
+    with answering(answer, pause, times) as port, open_redis(port) as store:
+        for call in (store.get, store.contains, store.discard):
+            assert took(lambda call=call: call(key_of(1))) < 4 * TIMEOUT  # type: ignore[misc]
+        assert store.get(key_of(1)) is None
+        assert took(lambda: store.put(key_of(1), chunk_of(1))) < 4 * TIMEOUT
+        assert list(store.scan()) == []
+
+
+def test_a_fast_tier_serves_while_the_remote_is_gone(own_server: RedisServer) -> None:
+    remote = open_redis(own_server.port)
+    with TieredStore(MemoryStore(1 << 20), remote) as store:
+        store.put(key_of(1), chunk_of(1))
+        own_server.kill()
+        assert same(store.get(key_of(1)), chunk_of(1))
+        with pytest.warns(RuntimeWarning, match="remote store fails"):
+            store.put(key_of(2), chunk_of(2))
+        assert same(store.get(key_of(2)), chunk_of(2))
+
+
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+def test_a_bucket_that_is_gone() -> None:
+    pytest.importorskip("obstore")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        url = f"s3://kv?endpoint=http://127.0.0.1:{free_port()}&region=x&timeout={TIMEOUT}"
+        with open_store(url, namespace="tiny-r0") as store:
+            assert isinstance(store, RemoteStore)
+            assert took(lambda: store.get(key_of(1))) < 4 * TIMEOUT
+            assert list(store.scan()) == []
+            assert store.failures > 0
+
+
+class Stuck(Backend):
+    """Never answers."""
+
+    largest = 1 << 20
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def get(self, name: str, limit: int) -> bytes | None:
+        self.released.wait(30)
+        return None
+
+    def put(self, name: str, value: bytes) -> None:
+        self.released.wait(30)
+
+    def exists(self, name: str) -> bool:
+        raise BackendError("no")
+
+    def delete(self, name: str) -> None: ...
+
+    def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
+        return iter(())
+
+    def heads(self, names: object, nbytes: int) -> list[Any]:
+        return []
+
+    def close(self) -> None:
+        self.released.set()
+
+
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+def test_calls_that_never_end_do_not_hold_up_the_caller() -> None:
+    store = RemoteStore(Stuck(), namespace="tiny-r0", timeout_s=0.1)
+    waited = took(lambda: [store.get(key_of(n)) for n in range(20)])
+    assert waited < 1.5  # three time-outs, then pauses
+    assert store.failures == 3
+    store.close()
+    assert store.stats().misses == 20
+
+
+# --- the circuit breaker --------------------------------------------------------------------------
+
+
+def test_the_breaker_opens_tries_again_and_waits_longer_each_time() -> None:
+    now = 0.0
+    breaker = Breaker(lambda: now)
+    for _ in range(2):
+        breaker.enter()
+        assert not breaker.failed()
+    breaker.succeeded()  # failures count in a row only
+    opened = [breaker.failed() for _ in range(3)]
+    assert opened == [False, False, True]
+    pauses = []
+    for _ in range(9):
+        started = now
+        assert breaker.is_open
+        while True:
+            try:
+                breaker.enter()
+                break
+            except PausedError:
+                now += 0.5
+        with pytest.raises(PausedError):
+            breaker.enter()  # one call tries, the others do not
+        pauses.append(now - started)
+        breaker.failed()
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    now += 60
+    breaker.enter()
+    breaker.succeeded()
+    assert not breaker.is_open
+
+
+def test_clients_that_are_not_installed_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    from cacheblend_rag.errors import MissingExtraError
+
+    for module, url, extra in (("redis", "redis://h", "redis"), ("obstore", "s3://b", "s3")):
+        for name in [n for n in sys.modules if n.split(".")[0] == module]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingExtraError, match=rf"cacheblend-rag\[{extra}\]"):
+            open_store(url, namespace="tiny-r0")
