@@ -80,6 +80,12 @@ def _defaults() -> dict[str, Any]:
         options["enforce_eager"] = True
         # vLLM would take half of the machine's memory
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    else:
+        # ingestion waits for page-locked memory, which several threads get sooner
+        os.environ.setdefault(
+            "PYTORCH_CUDA_ALLOC_CONF",
+            "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
+        )
     return options
 
 

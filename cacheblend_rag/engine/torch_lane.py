@@ -19,7 +19,9 @@ from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.lane import Lane, Region, upload
 from cacheblend_rag.engine.rope import Rerotator
 
-_AT_ONCE = 64 << 20  # bytes: enough layers together that an operation's fixed cost is small
+_AT_ONCE = (
+    4 << 20
+)  # bytes: layers together, for operations' fixed costs, but still in a CPU's cache
 
 
 class TorchLane(Lane):

@@ -23,7 +23,8 @@ def rerotate(
     the key at ``new`` after a rotation by ``(new - old) * theta_p``. Values are not rotated.
 
     Args:
-        k_NGD: keys in any floating dtype; dimensions above ``2P`` are not rotary and stay.
+        k_NGD: keys in any floating dtype; dimensions above ``2P`` are not rotary and stay. Further
+            dimensions may come first.
         cos_NP: float32 cosine of the further angle.
         sin_NP: float32 sine of it.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
@@ -33,17 +34,15 @@ def rerotate(
     """
     pairs = cos_NP.shape[-1]
     cos, sin = cos_NP[:, None], sin_NP[:, None]
-    x = k_NGD[..., : 2 * pairs].float()
+    first = slice(pairs) if is_neox else slice(0, 2 * pairs, 2)
+    second = slice(pairs, 2 * pairs) if is_neox else slice(1, 2 * pairs, 2)
     out = torch.empty_like(k_NGD)
     out[..., 2 * pairs :] = k_NGD[..., 2 * pairs :]
-    if is_neox:
-        a, b = x[..., :pairs], x[..., pairs:]
-        out[..., :pairs] = a * cos - b * sin
-        out[..., pairs : 2 * pairs] = b * cos + a * sin
-    else:
-        a, b = x[..., ::2], x[..., 1::2]
-        out[..., : 2 * pairs : 2] = a * cos - b * sin
-        out[..., 1 : 2 * pairs : 2] = b * cos + a * sin
+    a, b = k_NGD[..., first].float(), k_NGD[..., second].float()
+    turned = a * cos
+    out[..., first] = turned.addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=turned)
+    out[..., second] = turned.addcmul_(a, sin)
     return out
 
 
