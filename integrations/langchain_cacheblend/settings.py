@@ -18,7 +18,7 @@ class EngineSettings(BaseModel):
     The engine starts when first needed, and is shared by all objects that name the same model.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     model: str
     """Hub name or folder."""
