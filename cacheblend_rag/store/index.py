@@ -106,6 +106,11 @@ class Index:
             self.policy = policy or POLICIES.get(name, GDSF())
             if self.policy.name != name:
                 self._rank_anew(db)
+            db.execute("DELETE FROM totals")  # counted again: a wrong sum would stop all eviction
+            db.execute(
+                "INSERT INTO totals SELECT namespace, count(*), sum(max(nbytes, 0)) FROM chunks "
+                "GROUP BY namespace"
+            )
 
     # ---- chunks --------------------------------------------------------------------------------
 

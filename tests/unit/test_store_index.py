@@ -149,7 +149,7 @@ def test_an_index_that_lies_serves_nothing_wrong(filled: Path) -> None:
             (namespace, key),
         )
     db.execute("UPDATE totals SET nbytes = -1000, chunks = -7")
-    db.execute("UPDATE state SET policy = 'unknown', age = -1e300")
+    db.execute("UPDATE state SET policy = 'unknown', age = 1e18")
     db.commit()
     db.close()
     outside = filled.parent / "x" / "00"
@@ -162,6 +162,8 @@ def test_an_index_that_lies_serves_nothing_wrong(filled: Path) -> None:
             store.put(key_of(seed), chunk_of(seed))
             found = store.get(key_of(seed))
             assert found is None or same(found, chunk_of(seed))
+        sizes = [path.stat().st_size for path in filled.rglob("*.safetensors")]
+        assert sum(sizes) <= 6000
     assert victim.read_bytes() == b"precious"
 
 
