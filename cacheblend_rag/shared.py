@@ -27,7 +27,8 @@ from cacheblend_rag.store.disk import MARKER
 from cacheblend_rag.store.url import parse_url
 
 _lock = threading.Lock()
-_by_model: dict[str, SharedEngine] = {}
+_by_model: weakref.WeakValueDictionary[str, SharedEngine] = weakref.WeakValueDictionary()
+_running: set[SharedEngine] = set()  # what was started stays until it is closed
 _by_name: weakref.WeakValueDictionary[str, SharedEngine] = weakref.WeakValueDictionary()
 
 
@@ -116,6 +117,7 @@ class SharedEngine:
                 raise ClosedError(f"the engine of {self.model} was closed; make a new object")
             if self._blend is None:
                 self._blend = self._start()
+                _running.add(self)
             return self._blend
 
     async def ablend(self) -> CacheBlend:
@@ -128,15 +130,12 @@ class SharedEngine:
             self._closed = True
             if self._blend is not None:
                 self._blend.close()
-        with _lock:
-            for name, shared in list(_by_model.items()):
-                if shared is self:
-                    del _by_model[name]
+            _running.discard(self)
 
     @staticmethod
     def close_all() -> None:
         """Close every engine that was made by ``of``, as happens when the process ends."""
-        for shared in list(_by_model.values()):
+        for shared in {*_running, *_by_model.values()}:
             shared.close()
 
     def identity(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from llama_index.core.base.llms.generic_utils import (
@@ -85,7 +86,7 @@ class CacheBlendLLM(LLM):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Path | None = None,
         *,
         blend_config: BlendConfig | None = None,
         engine_args: Mapping[str, Any] | None = None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,17 @@ MODEL = cache_home() / "models" / "smollm2-135m-instruct"
 ANSWER = ("A", " short", " answer", ".")
 
 
+@cache
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
 class FakeEngine(Engine):
     """Its chunk store is a set of keys."""
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
-        from transformers import AutoTokenizer
-
         self.options = dict(options)
         self.answer: Sequence[str] = ANSWER
         self.answers: list[str] = []  # of the next requests, before `answer`
@@ -38,7 +44,7 @@ class FakeEngine(Engine):
         self.closed = False
         self.aborted = 0
         self.sampling_names = sampling_names()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = _tokenizer(model)
         self.info = EngineInfo(
             model=model,
             vllm_version="0",

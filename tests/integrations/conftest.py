@@ -40,5 +40,6 @@ def real() -> Iterator[CacheBlend]:
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
     """From here on engines are fake ones; those that were started, in order."""
+    SharedEngine.close_all()  # what LangChain's own suites left
     yield install(monkeypatch)
     SharedEngine.close_all()

@@ -86,6 +86,15 @@ def test_closing_is_for_all_and_for_good(count: list[int]) -> None:
     assert SharedEngine.of("a/b") is not shared
 
 
+def test_what_was_never_started_and_is_gone_stands_in_nobody_s_way(count: list[int]) -> None:
+    SharedEngine.of("a/b", engine_args={"seed": 1})
+    shared = SharedEngine.of("a/b", engine_args={"seed": 2})
+    shared.blend()
+    del shared
+    with pytest.raises(ConfigError, match="engine_args"):  # while what runs stays
+        SharedEngine.of("a/b", engine_args={"seed": 1})
+
+
 def test_a_failed_start_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tries: list[int] = []
 
