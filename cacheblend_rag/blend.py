@@ -318,7 +318,9 @@ class CacheBlend:
     def _compute(self, chunks: Sequence[Chunk], progress: bool) -> int:
         """Prefill and store; returns the bytes stored, over all ranks."""
         prefix, stored = list(self._space.prefix_ids), 0
-        with tqdm(total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)) as bar:
+        with tqdm(
+            total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
+        ) as bar:
             for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
                 keys, ids = [c.key for c in batch], [list(c.token_ids) for c in batch]
                 stored += sum(self._engine.rpc("cacheblend_ingest", keys, ids, prefix))

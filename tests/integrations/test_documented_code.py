@@ -56,6 +56,7 @@ def test_readme(name: str, running: SharedEngine, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_tutorial(running: SharedEngine, capsys: pytest.CaptureFixture[str]) -> None:
     scope = {"__name__": "tutorial"}
     for number, code in enumerate(blocks((ROOT / "docs" / "tutorial.md").read_text())):
@@ -67,6 +68,7 @@ def test_tutorial(running: SharedEngine, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OURS if name != OWN_STORE])
 def test_example(
     name: str,
