@@ -120,6 +120,16 @@ class CacheBlend:
             keys=[c.key if c in long_enough else "" for c in chunks],
         )
 
+    def prefetch(self, texts: str | Sequence[str | Sequence[int]]) -> None:
+        """Start bringing chunks from a slow tier of the store nearer, ahead of the prompt that will
+        contain them. Texts that are not stored are passed over.
+        """
+        self._check_open()
+        given = [texts] if isinstance(texts, str) else list(texts)
+        keys = [key for text in given if (key := self._chunk(text).key) in self._index]
+        if self.gate.passed and keys:
+            self._engine.rpc("cacheblend_prefetch", keys)
+
     def forget(self, texts: str | Sequence[str | Sequence[int]]) -> None:
         """Drop chunks from the store and the index; absent ones are ignored."""
         self._check_open()

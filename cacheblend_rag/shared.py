@@ -14,13 +14,14 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.errors import ClosedError, ConfigError, PromptError
+from cacheblend_rag.errors import CacheBlendError, ClosedError, ConfigError, PromptError
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.ledger import Ledger
 from cacheblend_rag.store.disk import MARKER
@@ -160,6 +161,18 @@ class SharedEngine:
             if document is not None and key:
                 self.ledger.note(document, [key])
         return report
+
+    def prefetch(self, texts: Sequence[str]) -> None:
+        """Bring chunks nearer, in a thread of its own: the caller goes on, and hears of no error.
+        Does nothing while the engine does not run.
+        """
+
+        def bring() -> None:
+            with suppress(CacheBlendError):  # a hint: the prompt itself will say what is wrong
+                self.blend().prefetch([text for text in texts if text.strip()])
+
+        if self.started:
+            threading.Thread(target=bring, name="cacheblend-prefetch", daemon=True).start()
 
     def forget(self, documents: Iterable[str]) -> int:
         """Drop the chunks that only these documents consist of; returns how many.

@@ -40,6 +40,7 @@ class FakeEngine(Engine):
         self.answers: list[str] = []  # of the next requests, before `answer`
         self.requests: list[EngineRequest] = []
         self.ingested: list[str] = []
+        self.prefetched: list[str] = []
         self.stored: set[str] = set()
         self.closed = False
         self.aborted = 0
@@ -70,6 +71,9 @@ class FakeEngine(Engine):
                 return [sum(map(len, chunks))]
             case "forget", [keys]:
                 self.stored.difference_update(keys)
+                return [None]
+            case "prefetch", [keys]:
+                self.prefetched += keys
                 return [None]
             case "store_stats", _:
                 return [{"chunks": len(self.stored)}]

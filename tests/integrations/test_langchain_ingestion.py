@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,12 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 
 from cacheblend_rag import ConfigError
-from langchain_cacheblend import CacheBlendIngestion, CacheBlendVectorStore, ChatCacheBlend
+from langchain_cacheblend import (
+    CacheBlendIngestion,
+    CacheBlendVectorStore,
+    ChatCacheBlend,
+    PrefetchHandler,
+)
 
 
 @pytest.fixture
@@ -61,6 +67,20 @@ def test_text_is_what_the_chain_writes(engines: list[FakeEngine]) -> None:
     prompt = PromptTemplate.from_template("{source}: {page_content}")
     made = CacheBlendIngestion(llm.blend, document_prompt=prompt)
     assert made.text_of(documents("a")[0]).startswith("a: The story of a.")
+
+
+def test_what_is_retrieved_is_brought_nearer(
+    store: CacheBlendVectorStore, engines: list[FakeEngine]
+) -> None:
+    store.add_documents(documents("abc"))
+    handler = PrefetchHandler(store.ingestion)
+    found = store.as_retriever(search_kwargs={"k": 2}).invoke("?", config={"callbacks": [handler]})
+    expected = store.ingestion.engine.blend().ingest([d.page_content for d in found]).keys
+    for _ in range(100):
+        if engines[0].prefetched == expected:
+            break
+        time.sleep(0.05)
+    assert engines[0].prefetched == expected
 
 
 # --- the indexing API -----------------------------------------------------------------------------

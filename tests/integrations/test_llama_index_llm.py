@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -290,6 +291,27 @@ async def test_leaving_a_stream_early(llm: CacheBlendLLM, engines: list[FakeEngi
 
 
 # --- what was retrieved and not found -------------------------------------------------------------
+
+
+def eventually(met: Callable[[], bool]) -> bool:
+    for _ in range(100):
+        if met():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_what_is_retrieved_is_brought_nearer(llm: CacheBlendLLM, engines: list[FakeEngine]) -> None:
+    nodes = split()[:4]
+    watch_retrieval(prefetch=llm.engine)
+    Retrieve(nodes).retrieve("?")  # nothing runs yet: nothing happens
+    ingest(llm, nodes[:3])
+    watch_retrieval(prefetch=llm.engine)
+    Retrieve(nodes).retrieve("?")
+    stored = engines[0].ingested[-3:]
+    assert eventually(lambda: engines[0].prefetched == stored)  # the one not stored is left out
+    llm.close()
+    Retrieve(nodes).retrieve("?")
 
 
 def test_report_names_what_was_retrieved_and_is_not_in_the_prompt(
