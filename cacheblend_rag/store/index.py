@@ -116,18 +116,13 @@ class Index:
 
     def add(self, namespace: str, content: Content, nbytes: int, cost: float) -> None:
         """Note that a chunk is there, as used now; replaces an older note."""
+        self.add_many(namespace, [(content, nbytes, cost)])
+
+    def add_many(self, namespace: str, chunks: Iterable[tuple[Content, int, float]]) -> None:
+        """``add`` of each, in one transaction."""
         with self._writing() as db:
-            usage = self._count(db, namespace, content.key, cost, nbytes)
-            self._forget(db, namespace, [content.key])
-            row = db.execute(
-                "INSERT INTO chunks (namespace, key, nbytes, cost, heat, tick, priority) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (namespace, content.key, nbytes, cost, usage.heat, usage.tick, self._rank(usage)),
-            )
-            db.execute(
-                "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)",
-                (row.lastrowid, content.base, content.kv_bytes, content.tokens),
-            )
+            for content, nbytes, cost in chunks:
+                self._add(db, namespace, content, nbytes, cost)
 
     def use(self, namespace: str, key: bytes) -> bool:
         """Note a use; False where the chunk is not known."""
@@ -327,6 +322,21 @@ class Index:
 
     def _rank(self, usage: Usage) -> float:
         return self.policy.priority(usage)
+
+    def _add(
+        self, db: sqlite3.Connection, namespace: str, content: Content, nbytes: int, cost: float
+    ) -> None:
+        usage = self._count(db, namespace, content.key, cost, nbytes)
+        self._forget(db, namespace, [content.key])
+        row = db.execute(
+            "INSERT INTO chunks (namespace, key, nbytes, cost, heat, tick, priority) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (namespace, content.key, nbytes, cost, usage.heat, usage.tick, self._rank(usage)),
+        )
+        db.execute(
+            "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)",
+            (row.lastrowid, content.base, content.kv_bytes, content.tokens),
+        )
 
     def _count(
         self, db: sqlite3.Connection, namespace: str, key: bytes, cost: float, nbytes: int
