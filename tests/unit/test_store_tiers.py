@@ -167,10 +167,10 @@ def test_too_much_waiting_is_written_at_once() -> None:
 def test_a_failure_to_write_back_warns() -> None:
     slow = SlowToWrite()
     slow.fails = True
-    slow.gate.set()
     store = WriteBackStore(slow)
+    store.put(key_of(1), chunk_of(1))
+    threading.Timer(0.1, slow.gate.set).start()
     with pytest.warns(RuntimeWarning, match="Not written: disk full"):
-        store.put(key_of(1), chunk_of(1))
         store.close()
     assert store.get(key_of(1)) is None
 
