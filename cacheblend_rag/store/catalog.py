@@ -11,6 +11,7 @@ import os
 import re
 import sqlite3
 import struct
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ NAMESPACE = re.compile("[a-z0-9-]{1,130}")
 
 _CHUNK_NAME = re.compile(r"([0-9a-f]{64})\.(?:safetensors|sealed)")
 _CORRUPT_NAME = re.compile(r"[0-9a-f]{64}\.corrupt-[0-9]+")
+_PATIENCE_S = 0.05  # a hit waits no longer to be counted
+_UNCOUNTED_S = 5.0
 _BATCH = 500  # files adopted in one transaction
 _KEPT_CORRUPT = 16  # of each namespace, for whoever wants to know what happened
 _SEALED = "-sealed-"
@@ -49,6 +52,7 @@ class Catalog:
     ) -> None:
         self._root, self._namespace, self._encoding = folder / "v1", namespace, encoding
         self.index = Index(folder, policy)
+        self._uncounted_until = 0.0
 
     def path(self, key: str) -> Path:
         """Where the file of a chunk is, or would be."""
@@ -62,8 +66,13 @@ class Catalog:
 
     def note_use(self, key: str) -> None:
         """Count a use."""
-        with contextlib.suppress(sqlite3.Error):  # a use not counted is no reason to fail
-            self.index.use(self._namespace, bytes.fromhex(key))
+        if time.monotonic() < self._uncounted_until:
+            return
+        try:
+            self.index.use(self._namespace, bytes.fromhex(key), _PATIENCE_S)
+        except sqlite3.Error:
+            # A use not counted is no reason to fail, nor to wait again for who holds the index.
+            self._uncounted_until = time.monotonic() + _UNCOUNTED_S
 
     def drop(self, key: str) -> None:
         """Remove the entry of a file set aside."""

@@ -124,9 +124,9 @@ class Index:
             for content, nbytes, cost in chunks:
                 self._add(db, namespace, content, nbytes, cost)
 
-    def use(self, namespace: str, key: bytes) -> bool:
-        """Note a use; False where the chunk is not known."""
-        with self._writing() as db:
+    def use(self, namespace: str, key: bytes, patience_s: float | None = None) -> bool:
+        """Note a use; False where the chunk is not known. Waits for others no longer than told."""
+        with self._writing(patience_s) as db:
             found = db.execute(
                 "SELECT id, cost, nbytes FROM chunks WHERE namespace = ? AND key = ?",
                 (namespace, key),
@@ -309,8 +309,10 @@ class Index:
             yield self._db
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _writing(self, patience_s: float | None = None) -> Iterator[sqlite3.Connection]:
         with self._reading() as db:
+            wait_s = TIMEOUT_S if patience_s is None else patience_s
+            db.execute(f"PRAGMA busy_timeout={int(wait_s * 1000)}")
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
