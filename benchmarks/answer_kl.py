@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--prefix", default="auto", choices=["auto", "head", "bos", "none"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--store", default="memory://", help="such as /tmp/kv?dtype=fp8")
     parser.add_argument("--modes", nargs="+", help="a part of: noise reuse first_k hkvd query")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
@@ -94,7 +95,10 @@ def main() -> None:
     if args.modes:
         modes = {name: modes[name] for name in args.modes}
     config = BlendConfig(
-        recompute_ratio=args.ratio, system_prompt=SYSTEM, ingest_prefix=args.prefix
+        recompute_ratio=args.ratio,
+        system_prompt=SYSTEM,
+        ingest_prefix=args.prefix,
+        store=args.store,
     )
     blend = CacheBlend(
         resolve_model(args.model),

@@ -123,6 +123,16 @@ class CacheBlend:
             keys=[c.key if c in long_enough else "" for c in chunks],
         )
 
+    def prefetch(self, texts: str | Sequence[str | Sequence[int]]) -> None:
+        """Start bringing chunks from a slow tier of the store nearer, ahead of the prompt that will
+        contain them. Texts that are not stored are passed over.
+        """
+        self._check_open()
+        given = [texts] if isinstance(texts, str) else list(texts)
+        keys = [key for text in given if (key := self._chunk(text).key) in self._index]
+        if self.gate.passed and keys:
+            self._engine.rpc("cacheblend_prefetch", keys)
+
     def forget(self, texts: str | Sequence[str | Sequence[int]]) -> None:
         """Drop chunks from the store and the index; absent ones are ignored."""
         self._check_open()
@@ -322,8 +332,9 @@ class CacheBlend:
     def _compute(self, chunks: Sequence[Chunk], progress: bool) -> int:
         """Prefill and store; returns the bytes stored, over all ranks."""
         prefix, stored = list(self._space.prefix_ids), 0
-        silent = not (progress and chunks)
-        with tqdm(total=len(chunks), desc="ingest", unit="chunk", disable=silent) as bar:
+        with tqdm(
+            total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
+        ) as bar:
             for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
                 keys, ids = [c.key for c in batch], [list(c.token_ids) for c in batch]
                 stored += sum(self._engine.rpc("cacheblend_ingest", keys, ids, prefix))

@@ -14,20 +14,22 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.errors import ClosedError, ConfigError, PromptError
+from cacheblend_rag.errors import CacheBlendError, ClosedError, ConfigError, PromptError
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.ledger import Ledger
 from cacheblend_rag.store.disk import MARKER
 from cacheblend_rag.store.url import parse_url
 
 _lock = threading.Lock()
-_by_model: dict[str, SharedEngine] = {}
+_by_model: weakref.WeakValueDictionary[str, SharedEngine] = weakref.WeakValueDictionary()
+_running: set[SharedEngine] = set()  # what was started stays until it is closed
 _by_name: weakref.WeakValueDictionary[str, SharedEngine] = weakref.WeakValueDictionary()
 
 
@@ -116,6 +118,7 @@ class SharedEngine:
                 raise ClosedError(f"the engine of {self.model} was closed; make a new object")
             if self._blend is None:
                 self._blend = self._start()
+                _running.add(self)
             return self._blend
 
     async def ablend(self) -> CacheBlend:
@@ -128,15 +131,12 @@ class SharedEngine:
             self._closed = True
             if self._blend is not None:
                 self._blend.close()
-        with _lock:
-            for name, shared in list(_by_model.items()):
-                if shared is self:
-                    del _by_model[name]
+            _running.discard(self)
 
     @staticmethod
     def close_all() -> None:
         """Close every engine that was made by ``of``, as happens when the process ends."""
-        for shared in list(_by_model.values()):
+        for shared in {*_running, *_by_model.values()}:
             shared.close()
 
     def identity(self) -> str:
@@ -161,6 +161,18 @@ class SharedEngine:
             if document is not None and key:
                 self.ledger.note(document, [key])
         return report
+
+    def prefetch(self, texts: Sequence[str]) -> None:
+        """Bring chunks nearer, in a thread of its own: the caller goes on, and hears of no error.
+        Does nothing while the engine does not run.
+        """
+
+        def bring() -> None:
+            with suppress(CacheBlendError):  # a hint: the prompt itself will say what is wrong
+                self.blend().prefetch([text for text in texts if text.strip()])
+
+        if self.started:
+            threading.Thread(target=bring, name="cacheblend-prefetch", daemon=True).start()
 
     def forget(self, documents: Iterable[str]) -> int:
         """Drop the chunks that only these documents consist of; returns how many.

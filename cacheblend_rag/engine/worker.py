@@ -122,6 +122,10 @@ class WorkerExtension:
             store.put(key, chunk)
         return sum(chunk.nbytes for chunk in computed)
 
+    def cacheblend_prefetch(self, keys: list[str]) -> None:
+        """Start bringing ``keys`` nearer, where the store has tiers."""
+        self._blender().store.prefetch(keys)
+
     @_reporting
     def cacheblend_forget(self, keys: list[str]) -> None:
         """Drop ``keys`` from the store."""

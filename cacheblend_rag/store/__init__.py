@@ -14,6 +14,7 @@ from cacheblend_rag.store.null import NullStore
 from cacheblend_rag.store.seal import cipher_from_environment
 from cacheblend_rag.store.tiered import TieredStore
 from cacheblend_rag.store.url import StoreURL, parse_seconds, parse_url
+from cacheblend_rag.store.write_back import WriteBackStore
 
 __all__ = [
     "ChunkInfo",
@@ -25,6 +26,7 @@ __all__ = [
     "NullStore",
     "StoreStats",
     "TieredStore",
+    "WriteBackStore",
     "open_store",
 ]
 
@@ -42,6 +44,7 @@ def open_store(url: str, *, namespace: str, tenant: str = "") -> KVStore:
     ``file:///data/kv``       on disk; ``capacity`` of the folder, ``quota`` of this model and rank,
                               ``memory`` for copies in memory. A plain path may start with ``~``
     ``redis://host:6379/0``   in Redis or Valkey (``rediss://``: over TLS); ``timeout`` (5s) a call,
+                              ``write`` (``through``, or ``back``: later, by another thread),
                               ``memory`` and ``disk=/data/kv`` for copies here, ``capacity`` and
                               ``quota`` of that disk
     ``s3://bucket/path``      in object storage, also ``gs://`` and ``az://``; as for Redis, with
@@ -97,8 +100,11 @@ def _slow_tiers(parsed: StoreURL, namespace: str, policy: Policy | None) -> KVSt
         return disk
     from cacheblend_rag.store.remote import open_remote
 
+    is_written_later = options.pop("write", "through") == "back"
     timeout_s = parse_seconds(options.pop("timeout", _DEFAULT_TIMEOUT))
-    remote = open_remote(
+    remote: KVStore = open_remote(
         parsed.path, namespace=namespace, encoding=encoding, timeout_s=timeout_s, options=options
     )
+    if is_written_later:
+        remote = WriteBackStore(remote)
     return TieredStore(disk, remote) if disk else remote

@@ -11,6 +11,7 @@ import os
 import re
 import sqlite3
 import struct
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,9 @@ NAMESPACE = re.compile("[a-z0-9-]{1,130}")
 
 _CHUNK_NAME = re.compile(r"([0-9a-f]{64})\.(?:safetensors|sealed)")
 _CORRUPT_NAME = re.compile(r"[0-9a-f]{64}\.corrupt-[0-9]+")
+_PATIENCE_S = 0.05  # a hit waits no longer to be counted
+_UNCOUNTED_S = 5.0
+_BATCH = 500  # files adopted in one transaction
 _KEPT_CORRUPT = 16  # of each namespace, for whoever wants to know what happened
 _SEALED = "-sealed-"
 
@@ -48,6 +52,7 @@ class Catalog:
     ) -> None:
         self._root, self._namespace, self._encoding = folder / "v1", namespace, encoding
         self.index = Index(folder, policy)
+        self._uncounted_until = 0.0
 
     def path(self, key: str) -> Path:
         """Where the file of a chunk is, or would be."""
@@ -57,12 +62,17 @@ class Catalog:
 
     def note(self, info: ChunkInfo, nbytes: int) -> None:
         """Enter a chunk whose file of ``nbytes`` was just written."""
-        self._note(self._namespace, info, nbytes)
+        self.index.add(self._namespace, *self._entry(self._namespace, info, nbytes))
 
     def note_use(self, key: str) -> None:
         """Count a use."""
-        with contextlib.suppress(sqlite3.Error):  # a use not counted is no reason to fail
-            self.index.use(self._namespace, bytes.fromhex(key))
+        if time.monotonic() < self._uncounted_until:
+            return
+        try:
+            self.index.use(self._namespace, bytes.fromhex(key), _PATIENCE_S)
+        except sqlite3.Error:
+            # A use not counted is no reason to fail, nor to wait again for who holds the index.
+            self._uncounted_until = time.monotonic() + _UNCOUNTED_S
 
     def drop(self, key: str) -> None:
         """Remove the entry of a file set aside."""
@@ -130,14 +140,20 @@ class Catalog:
             with contextlib.suppress(OSError):  # gone since it was listed
                 used.append((os.stat(self._place(namespace, key.hex())).st_mtime_ns, key))
         adopted = 0
-        for _, key in sorted(used):  # the one used last comes last
-            try:
-                nbytes, info = self._read_info(namespace, key.hex())
-            except (OSError, DamagedFileError):
-                continue  # found damaged, and set aside, when it is asked for
-            self._note(namespace, info, nbytes)
-            adopted += 1
+        used.sort()  # the one used last comes last
+        for start in range(0, len(used), _BATCH):
+            found = self._found(namespace, (key.hex() for _, key in used[start : start + _BATCH]))
+            self.index.add_many(namespace, found)
+            adopted += len(found)
         return adopted
+
+    def _found(self, namespace: str, keys: Iterable[str]) -> list[tuple[Content, int, float]]:
+        found = []
+        for key in keys:
+            with contextlib.suppress(OSError, DamagedFileError):  # set aside when it is asked for
+                nbytes, info = self._read_info(namespace, key)
+                found.append(self._entry(namespace, info, nbytes))
+        return found
 
     def _read_info(self, namespace: str, key: str) -> tuple[int, ChunkInfo]:
         with opened(self._place(namespace, key)) as descriptor:
@@ -174,12 +190,12 @@ class Catalog:
     def _cipher(self, namespace: str) -> Cipher | None:
         return self._encoding.cipher if namespace == self._namespace else None
 
-    def _note(self, namespace: str, info: ChunkInfo, nbytes: int) -> None:
+    def _entry(self, namespace: str, info: ChunkInfo, nbytes: int) -> tuple[Content, int, float]:
         tokens = struct.pack(f"<{len(info.token_ids)}i", *info.token_ids)
         if (cipher := self._cipher(namespace)) is not None:
             tokens = cipher.seal(tokens, f"{info.key}/tokens")
         content = Content(bytes.fromhex(info.key), info.base, info.nbytes, tokens)
-        self.index.add(namespace, content, nbytes, recompute_cost(len(info.token_ids)))
+        return content, nbytes, recompute_cost(len(info.token_ids))
 
     def _info(self, content: Content) -> ChunkInfo | None:
         key, tokens = content.key.hex(), content.tokens

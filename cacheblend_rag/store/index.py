@@ -106,27 +106,27 @@ class Index:
             self.policy = policy or POLICIES.get(name, GDSF())
             if self.policy.name != name:
                 self._rank_anew(db)
+            db.execute("DELETE FROM totals")  # counted again: a wrong sum would stop all eviction
+            db.execute(
+                "INSERT INTO totals SELECT namespace, count(*), sum(max(nbytes, 0)) FROM chunks "
+                "GROUP BY namespace"
+            )
 
     # ---- chunks --------------------------------------------------------------------------------
 
     def add(self, namespace: str, content: Content, nbytes: int, cost: float) -> None:
         """Note that a chunk is there, as used now; replaces an older note."""
-        with self._writing() as db:
-            usage = self._count(db, namespace, content.key, cost, nbytes)
-            self._forget(db, namespace, [content.key])
-            row = db.execute(
-                "INSERT INTO chunks (namespace, key, nbytes, cost, heat, tick, priority) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (namespace, content.key, nbytes, cost, usage.heat, usage.tick, self._rank(usage)),
-            )
-            db.execute(
-                "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)",
-                (row.lastrowid, content.base, content.kv_bytes, content.tokens),
-            )
+        self.add_many(namespace, [(content, nbytes, cost)])
 
-    def use(self, namespace: str, key: bytes) -> bool:
-        """Note a use; False where the chunk is not known."""
+    def add_many(self, namespace: str, chunks: Iterable[tuple[Content, int, float]]) -> None:
+        """``add`` of each, in one transaction."""
         with self._writing() as db:
+            for content, nbytes, cost in chunks:
+                self._add(db, namespace, content, nbytes, cost)
+
+    def use(self, namespace: str, key: bytes, patience_s: float | None = None) -> bool:
+        """Note a use; False where the chunk is not known. Waits for others no longer than told."""
+        with self._writing(patience_s) as db:
             found = db.execute(
                 "SELECT id, cost, nbytes FROM chunks WHERE namespace = ? AND key = ?",
                 (namespace, key),
@@ -309,8 +309,10 @@ class Index:
             yield self._db
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _writing(self, patience_s: float | None = None) -> Iterator[sqlite3.Connection]:
         with self._reading() as db:
+            wait_s = TIMEOUT_S if patience_s is None else patience_s
+            db.execute(f"PRAGMA busy_timeout={int(wait_s * 1000)}")
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
@@ -322,6 +324,21 @@ class Index:
 
     def _rank(self, usage: Usage) -> float:
         return self.policy.priority(usage)
+
+    def _add(
+        self, db: sqlite3.Connection, namespace: str, content: Content, nbytes: int, cost: float
+    ) -> None:
+        usage = self._count(db, namespace, content.key, cost, nbytes)
+        self._forget(db, namespace, [content.key])
+        row = db.execute(
+            "INSERT INTO chunks (namespace, key, nbytes, cost, heat, tick, priority) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (namespace, content.key, nbytes, cost, usage.heat, usage.tick, self._rank(usage)),
+        )
+        db.execute(
+            "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)",
+            (row.lastrowid, content.base, content.kv_bytes, content.tokens),
+        )
 
     def _count(
         self, db: sqlite3.Connection, namespace: str, key: bytes, cost: float, nbytes: int

@@ -32,11 +32,13 @@ class Readers:
         for item in items:
             self._started().submit(work, item)
 
-    def close(self) -> None:
-        """End the threads; they start again when needed."""
+    def close(self, *, wait: bool = False) -> None:
+        """End the threads, which start again when needed; what has not begun is dropped, unless it
+        is waited for.
+        """
         with self._lock:
             if self._pool is not None and self._pid == os.getpid():
-                self._pool.shutdown(cancel_futures=True)
+                self._pool.shutdown(cancel_futures=not wait)
             self._pool = None
 
     def _started(self) -> ThreadPoolExecutor:

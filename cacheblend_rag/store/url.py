@@ -22,7 +22,7 @@ _SECONDS = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>ms|s)?", re.IGN
 _SIZES = {"capacity", "memory", "quota"}
 _FILES = {"dtype", "encrypt", "evict"}
 _DISK = {*_SIZES, *_FILES}
-_REMOTE = {*_DISK, "disk", "timeout"}
+_REMOTE = {*_DISK, "disk", "timeout", "write"}
 _BUCKET = {*_REMOTE, "endpoint", "region"}
 _OPTIONS: dict[str, set[str]] = {
     "memory": {"capacity", "evict"},
@@ -39,6 +39,7 @@ _CHOICES = {
     "dtype": ("auto", "fp8"),
     "encrypt": ("no", "yes"),
     "evict": ("gdsf", "gdsf-strict", "lru"),
+    "write": ("through", "back"),
 }
 
 

@@ -3,6 +3,13 @@
 from langchain_cacheblend.chat_models import ChatCacheBlend
 from langchain_cacheblend.ingestion import CacheBlendIngestion
 from langchain_cacheblend.llms import CacheBlendLLM
+from langchain_cacheblend.retrieval import PrefetchHandler
 from langchain_cacheblend.vectorstores import CacheBlendVectorStore
 
-__all__ = ["CacheBlendIngestion", "CacheBlendLLM", "CacheBlendVectorStore", "ChatCacheBlend"]
+__all__ = [
+    "CacheBlendIngestion",
+    "CacheBlendLLM",
+    "CacheBlendVectorStore",
+    "ChatCacheBlend",
+    "PrefetchHandler",
+]

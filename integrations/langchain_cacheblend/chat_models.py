@@ -18,6 +18,7 @@ from langchain_core.messages import (
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
+from pydantic import ConfigDict
 
 from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend, PromptError
 from cacheblend_rag.prompt import Prompt
@@ -39,6 +40,8 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
     Raises:
         ConfigError: the model is in use in this process with other settings.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     @property
     def _llm_type(self) -> str:

@@ -11,6 +11,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import LangSmithParams
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from pydantic import ConfigDict
 
 from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend
 from langchain_cacheblend.settings import EngineSettings, details, usage
@@ -27,6 +28,8 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
     Raises:
         ConfigError: the model is in use in this process with other settings.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     @property
     def _llm_type(self) -> str:

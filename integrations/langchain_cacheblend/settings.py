@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -18,7 +19,7 @@ class EngineSettings(BaseModel):
     The engine starts when first needed, and is shared by all objects that name the same model.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     model: str
     """Hub name or folder."""
@@ -43,7 +44,7 @@ class EngineSettings(BaseModel):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Path | None = None,
         *,
         blend_config: BlendConfig | None = None,
         engine_args: Mapping[str, Any] | None = None,

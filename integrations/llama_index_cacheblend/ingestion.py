@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.indices.base import BaseIndex
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore.types import BaseDocumentStore
@@ -33,6 +33,8 @@ class CacheBlendIngestion(TransformComponent):
             the prompt in place of the text.
         show_progress: a bar while KV is computed.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     metadata_mode: MetadataMode = Field(default=MetadataMode.LLM)
     metadata_key: str | None = Field(default=None)

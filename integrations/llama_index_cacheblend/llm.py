@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from llama_index.core.base.llms.generic_utils import (
@@ -20,7 +21,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.bridge.pydantic import Field
+from llama_index.core.bridge.pydantic import ConfigDict, Field
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index.core.prompts.chat_prompts import TEXT_QA_SYSTEM_PROMPT
@@ -69,6 +70,9 @@ class CacheBlendLLM(LLM):
         ConfigError: the model is in use in this process with other settings.
     """
 
+    # an option with a wrong name is an error, not nothing
+    model_config = ConfigDict(extra="forbid")
+
     model: str = Field(description="Hub name or folder of the model.")
     temperature: float = Field(default=0.0, ge=0, description="0 takes the likeliest token.")
     max_tokens: int = Field(default=256, gt=0, description="Most tokens of an answer.")
@@ -85,7 +89,7 @@ class CacheBlendLLM(LLM):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Path | None = None,
         *,
         blend_config: BlendConfig | None = None,
         engine_args: Mapping[str, Any] | None = None,

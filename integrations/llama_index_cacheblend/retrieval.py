@@ -1,7 +1,8 @@
-"""Chunks that were retrieved and are not in the prompt: named in reports, warned about once.
+"""What LlamaIndex retrieves: brought nearer ahead of the prompt, and named in reports where no
+prompt contains it.
 
 LlamaIndex's events say what was retrieved, but not reliably for which prompt (a stream that is read
-in another thread has none). So they are never needed for an answer, only to explain one.
+in another thread has none). So no answer depends on them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent
 from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index_instrumentation import get_dispatcher
+
+from cacheblend_rag.shared import SharedEngine
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +37,9 @@ _last: ContextVar[_Retrieved | None] = ContextVar("cacheblend_retrieved", defaul
 
 
 class RetrievalHandler(BaseEventHandler):
-    """Remembers, for this thread or task, what was retrieved last."""
+    """Remembers, for this thread or task, what was retrieved last, and has it brought nearer."""
+
+    engines: list[SharedEngine] = Field(default_factory=list)
 
     @classmethod
     def class_name(cls) -> str:
@@ -41,18 +47,30 @@ class RetrievalHandler(BaseEventHandler):
 
     def handle(self, event: BaseEvent, **kwargs: Any) -> None:
         if isinstance(event, RetrievalEndEvent):
-            _last.set(_Retrieved([found.node for found in event.nodes]))
+            nodes = [found.node for found in event.nodes]
+            _last.set(_Retrieved(nodes))
+            for engine in self.engines:
+                engine.prefetch([node.get_content(MetadataMode.LLM) for node in nodes])
 
 
-def watch_retrieval() -> None:
+def watch_retrieval(prefetch: SharedEngine | None = None) -> None:
     """From now on, reports of this process name retrieved chunks that no prompt contained so far.
 
     Their node ids are in ``response.raw["cacheblend"]["retrieved_not_found"]``. LlamaIndex has no
-    way to remove a handler; calling this again does nothing.
+    way to remove a handler; calling this again adds none.
+
+    Args:
+        prefetch: ``llm.engine``, to also bring the KV of what is retrieved from disk to memory
+            while the prompt is written; for stores with both (``file:///kv?memory=4GiB``).
     """
     dispatcher = get_dispatcher()
-    if not any(isinstance(h, RetrievalHandler) for h in dispatcher.event_handlers):
-        dispatcher.add_event_handler(RetrievalHandler())
+    found = [h for h in dispatcher.event_handlers if isinstance(h, RetrievalHandler)]
+    handler = found[0] if found else RetrievalHandler()
+    if not found:
+        dispatcher.add_event_handler(handler)
+    handler.engines = [engine for engine in handler.engines if engine.started]
+    if prefetch is not None and prefetch not in handler.engines:
+        handler.engines.append(prefetch)
 
 
 def not_found(prompt: str) -> list[str] | None:

@@ -13,7 +13,8 @@ from tiny import VOCAB
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 
 # a fixed cache, so that engines of several test processes fit beside one another; vLLM 0.26 gives
-# sliding-window layers blocks of 16 on a GPU, and without its hybrid manager all need the same
+# sliding-window layers blocks of 16 on a GPU, and all layers need the same without its hybrid
+# manager
 GPU_SHARE: dict[str, Any] = (
     {
         "kv_cache_memory_bytes": 1 << 29,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,28 @@ MODEL = cache_home() / "models" / "smollm2-135m-instruct"
 ANSWER = ("A", " short", " answer", ".")
 
 
+@cache
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
 class FakeEngine(Engine):
     """Its chunk store is a set of keys."""
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
-        from transformers import AutoTokenizer
-
         self.options = dict(options)
         self.answer: Sequence[str] = ANSWER
         self.answers: list[str] = []  # of the next requests, before `answer`
         self.requests: list[EngineRequest] = []
         self.ingested: list[str] = []
+        self.prefetched: list[str] = []
         self.stored: set[str] = set()
         self.closed = False
         self.aborted = 0
         self.sampling_names = sampling_names()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = _tokenizer(model)
         self.info = EngineInfo(
             model=model,
             vllm_version="0",
@@ -64,6 +71,9 @@ class FakeEngine(Engine):
                 return [sum(map(len, chunks))]
             case "forget", [keys]:
                 self.stored.difference_update(keys)
+                return [None]
+            case "prefetch", [keys]:
+                self.prefetched += keys
                 return [None]
             case "store_stats", _:
                 return [{"chunks": len(self.stored)}]

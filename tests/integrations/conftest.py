@@ -32,13 +32,17 @@ def real() -> Iterator[CacheBlend]:
         model = embedded_model(progress=False)
     except ModelError as error:
         pytest.skip(f"the embedded model can't be had here: {error}")
-    # float32: the same answer in every batch
-    with CacheBlend(model, dtype="float32", max_model_len=4096, block_size=32) as blend:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # unlike tiny models
+        # float32: the same answer in every batch
+        blend = CacheBlend(model, dtype="float32", max_model_len=4096, block_size=32)
+    with blend:
         yield blend
 
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]]:
     """From here on engines are fake ones; those that were started, in order."""
+    SharedEngine.close_all()  # what LangChain's own suites left
     yield install(monkeypatch)
     SharedEngine.close_all()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.prompts import PromptTemplate
 from llama_matrix import Retrieve, engine, ingest, split
+from pydantic import BaseModel, ValidationError
 
 from cacheblend_rag import (
     BlendConfig,
@@ -27,7 +29,7 @@ from cacheblend_rag import (
     PromptError,
     PromptTooLongError,
 )
-from llama_index_cacheblend import CacheBlendLLM, watch_retrieval
+from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM, watch_retrieval
 
 TEXT = "".join(ANSWER)
 HELLO = [ChatMessage(content="Hello")]
@@ -86,6 +88,10 @@ async def test_options_of_the_object_and_of_a_call(llm: CacheBlendLLM) -> None:
 
 
 async def test_an_unknown_option_is_refused_by_every_call(llm: CacheBlendLLM) -> None:
+    with pytest.raises(ValidationError, match="temprature"):
+        CacheBlendLLM(engine=llm.engine, temprature=1)
+    with pytest.raises(ValidationError, match="show_progres"):
+        CacheBlendIngestion(llm, show_progres=False)
     with pytest.raises(ConfigError, match="Did you mean 'temperature'"):
         llm.chat(HELLO, temprature=1)
     with pytest.raises(ConfigError, match="no option 'tools'"):
@@ -169,6 +175,23 @@ def test_bad_prompts(llm: CacheBlendLLM) -> None:
     picture = ChatMessage(role="user", blocks=[ImageBlock(image=b"png")])
     with pytest.raises(PromptError, match="ImageBlock"):
         llm.chat([picture])
+
+
+class Fact(BaseModel):
+    """A fact."""
+
+    year: int
+
+
+def test_structured_predict_may_hold_decoding_to_the_schema(
+    llm: CacheBlendLLM, engines: list[FakeEngine]
+) -> None:
+    llm.blend  # noqa: B018 - starts it
+    engines[0].answer = ('{"year":', " 1874}")
+    held = {"structured_outputs": {"json": Fact.model_json_schema()}}
+    prompt = PromptTemplate("When?")
+    assert llm.structured_predict(Fact, prompt, llm_kwargs=held) == Fact(year=1874)
+    assert sent(llm.blend)[-1].sampling["structured_outputs"] == held["structured_outputs"]
 
 
 # --- events ---------------------------------------------------------------------------------------
@@ -290,6 +313,27 @@ async def test_leaving_a_stream_early(llm: CacheBlendLLM, engines: list[FakeEngi
 
 
 # --- what was retrieved and not found -------------------------------------------------------------
+
+
+def eventually(met: Callable[[], bool]) -> bool:
+    for _ in range(100):
+        if met():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_what_is_retrieved_is_brought_nearer(llm: CacheBlendLLM, engines: list[FakeEngine]) -> None:
+    nodes = split()[:4]
+    watch_retrieval(prefetch=llm.engine)
+    Retrieve(nodes).retrieve("?")  # nothing runs yet: nothing happens
+    ingest(llm, nodes[:3])
+    watch_retrieval(prefetch=llm.engine)
+    Retrieve(nodes).retrieve("?")
+    stored = engines[0].ingested[-3:]
+    assert eventually(lambda: engines[0].prefetched == stored)  # the one not stored is left out
+    llm.close()
+    Retrieve(nodes).retrieve("?")
 
 
 def test_report_names_what_was_retrieved_and_is_not_in_the_prompt(

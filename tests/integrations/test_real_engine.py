@@ -74,7 +74,7 @@ def results(real: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> list[BlendResu
     return seen
 
 
-ALWAYS = ("compact", "streaming refine", "condense_plus_context")
+ALWAYS = ("compact", "streaming refine")
 MATRIX = [
     pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.slow])
     for name, case in CASES.items()

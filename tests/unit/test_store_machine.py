@@ -151,7 +151,7 @@ class Machine(RuleBasedStateMachine):
         self.store = DiskStore(**self.options)
         assert not self.store.recovery.index_rebuilt
 
-    @rule(seed=SEEDS, position=st.integers(0, 400))
+    @rule(seed=SEEDS, position=st.integers(0, 2000))
     def damage(self, seed: int, position: int) -> None:
         for path in (self.folder / "kv").rglob(f"{key_of(seed)}.safetensors"):
             content = bytearray(path.read_bytes())

@@ -134,6 +134,15 @@ def test_a_second_machine_finds_what_the_first_ingested(
         assert same(again.get(key_of(1)), chunk_of(1))  # from disk
 
 
+def test_writing_back(store: RemoteStore, url: str, request: pytest.FixtureRequest) -> None:
+    namespace = key_of(request.node.name)[:16]
+    with open_store(f"{url}&write=back", namespace=namespace) as later:
+        for seed in range(5):
+            later.put(key_of(seed), chunk_of(seed))
+            assert same(later.get(key_of(seed)), chunk_of(seed))
+    assert all(same(store.get(key_of(seed)), chunk_of(seed)) for seed in range(5))
+
+
 @pytest.mark.parametrize("encoding", [Encoding(fp8=True), Encoding(cipher=Cipher(bytes(32)))])
 def test_encodings(url: str, encoding: Encoding, request: pytest.FixtureRequest) -> None:
     with open_store(url, namespace=key_of(request.node.name)[:16]) as plain:

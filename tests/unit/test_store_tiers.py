@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from chunks import chunk_of, key_of, same
 
-from cacheblend_rag.store import ChunkKV, DiskStore, KVStore, MemoryStore, NullStore, TieredStore
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.store import (
+    ChunkKV,
+    DiskStore,
+    KVStore,
+    MemoryStore,
+    NullStore,
+    TieredStore,
+    WriteBackStore,
+)
 from cacheblend_rag.store.parallel import Readers
 
 
@@ -95,6 +104,75 @@ def test_bandwidth_is_measured_where_something_was_loaded(tmp_path: Path) -> Non
         store.get(key_of(1))
         assert store.bandwidth is not None
         assert 1e4 < store.bandwidth < 1e12
+
+
+# --- write back -----------------------------------------------------------------------------------
+
+
+class SlowToWrite(MemoryStore):
+    """Writes when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.gate = threading.Event()
+        self.fails = False
+
+    def put(self, key: str, chunk: ChunkKV) -> None:
+        assert self.gate.wait(10)
+        if self.fails:
+            raise StoreError("disk full")
+        super().put(key, chunk)
+
+
+def test_writing_back_does_not_wait_and_serves_meanwhile() -> None:
+    slow = SlowToWrite()
+    store = WriteBackStore(slow, waiting_bytes=3 * chunk_of(0).nbytes)
+    started = time.monotonic()
+    for seed in (0, 0, 1, 2):
+        store.put(key_of(seed), chunk_of(seed))
+    assert time.monotonic() - started < 1
+    assert slow.stats().chunks == 0
+    assert store.contains(key_of(1))
+    assert same(store.get(key_of(1)), chunk_of(1))
+    assert {info.key for info in store.scan()} == {key_of(seed) for seed in (0, 1, 2)}
+    assert same(store.get_many([key_of(2), key_of(0)])[0], chunk_of(2))
+    slow.gate.set()
+    store.close()
+    assert slow.stats().chunks == 3
+    assert same(store.get(key_of(1)), chunk_of(1))
+
+
+def test_what_is_discarded_before_it_is_written_stays_away() -> None:
+    slow = SlowToWrite()
+    store = WriteBackStore(slow)
+    for seed in (0, 1, 2):
+        store.put(key_of(seed), chunk_of(seed))
+    discarding = threading.Thread(target=lambda: [store.discard(key_of(n)) for n in (2, 0)])
+    discarding.start()
+    time.sleep(0.05)
+    slow.gate.set()
+    discarding.join(10)
+    store.close()
+    assert [info.token_ids[0] for info in slow.scan()] == [1000]
+
+
+def test_too_much_waiting_is_written_at_once() -> None:
+    slow = SlowToWrite()
+    slow.gate.set()
+    with WriteBackStore(slow, waiting_bytes=1) as store:
+        store.put(key_of(1), chunk_of(1))
+        assert slow.contains(key_of(1))
+
+
+def test_a_failure_to_write_back_warns() -> None:
+    slow = SlowToWrite()
+    slow.fails = True
+    store = WriteBackStore(slow)
+    store.put(key_of(1), chunk_of(1))
+    threading.Timer(0.1, slow.gate.set).start()
+    with pytest.warns(RuntimeWarning, match="Not written: disk full"):
+        store.close()
+    assert store.get(key_of(1)) is None
 
 
 # --- metrics --------------------------------------------------------------------------------------

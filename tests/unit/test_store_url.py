@@ -75,6 +75,7 @@ def test_urls(url: str, expected: StoreURL) -> None:
         ("redis://host?timeout=2m", "'2m' is not a time"),
         ("file:///kv?dtype=int4", "dtype is auto or fp8, not 'int4'"),
         ("file:///kv?encrypt=1", "encrypt is no or yes, not '1'"),
+        ("redis://host?write=never", "write is through or back, not 'never'"),
         ("memory://?evict=fifo", "evict is gdsf or gdsf-strict or lru, not 'fifo'"),
         ("file://kv", "absolute path"),
         ("file://~/kv", "plain path may be relative or start with ~"),

@@ -1,0 +1,117 @@
+"""A store that is written to later, so that who puts does not wait for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+from cacheblend_rag.store.parallel import Readers
+
+
+class WriteBackStore(KVStore):
+    """``store``, written to by one thread. Chunks not written yet are served from memory, and are
+    lost if the process dies; ``close`` waits until all are written. A failure to write warns.
+
+    Args:
+        store: what to write to; closed with this one.
+        waiting_bytes: of chunks that may wait. When there are more, ``put`` writes itself.
+    """
+
+    def __init__(self, store: KVStore, waiting_bytes: int = 1 << 30) -> None:
+        self.store = store
+        self._most = waiting_bytes
+        self._lock, self._writing = Lock(), Lock()
+        self._waiting: dict[str, ChunkKV] = {}
+        self._writer = Readers(1)
+
+    def contains(self, key: str) -> bool:
+        return self._not_yet_written(key) is not None or self.store.contains(key)
+
+    def get(self, key: str) -> ChunkKV | None:
+        waiting = self._not_yet_written(key)
+        return self.store.get(key) if waiting is None else waiting
+
+    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        found = {key: self._not_yet_written(key) for key in keys}
+        written = [key for key, chunk in found.items() if chunk is None]
+        found |= zip(written, self.store.get_many(written), strict=True)
+        return [found[key] for key in keys]
+
+    def put(self, key: str, chunk: ChunkKV) -> None:
+        with self._lock:
+            waiting = sum(other.nbytes for other in self._waiting.values())
+            has_room = waiting + chunk.nbytes <= self._most
+            if has_room:
+                self._waiting[key] = chunk
+        if has_room:
+            self._writer.start(self._write, [key])
+        else:
+            self.store.put(key, chunk)
+
+    def discard(self, key: str) -> None:
+        with self._lock:
+            self._waiting.pop(key, None)
+        with self._writing:  # or what is being written just now would stay
+            self.store.discard(key)
+
+    def scan(self) -> Iterator[ChunkInfo]:
+        with self._lock:
+            waiting = dict(self._waiting)
+        for key, chunk in waiting.items():
+            yield ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
+        for info in self.store.scan():
+            if info.key not in waiting:
+                yield info
+
+    def stats(self) -> StoreStats:
+        return self.store.stats()
+
+    @property
+    def bandwidth(self) -> float | None:
+        return self.store.bandwidth
+
+    def touch(self, key: str) -> None:
+        self.store.touch(key)
+
+    @contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        with self.store.pinned(keys):
+            yield
+
+    @property
+    def keeps_documents(self) -> bool:
+        return self.store.keeps_documents
+
+    def label(self, document: str, keys: Iterable[str]) -> None:
+        self.store.label(document, keys)
+
+    def documents(self) -> set[str]:
+        return self.store.documents()
+
+    def unlabel(self, documents: Iterable[str]) -> list[str]:
+        return self.store.unlabel(documents)
+
+    def close(self) -> None:
+        self._writer.close(wait=True)
+        self.store.close()
+
+    def _not_yet_written(self, key: str) -> ChunkKV | None:
+        with self._lock:
+            return self._waiting.get(key)
+
+    def _write(self, key: str) -> None:
+        with self._writing:
+            chunk = self._not_yet_written(key)
+            if chunk is None:
+                return  # discarded meanwhile, or put twice
+            try:
+                self.store.put(key, chunk)
+            except StoreError as error:
+                warnings.warn(f"Not written: {error}", RuntimeWarning, stacklevel=2)
+            finally:
+                with self._lock:
+                    self._waiting.pop(key, None)

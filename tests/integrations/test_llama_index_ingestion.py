@@ -1,0 +1,239 @@
+"""KV is computed wherever LlamaIndex ingests nodes, stays in step with them, and changes none."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from fake_engine import MODEL, FakeEngine
+from llama_index.core import Document, StorageContext, VectorStoreIndex
+from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, IngestionPipeline
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.vector_stores.faiss import FaissVectorStore
+from llama_matrix import EMBED, documents, split
+
+from cacheblend_rag import BlendConfig, PromptError, PromptTooLongError
+from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM, CacheBlendVectorStore
+
+SPLITTER = SentenceSplitter(chunk_size=256, chunk_overlap=0)
+
+
+@pytest.fixture
+def llm(engines: list[FakeEngine]) -> CacheBlendLLM:
+    made = CacheBlendLLM(model=str(MODEL), engine_args={"max_model_len": 2048})
+    made.blend  # noqa: B018 - starts it, so that what is stored at start is not counted below
+    return made
+
+
+@pytest.fixture
+def hook(llm: CacheBlendLLM) -> CacheBlendIngestion:
+    return CacheBlendIngestion(llm, show_progress=False)
+
+
+@pytest.fixture
+def store(llm: CacheBlendLLM, engines: list[FakeEngine]) -> Callable[[], int]:
+    """How many chunks are stored beside those the engine stored when it started."""
+    at_start = len(engines[0].stored)
+    return lambda: len(engines[0].stored) - at_start
+
+
+def pipeline(hook: CacheBlendIngestion, **options: Any) -> IngestionPipeline:
+    return IngestionPipeline(transformations=[SPLITTER, hook], **options)
+
+
+def test_nodes_pass_unchanged(hook: CacheBlendIngestion, store: Callable[[], int]) -> None:
+    nodes = split()
+    before = [node.model_dump() for node in nodes]
+    assert hook(nodes) is nodes
+    assert [node.model_dump() for node in nodes] == before
+    assert store() == len(nodes)
+
+
+async def test_acall_leaves_the_loop_free(
+    hook: CacheBlendIngestion, store: Callable[[], int]
+) -> None:
+    nodes = split()
+    assert await hook.acall(nodes) is nodes
+    assert store() == len(nodes)
+
+
+def test_the_stripped_text_with_metadata_is_computed(hook: CacheBlendIngestion) -> None:
+    node = TextNode(text="  body \n", metadata={"a": 1, "b": 2}, excluded_llm_metadata_keys=["b"])
+    assert hook.text_of(node) == "a: 1\n\n  body"
+    alone = CacheBlendIngestion(hook._engine, metadata_mode=MetadataMode.NONE)
+    assert alone.text_of(node) == "body"
+    windowed = CacheBlendIngestion(hook._engine, metadata_key="b")
+    assert windowed.text_of(node) == "a: 1\n\n2"
+    with pytest.raises(PromptError, match="MetadataReplacementPostProcessor"):
+        CacheBlendIngestion(hook._engine, metadata_key="window").text_of(node)
+
+
+def test_empty_nodes_are_passed_over_and_too_long_ones_named(hook: CacheBlendIngestion) -> None:
+    nodes = [TextNode(text=" "), *split()[:1]]
+    assert hook(nodes) is nodes
+    with pytest.raises(PromptTooLongError, match="smaller chunks"):
+        hook([TextNode(text="word " * 3000)])
+
+
+# --- pipelines ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Removing unpickleable")
+def test_worker_processes_have_it_computed_here(
+    hook: CacheBlendIngestion, engines: list[FakeEngine], store: Callable[[], int]
+) -> None:
+    """The workers run as processes of their own, which have no fake engine: a real one would fail
+    to start here in no time, or start, and either would show.
+    """
+    made = pipeline(hook).run(documents=documents(), num_workers=2)
+    assert store() == len(made) > 3
+    assert len(engines) == 1
+    asyncio.run(pipeline(hook).arun(documents=documents(), num_workers=2))
+    assert store() == len(made)
+
+
+def test_errors_of_worker_processes_are_ours(hook: CacheBlendIngestion) -> None:
+    long = [Document(text="word " * 3000), Document(text="word " * 3001)]
+    alone = IngestionPipeline(transformations=[hook])
+    with pytest.raises(PromptTooLongError, match="smaller chunks"):
+        alone.run(documents=long, num_workers=2)
+
+
+def test_ingestion_cache_is_hit_only_for_the_same_model_and_store(
+    hook: CacheBlendIngestion, engines: list[FakeEngine], store: Callable[[], int]
+) -> None:
+    cache = IngestionCache()
+    first = pipeline(hook, cache=cache).run(documents=documents())
+    engines[0].ingested.clear()
+    assert len(pipeline(hook, cache=cache).run(documents=documents())) == len(first)
+    hook._engine.close()
+
+    again = CacheBlendLLM(model=str(MODEL), engine_args={"max_model_len": 2048})
+    pipeline(CacheBlendIngestion(again, show_progress=False), cache=cache).run(
+        documents=documents()
+    )
+    assert len(engines) == 2
+    assert len(engines[1].stored) >= len(first)  # memory is empty in a new engine: no hit
+
+
+def test_identity_names_settings_model_and_store(
+    tmp_path: Any, engines: list[FakeEngine], hook: CacheBlendIngestion
+) -> None:
+    assert hook.to_dict() == copy.deepcopy(hook).to_dict()
+    other = CacheBlendIngestion(hook._engine, metadata_mode=MetadataMode.NONE, show_progress=False)
+    assert other.to_dict() != hook.to_dict()
+    hook._engine.close()
+
+    folder = tmp_path / "kv"
+    folder.mkdir()
+    marker = folder / "cacheblend-store.json"
+    seen = set()
+    for number in range(3):
+        if number != 1:
+            marker.unlink(missing_ok=True)
+            marker.write_text("{}")
+        config = BlendConfig(store=f"file://{folder}")
+        with CacheBlendLLM(model=str(MODEL), blend_config=config) as llm:
+            seen.add(CacheBlendIngestion(llm).to_dict()["identity"])
+    assert len(seen) == 2  # the same store has the same name in another session, a new one has not
+
+
+def test_docstore_upserts_compute_only_what_changed(
+    hook: CacheBlendIngestion, engines: list[FakeEngine]
+) -> None:
+    upserting = pipeline(
+        hook,
+        docstore=SimpleDocumentStore(),
+        vector_store=SimpleVectorStore(),
+        docstore_strategy=DocstoreStrategy.UPSERTS,
+        disable_cache=True,
+    )
+    made = upserting.run(documents=documents())
+    engines[0].ingested.clear()
+    assert upserting.run(documents=documents()) == []
+    changed = documents()
+    changed[0] = Document(text=changed[0].text + " One more sentence.", id_=changed[0].doc_id)
+    assert 0 < len(upserting.run(documents=changed)) < len(made)
+    assert 0 < len(engines[0].ingested) < len(made)
+
+
+# --- beside pipelines -----------------------------------------------------------------------------
+
+
+def index_of(nodes: Sequence[BaseNode], **options: Any) -> VectorStoreIndex:
+    return VectorStoreIndex(list(nodes), embed_model=EMBED, **options)
+
+
+def test_backfill(hook: CacheBlendIngestion, store: Callable[[], int]) -> None:
+    nodes = split()
+    report = hook.backfill(index_of(nodes))
+    assert report.computed == store() == len(nodes)
+    assert hook.backfill(index_of(nodes)).present == len(nodes)
+
+
+def test_backfill_where_nodes_can_t_be_listed(hook: CacheBlendIngestion) -> None:
+    faiss = pytest.importorskip("faiss")
+    vectors = FaissVectorStore(faiss_index=faiss.IndexFlatIP(8))
+    index = index_of([], storage_context=StorageContext.from_defaults(vector_store=vectors))
+    with pytest.raises(PromptError, match=r"FaissVectorStore .* ingest\(\)"):
+        hook.backfill(index)
+
+
+def test_forget_leaves_what_others_share(
+    hook: CacheBlendIngestion, store: Callable[[], int]
+) -> None:
+    shared = split()[0].get_content()
+    one, two = Document(text=shared, id_="one"), Document(text=shared, id_="two")
+    hook([one, two])
+    assert store() == 1
+    assert hook.forget("one") == 0
+    assert store() == 1
+    assert hook.forget("two") == 1
+    assert store() == 0
+    with pytest.raises(PromptError, match=r"gc\(\)"):
+        hook.forget("two")
+
+
+def test_gc_drops_what_the_docstore_lacks(
+    hook: CacheBlendIngestion, store: Callable[[], int]
+) -> None:
+    nodes = split()
+    hook(nodes)
+    docstore = SimpleDocumentStore()
+    docstore.add_documents(nodes[:2])
+    assert hook.gc(docstore) == len(nodes) - 2
+    assert store() == 2
+
+
+async def test_vector_store_computes_and_forgets(
+    hook: CacheBlendIngestion, store: Callable[[], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = split()
+    storage = StorageContext.from_defaults(
+        vector_store=CacheBlendVectorStore(SimpleVectorStore(), hook)
+    )
+    index = index_of(nodes[:3], storage_context=storage)
+    assert store() == 3
+    index.insert_nodes(nodes[3:])  # which no transformation sees
+    assert store() == len(nodes)
+
+    first, *others = sorted({node.ref_doc_id or "" for node in nodes})
+    of_first = sum(node.ref_doc_id == first for node in nodes)
+    index.delete_ref_doc(first)
+    assert store() == len(nodes) - of_first
+    await index.adelete_ref_doc(others[0])
+    retriever = index.as_retriever(similarity_top_k=100)
+    assert {found.node.ref_doc_id for found in retriever.retrieve("?")} == set(others[1:])
+
+    with caplog.at_level(logging.WARNING):
+        storage.vector_store.delete("never seen")
+    assert "gc(docstore)" in caplog.text
+    storage.vector_store.clear()
+    assert store() == 0
