@@ -110,6 +110,8 @@ def twin_of(q, positions, cache, context, *, extra, known, window, scale, softca
 def test_attention_and_scores(case: str, shape: Shape, dtype: torch.dtype) -> None:
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
+    if DEVICE == "cpu" and dtype == torch.float16 and shape.context > 100:
+        pytest.skip("slow in Triton's interpreter; float32 has these shapes")
     torch.manual_seed(shape.context)
     every = case == "everything"
     window = max(5, shape.context // 3) if case == "window" or every else None
