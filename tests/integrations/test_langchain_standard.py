@@ -50,11 +50,11 @@ class TestIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         # so small a model repeats itself for ever where nothing stops it
-        return {"engine": self.engine, "sampling": {"repetition_penalty": 1.3}}
+        return {"engine": self.engine, "sampling": {"repetition_penalty": 1.2}}
 
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
-        return {**super().standard_chat_model_params, "max_tokens": 48}
+        return {**super().standard_chat_model_params, "max_tokens": 128}
 
     @property
     def has_tool_calling(self) -> bool:
