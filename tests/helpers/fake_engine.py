@@ -72,6 +72,8 @@ class FakeEngine(Engine):
             case "forget", [keys]:
                 self.stored.difference_update(keys)
                 return [None]
+            case "costs", _:
+                return [{}]  # not measured
             case "prefetch", [keys]:
                 self.prefetched += keys
                 return [None]
