@@ -88,10 +88,8 @@ class Blender:
         """The stored chunks of a plan. One that is absent, damaged or not what the prompt says on
         any rank is missing on all: its tokens are computed afresh.
         """
-        chunks: dict[str, ChunkKV | None] = {}
-        for s in segments:
-            if s.key and s.key not in chunks:
-                chunks[s.key] = self.store.get(s.key)
+        keys = list(dict.fromkeys(s.key for s in segments if s.key))
+        chunks = dict(zip(keys, self.store.get_many(keys), strict=True))
         absent = [
             bool(s.key) and not self._fits(chunks[s.key], s, task.token_ids) for s in segments
         ]
