@@ -8,7 +8,6 @@ Shape legend: T tokens of the pass, padded; N context tokens, padded; G KV heads
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -18,6 +17,7 @@ from vllm.logger import init_logger
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass, SelectivePass
+from cacheblend_rag.engine.outcome import gpu_seconds
 
 logger = init_logger("vllm.cacheblend_rag")
 
@@ -68,10 +68,7 @@ class PassGraphs:
     ) -> bool:
         """The selective pass, as a graph; false where there is none, and nothing was done."""
         size = _padded(len(ids_T))
-        self._fill(at, size, (self._ids, ids_T, 0), (self._rope, positions_T.clamp(min=0), 0))
-        self._fill(
-            at, size, (self._positions, positions_T, NOWHERE), (self._slots, slots_T, NOWHERE)
-        )
+        self._fill(at, size, ids_T, positions_T, slots_T)
 
         def make() -> Pass:
             view = self._layers(_MOST_SELECTED)
@@ -94,11 +91,9 @@ class PassGraphs:
         context = max(_LEAST_CONTEXT, 1 << (at.most - 1).bit_length())
         if not self.usable or size > _MOST_ASKING:
             return None
-        self._fill(at, size, (self._ids, ids_T, 0), (self._rope, positions_T.clamp(min=0), 0))
-        self._fill(
-            at, size, (self._positions, positions_T, NOWHERE), (self._slots, slots_T, NOWHERE)
-        )
-        self._fill(at, size, (self._asking, asking_T, NOWHERE), (self._beside, beside_T, NEVER))
+        self._fill(at, size, ids_T, positions_T, slots_T)
+        _set_rows(self._asking, asking_T, size, NOWHERE)
+        _set_rows(self._beside, beside_T, size, NEVER)
         if context not in self._scores:
             self._scores[context] = torch.zeros(self._groups, context, device=self._handle.device)
         score = self._scores[context]
@@ -143,27 +138,26 @@ class PassGraphs:
     def seconds(self, kind: str, size: int) -> float | None:
         """How long the graph of a padded size runs, without a context; None where there is none."""
         graph = next((g for (k, n, *_), g in self._graphs.items() if (k, n) == (kind, size)), None)
-        if graph is None:
-            return None
-        best = math.inf
-        for _ in range(3):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            best = min(best, start.elapsed_time(end) / 1e3)
-        return best
+        return None if graph is None else gpu_seconds(graph.replay)
 
     def _layers(self, most: int) -> Callable[[int], PagedKV]:
         return lambda index: self._view(index, self._table, self._length, most)
 
-    def _fill(self, at: PagedKV, size: int, *rows: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    def _fill(
+        self,
+        at: PagedKV,
+        size: int,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> None:
+        """What every pass reads."""
         self._table[: len(at.table)].copy_(at.table, non_blocking=True)
         self._length.copy_(at.length, non_blocking=True)
-        for static, values, spare in rows:
-            static[: len(values)].copy_(values, non_blocking=True)
-            static[len(values) : size].fill_(spare)
+        _set_rows(self._ids, ids_T, size, 0)
+        _set_rows(self._rope, positions_T.clamp(min=0), size, 0)
+        _set_rows(self._positions, positions_T, size, NOWHERE)
+        _set_rows(self._slots, slots_T, size, NOWHERE)
 
     def _replay(
         self,
@@ -193,6 +187,12 @@ class PassGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._handle.run(make(), ids, rope)
         return graph
+
+
+def _set_rows(static: torch.Tensor, values: torch.Tensor, size: int, spare: int) -> None:
+    """``values``, then ``spare`` up to ``size`` rows."""
+    static[: len(values)].copy_(values, non_blocking=True)
+    static[len(values) : size].fill_(spare)
 
 
 def _padded(count: int) -> int:

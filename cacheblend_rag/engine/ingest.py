@@ -7,7 +7,6 @@ H query heads, D head size.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import dense_causal, visible
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.lane import upload
+from cacheblend_rag.engine.outcome import gpu_seconds
 from cacheblend_rag.store.base import ChunkKV
 
 Span = tuple[int, int]
@@ -235,13 +235,9 @@ def prefill_seconds(handle: ModelHandle) -> float:
     count = min(2048, int(most))
     ids = torch.zeros(count, dtype=torch.int64, device=handle.device)
     positions = torch.arange(count, device=handle.device)
-    best = math.inf
-    for _ in range(3):
+
+    def run() -> None:
         step = IsolatedPass([(0, count)], handle.num_layers, keep=lambda index, kv: None)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
         handle.run(step, ids, positions)
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return best / count
+
+    return gpu_seconds(run) / count

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cacheblend_kernels import key_deviation
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.place import Sources, place
-from cacheblend_rag.engine.attention import PagedCache, PagedPass
+from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import PassGraphs
 from cacheblend_rag.engine.hot import HotChunks
@@ -108,8 +107,8 @@ class KernelLane(Lane):
         staging: Staging,
         graphs: PassGraphs,
     ) -> None:
-        super().__init__(region, handle, rope)
-        self._kernels, self._cache, self._graphs = kernels, cache, graphs
+        super().__init__(region, handle, rope, cache)
+        self._kernels, self._graphs = kernels, graphs
         sources = list({s.key: s.chunk for s in region.spans}.items())
         self._transfer = staging.begin(sources)
         self._table = kernels.table(region.task.blocks, self.device)
@@ -184,18 +183,8 @@ class KernelLane(Lane):
         self.handle.run(step, ids, at)
         return score.sum(0)
 
-    def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
-        positions = torch.arange(tile.start, tile.stop)
-        blocks = torch.tensor(self.region.task.blocks)
-        step = PagedPass(self._cache, blocks, positions, check=check)
-        at = upload(positions, self.device)
-        self.place_through(check)  # also starts the transfer: small uploads come first
-        self.handle.run(step, self.ids_E[at], at)
-        assert step.checked is not None
-        cached_k, cached_v = self.view(check).gather(at)
-        k, v = step.checked
-        distance = key_deviation(k, cached_k)
-        return distance + key_deviation(v, cached_v) if values else distance
+    def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.view(index).gather(at)
 
     def recompute(self, tile: torch.Tensor) -> None:
         ids, slots = self.ids_E[tile], self.slots(tile)

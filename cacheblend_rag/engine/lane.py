@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from cacheblend_kernels import key_deviation
+from cacheblend_rag.engine.attention import PagedCache, PagedPass
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.rope import Rerotator
@@ -82,8 +84,10 @@ def upload(host: Array | torch.Tensor, device: torch.device) -> torch.Tensor:
 class Lane(ABC):
     """Layers are placed in ascending order; everything else says what must be placed before."""
 
-    def __init__(self, region: Region, handle: ModelHandle, rope: Rerotator) -> None:
-        self.region, self.handle, self.rope = region, handle, rope
+    def __init__(
+        self, region: Region, handle: ModelHandle, rope: Rerotator, cache: PagedCache
+    ) -> None:
+        self.region, self.handle, self.rope, self._cache = region, handle, rope, cache
         self.device = handle.device
         self._placed = 0  # layers
         self.ids_E, self.offset_E = upload(np.stack([region.ids_E, region.offset_E]), self.device)
@@ -105,7 +109,6 @@ class Lane(ABC):
             float32 [E]: attention each context token got, on this rank's heads.
         """
 
-    @abstractmethod
     def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
         """Run the tokens at the positions ``tile`` up to layer ``check``.
 
@@ -113,6 +116,21 @@ class Lane(ABC):
             float32 [tile]: squared distance of their fresh keys there, and values if asked, to the
             reused ones, on this rank's heads.
         """
+        positions = torch.arange(tile.start, tile.stop)
+        blocks = torch.tensor(self.region.task.blocks)
+        step = PagedPass(self._cache, blocks, positions, check=check)
+        at = upload(positions, self.device)
+        self.place_through(check)  # starts a transfer, which small uploads must come before
+        self.handle.run(step, self.ids_E[at], at)
+        assert step.checked is not None
+        cached_k, cached_v = self._reused(check, at)
+        k, v = step.checked
+        distance = key_deviation(k, cached_k)
+        return distance + key_deviation(v, cached_v) if values else distance
+
+    @abstractmethod
+    def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [at, G, D] of a placed layer, as they were placed, at positions on the device."""
 
     @abstractmethod
     def recompute(self, tile: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cacheblend_rag.engine.hot import HotChunk, HotChunks
+from cacheblend_rag.engine.outcome import gpu_seconds
 from cacheblend_rag.store.base import ChunkKV
 
 _BUFFERS = 4  # a transfer
@@ -48,15 +49,10 @@ class Staging:
         """Of a copy from pinned memory."""
         host = torch.empty(_GROUP_BYTES, dtype=torch.uint8, pin_memory=True)
         there = torch.empty_like(host, device=self.device)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.stream):
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            there.copy_(host, non_blocking=True)
-            start.record()
-            there.copy_(host, non_blocking=True)
-            end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / _GROUP_BYTES
+            seconds = gpu_seconds(lambda: there.copy_(host, non_blocking=True))
+        return seconds / _GROUP_BYTES
 
     def take(self, nbytes: int) -> Buffers:
         """Buffers of ``nbytes`` each at least; a transfer under way keeps its own."""

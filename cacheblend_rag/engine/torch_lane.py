@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cacheblend_kernels import key_deviation, question_attention
+from cacheblend_kernels import question_attention
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, PagedPass, dense_causal, visible
 from cacheblend_rag.engine.forward import ModelHandle, Pass
@@ -30,8 +30,8 @@ class TorchLane(Lane):
     def __init__(
         self, region: Region, handle: ModelHandle, rope: Rerotator, cache: PagedCache
     ) -> None:
-        super().__init__(region, handle, rope)
-        self._cache, self._blocks = cache, torch.tensor(region.task.blocks)
+        super().__init__(region, handle, rope, cache)
+        self._blocks = torch.tensor(region.task.blocks)
         self._slots = cache.slots(self._blocks, torch.arange(region.write_from, region.end))
         self._turn = rope.turn(
             upload(region.old_E, self.device), torch.arange(region.end, device=self.device)
@@ -70,17 +70,9 @@ class TorchLane(Lane):
         self.handle.run(step, ids, torch.cat([glue, positions_Q]))
         return step.score_E
 
-    def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
-        self.place_through(check)
-        cached_k, cached_v = self.layer(check)
-        positions = torch.arange(tile.start, tile.stop)
-        step = PagedPass(self._cache, self._blocks, positions, check=check)
-        at = upload(positions, self.device)
-        self.handle.run(step, self.ids_E[at], at)
-        assert step.checked is not None
-        k, v = step.checked
-        distance = key_deviation(k, cached_k[at])
-        return distance + key_deviation(v, cached_v[at]) if values else distance
+    def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self.layer(index)
+        return k[at], v[at]
 
     def recompute(self, tile: torch.Tensor) -> None:
         step = PagedPass(self._cache, self._blocks, tile.cpu(), before=self.place_through)
