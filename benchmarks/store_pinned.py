@@ -61,12 +61,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     has_gpu = torch.cuda.is_available()
+    device, name = "cpu", "no GPU"
     if has_gpu:
         torch.cuda.init()  # the memory tier page-locks where this process uses a GPU
-        device, name, wait = "cuda", torch.cuda.get_device_name(), torch.cuda.synchronize
+        device, name = "cuda", torch.cuda.get_device_name()
     else:
-        device, name, wait = "cpu", "no GPU", lambda: None
         print("No GPU here: a dry run within ordinary memory, whose figures mean nothing.")
+
+    def wait() -> None:
+        if has_gpu:
+            torch.cuda.synchronize()
 
     shape = (LAYERS, 2, args.tokens, HEADS, SIZE)
     keys = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(args.chunks)]
