@@ -353,6 +353,7 @@ class CacheBlend:
             self.config.store,
             self.info.fingerprint,
             parse_size(self.config.gpu_cache) if self.config.gpu_cache else 0,
+            self.config.namespace,
         )
         report = self._probe(report)
         if report.passed:

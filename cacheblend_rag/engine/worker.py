@@ -78,14 +78,16 @@ class WorkerExtension:
 
     @_reporting
     def cacheblend_bind(
-        self, store_url: str, fingerprint: str, gpu_cache: int = 0
+        self, store_url: str, fingerprint: str, gpu_cache: int = 0, tenant: str = ""
     ) -> list[list[Any]]:
         """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows.
 
-        ``gpu_cache``: bytes of GPU memory for chunks that are used often.
+        ``gpu_cache``: bytes of GPU memory for chunks that are used often. ``tenant``: whose chunks
+        they are.
         """
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        store = open_store(store_url, namespace=f"{fingerprint[:32]}-{rank}of{size}")
+        namespace = f"{fingerprint[:32]}-{rank}of{size}"
+        store = open_store(store_url, namespace=namespace, tenant=tenant)
         handle, rope, cache = self._cacheblend_parts
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
         self._connector().blender = Blender(handle, rope, store, self._cacheblend_lanes)

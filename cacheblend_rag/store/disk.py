@@ -94,7 +94,7 @@ class DiskStore(KVStore):
             check_writable(home)
             self._catalog = Catalog(folder, self.namespace, encoding, policy)
             self.recovery = self._catalog.recover()
-            self._counts.add("evictions", self._catalog.trim(self._limits))
+            self._counts.add("evictions", self._catalog.trim(self._limits)[self.namespace])
 
     def contains(self, key: str) -> bool:
         return os.path.isfile(self._path(key))
@@ -228,7 +228,7 @@ class DiskStore(KVStore):
     def trim(self, capacity_bytes: int) -> int:
         """Evict, whatever the namespace, until the folder holds that much; how many left."""
         with explained(self._folder):
-            return self._catalog.trim(Limits(capacity_bytes, None))
+            return self._catalog.trim(Limits(capacity_bytes, None)).total()
 
     def close(self) -> None:
         self._readers.close()
@@ -283,9 +283,10 @@ class DiskStore(KVStore):
         cost = recompute_cost(len(chunk.token_ids))
         with self._pins_lock:
             pins = set(self._pins)
-        num_evicted = self._catalog.make_room(key, nbytes, cost, self._limits, pins)
-        self._counts.add("evictions", 1 if num_evicted is None else num_evicted)
-        return num_evicted is not None
+        evicted = self._catalog.make_room(key, nbytes, cost, self._limits, pins)
+        # what left another namespace is none of this one's business
+        self._counts.add("evictions", 1 if evicted is None else evicted[self.namespace])
+        return evicted is not None
 
     def _set_aside(self, path: Path, damaged: os.stat_result) -> None:
         with self._setting_aside:
