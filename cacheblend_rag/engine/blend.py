@@ -11,15 +11,18 @@ import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
+from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.lane import Array, Lane, Loaded, Region, upload
-from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
+from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock, RefusedError
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.select import Evidence, Selector, create_selector
 from cacheblend_rag.select.hkvd import HKVDSelector
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV, KVStore
+
+_PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
 
 
 class Blender:
@@ -36,6 +39,7 @@ class Blender:
         lanes: Callable[[Region], Lane],
     ) -> None:
         self.handle, self.rope, self.store, self._lanes = handle, rope, store, lanes
+        self.costs: Costs | None = None  # set once they are measured
         self._max_tile = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._alone = get_tensor_model_parallel_world_size() == 1
 
@@ -49,7 +53,7 @@ class Blender:
         After the last step the paged cache holds K and V of [write_from, E) for every layer.
         """
         clock, plan, device = outcome.clock, task.plan, self.handle.device
-        region = Region(task, self._fetch(plan.segments, task, outcome))
+        region = Region(task, self._fetch(task, outcome))
         outcome.bytes = region.bytes
         lane = self._lanes(region)
         must_E, candidate_E, weighted = _duties(task, region.stored_E, outcome.missing)
@@ -82,27 +86,62 @@ class Blender:
         lane.place_through(self.handle.num_layers - 1)
         clock.mark("load")
 
-    def _fetch(
-        self, segments: Sequence[Segment], task: BlendTask, outcome: BlendOutcome
-    ) -> list[Loaded]:
-        """The stored chunks of a plan. One that is absent, damaged or not what the prompt says on
-        any rank is missing on all: its tokens are computed afresh.
+    def _fetch(self, task: BlendTask, outcome: BlendOutcome) -> list[Loaded]:
+        """The stored chunks of a plan. One that is absent, damaged, not what the prompt says or
+        not there in time on any rank is missing on all: its tokens are computed afresh.
+
+        Raises:
+            RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
-        keys = list(dict.fromkeys(s.key for s in segments if s.key))
-        chunks = dict(zip(keys, self.store.get_many(keys), strict=True))
+        plan, segments = task.plan, task.plan.segments
+        refusal, chunks, late = self._load(plan)
         absent = [
-            bool(s.key) and not self._fits(chunks[s.key], s, task.token_ids) for s in segments
+            bool(s.key) and not self._fits(chunks.get(s.key), s, task.token_ids) for s in segments
         ]
+        votes = [*absent, *(s.key in late for s in segments), bool(refusal)]
         if not self._alone:
             # float: vLLM's all-reduce between CPU processes takes no integers
-            votes = torch.tensor(absent, dtype=torch.float32, device=self.handle.device)
-            absent = [vote > 0 for vote in get_tp_group().all_reduce(votes).tolist()]
+            mine = torch.tensor(votes, dtype=torch.float32, device=self.handle.device)
+            votes = [vote > 0 for vote in get_tp_group().all_reduce(mine).tolist()]
+        if votes[-1]:
+            raise RefusedError(refusal or "another rank's store is too slow")
+        absent, are_late = votes[: len(segments)], votes[len(segments) : -1]
         outcome.missing = [i for i, gone in enumerate(absent) if gone]
+        outcome.late = [i for i, is_late in enumerate(are_late) if is_late]
         return [
             Loaded(s.start, s.end, s.offset, s.key, chunk)
             for s, gone in zip(segments, absent, strict=True)
             if s.key and not gone and (chunk := chunks[s.key]) is not None
         ]
+
+    def _load(self, plan: Plan) -> tuple[str, dict[str, ChunkKV | None], set[str]]:
+        """Why it is not worth it on this rank, or else the chunks by key, and the keys of those
+        that are too far away or do not come within the time of a prefill.
+        """
+        keys = list(dict.fromkeys(s.key for s in plan.segments if s.key))
+        far, refusal, patience_s = set[str](), "", _PATIENCE_S
+        if self.costs is not None and plan.when == "pays":
+            patience_s = self.costs.prefill(plan)
+            if fetch_s := self._fetch_seconds(plan):
+                refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
+                self.store.prefetch(fetch_s if refusal else far)  # for the next one who asks
+        wanted = [] if refusal else [key for key in keys if key not in far]
+        found, late = self.store.get_in_time(wanted, patience_s)
+        return refusal, dict(zip(wanted, found, strict=True)), late | far
+
+    def _fetch_seconds(self, plan: Plan) -> dict[str, float]:
+        """How long the store will take, by its recent speed, for each chunk not in memory."""
+        bandwidth = self.store.bandwidth
+        if bandwidth is None:
+            return {}
+        first = self.handle.layers[0]
+        size = self.handle.config.model_config.dtype.itemsize
+        a_token = 2 * self.handle.num_layers * first.num_kv_heads * first.head_size * size
+        return {
+            s.key: (s.offset + len(s)) * a_token / bandwidth
+            for s in plan.segments
+            if s.key and not self.store.in_memory(s.key)
+        }
 
     def _fits(self, chunk: ChunkKV | None, s: Segment, token_ids: Sequence[int]) -> bool:
         """Whether ``chunk`` really holds the tokens of segment ``s``, in this model's shape."""

@@ -15,6 +15,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import WORKER_ERROR
 from cacheblend_rag.engine.blend import Blender
@@ -96,7 +97,9 @@ class WorkerExtension:
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
-        return self._cacheblend_lanes.costs()
+        measured = self._cacheblend_lanes.costs()
+        self._blender().costs = Costs(**measured) if measured else None
+        return measured
 
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""

@@ -25,6 +25,7 @@ from threading import Lock
 from cacheblend_rag.store.base import (
     ChunkInfo,
     ChunkKV,
+    Found,
     KVStore,
     StoreStats,
     check_key,
@@ -32,7 +33,7 @@ from cacheblend_rag.store.base import (
 )
 from cacheblend_rag.store.catalog import Catalog, opened
 from cacheblend_rag.store.chunk_file import Encoding, decode, encode, possible_sizes
-from cacheblend_rag.store.counts import EventCounts
+from cacheblend_rag.store.counts import EventCounts, found_within
 from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import atomic_file, explained, make_folder, write_all
 from cacheblend_rag.store.index import Limits
@@ -107,6 +108,9 @@ class DiskStore(KVStore):
 
     def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
         return self._readers.map(self.get, keys)
+
+    def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
+        return found_within(self._readers, self.get, keys, within_s, self._counts)
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         path = self._path(key)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from threading import Lock
 
 from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats
 from cacheblend_rag.store.parallel import Readers
 
 
@@ -40,6 +40,16 @@ class WriteBackStore(KVStore):
         written = [key for key, chunk in found.items() if chunk is None]
         found |= zip(written, self.store.get_many(written), strict=True)
         return [found[key] for key in keys]
+
+    def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
+        found = {key: self._not_yet_written(key) for key in keys}
+        written = [key for key, chunk in found.items() if chunk is None]
+        chunks, late = self.store.get_in_time(written, within_s)
+        found |= zip(written, chunks, strict=True)
+        return Found([found[key] for key in keys], late)
+
+    def in_memory(self, key: str) -> bool:
+        return self._not_yet_written(key) is not None or self.store.in_memory(key)
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         with self._lock:
@@ -96,7 +106,7 @@ class WriteBackStore(KVStore):
         return self.store.unlabel(documents)
 
     def close(self) -> None:
-        self._writer.close(wait=True)
+        self._writer.close(wait_for_all=True)
         self.store.close()
 
     def _not_yet_written(self, key: str) -> ChunkKV | None:

@@ -6,9 +6,9 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats, check_key
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats, check_key
 from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
-from cacheblend_rag.store.counts import EventCounts
+from cacheblend_rag.store.counts import EventCounts, found_within
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.remote.base import Backend, BackendError, Head
 from cacheblend_rag.store.remote.guard import Guard, PausedError
@@ -79,6 +79,9 @@ class RemoteStore(KVStore):
 
     def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
         return self._readers.map(self.get, keys)
+
+    def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
+        return found_within(self._readers, self.get, keys, within_s, self._counts)
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         name = self._name(key)
