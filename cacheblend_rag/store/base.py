@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -129,6 +129,10 @@ class KVStore(ABC):
     @abstractmethod
     def scan(self) -> Iterator[ChunkInfo]:
         """Every chunk held, for building an index at start. Skips entries it cannot read."""
+
+    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
+        """``scan`` but for the chunks of these keys, where that spares a remote store work."""
+        return (info for info in self.scan() if info.key not in known)
 
     @abstractmethod
     def stats(self) -> StoreStats:

@@ -111,11 +111,10 @@ class TieredStore(KVStore):
 
     def scan(self) -> Iterator[ChunkInfo]:
         seen: set[str] = set()
-        for tier in (self.fast, self.slow):
-            for info in tier.scan():
-                if info.key not in seen:
-                    seen.add(info.key)
-                    yield info
+        for info in self.fast.scan():
+            seen.add(info.key)
+            yield info
+        yield from self.slow.scan_others(seen)
 
     def stats(self) -> StoreStats:
         fast, slow = self.fast.stats(), self.slow.stats()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
@@ -69,11 +69,15 @@ class WriteBackStore(KVStore):
             self.store.discard(key)
 
     def scan(self) -> Iterator[ChunkInfo]:
+        return self.scan_others(())
+
+    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
         with self._lock:
             waiting = dict(self._waiting)
         for key, chunk in waiting.items():
-            yield ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
-        for info in self.store.scan():
+            if key not in known:
+                yield ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
+        for info in self.store.scan_others(known):
             if info.key not in waiting:
                 yield info
 

@@ -109,6 +109,27 @@ def test_scan_tells_every_chunk_once(store: RemoteStore) -> None:
     assert set(found) == told
 
 
+def test_listing_asks_the_remote_only_for_what_is_not_here(
+    url: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = key_of(request.node.name)[:16]
+    asked: list[str] = []
+    with open_store(f"{url}&disk={tmp_path}/kv", namespace=namespace) as store:
+        assert isinstance(store, TieredStore) and isinstance(store.slow, RemoteStore)
+        backend = store.slow._backend
+        heads = backend.heads
+        monkeypatch.setattr(
+            backend, "heads", lambda names, nbytes: asked.extend(names) or heads(names, nbytes)
+        )
+        for seed in range(4):
+            store.put(key_of(seed), chunk_of(seed))
+        assert len(list(store.scan())) == 4
+        assert asked == []
+        store.fast.discard(key_of(2))
+        assert {info.key for info in store.scan()} == {key_of(seed) for seed in range(4)}
+        assert [name.rpartition("/")[2] for name in asked] == [key_of(2)]
+
+
 def test_namespaces_are_apart(store: RemoteStore, url: str) -> None:
     store.put(key_of(1), chunk_of(1))
     with open_store(url, namespace="other") as other:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats, check_key
 from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
@@ -109,8 +109,14 @@ class RemoteStore(KVStore):
             self._say(error)
 
     def scan(self) -> Iterator[ChunkInfo]:
+        return self.scan_others(())
+
+    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
         for page in self._pages():
-            names = [name for name, _ in page if self._key(name)]
+            keys = ((name, self._key(name)) for name, _ in page)
+            names = [name for name, key in keys if key and key not in known]
+            if not names:
+                continue
             try:
                 heads = self._guard.call(lambda n=names: self._backend.heads(n, _HEAD_BYTES))  # type: ignore[misc]
             except BackendError as error:
