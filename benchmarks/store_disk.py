@@ -2,7 +2,7 @@
 
 Reads the same cold files (dropped from the page cache each time) with the store, which also checks
 them, with plain ``readv`` into one buffer, and with fio where it is installed. They take turns,
-round by round, so that a disk whose speed changes does not favour one.
+round by round, in an order by chance: a disk's speed changes, also with what was just read.
 
     python benchmarks/store_disk.py --folder /data/bench --chunks 32 --tokens 512
 """
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -133,11 +134,12 @@ def compare(
     names = [name for name in rivals if cold or not name.startswith("fio")]
     total = sum(path.stat().st_size for path in files)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+    order = random.Random(1)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
             if cold:
                 drop_from_page_cache(files)
+                time.sleep(0.5)
             taken[name].append(seconds_of(rivals[name]))
     state = "cold" if cold else "cached"
     for name in names:

@@ -195,8 +195,10 @@ def decode(source: Source, key: str, cipher: Cipher | None = None) -> ChunkKV:
     is_small = header.stored == FP8
     dtype = torch.float8_e4m3fn if is_small else getattr(torch, _TORCH_NAMES[header.dtype])
     # eight bits are widened afterwards: only what is handed out is worth page-locking
-    make = torch.empty if is_small else empty
-    kv_L2NHD = make(header.shape, dtype=dtype)
+    if is_small:
+        kv_L2NHD = torch.empty(header.shape, dtype=dtype)
+    else:
+        kv_L2NHD = empty(header.shape, dtype, at=header.head_bytes)
     kv = _bytes_of(kv_L2NHD)
     source.read_into(memoryview(rest))
     source.read_into(kv)
