@@ -838,3 +838,67 @@ def test_scan_of_many_chunks_is_quick(
     seconds = time.perf_counter() - started
     request.node.user_properties.append(("seconds", round(seconds, 3)))
     assert seconds < 2
+
+
+# --- large chunks, which a disk writes straight into their memory ---------------------------------
+
+
+def large_chunk(seed: int, num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> ChunkKV:
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(0, 255, (4, 2, num_tokens, 4, 64 * dtype.itemsize), generator=generator)
+    return ChunkKV(tuple(range(num_tokens)), 3, bits.to(torch.uint8).view(dtype))
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("num_tokens", [510, 1021, 1500, 4099])  # heads of any length
+def test_large_chunks_come_back_bit_for_bit(
+    tmp_path: Path, num_tokens: int, is_cached: bool
+) -> None:
+    chunk = large_chunk(1, num_tokens, torch.float32 if num_tokens % 2 else torch.bfloat16)
+    with open_disk(tmp_path) as store:
+        store.put(key_of(1), chunk)
+        if not is_cached:
+            drop_from_page_cache(tmp_path)
+        for _ in range(2):
+            assert same(store.get(key_of(1)), chunk)
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_large_chunks_where_the_disk_cannot_be_read_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    def preadv(*args: object) -> int:
+        raise OSError(refusal, "not here")
+
+    chunk = large_chunk(1, 1021)
+    with open_disk(tmp_path) as store:
+        store.put(key_of(1), chunk)
+        monkeypatch.setattr(os, "preadv", preadv)
+        assert same(store.get(key_of(1)), chunk)
+
+
+def test_large_files_cut_short_or_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preadv(*args: object) -> int:
+        raise OSError(errno.EIO, "bad sector")
+
+    with open_disk(tmp_path) as store:
+        for seed, damage in ((1, 1), (2, 5000), (3, 3 << 20)):
+            store.put(key_of(seed), large_chunk(seed, 1021))
+            [path] = tmp_path.rglob(f"{key_of(seed)}.safetensors")
+            os.truncate(path, path.stat().st_size - damage)
+            drop_from_page_cache(tmp_path)
+            assert store.get(key_of(seed)) is None
+        store.put(key_of(4), large_chunk(4, 1021))
+        monkeypatch.setattr(os, "preadv", preadv)
+        assert store.get(key_of(4)) is None
+        assert store.stats().corrupt == 4
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
