@@ -14,31 +14,13 @@ import argparse
 import json
 import os
 import platform
-import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896,
-        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-        "rope_theta": 1000000.0,
-    },
-    "llama-8b": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-        "rope_theta": 500000.0,
-    },
-}  # fmt: skip
-COMMON = {
-    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-    "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+from shapes import SHAPES, Words, write_model
 
 
 def main() -> None:
@@ -54,28 +36,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--block-size", type=int)
+    parser.add_argument("--store", default="memory://?capacity=16GiB")
+    parser.add_argument("--gpu-cache", help="GPU memory for chunks, such as 2GiB")
+    parser.add_argument("--gpu-memory-utilization", type=float)
+    parser.add_argument("--when", default="always", choices=["pays", "always"])
     parser.add_argument("--json", type=Path, help="also write every measurement there")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[args.shape]}))
+        write_model(folder, args.shape)
         run(folder, args)
 
 
 def run(folder: str, args: argparse.Namespace) -> None:
     from cacheblend_rag import BlendConfig, CacheBlend
 
-    draw = random.Random(0)
-    vocab = SHAPES[args.shape]["vocab_size"]
-
-    def words(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, vocab) for _ in range(count))
-
+    words = Words(args.shape)
     total = args.chunks * args.chunk_tokens
-    options: dict[str, Any] = {"block_size": args.block_size} if args.block_size else {}
+    options: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("block_size", "gpu_memory_utilization")
+        if getattr(args, name) is not None
+    }
     with CacheBlend(
         folder,
-        config=BlendConfig(ingest_prefix=words(64), store="memory://?capacity=16GiB"),
+        config=BlendConfig(
+            ingest_prefix=words(64),
+            store=args.store,
+            gpu_cache=args.gpu_cache,
+            when=args.when,
+        ),
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype=args.dtype,
@@ -92,7 +82,7 @@ def run(folder: str, args: argparse.Namespace) -> None:
                 modes[name] = {"recompute_ratio": ratio, "selector": selector}
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
         for number in range(args.rounds + 1):  # the first warms up
-            draw.shuffle(chunks)
+            words.draw.shuffle(chunks)
             for name, call in modes.items():
                 body = tuple(t for c in chunks for t in c)
                 prompt = head + body + words(args.question_tokens)

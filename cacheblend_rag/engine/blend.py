@@ -5,7 +5,8 @@ Shape legend: E tokens of the blended region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.lane import Array, Lane, Loaded, Region, upload
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.rope import Rerotator
-from cacheblend_rag.plan import Kind, Plan, Segment
+from cacheblend_rag.plan import Kind, Segment
 from cacheblend_rag.select import Evidence, Selector, create_selector
 from cacheblend_rag.select.hkvd import HKVDSelector
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV, KVStore
+
+_BACKGROUND_TILE = 256  # tokens; so few cost about what reading the weights does: a decode step
 
 
 class Blender:
@@ -38,6 +41,7 @@ class Blender:
         self.handle, self.rope, self.store, self._lanes = handle, rope, store, lanes
         self._max_tile = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._alone = get_tensor_model_parallel_world_size() == 1
+        self._reader = ThreadPoolExecutor(1, "cacheblend-read")  # for those who must not wait
 
     def start(self, task: BlendTask) -> BlendOutcome:
         """What ``steps`` will fill in."""
@@ -49,7 +53,9 @@ class Blender:
         After the last step the paged cache holds K and V of [write_from, E) for every layer.
         """
         clock, plan, device = outcome.clock, task.plan, self.handle.device
-        region = Region(task, self._fetch(plan.segments, task, outcome))
+        yields = task.background and self._alone  # ranks that wait each their own way would part
+        chunks = yield from self._read(plan.segments, yields)
+        region = Region(task, self._fitting(chunks, task, outcome))
         outcome.bytes = region.bytes
         lane = self._lanes(region)
         must_E, candidate_E, weighted = _duties(task, region.stored_E, outcome.missing)
@@ -57,12 +63,16 @@ class Blender:
         num_candidates = int(candidate_E.sum())
         budget = min(selector.budget(plan.ratio, weighted), num_candidates)
         chosen, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
+        while yields and not lane.bring():
+            yield
         clock.mark("load")
 
         if 0 < budget < num_candidates:
             question_E = deviation_E = None
             if selector.evidence == "question":
                 question_E = self._ask(lane, task, selector)
+                if task.background:
+                    yield
             elif selector.evidence == "deviation":
                 deviation_E = yield from self._probe(lane, task, selector, clock)
             evidence = Evidence(candidate, lane.offset_E, lane.ids_E, question_E, deviation_E)
@@ -74,7 +84,7 @@ class Blender:
         clock.mark("select")
 
         outcome.chosen = _to_host(chosen)
-        for tile in chosen.split(self._tile(plan)) if len(chosen) else ():  # all may be exact
+        for tile in chosen.split(self._tile(task)) if len(chosen) else ():  # all may be exact
             lane.recompute(tile)
             clock.mark("recompute")
             yield
@@ -82,14 +92,25 @@ class Blender:
         lane.place_through(self.handle.num_layers - 1)
         clock.mark("load")
 
-    def _fetch(
-        self, segments: Sequence[Segment], task: BlendTask, outcome: BlendOutcome
+    def _read(
+        self, segments: Sequence[Segment], yields: bool
+    ) -> Generator[None, None, dict[str, ChunkKV | None]]:
+        """What the store has of a plan's chunks; where it ``yields``, read beside other steps."""
+        keys = list(dict.fromkeys(s.key for s in segments if s.key))
+        if not yields:
+            return dict(zip(keys, self.store.get_many(keys), strict=True))
+        reading = self._reader.submit(self.store.get_many, keys)
+        while not reading.done():
+            yield
+        return dict(zip(keys, reading.result(), strict=True))
+
+    def _fitting(
+        self, chunks: Mapping[str, ChunkKV | None], task: BlendTask, outcome: BlendOutcome
     ) -> list[Loaded]:
         """The stored chunks of a plan. One that is absent, damaged or not what the prompt says on
         any rank is missing on all: its tokens are computed afresh.
         """
-        keys = list(dict.fromkeys(s.key for s in segments if s.key))
-        chunks = dict(zip(keys, self.store.get_many(keys), strict=True))
+        segments = task.plan.segments
         absent = [
             bool(s.key) and not self._fits(chunks[s.key], s, task.token_ids) for s in segments
         ]
@@ -132,7 +153,9 @@ class Blender:
         assert isinstance(selector, HKVDSelector)
         check = min(selector.check_layer, self.handle.num_layers - 1)
         deviation = torch.zeros(task.plan.end, device=self.handle.device)
-        size, end = self._tile(task.plan), task.plan.end
+        # only the layers up to the check run
+        size = min(self._tile(task) * self.handle.num_layers // (check + 1), self._max_tile)
+        end = task.plan.end
         for start in range(task.write_from, end, size):
             tile = range(start, min(start + size, end))
             deviation[tile.start : tile.stop] = lane.deviation(
@@ -146,8 +169,9 @@ class Blender:
         total: torch.Tensor = value if self._alone else get_tp_group().all_reduce(value)
         return total
 
-    def _tile(self, plan: Plan) -> int:
-        return min(plan.tile_tokens or self._max_tile, self._max_tile)
+    def _tile(self, task: BlendTask) -> int:
+        usual = _BACKGROUND_TILE if task.background else self._max_tile
+        return min(task.plan.tile_tokens or usual, self._max_tile)
 
 
 def _to_host(positions: torch.Tensor) -> torch.Tensor:
