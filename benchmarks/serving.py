@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -141,10 +142,8 @@ async def throughput(load: Load) -> list[dict[str, Any]]:
     print("at equal p95 TTFT:")
     for target in sorted({r["p95"] for r in rows if r["mode"] == "full"}):
         best = {
-            name: max(
-                (r["rps"] for r in rows if r["mode"] == name and r["p95"] <= target), default=0
-            )
-            for name in MODES
+            name: max((r["rps"] for r in of_mode if r["p95"] <= target), default=0)
+            for name, of_mode in ((n, [r for r in rows if r["mode"] == n]) for n in MODES)
         }
         ratios = [f"{best['blend'] / best[m]:.2f} x {m}" for m in ("full", "off") if best[m]]
         print(f"  p95 <= {1e3 * target:.0f} ms: blend {best['blend']:.2f}/s, {', '.join(ratios)}")
@@ -161,7 +160,7 @@ async def stall(load: Load) -> dict[str, Any]:
             for _ in range(6):
                 await load.request(1, **call)
         at = await stream
-        gaps = [b - a for a, b in zip(at, at[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(at)]
         found[name] = {
             "median": statistics.median(gaps),
             "p95": statistics.quantiles(gaps, n=20)[-1],
