@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 import vllm
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from cacheblend_kernels.attention import scattered_attention
@@ -67,6 +68,8 @@ def row(context: int, ratio: float, args: argparse.Namespace) -> None:
     dense_k = torch.randn(dense, groups, dim, dtype=torch.bfloat16, device="cuda")
     bounds = torch.tensor([0, dense], dtype=torch.int32, device="cuda")
 
+    version = get_flash_attn_version()
+
     def ours() -> None:
         scattered_attention(q, at, view, out, scale=dim**-0.5)
 
@@ -74,6 +77,7 @@ def row(context: int, ratio: float, args: argparse.Namespace) -> None:
         flash_attn_varlen_func(
             dense_q, dense_k, dense_k, max_seqlen_q=dense, cu_seqlens_q=bounds,
             max_seqlen_k=dense, cu_seqlens_k=bounds, softmax_scale=dim**-0.5, causal=True,
+            fa_version=version,
         )  # fmt: skip
 
     a, b = in_turn(ours, rival, args.rounds)
