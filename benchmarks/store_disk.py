@@ -1,7 +1,8 @@
 """How much of the disk's read speed does the disk tier reach?
 
 Reads the same cold files (dropped from the page cache each time) with the store, which also checks
-them, with plain ``readv`` into one buffer, and with fio where it is installed.
+them, with plain ``readv`` into one buffer, and with fio where it is installed. They take turns,
+round by round, so that a disk whose speed changes does not favour one.
 
     python benchmarks/store_disk.py --folder /data/bench --chunks 32 --tokens 512
 """
@@ -56,35 +57,29 @@ def read_raw(files: Sequence[Path], threads: int) -> None:
         list(pool.map(read, files))
 
 
-def speed(files: Sequence[Path], cold: bool, work: Callable[[], object], rounds: int) -> float:
-    """Median GB/s."""
-    total = sum(path.stat().st_size for path in files)
-    speeds = []
-    for _ in range(rounds):
-        if cold:
-            drop_from_page_cache(files)
-        started = time.perf_counter()
-        work()
-        speeds.append(total / (time.perf_counter() - started) / 1e9)
-    return statistics.median(speeds)
+def seconds_of(work: Callable[[], float | None]) -> float:
+    """What ``work`` says it took, or else what it did take."""
+    started = time.perf_counter()
+    told = work()
+    return time.perf_counter() - started if told is None else told
 
 
-def fio(files: Sequence[Path], threads: int, rounds: int) -> float | None:
-    """The same files, each read once in order, by as many jobs."""
-    if shutil.which("fio") is None:
-        return None
-    command = ["fio", "--output-format=json", "--rw=read", "--bs=1M", "--ioengine=psync"]
-    command += ["--invalidate=1", "--group_reporting", "--readonly"]
+def fio(files: Sequence[Path], threads: int, block: int) -> float:
+    """Seconds that fio needs for the same files, each read once in order, by as many jobs, each
+    with one buffer of ``block`` bytes; without its start.
+    """
+    command = ["fio", "--output-format=json", "--rw=read", f"--bs={block}", "--ioengine=psync"]
+    command += ["--invalidate=1", "--group_reporting", "--readonly", "--thread"]
     for job in range(threads):
         names = ":".join(str(path) for path in files[job::threads])
         command += [f"--name=job{job}", f"--filename={names}", "--file_service_type=sequential"]
-    speeds = []
-    for _ in range(rounds):
-        drop_from_page_cache(files)
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        job = json.loads(done.stdout)["jobs"][0]["read"]
-        speeds.append(job["bw_bytes"] / 1e9)
-    return statistics.median(speeds)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)["jobs"][0]["read"]["runtime"]) / 1e3
+
+
+def fio_version() -> str:
+    done = subprocess.run(["fio", "--version"], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def main() -> None:
@@ -95,29 +90,62 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fp8", action="store_true")
     args = parser.parse_args()
+    has_fio = shutil.which("fio") is not None
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         encoding = Encoding(fp8=args.fp8)
         with DiskStore(Path(name) / "kv", namespace="bench", encoding=encoding) as store:
             keys = fill(store, args.chunks, args.tokens)
             files = sorted(Path(name).rglob("*.safetensors"))
-            total = sum(path.stat().st_size for path in files)
-            print(f"{len(files)} files, {total / 1e6:.0f} MB, {torch.get_num_threads()} threads")
-            rows: list[tuple[str, float | None]] = []
-            for cold in (True, False):
-                state = "cold" if cold else "cached"
-                one = speed(files, cold, lambda: [store.get(key) for key in keys], args.rounds)
-                rows.append((f"{state}: get, one after another", one))
-                many = speed(files, cold, lambda: store.get_many(keys), args.rounds)
-                rows.append((f"{state}: get_many", many))
-                for threads in (1, 8):
-                    raw = speed(
-                        files, cold, lambda threads=threads: read_raw(files, threads), args.rounds
-                    )
-                    rows.append((f"{state}: readv, {threads} at once", raw))
-            for threads in (1, 8):
-                rows.append((f"cold: fio, {threads} at once", fio(files, threads, args.rounds)))
-            for label, found in rows:
-                print(f"{label:30} " + ("not installed" if found is None else f"{found:.2f} GB/s"))
+            total, size = sum(path.stat().st_size for path in files), files[0].stat().st_size
+            print(f"{len(files)} files, {total / 1e6:.0f} MB, {args.rounds} rounds", end=", ")
+            print(f"{fio_version() if has_fio else 'no fio'}, torch {torch.__version__}")
+
+            def one_by_one() -> None:
+                for key in keys:
+                    store.get(key)
+
+            def at_once() -> None:
+                store.get_many(keys)
+
+            for threads, ours in ((1, one_by_one), (8, at_once)):
+                rivals: dict[str, Callable[[], float | None]] = {
+                    "store": ours,
+                    "readv": lambda threads=threads: read_raw(files, threads),  # type: ignore[misc]
+                }
+                if has_fio:
+                    for label, block in (
+                        ("fio, whole files", size),
+                        ("fio, 1 MiB blocks", 1 << 20),
+                    ):
+                        rivals[label] = lambda t=threads, b=block: fio(files, t, b)  # type: ignore[misc]
+                for cold in (True, False):
+                    compare(rivals, files, cold, args.rounds, f"{threads} at once")
+
+
+def compare(
+    rivals: dict[str, Callable[[], float | None]],
+    files: Sequence[Path],
+    cold: bool,
+    rounds: int,
+    label: str,
+) -> None:
+    """Let them take turns and print the medians; fio reads cold files only."""
+    names = [name for name in rivals if cold or not name.startswith("fio")]
+    total = sum(path.stat().st_size for path in files)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if cold:
+                drop_from_page_cache(files)
+            taken[name].append(seconds_of(rivals[name]))
+    state = "cold" if cold else "cached"
+    for name in names:
+        rate = total / statistics.median(taken[name]) / 1e9
+        low, high = (total / edge(taken[name]) / 1e9 for edge in (max, min))
+        pairs = [other / ours for ours, other in zip(taken["store"], taken[name], strict=True)]
+        share = "" if name == "store" else f"  store / {name}: {statistics.median(pairs):.1%}"
+        print(f"{state}, {label}: {name:17} {rate:.2f} GB/s ({low:.2f} to {high:.2f}){share}")
 
 
 if __name__ == "__main__":

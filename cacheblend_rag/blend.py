@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, overload
 
 from tqdm import tqdm
 
-from cacheblend_rag import gate, ingest
+from cacheblend_rag import gate, ingest, metrics
 from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
@@ -279,6 +279,7 @@ class CacheBlend:
             total_s=last.at - start + waited,
             stages_s=prepared.stages_s,
         )
+        metrics.observe(report)
         for key in report.missing_keys:
             self._index.discard(key)
             if self._head is not None and key == self._head.key:
@@ -353,6 +354,7 @@ class CacheBlend:
             self.config.store,
             self.info.fingerprint,
             parse_size(self.config.gpu_cache) if self.config.gpu_cache else 0,
+            self.config.namespace,
         )
         report = self._probe(report)
         if report.passed:

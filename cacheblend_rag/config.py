@@ -45,7 +45,7 @@ class BlendConfig:
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
             no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.
-        namespace: tenant salt; chunks of another namespace are never seen.
+        namespace: tenant; chunks, counts and documents of another one are never seen.
     """
 
     mode: Mode = "blend"

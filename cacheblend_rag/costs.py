@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from cacheblend_rag.plan import Plan
 
 _MARGIN = 0.97  # of the plain prefill's time; a blend predicted above it is not worth its error
+_ALL_NEAR: Mapping[str, float] = MappingProxyType({})
 
 
 class Costs(NamedTuple):
@@ -25,19 +28,42 @@ class Costs(NamedTuple):
     load_s: float
     blend_s: float
 
-    def refusal(self, plan: Plan) -> str:
-        """Why ``plan`` is not worth it; empty if it is.
+    def prefill(self, plan: Plan) -> float:
+        """Seconds of a plain prefill of what ``plan`` covers."""
+        return self.prefill_s * plan.end
 
-        Loading runs beside computing, so the longer of the two counts.
+    def too_far(self, plan: Plan, fetch_s: Mapping[str, float]) -> set[str]:
+        """Chunks that take longer to fetch than their tokens to compute.
+
+        Args:
+            fetch_s: seconds until a disk or a network has brought a chunk to host memory, by key;
+                chunks that are there already are left out.
         """
-        reused = sum(len(s) for s in plan.segments if s.key)
-        fresh = plan.end - reused
-        computed = fresh + plan.ratio * reused
-        blended = self.blend_s + max(self.load_s * reused, self.recompute_s * computed)
-        plain = self.prefill_s * plan.end
+        saved = dict.fromkeys(fetch_s, 0.0)
+        for s in plan.segments:
+            if s.key in saved:
+                saved[s.key] += self.recompute_s * len(s) * (1 - plan.ratio)
+        return {key for key, seconds in fetch_s.items() if seconds >= saved[key]}
+
+    def refusal(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> str:
+        """Why ``plan`` is not worth it; empty if it is. ``fetch_s`` is that of ``too_far``.
+
+        Copying from host memory runs beside computing, so the longer of the two counts; fetching
+        comes before both.
+        """
+        left_out = self.too_far(plan, fetch_s)
+        reused = sum(len(s) for s in plan.segments if s.key and s.key not in left_out)
+        fetched = sum(seconds for key, seconds in fetch_s.items() if key not in left_out)
+        computed = plan.end - reused + plan.ratio * reused
+        passes = max(self.load_s * reused, self.recompute_s * computed)
+        blended, plain = self.blend_s + fetched + passes, self.prefill(plan)
         if blended < _MARGIN * plain:
             return ""
+        far = ""
+        if fetch_s:
+            wait = 1e3 * sum(fetch_s.values())
+            far = f"; {len(fetch_s)} chunks are not in memory, fetching them takes {wait:.0f} ms"
         return (
             f"a plain prefill is as quick here: {1e3 * plain:.1f} ms predicted for {plan.end} "
-            f"tokens, a blend {1e3 * blended:.1f} ms (when='always' blends all the same)"
+            f"tokens, a blend {1e3 * blended:.1f} ms{far} (when='always' blends all the same)"
         )

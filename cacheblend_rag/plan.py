@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from cacheblend_rag.config import BlendConfig, Schedule
+from cacheblend_rag.config import BlendConfig, Schedule, When
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
 from cacheblend_rag.select import create_selector
@@ -66,6 +66,7 @@ class Plan:
     selector_options: Mapping[str, Any]
     schedule: Schedule = "auto"
     tile_tokens: int | None = None
+    when: When = "always"
 
     @property
     def end(self) -> int:
@@ -87,6 +88,7 @@ class Plan:
                 },
                 "schedule": self.schedule,
                 "tile_tokens": self.tile_tokens,
+                "when": self.when,
             }
         }
 
@@ -116,6 +118,7 @@ class Plan:
                 selector_options=dict(data["selector_options"]),
                 schedule=data["schedule"],
                 tile_tokens=data["tile_tokens"],
+                when=data["when"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"malformed plan: {error!r}") from error
@@ -152,7 +155,7 @@ class Plan:
         the question chose what was recomputed, it is part of the plan's identity.
         """
         data = self.to_params()[PARAMS_KEY]
-        del data["schedule"], data["tile_tokens"]  # when, not what
+        del data["schedule"], data["tile_tokens"], data["when"]  # when, not what
         digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
         if create_selector(self.selector, self.selector_options).evidence == "question":
             digest.update(array("q", self.question_ids(token_ids)).tobytes())
@@ -211,8 +214,9 @@ def make_plan(
         selector_options=dict(config.selector_options),
         schedule=config.schedule,
         tile_tokens=config.tile_tokens,
+        when=config.when if config.mode == "blend" else "always",
     )
-    if costs is not None and config.mode == "blend" and config.when == "pays":
+    if costs is not None and plan.when == "pays":
         refusal = costs.refusal(plan)
         return NoPlan(refusal) if refusal else plan
     return plan

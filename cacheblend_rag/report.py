@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cacheblend_rag.plan import Kind, NoPlan, Plan, Segment
 
+_COMPUTED = ("fresh", "missing", "late")
 _REASONS = {
     Kind.FRESH: "no stored chunk covers these tokens",
     Kind.REUSE: "stored KV, keys re-rotated",
@@ -21,7 +22,7 @@ class SegmentReport(NamedTuple):
 
     start: int
     end: int
-    kind: str  # reused | fresh | missing | prefix_cached
+    kind: str  # reused | fresh | missing | late | prefix_cached
     tokens_recomputed: int  # of a reused segment
     reason: str
     key: str = ""
@@ -93,7 +94,8 @@ def make_report(
 
     Args:
         engine: ``reason`` (why it did not blend, or empty), ``prefix_cached``, and, of a blend,
-            ``recomputed`` per segment, ``missing`` segment numbers, ``seconds``, ``bytes``.
+            ``recomputed`` per segment, ``missing`` and ``late`` segment numbers, ``seconds``,
+            ``bytes``.
     """
     cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
     common: dict[str, Any] = {
@@ -120,7 +122,7 @@ def make_report(
     segments = [
         report
         for i, s in enumerate(plan.segments)
-        if (report := _segment(s, engine["recomputed"][i], i in engine["missing"], cached))
+        if (report := _segment(s, engine["recomputed"][i], _absence(engine, i), cached))
     ]
     tail = SegmentReport(
         plan.end, tokens_total, "fresh", 0, "the question, and less than a block before it"
@@ -133,7 +135,7 @@ def make_report(
             s.end - s.start - s.tokens_recomputed for s in segments if s.kind == "reused"
         ),
         tokens_recomputed=sum(s.tokens_recomputed for s in segments),
-        tokens_fresh=sum(s.end - s.start for s in segments if s.kind in ("fresh", "missing")),
+        tokens_fresh=sum(s.end - s.start for s in segments if s.kind in _COMPUTED),
         recompute_ratio=plan.ratio,
         selector=plan.selector,
         bytes_loaded=int(engine["bytes"]),
@@ -149,13 +151,24 @@ def _cached_segment(cached: int) -> list[SegmentReport]:
     return [SegmentReport(0, cached, "prefix_cached", 0, reason)]
 
 
-def _segment(s: Segment, recomputed: int, missing: bool, cached: int) -> SegmentReport | None:
+def _absence(engine: Mapping[str, Any], number: int) -> tuple[str, str] | None:
+    """Kind and reason of a segment whose chunk was not used."""
+    if number in engine.get("late", ()):
+        return "late", "the store would have taken longer with this chunk than computing it"
+    if number in engine["missing"]:
+        return "missing", "the store no longer has this chunk, or it was damaged: computed afresh"
+    return None
+
+
+def _segment(
+    s: Segment, recomputed: int, absence: tuple[str, str] | None, cached: int
+) -> SegmentReport | None:
     start = max(s.start, cached)
     if start >= s.end:
         return None
-    if missing:
-        reason = "the store no longer has this chunk, or it was damaged: computed afresh"
-        return SegmentReport(start, s.end, "missing", 0, reason, s.key)
+    if absence is not None:
+        kind, reason = absence
+        return SegmentReport(start, s.end, kind, 0, reason, s.key)
     if s.kind is Kind.FRESH:
         return SegmentReport(start, s.end, "fresh", 0, _REASONS[s.kind])
     return SegmentReport(start, s.end, "reused", recomputed, _REASONS[s.kind], s.key)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from cacheblend_rag.models import cache_home
+from cacheblend_rag.store.tenants import tenant_id
 
 OK, OUR_ERROR, REFUSED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
 
@@ -44,6 +45,14 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     """``--store``, a folder."""
     default = cache_home() / "store"
     parser.add_argument("--store", type=folder, default=default, metavar="DIR", help=f"({default})")
+
+
+def add_namespace(parser: argparse.ArgumentParser, default: str | None = "") -> None:
+    """``--namespace``, a tenant; None by default where a command is about all of them."""
+    text = "whose documents and KV; tenants see nothing of each other"
+    if default is None:
+        text = "only what is of this tenant (all)"
+    parser.add_argument("--namespace", default=default, metavar="NAME", help=text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -86,9 +95,10 @@ def folder(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
-def index_of(store: Path) -> Path:
-    """The folder of the FAISS index, beside the store."""
-    return store.with_name(f"{store.name}-index")
+def index_of(store: Path, namespace: str | None = None) -> Path:
+    """The folder of the FAISS index, beside the store; a tenant has its own."""
+    suffix = f"-{tenant_id(namespace)}" if namespace else ""
+    return store.with_name(f"{store.name}-index{suffix}")
 
 
 def megabytes(count: float) -> str:

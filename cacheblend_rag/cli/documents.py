@@ -19,6 +19,7 @@ from cacheblend_rag.cli.base import (
     Done,
     Screen,
     add_model,
+    add_namespace,
     add_store,
     at_least_32,
     command,
@@ -43,6 +44,7 @@ def add(commands: Any) -> None:
     ingest.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=".txt, .md, .pdf")
     ingest.add_argument("--chunk-tokens", type=at_least_32, default=200, metavar="N")
     add_store(ingest)
+    add_namespace(ingest)
     add_model(ingest)
 
     ask = command(commands, "ask", _ask, "answer a question from what was ingested")
@@ -53,18 +55,20 @@ def add(commands: Any) -> None:
     ask.add_argument("--selector", choices=sorted(SELECTORS), help="which tokens those are (query)")
     ask.add_argument("--max-tokens", type=positive, default=128, metavar="N")
     add_store(ask)
+    add_namespace(ask)
     add_model(ask)
 
 
 def _ingest(args: argparse.Namespace, screen: Screen) -> Done:
     require_extras()
     documents = _read(args.paths, screen)
-    with started(args.model, args.store, screen) as blend:
+    with started(args.model, args.store, screen, args.namespace) as blend:
         passages = split(documents, args.chunk_tokens, blend.tokenizer)
         report = store_kv(blend, passages, screen)
     if report.keys:
-        label(args.store, [passage.source for passage in passages], list(report.keys))
-    index = index_of(args.store)
+        sources = [passage.source for passage in passages]
+        label(args.store, sources, list(report.keys), args.namespace)
+    index = index_of(args.store, args.namespace)
     kept = _other_passages(index, args.paths)
     screen.note.print(f"Indexing {len(kept) + len(passages)} passages ...")
     Retriever([*kept, *passages], folder=index)
@@ -136,10 +140,11 @@ def _other_passages(index: Path, paths: Sequence[Path]) -> list[Passage]:
 
 def _ask(args: argparse.Namespace, screen: Screen) -> Done:
     require_extras()
-    passages = Retriever.load(index_of(args.store)).search(args.question, args.k)
+    index = index_of(args.store, args.namespace)
+    passages = Retriever.load(index).search(args.question, args.k)
     asked = {"mode": args.mode, "recompute_ratio": args.ratio, "selector": args.selector}
     options = {name: value for name, value in asked.items() if value is not None}
-    with started(args.model, args.store, screen) as blend:
+    with started(args.model, args.store, screen, args.namespace) as blend:
         messages = demo.chat(passages, args.question)
         with blend.stream(
             messages, max_tokens=args.max_tokens, temperature=0.0, **options

@@ -27,13 +27,15 @@ EXTRAS = {
 
 
 @contextlib.contextmanager
-def started(name: str | None, store: Path | None, screen: Screen) -> Iterator[CacheBlend]:
+def started(
+    name: str | None, store: Path | None, screen: Screen, namespace: str = ""
+) -> Iterator[CacheBlend]:
     """The engine over a store in this folder, or in memory; closed at the end."""
     model = resolve_model(name)
     screen.note.print(f"Starting vLLM with {model} ...", highlight=False, soft_wrap=True)
     start = time.perf_counter()
     url = store.as_uri() if store else "memory://"
-    config = BlendConfig(system_prompt=demo.SYSTEM_PROMPT, store=url)
+    config = BlendConfig(system_prompt=demo.SYSTEM_PROMPT, store=url, namespace=namespace)
     with tempfile.TemporaryFile() as log:
         try:
             with _errors_to(log, Path(model).is_dir()):

@@ -15,6 +15,7 @@ from cacheblend_rag.cli.base import (
     REFUSED,
     Done,
     Screen,
+    add_namespace,
     add_store,
     command,
     index_of,
@@ -38,11 +39,13 @@ def add(commands: Any) -> None:
     """Add the commands of this file."""
     stats = command(commands, "stats", _stats, "what the store holds")
     add_store(stats)
+    add_namespace(stats, None)
 
     verify = command(
         commands, "verify", _verify, "read every stored chunk; set damaged ones aside (exit code 3)"
     )
     add_store(verify)
+    add_namespace(verify, None)
 
     prune = command(commands, "prune", _prune, "remove leftovers, and chunks down to a size")
     prune.add_argument("--to", type=_size, metavar="SIZE", help="bytes to keep, such as 10GiB")
@@ -51,6 +54,7 @@ def add(commands: Any) -> None:
     out = command(commands, "export", _export, "write the store to one file")
     out.add_argument("file", type=Path, metavar="FILE.tar")
     add_store(out)
+    add_namespace(out, None)
 
     into = command(commands, "import", _import, "add what an exported file holds")
     into.add_argument("file", type=Path, metavar="FILE.tar")
@@ -59,9 +63,11 @@ def add(commands: Any) -> None:
     forget = command(commands, "forget", _forget, "drop documents: their passages and their KV")
     forget.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="as ingested")
     add_store(forget)
+    add_namespace(forget)
 
     gc = command(commands, "gc", _gc, "drop the KV of documents that are no longer indexed")
     add_store(gc)
+    add_namespace(gc)
 
 
 def _size(text: str) -> int:
@@ -75,14 +81,16 @@ def _size(text: str) -> int:
 
 
 def _stats(args: argparse.Namespace, screen: Screen) -> Done:
-    rows = [_row(args.store, name) for name in namespaces(args.store)]
-    passages = len(_passages(args.store))
+    rows = [_row(args.store, name) for name in namespaces(args.store, args.namespace)]
+    passages = len(_passages(args.store, args.namespace))
     table = Table("namespace", "chunks", "tokens", "KV", title=str(args.store))
     for row in rows:
         size = megabytes(row["bytes"])
         table.add_row(row["namespace"], str(row["chunks"]), str(row["tokens"]), size)
     screen.out.print(table)
-    screen.out.print(f"{passages} passages indexed. A namespace is one model on one rank.")
+    screen.out.print(
+        f"{passages} passages indexed. A namespace is one tenant's, model's and rank's."
+    )
     total = {name: sum(row[name] for row in rows) for name in ("chunks", "tokens", "bytes")}
     data = {"store": str(args.store), "namespaces": rows, "total": total, "passages": passages}
     return Done(OK, data)
@@ -101,7 +109,7 @@ def _row(folder: Path, namespace: str) -> dict[str, Any]:
 
 def _verify(args: argparse.Namespace, screen: Screen) -> Done:
     rows: list[dict[str, Any]] = []
-    for namespace in namespaces(args.store):
+    for namespace in namespaces(args.store, args.namespace):
         counts = Counter[bool]()
         damaged = []
         with open_namespace(args.store, namespace) as store:
@@ -139,10 +147,11 @@ def _prune(args: argparse.Namespace, screen: Screen) -> Done:
 
 
 def _forget(args: argparse.Namespace, screen: Screen) -> Done:
-    names = namespaces(args.store)
+    names = namespaces(args.store, args.namespace)
     roots = [path.expanduser().resolve() for path in args.paths]
+    passages = _passages(args.store, args.namespace)
     kept, gone = list[Passage](), set[str]()
-    for passage in _passages(args.store):
+    for passage in passages:
         if any(Path(passage.source).is_relative_to(root) for root in roots):
             gone.add(passage.source)
         else:
@@ -152,44 +161,43 @@ def _forget(args: argparse.Namespace, screen: Screen) -> Done:
     for namespace in names:
         with open_namespace(args.store, namespace) as store:
             chunks += sum(store.forget(document) for document in sorted(gone))
-    _index_only(args.store, kept, len(kept) < len(_passages(args.store)))
+    if len(kept) < len(passages):
+        _index_only(index_of(args.store, args.namespace), kept)
     screen.out.print(f"Forgot {chunks} chunks; {len(kept)} passages stay.", highlight=False)
     return Done(OK, {"store": str(args.store), "chunks": chunks, "passages": len(kept)})
 
 
 def _gc(args: argparse.Namespace, screen: Screen) -> Done:
-    live = {passage.source for passage in _passages(args.store)}
+    live = {passage.source for passage in _passages(args.store, args.namespace)}
     chunks = 0
-    for namespace in namespaces(args.store):
+    for namespace in namespaces(args.store, args.namespace):
         with open_namespace(args.store, namespace) as store:
             chunks += store.gc(live)
     screen.out.print(f"Dropped {chunks} chunks; {len(live)} documents stay.", highlight=False)
     return Done(OK, {"store": str(args.store), "chunks": chunks, "documents": len(live)})
 
 
-def _passages(store: Path) -> tuple[Passage, ...]:
-    index = index_of(store)
+def _passages(store: Path, tenant: str | None) -> tuple[Passage, ...]:
+    index = index_of(store, tenant)
     return Retriever.load(index).passages if (index / MANIFEST).exists() else ()
 
 
-def _index_only(store: Path, kept: list[Passage], changed: bool) -> None:
-    if not changed:
-        return
+def _index_only(index: Path, kept: list[Passage]) -> None:
     if kept:
-        Retriever(kept, folder=index_of(store))
+        Retriever(kept, folder=index)
     else:  # an index of nothing can't be searched
-        (index_of(store) / MANIFEST).unlink()
+        (index / MANIFEST).unlink()
 
 
-def label(folder: Path, sources: list[str], keys: list[str]) -> None:
-    """Note in every namespace which document each chunk is of; an empty key is none."""
+def label(folder: Path, sources: list[str], keys: list[str], tenant: str = "") -> None:
+    """Note in every namespace of a tenant which document each chunk is of; an empty key is none."""
     if not is_store(folder):
         return
     by_document: dict[str, list[str]] = {}
     for source, key in zip(sources, keys, strict=True):
         if key:
             by_document.setdefault(source, []).append(key)
-    for namespace in namespaces(folder):
+    for namespace in namespaces(folder, tenant):
         with contextlib.suppress(StoreError), open_namespace(folder, namespace) as store:
             before = store.unlabel(map(document_id, by_document))
             for document, its_keys in by_document.items():
@@ -205,7 +213,7 @@ def _export(args: argparse.Namespace, screen: Screen) -> Done:
     chunks = nbytes = 0
     try:
         with args.file.open("xb") as target:
-            for _, size in export(args.store, target):
+            for _, size in export(args.store, target, args.namespace):
                 chunks, nbytes = chunks + 1, nbytes + size
     except OSError as error:
         raise StoreError(f"{args.file} cannot be written: {error.strerror}.") from error

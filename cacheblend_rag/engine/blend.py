@@ -12,17 +12,22 @@ import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
+from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.lane import Array, Lane, Loaded, Region, upload
-from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
+from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock, RefusedError
 from cacheblend_rag.engine.rope import Rerotator
-from cacheblend_rag.plan import Kind, Segment
+from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.select import Evidence, Selector, create_selector
 from cacheblend_rag.select.hkvd import HKVDSelector
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV, KVStore
 
 _BACKGROUND_TILE = 256  # tokens; so few cost about what reading the weights does: a decode step
+_PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
+
+# why a blend is refused, else the chunks by key, and the keys of those that come too late
+_FromStore = tuple[str, dict[str, ChunkKV | None], set[str]]
 
 
 class Blender:
@@ -39,6 +44,7 @@ class Blender:
         lanes: Callable[[Region], Lane],
     ) -> None:
         self.handle, self.rope, self.store, self._lanes = handle, rope, store, lanes
+        self.costs: Costs | None = None  # set once they are measured
         self._max_tile = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._alone = get_tensor_model_parallel_world_size() == 1
         self._reader = ThreadPoolExecutor(1, "cacheblend-read")  # for those who must not wait
@@ -54,8 +60,8 @@ class Blender:
         """
         clock, plan, device = outcome.clock, task.plan, self.handle.device
         yields = task.background and self._alone  # ranks that wait each their own way would part
-        chunks = yield from self._read(plan.segments, yields)
-        region = Region(task, self._fitting(chunks, task, outcome))
+        loaded = yield from self._from_store(plan, yields)
+        region = Region(task, self._fitting(task, outcome, *loaded))
         outcome.bytes = region.bytes
         lane = self._lanes(region)
         must_E, candidate_E, weighted = _duties(task, region.stored_E, outcome.missing)
@@ -92,38 +98,77 @@ class Blender:
         lane.place_through(self.handle.num_layers - 1)
         clock.mark("load")
 
-    def _read(
-        self, segments: Sequence[Segment], yields: bool
-    ) -> Generator[None, None, dict[str, ChunkKV | None]]:
-        """What the store has of a plan's chunks; where it ``yields``, read beside other steps."""
-        keys = list(dict.fromkeys(s.key for s in segments if s.key))
+    def _from_store(self, plan: Plan, yields: bool) -> Generator[None, None, _FromStore]:
+        """What ``_load`` returns; where it ``yields``, it runs beside other steps."""
         if not yields:
-            return dict(zip(keys, self.store.get_many(keys), strict=True))
-        reading = self._reader.submit(self.store.get_many, keys)
-        while not reading.done():
+            return self._load(plan)
+        loading = self._reader.submit(self._load, plan)
+        while not loading.done():
             yield
-        return dict(zip(keys, reading.result(), strict=True))
+        return loading.result()
 
     def _fitting(
-        self, chunks: Mapping[str, ChunkKV | None], task: BlendTask, outcome: BlendOutcome
+        self,
+        task: BlendTask,
+        outcome: BlendOutcome,
+        refusal: str,
+        chunks: Mapping[str, ChunkKV | None],
+        late: set[str],
     ) -> list[Loaded]:
-        """The stored chunks of a plan. One that is absent, damaged or not what the prompt says on
-        any rank is missing on all: its tokens are computed afresh.
+        """The stored chunks of a plan. One that is absent, damaged, not what the prompt says or
+        not there in time on any rank is missing on all: its tokens are computed afresh.
+
+        Raises:
+            RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
         segments = task.plan.segments
         absent = [
-            bool(s.key) and not self._fits(chunks[s.key], s, task.token_ids) for s in segments
+            bool(s.key) and not self._fits(chunks.get(s.key), s, task.token_ids) for s in segments
         ]
+        votes = [*absent, *(s.key in late for s in segments), bool(refusal)]
         if not self._alone:
             # float: vLLM's all-reduce between CPU processes takes no integers
-            votes = torch.tensor(absent, dtype=torch.float32, device=self.handle.device)
-            absent = [vote > 0 for vote in get_tp_group().all_reduce(votes).tolist()]
+            mine = torch.tensor(votes, dtype=torch.float32, device=self.handle.device)
+            votes = [vote > 0 for vote in get_tp_group().all_reduce(mine).tolist()]
+        if votes[-1]:
+            raise RefusedError(refusal or "another rank's store is too slow")
+        absent, are_late = votes[: len(segments)], votes[len(segments) : -1]
         outcome.missing = [i for i, gone in enumerate(absent) if gone]
+        outcome.late = [i for i, is_late in enumerate(are_late) if is_late]
         return [
             Loaded(s.start, s.end, s.offset, s.key, chunk)
             for s, gone in zip(segments, absent, strict=True)
             if s.key and not gone and (chunk := chunks[s.key]) is not None
         ]
+
+    def _load(self, plan: Plan) -> _FromStore:
+        """Why it is not worth it on this rank, or else the chunks by key, and the keys of those
+        that are too far away or do not come within the time of a prefill.
+        """
+        keys = list(dict.fromkeys(s.key for s in plan.segments if s.key))
+        far, refusal, patience_s = set[str](), "", _PATIENCE_S
+        if self.costs is not None and plan.when == "pays":
+            patience_s = self.costs.prefill(plan)
+            if fetch_s := self._fetch_seconds(plan):
+                refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
+                self.store.prefetch(fetch_s if refusal else far)  # for the next one who asks
+        wanted = [] if refusal else [key for key in keys if key not in far]
+        found, late = self.store.get_in_time(wanted, patience_s)
+        return refusal, dict(zip(wanted, found, strict=True)), late | far
+
+    def _fetch_seconds(self, plan: Plan) -> dict[str, float]:
+        """How long the store will take, by its recent speed, for each chunk not in memory."""
+        bandwidth = self.store.bandwidth
+        if bandwidth is None:
+            return {}
+        first = self.handle.layers[0]
+        size = self.handle.config.model_config.dtype.itemsize
+        a_token = 2 * self.handle.num_layers * first.num_kv_heads * first.head_size * size
+        return {
+            s.key: (s.offset + len(s)) * a_token / bandwidth
+            for s in plan.segments
+            if s.key and not self.store.in_memory(s.key)
+        }
 
     def _fits(self, chunk: ChunkKV | None, s: Segment, token_ids: Sequence[int]) -> bool:
         """Whether ``chunk`` really holds the tokens of segment ``s``, in this model's shape."""

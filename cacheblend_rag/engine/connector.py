@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask
+from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, RefusedError
 from cacheblend_rag.plan import PARAMS_KEY, SALT_PREFIX, Plan
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
                 tracked.outcome = outcome
         for request_id, reason in results.failed.items():
             if request_id in self._requests:
-                self._requests[request_id].reason = f"blending failed, computed exactly: {reason}"
+                self._requests[request_id].reason = reason
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -207,15 +207,22 @@ class CacheBlendConnector(KVConnectorBase_V1):
                 raise RuntimeError("the worker was not bound (collective_rpc 'cacheblend_bind')")
             outcome = self.blender.start(task)
             yield from self.blender.steps(task, outcome)
+        except RefusedError as refusal:
+            self._leave_to_vllm(task, str(refusal))
+            return
         except Exception as error:  # any failure here costs time only: vLLM recomputes the blocks
             logger.exception("blend of %s failed; its blocks are recomputed", task.request_id)
-            self._failed_blocks |= set(task.blocks[task.write_from // self._block_size :])
-            self._failed[task.request_id] = f"{type(error).__name__}: {error}"
+            reason = f"blending failed, computed exactly: {type(error).__name__}: {error}"
+            self._leave_to_vllm(task, reason)
             return
         self._done.append((task.request_id, outcome))
         self.recent[task.name] = outcome
         while len(self.recent) > _KEEP_OUTCOMES:
             self.recent.popitem(last=False)
+
+    def _leave_to_vllm(self, task: BlendTask, reason: str) -> None:
+        self._failed_blocks |= set(task.blocks[task.write_from // self._block_size :])
+        self._failed[task.request_id] = reason
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Background blends that ended, well or not."""

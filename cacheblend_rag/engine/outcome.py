@@ -36,6 +36,10 @@ class BlendTask:
     background: bool = False
 
 
+class RefusedError(Exception):
+    """A blend that is not worth it, for the reason in the message."""
+
+
 class Clock:
     """Seconds a stage: by the host's clock, on a GPU by its own events, for which nothing waits."""
 
@@ -87,7 +91,8 @@ class BlendOutcome:
     """What one rank did for one request.
 
     Attributes:
-        segments: the plan's; missing: numbers of those whose chunk this engine did not have.
+        segments: the plan's; missing: numbers of those whose chunk this engine did not have; late:
+            of those of them that the store may have, but not soon enough.
         bytes: of stored KV used.
         chosen: int64 positions computed, ascending, on the host; on a GPU they arrive there with
             the clock's last mark.
@@ -96,6 +101,7 @@ class BlendOutcome:
     clock: Clock
     segments: Sequence[Segment]
     missing: list[int] = field(default_factory=list)
+    late: list[int] = field(default_factory=list)
     bytes: int = 0
     chosen: torch.Tensor | None = None
 
@@ -119,6 +125,7 @@ class BlendOutcome:
         return {
             "recomputed": [n if kept else 0 for n, kept in zip(counts, reused, strict=True)],
             "missing": self.missing,
+            "late": self.late,
             "seconds": seconds,
             "bytes": self.bytes,
         }

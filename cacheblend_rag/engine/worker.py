@@ -15,6 +15,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import WORKER_ERROR
 from cacheblend_rag.engine.blend import Blender
@@ -78,14 +79,16 @@ class WorkerExtension:
 
     @_reporting
     def cacheblend_bind(
-        self, store_url: str, fingerprint: str, gpu_cache: int = 0
+        self, store_url: str, fingerprint: str, gpu_cache: int = 0, tenant: str = ""
     ) -> list[list[Any]]:
         """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows.
 
-        ``gpu_cache``: bytes of GPU memory for chunks that are used often.
+        ``gpu_cache``: bytes of GPU memory for chunks that are used often. ``tenant``: whose chunks
+        they are.
         """
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        store = open_store(store_url, namespace=f"{fingerprint[:32]}-{rank}of{size}")
+        namespace = f"{fingerprint[:32]}-{rank}of{size}"
+        store = open_store(store_url, namespace=namespace, tenant=tenant)
         handle, rope, cache = self._cacheblend_parts
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
         self._connector().blender = Blender(handle, rope, store, self._cacheblend_lanes)
@@ -94,7 +97,9 @@ class WorkerExtension:
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
-        return self._cacheblend_lanes.costs()
+        measured = self._cacheblend_lanes.costs()
+        self._blender().costs = Costs(**measured) if measured else None
+        return measured
 
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""

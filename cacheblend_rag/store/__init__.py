@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
@@ -12,6 +11,7 @@ from cacheblend_rag.store.evict import Policy, create_policy
 from cacheblend_rag.store.memory import MemoryStore
 from cacheblend_rag.store.null import NullStore
 from cacheblend_rag.store.seal import cipher_from_environment
+from cacheblend_rag.store.tenants import of_tenant
 from cacheblend_rag.store.tiered import TieredStore
 from cacheblend_rag.store.url import StoreURL, parse_seconds, parse_url
 from cacheblend_rag.store.write_back import WriteBackStore
@@ -70,8 +70,7 @@ def open_store(url: str, *, namespace: str, tenant: str = "") -> KVStore:
     policy = create_policy(parsed.options["evict"]) if "evict" in parsed.options else None
     if parsed.scheme == "memory":
         return MemoryStore(parsed.sizes.get("capacity", _DEFAULT_MEMORY_BYTES), policy=policy)
-    if tenant:
-        namespace = f"{namespace}-{hashlib.sha256(tenant.encode()).hexdigest()[:16]}"
+    namespace = of_tenant(namespace, tenant)
     slow = _slow_tiers(parsed, namespace, policy)
     if "memory" not in parsed.sizes:
         return slow

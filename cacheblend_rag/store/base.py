@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -60,6 +60,14 @@ class StoreStats(NamedTuple):
     misses: int
     evictions: int
     corrupt: int  # entries that failed their check and were set aside
+    late: int = 0  # loads that did not end in time
+
+
+class Found(NamedTuple):
+    """What a store had in time."""
+
+    chunks: list[ChunkKV | None]  # in the order asked for; None: absent, damaged or late
+    late: set[str]  # keys of those that may still be there
 
 
 class KVStore(ABC):
@@ -85,12 +93,25 @@ class KVStore(ABC):
         """``get`` of each key, in order; at once where waiting for one need not hold up others."""
         return [self.get(key) for key in keys]
 
+    def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
+        """``get_many`` that returns after ``within_s`` seconds whatever a disk or a network does.
+
+        While a load that came too late is still under way, no other is begun.
+        """
+        return Found(self.get_many(keys), set())  # those that can wait override it
+
+    def in_memory(self, key: str) -> bool:
+        """Whether ``get`` would wait for no disk and no network. Waits for none itself."""
+        return False
+
     def prefetch(self, keys: Iterable[str]) -> None:  # noqa: B027 - only tiers have what to move
         """Start bringing chunks nearer that will be wanted soon; returns at once, never raises."""
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes a second that recent hits came with; None where nothing was loaded yet."""
+        """Bytes a second that recent hits came with, several at once taken together, but for those
+        that were in memory; None where nothing was loaded within the last minute.
+        """
         return None
 
     @abstractmethod
@@ -108,6 +129,10 @@ class KVStore(ABC):
     @abstractmethod
     def scan(self) -> Iterator[ChunkInfo]:
         """Every chunk held, for building an index at start. Skips entries it cannot read."""
+
+    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
+        """``scan`` but for the chunks of these keys, where that spares a remote store work."""
+        return (info for info in self.scan() if info.key not in known)
 
     @abstractmethod
     def stats(self) -> StoreStats:

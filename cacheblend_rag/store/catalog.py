@@ -12,6 +12,7 @@ import re
 import sqlite3
 import struct
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -88,14 +89,16 @@ class Catalog:
 
     def make_room(
         self, key: str, nbytes: int, cost: float, limits: Limits, pinned: Collection[bytes]
-    ) -> int | None:
-        """Remove what has to leave for a new chunk: how many; None where the new one stays out."""
+    ) -> Counter[str] | None:
+        """Remove what has to leave for a new chunk: how many, by namespace; None where the new one
+        stays out.
+        """
         raw = bytes.fromhex(key)
         victims = self.index.make_room(self._namespace, raw, nbytes, cost, limits, pinned)
         return None if victims is None else self._unlink(victims)
 
-    def trim(self, limits: Limits) -> int:
-        """Remove what is over the limits: how many."""
+    def trim(self, limits: Limits) -> Counter[str]:
+        """Remove what is over the limits: how many, by namespace."""
         in_namespace = self._unlink(self.index.surplus(limits, self._namespace))
         return in_namespace + self._unlink(self.index.surplus(limits))
 
@@ -161,13 +164,13 @@ class Catalog:
             nbytes = source.size
             return nbytes, decode_info(source, key, self._cipher(namespace))
 
-    def _unlink(self, victims: Iterable[Victim]) -> int:
-        count = 0
+    def _unlink(self, victims: Iterable[Victim]) -> Counter[str]:
+        count = Counter[str]()
         for victim in victims:
             if NAMESPACE.fullmatch(victim.namespace) and len(victim.key) == 32:
                 with contextlib.suppress(FileNotFoundError):  # another process was quicker
                     os.unlink(self._place(victim.namespace, victim.key.hex()))
-                count += 1
+                count[victim.namespace] += 1
         return count
 
     def _names(self, namespace: str) -> set[bytes]:

@@ -4,23 +4,72 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Literal
 
 from cacheblend_rag.store import metrics
-from cacheblend_rag.store.base import ChunkKV, StoreStats
+from cacheblend_rag.store.base import ChunkKV, Found, StoreStats
+from cacheblend_rag.store.parallel import Late, Readers
 
-Event = Literal["hits", "misses", "evictions", "corrupt"]
+Event = Literal["hits", "misses", "evictions", "corrupt", "late"]
 
-_RECENT = 0.1  # weight of one load in the measured bandwidth
+_RECENT = 0.2  # weight of one measurement
+_STALE_S = 60.0  # an older one says nothing of the next load
+_LONGEST_S = 1.0  # a measurement ends, even where there is always another load under way
 
 
 class Load:
     """A look-up under way."""
 
     chunk: ChunkKV | None = None
+
+
+class Meter:
+    """Bytes a second over the times in which anything was under way, several loads at once counted
+    together; may be used from several threads.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, Lock()
+        self._loads = self._bytes = 0
+        self._started = self._measured = 0.0
+        self._bandwidth: float | None = None
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Recent bytes a second; None where nothing was measured within the last minute."""
+        with self._lock:
+            fresh = self._clock() - self._measured < _STALE_S
+            return self._bandwidth if fresh else None
+
+    @contextmanager
+    def loading(self) -> Iterator[Load]:
+        """Measure a load, by what the block sets as ``chunk``."""
+        with self._lock:
+            if not self._loads:
+                self._started, self._bytes = self._clock(), 0
+            self._loads += 1
+        load = Load()
+        try:
+            yield load
+        finally:
+            with self._lock:
+                self._loads -= 1
+                self._bytes += 0 if load.chunk is None else load.chunk.nbytes
+                self._measure()
+
+    def _measure(self) -> None:
+        now = self._clock()
+        seconds = now - self._started
+        if not self._bytes or (self._loads and seconds < _LONGEST_S):
+            return
+        rate = self._bytes / max(seconds, 1e-9)
+        fresh = self._bandwidth is not None and now - self._measured < _STALE_S
+        past = self._bandwidth if fresh and self._bandwidth is not None else rate
+        self._bandwidth = past + _RECENT * (rate - past)
+        self._measured, self._started, self._bytes = now, now, 0
 
 
 class EventCounts:
@@ -30,12 +79,12 @@ class EventCounts:
         self.tier = tier
         self._lock = Lock()
         self._events: Counter[Event] = Counter()
-        self._bandwidth: float | None = None
+        self._meter = Meter()
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes a second that recent loads reached; None before the first."""
-        return self._bandwidth
+        """Bytes a second that recent loads reached; None where there were none."""
+        return self._meter.bandwidth
 
     def add(self, event: Event, times: int = 1) -> None:
         """Count ``event``."""
@@ -51,14 +100,15 @@ class EventCounts:
     @contextmanager
     def loading(self) -> Iterator[Load]:
         """Time a look-up, and count it by what it set as ``chunk``."""
-        load, started = Load(), time.perf_counter()
-        with metrics.span("cacheblend.store.get", tier=self.tier) as attributes:
+        started = time.perf_counter()
+        span = metrics.span("cacheblend.store.get", tier=self.tier)
+        with span as attributes, self._meter.loading() as load:
             yield load
             nbytes = 0 if load.chunk is None else load.chunk.nbytes
             attributes |= {"hit": load.chunk is not None, "bytes": nbytes}
         self.add("misses" if load.chunk is None else "hits")
         if nbytes:
-            self._loaded(nbytes, time.perf_counter() - started)
+            metrics.loaded(self.tier, nbytes, time.perf_counter() - started)
 
     def stats(self, *, chunks: int, nbytes: int) -> StoreStats:
         """The counts so far, together with what the store holds now."""
@@ -71,11 +121,19 @@ class EventCounts:
             misses=events["misses"],
             evictions=events["evictions"],
             corrupt=events["corrupt"],
+            late=events["late"],
         )
 
-    def _loaded(self, nbytes: int, seconds: float) -> None:
-        now = nbytes / max(seconds, 1e-9)
-        with self._lock:
-            past = now if self._bandwidth is None else self._bandwidth
-            self._bandwidth = past + _RECENT * (now - past)
-        metrics.loaded(self.tier, nbytes, seconds)
+
+def found_within(
+    readers: Readers,
+    get: Callable[[str], ChunkKV | None],
+    keys: Sequence[str],
+    within_s: float,
+    counts: EventCounts,
+) -> Found:
+    """``get`` of all keys at once, and what of it came in time."""
+    found = readers.map_within(get, keys, within_s)
+    late = {key for key, chunk in zip(keys, found, strict=True) if isinstance(chunk, Late)}
+    counts.add("late", len(late))
+    return Found([None if isinstance(chunk, Late) else chunk for chunk in found], late)

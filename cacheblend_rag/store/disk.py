@@ -25,6 +25,7 @@ from threading import Lock
 from cacheblend_rag.store.base import (
     ChunkInfo,
     ChunkKV,
+    Found,
     KVStore,
     StoreStats,
     check_key,
@@ -32,7 +33,7 @@ from cacheblend_rag.store.base import (
 )
 from cacheblend_rag.store.catalog import Catalog, opened
 from cacheblend_rag.store.chunk_file import Encoding, decode, encode, possible_sizes
-from cacheblend_rag.store.counts import EventCounts
+from cacheblend_rag.store.counts import EventCounts, found_within
 from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import atomic_file, explained, make_folder, write_all
 from cacheblend_rag.store.index import Limits
@@ -94,7 +95,7 @@ class DiskStore(KVStore):
             check_writable(home)
             self._catalog = Catalog(folder, self.namespace, encoding, policy)
             self.recovery = self._catalog.recover()
-            self._counts.add("evictions", self._catalog.trim(self._limits))
+            self._counts.add("evictions", self._catalog.trim(self._limits)[self.namespace])
 
     def contains(self, key: str) -> bool:
         return os.path.isfile(self._path(key))
@@ -107,6 +108,9 @@ class DiskStore(KVStore):
 
     def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
         return self._readers.map(self.get, keys)
+
+    def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
+        return found_within(self._readers, self.get, keys, within_s, self._counts)
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         path = self._path(key)
@@ -228,7 +232,7 @@ class DiskStore(KVStore):
     def trim(self, capacity_bytes: int) -> int:
         """Evict, whatever the namespace, until the folder holds that much; how many left."""
         with explained(self._folder):
-            return self._catalog.trim(Limits(capacity_bytes, None))
+            return self._catalog.trim(Limits(capacity_bytes, None)).total()
 
     def close(self) -> None:
         self._readers.close()
@@ -283,9 +287,10 @@ class DiskStore(KVStore):
         cost = recompute_cost(len(chunk.token_ids))
         with self._pins_lock:
             pins = set(self._pins)
-        num_evicted = self._catalog.make_room(key, nbytes, cost, self._limits, pins)
-        self._counts.add("evictions", 1 if num_evicted is None else num_evicted)
-        return num_evicted is not None
+        evicted = self._catalog.make_room(key, nbytes, cost, self._limits, pins)
+        # what left another namespace is none of this one's business
+        self._counts.add("evictions", 1 if evicted is None else evicted[self.namespace])
+        return evicted is not None
 
     def _set_aside(self, path: Path, damaged: os.stat_result) -> None:
         with self._setting_aside:

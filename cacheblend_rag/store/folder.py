@@ -15,6 +15,7 @@ from cacheblend_rag.store.chunk_file import Encoding
 from cacheblend_rag.store.disk import DiskStore
 from cacheblend_rag.store.marker import MARKER
 from cacheblend_rag.store.seal import VARIABLE, cipher_from_environment
+from cacheblend_rag.store.tenants import belongs
 
 _ENCODED = re.compile(r"(?P<name>.*?)(?P<fp8>-fp8)?(?:-sealed-(?P<cipher>[0-9a-f]{8}))?")
 _MEMBER = re.compile(r"v1/(?P<namespace>[a-z0-9-]{1,130})/(?P<key>[0-9a-f]{64})\.[a-z]+")
@@ -34,8 +35,11 @@ def is_store(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
-def namespaces(folder: Path) -> list[str]:
+def namespaces(folder: Path, tenant: str | None = None) -> list[str]:
     """The namespaces in a store folder.
+
+    Args:
+        tenant: only this one's; "": those of no tenant; None: all there are.
 
     Raises:
         StoreError: it is no store folder.
@@ -46,7 +50,11 @@ def namespaces(folder: Path) -> list[str]:
             f"--store {folder}', or name another folder."
         )
     found = sorted(path.name for path in (folder / "v1").iterdir() if path.is_dir())
-    return [name for name in found if NAMESPACE.fullmatch(name)]
+    return [
+        name
+        for name in found
+        if NAMESPACE.fullmatch(name) and (tenant is None or belongs(name, tenant))
+    ]
 
 
 def open_namespace(folder: Path, namespace: str) -> DiskStore:
@@ -64,14 +72,15 @@ def open_namespace(folder: Path, namespace: str) -> DiskStore:
     return DiskStore(folder, namespace=match["name"], encoding=encoding)
 
 
-def export(folder: Path, target: IO[bytes]) -> Iterator[tuple[str, int]]:
+def export(folder: Path, target: IO[bytes], tenant: str | None = None) -> Iterator[tuple[str, int]]:
     """Write every intact chunk to a tar archive; yields each namespace and the bytes of a chunk.
+    ``tenant`` is that of ``namespaces``.
 
     Raises:
         StoreError: it is no store folder, or a namespace cannot be opened.
     """
     with tarfile.open(fileobj=target, mode="w|") as archive:
-        for namespace in namespaces(folder):
+        for namespace in namespaces(folder, tenant):
             with open_namespace(folder, namespace) as store:
                 for name, data in store.files():
                     member = tarfile.TarInfo(f"v1/{namespace}/{name}")

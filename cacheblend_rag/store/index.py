@@ -21,6 +21,7 @@ from typing import NamedTuple
 from cacheblend_rag.store.evict import GDSF, POLICIES, Policy, Usage, age_step, warmed
 
 NAME = "index.sqlite"
+_GOODBYE_S = 1.0
 TIMEOUT_S = 5.0  # how long to wait for another process; a transaction takes milliseconds
 
 _SCHEMA = (
@@ -262,10 +263,13 @@ class Index:
         return orphans
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        with self._lock:
-            if self._pid == os.getpid():
-                self._db.close()
+        """Close the file; a second call does nothing, nor one while another thread hangs in it."""
+        if self._lock.acquire(timeout=_GOODBYE_S):
+            try:
+                if self._pid == os.getpid():
+                    self._db.close()
+            finally:
+                self._lock.release()
 
     def __del__(self) -> None:
         if hasattr(self, "_db"):

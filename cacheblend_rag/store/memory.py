@@ -52,6 +52,9 @@ class MemoryStore(KVStore):
                 self._ranking.use(key)
         return load.chunk
 
+    def in_memory(self, key: str) -> bool:
+        return self.contains(key)
+
     def put(self, key: str, chunk: ChunkKV) -> None:
         check_key(key)
         cost = recompute_cost(len(chunk.token_ids))

@@ -1,13 +1,14 @@
 """Counters for Prometheus and spans for OpenTelemetry. Without these packages nothing happens.
 
 ========================================= =========== ==========================================
-``cacheblend_store_events_total``         tier, event hits, misses, evictions, corrupt
+``cacheblend_store_events_total``         tier, event hits, misses, evictions, corrupt, late
 ``cacheblend_store_read_bytes_total``     tier        KV handed out
 ``cacheblend_store_written_bytes_total``  tier        KV put
 ``cacheblend_store_load_seconds``         tier        histogram of look-ups that found something
 ========================================= =========== ==========================================
 
-They are in prometheus_client's default registry, once a process; vLLM serves them beside its own.
+They are in prometheus_client's default registry of the process that opened the store. An engine's
+store is in its worker's process: set PROMETHEUS_MULTIPROC_DIR to collect them from there.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ def _instruments() -> _Instruments | None:
 
 
 @cache
-def _tracer() -> Any:
+def tracer() -> Any:
+    """OpenTelemetry's tracer of ours; None where it is not installed."""
     try:
         from opentelemetry import trace
     except ImportError:
         return None
-    return trace.get_tracer("cacheblend_rag.store")
+    return trace.get_tracer("cacheblend_rag")
 
 
 def count(tier: str, event: str, times: int) -> None:
@@ -72,10 +74,10 @@ def loaded(tier: str, nbytes: int, seconds: float) -> None:
 @contextmanager
 def span(name: str, **attributes: Any) -> Iterator[dict[str, Any]]:
     """A span around the block, with attributes that the block may add to."""
-    tracer = _tracer()
-    if tracer is None:
+    ours = tracer()
+    if ours is None:
         yield attributes
         return
-    with tracer.start_as_current_span(name) as current:
+    with ours.start_as_current_span(name) as current:
         yield attributes
         current.set_attributes({f"cacheblend.{key}": value for key, value in attributes.items()})

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_GOODBYE_S = 1.0  # what still runs at the end may hang
+
+
+class Late:
+    """In the place of a result that did not come in time."""
+
+
+LATE = Late()
 
 
 class Readers:
@@ -19,31 +29,75 @@ class Readers:
         self._count, self._lock = count, Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._pid = 0
+        self._under_way: set[Future[Any]] = set()
+        self._overdue: set[Future[Any]] = set()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something that came too late has not come at all yet."""
+        with self._lock:
+            self._overdue = {future for future in self._overdue if not future.done()}
+            return bool(self._overdue) and self._pid == os.getpid()
+
+    @property
+    def backlog(self) -> int:
+        """How much is under way or waits."""
+        with self._lock:
+            return len(self._under_way) if self._pid == os.getpid() else 0
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """``work`` of each item, in order."""
         items = list(items)
         if len(items) < 2:
             return [work(item) for item in items]
-        return list(self._started().map(work, items))
+        return [future.result() for future in [self._submit(work, item) for item in items]]
+
+    def map_within(
+        self, work: Callable[[Item], Result], items: Iterable[Item], seconds: float
+    ) -> list[Result | Late]:
+        """As ``map``, but ``LATE`` for what takes longer. Until that has ended, which it may never,
+        nothing more is begun: all is late at once, so nobody waits twice for a disk that hangs.
+        """
+        items = list(items)
+        if self.is_behind:
+            return [LATE] * len(items)
+        until = time.monotonic() + seconds
+        futures = [self._submit(work, item) for item in items]
+        wait(futures, timeout=until - time.monotonic())
+        late = {future for future in futures if not future.done() and not future.cancel()}
+        with self._lock:
+            self._overdue |= late
+        return [
+            LATE if future in late or future.cancelled() else future.result() for future in futures
+        ]
 
     def start(self, work: Callable[[Item], object], items: Iterable[Item]) -> None:
         """Begin ``work`` of each item and return; its result does not matter."""
         for item in items:
-            self._started().submit(work, item)
+            self._submit(work, item)
 
-    def close(self, *, wait: bool = False) -> None:
+    def close(self, *, wait_for_all: bool = False) -> None:
         """End the threads, which start again when needed; what has not begun is dropped, unless it
-        is waited for.
+        is waited for. What hangs is left behind.
         """
         with self._lock:
-            if self._pool is not None and self._pid == os.getpid():
-                self._pool.shutdown(cancel_futures=not wait)
-            self._pool = None
+            pool, self._pool = self._pool, None
+            under_way = set(self._under_way)
+        if pool is not None and self._pid == os.getpid():
+            pool.shutdown(wait=wait_for_all, cancel_futures=not wait_for_all)
+            wait(under_way, timeout=_GOODBYE_S)
 
-    def _started(self) -> ThreadPoolExecutor:
+    def _submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
         with self._lock:
             if self._pool is None or self._pid != os.getpid():
                 self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="cacheblend-read")
                 self._pid = os.getpid()
-            return self._pool
+                self._under_way, self._overdue = set(), set()
+            future = self._pool.submit(work, item)
+            self._under_way.add(future)
+        future.add_done_callback(self._ended)
+        return future
+
+    def _ended(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._under_way.discard(future)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats
+from cacheblend_rag.store.counts import EventCounts, Meter, found_within
 from cacheblend_rag.store.parallel import Readers
 
+_READERS = 8
 _PREFETCHERS = 4
+_BACKLOG = 1000  # chunks to be brought, and uses that the slow tier is to be told of
 
 
 class TieredStore(KVStore):
@@ -19,8 +23,8 @@ class TieredStore(KVStore):
     Nest it for more than two tiers. ``stats()`` describes the pair as one store:
 
     * hits: found in either tier; misses: found in neither.
-    * corrupt: of both tiers; evictions: of ``slow``, since a chunk that only leaves ``fast`` is
-      not forgotten.
+    * corrupt, late: of both tiers.
+    * evictions: of ``slow``, since a chunk that only leaves ``fast`` is not forgotten.
     * chunks and nbytes: of the tier that holds more, because the other one holds copies.
 
     Ask ``store.fast.stats()`` and ``store.slow.stats()`` for one tier.
@@ -29,7 +33,9 @@ class TieredStore(KVStore):
     def __init__(self, fast: KVStore, slow: KVStore) -> None:
         self.fast = fast
         self.slow = slow
-        self._prefetching = Readers(_PREFETCHERS)
+        self._reading, self._prefetching = Readers(_READERS), Readers(_PREFETCHERS)
+        self._telling, self._untold = Readers(1), deque[str](maxlen=_BACKLOG)
+        self._meter, self._counts = Meter(), EventCounts("tiers")
 
     def contains(self, key: str) -> bool:
         return self.fast.contains(key) or self.slow.contains(key)
@@ -39,30 +45,31 @@ class TieredStore(KVStore):
         if chunk is not None:
             self.slow.touch(key)  # or the most wanted chunks would be the first to leave it
             return chunk
-        chunk = self.slow.get(key)
-        if chunk is not None:
-            self._promote(key, chunk)
-        return chunk
+        return self._bring(key)
 
     def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
-        found = {}
-        for key in keys:
-            found[key] = self.fast.get(key)
-            if found[key] is not None:
-                self.slow.touch(key)
-        missing = [key for key, chunk in found.items() if chunk is None]
-        for key, chunk in zip(missing, self.slow.get_many(missing), strict=True):
-            if chunk is not None:
-                found[key] = chunk
-                self._promote(key, chunk)
+        found, missing = self._near(keys)
+        found |= zip(missing, self._reading.map(self._bring, missing), strict=True)
         return [found[key] for key in keys]
 
+    def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
+        found, missing = self._near(keys)
+        # what comes too late is promoted all the same: the next one who asks has it at once
+        chunks, late = found_within(self._reading, self._bring, missing, within_s, self._counts)
+        found |= zip(missing, chunks, strict=True)
+        return Found([found[key] for key in keys], late)
+
+    def in_memory(self, key: str) -> bool:
+        return self.fast.in_memory(key) or self.slow.in_memory(key)
+
     def prefetch(self, keys: Iterable[str]) -> None:
-        self._prefetching.start(self._bring, [key for key in keys if not self.fast.contains(key)])
+        if self._prefetching.backlog < _BACKLOG:  # else the slow tier is much behind already
+            missing = [key for key in keys if not self.fast.in_memory(key)]
+            self._prefetching.start(self._fetch, missing)
 
     @property
     def bandwidth(self) -> float | None:
-        return self.slow.bandwidth
+        return self._meter.bandwidth
 
     def put(self, key: str, chunk: ChunkKV) -> None:
         # Fast first: a chunk that the slow tier cannot write is still served from the fast one.
@@ -104,11 +111,10 @@ class TieredStore(KVStore):
 
     def scan(self) -> Iterator[ChunkInfo]:
         seen: set[str] = set()
-        for tier in (self.fast, self.slow):
-            for info in tier.scan():
-                if info.key not in seen:
-                    seen.add(info.key)
-                    yield info
+        for info in self.fast.scan():
+            seen.add(info.key)
+            yield info
+        yield from self.slow.scan_others(seen)
 
     def stats(self) -> StoreStats:
         fast, slow = self.fast.stats(), self.slow.stats()
@@ -119,16 +125,39 @@ class TieredStore(KVStore):
             misses=slow.misses,
             evictions=slow.evictions,
             corrupt=fast.corrupt + slow.corrupt,
+            late=fast.late + slow.late + self._counts.stats(chunks=0, nbytes=0).late,
         )
 
     def close(self) -> None:
-        self._prefetching.close()
+        for readers in (self._telling, self._prefetching, self._reading):
+            readers.close()
         self.fast.close()
         self.slow.close()
 
-    def _bring(self, key: str) -> None:
-        if not self.fast.contains(key) and (chunk := self.slow.get(key)) is not None:
-            self._promote(key, chunk)
+    def _near(self, keys: Sequence[str]) -> tuple[dict[str, ChunkKV | None], list[str]]:
+        """What is in the fast tier, and the other keys."""
+        found = {key: self.fast.get(key) for key in keys}
+        hits = [key for key, chunk in found.items() if chunk is not None]
+        # Told by a thread of its own, or a disk that hangs would hold up hits in memory.
+        self._untold.extend(hits)
+        if hits and not self._telling.backlog:
+            self._telling.start(self._tell, [None])
+        return found, [key for key, chunk in found.items() if chunk is None]
+
+    def _tell(self, _: None) -> None:
+        while self._untold:
+            self.slow.touch(self._untold.popleft())
+
+    def _bring(self, key: str) -> ChunkKV | None:
+        with self._meter.loading() as load:
+            load.chunk = self.slow.get(key)
+        if load.chunk is not None:
+            self._promote(key, load.chunk)
+        return load.chunk
+
+    def _fetch(self, key: str) -> None:
+        if not self.fast.contains(key):
+            self._bring(key)
 
     def _promote(self, key: str, chunk: ChunkKV) -> None:
         try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
 from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats
 from cacheblend_rag.store.parallel import Readers
 
 
@@ -41,6 +41,16 @@ class WriteBackStore(KVStore):
         found |= zip(written, self.store.get_many(written), strict=True)
         return [found[key] for key in keys]
 
+    def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
+        found = {key: self._not_yet_written(key) for key in keys}
+        written = [key for key, chunk in found.items() if chunk is None]
+        chunks, late = self.store.get_in_time(written, within_s)
+        found |= zip(written, chunks, strict=True)
+        return Found([found[key] for key in keys], late)
+
+    def in_memory(self, key: str) -> bool:
+        return self._not_yet_written(key) is not None or self.store.in_memory(key)
+
     def put(self, key: str, chunk: ChunkKV) -> None:
         with self._lock:
             waiting = sum(other.nbytes for other in self._waiting.values())
@@ -59,11 +69,15 @@ class WriteBackStore(KVStore):
             self.store.discard(key)
 
     def scan(self) -> Iterator[ChunkInfo]:
+        return self.scan_others(())
+
+    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
         with self._lock:
             waiting = dict(self._waiting)
         for key, chunk in waiting.items():
-            yield ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
-        for info in self.store.scan():
+            if key not in known:
+                yield ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
+        for info in self.store.scan_others(known):
             if info.key not in waiting:
                 yield info
 
@@ -96,7 +110,7 @@ class WriteBackStore(KVStore):
         return self.store.unlabel(documents)
 
     def close(self) -> None:
-        self._writer.close(wait=True)
+        self._writer.close(wait_for_all=True)
         self.store.close()
 
     def _not_yet_written(self, key: str) -> ChunkKV | None:

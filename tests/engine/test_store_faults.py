@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,12 @@ import torch
 from engines import FULL_LOGPROBS, logprobs, start
 from servers import RedisServer
 from tiny import Words, make
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
+from cacheblend_rag.costs import Costs
+from cacheblend_rag.store import TieredStore
+from cacheblend_rag.store.source import FileSource
 
 pytestmark = [
     pytest.mark.vllm,
@@ -30,11 +35,11 @@ CHUNKS = [words(size) for size in (70, 33, 64, 90, 41)]
 TIMEOUT = 0.3
 
 
-def opened(models: Path, store: str, patch: pytest.MonkeyPatch) -> CacheBlend:
+def opened(models: Path, store: str, patch: pytest.MonkeyPatch, namespace: str = "") -> CacheBlend:
     torch.set_num_threads(1)
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    config = BlendConfig(ingest_prefix=PREFIX, store=store)
+    config = BlendConfig(ingest_prefix=PREFIX, store=store, namespace=namespace)
     return start(make("llama", models), config=config, max_num_batched_tokens=256)
 
 
@@ -147,3 +152,74 @@ def test_files_damaged_swapped_and_removed(
                 check(blend, counts)
     request.node.user_properties += counts.items()
     assert counts["missing"] > 0
+
+
+def test_tenants_share_a_disk_and_see_nothing_of_each_other(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, ids = f"{tmp_path}/kv?memory=1GiB", prompts(1)[0]
+    with opened(tiny_models, url, monkeypatch, "one") as one:
+        assert ingest_again(one) == len(CHUNKS)
+        held = one.stats()[0]["chunks"]
+    with opened(tiny_models, url, monkeypatch, "two") as two:
+        assert not asked(two, ids).report.blended
+        assert two.stats()[0]["chunks"] <= 1  # the probe's
+        assert ingest_again(two) == len(CHUNKS)
+        two.retain([])
+    with opened(tiny_models, url, monkeypatch, "one") as again:
+        assert again.stats()[0]["chunks"] == held
+        assert ingest_again(again) == 0
+        assert asked(again, ids).report.blended
+
+
+def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, read = threading.Event(), FileSource.read_into
+
+    def hanging(source: FileSource, target: memoryview) -> None:
+        assert gate.wait(60)
+        read(source, target)
+
+    with opened(tiny_models, f"{tmp_path}/kv?memory=1GiB", monkeypatch) as blend:
+        ingest_again(blend)
+        ids = prompts(1)[0]
+        plain = asked(blend, ids, mode="off")
+        blender = get_kv_transfer_group().blender
+        _forget_memory(blender.store)
+        monkeypatch.setattr("cacheblend_rag.engine.blend._PATIENCE_S", 0.3)
+        monkeypatch.setattr(FileSource, "read_into", hanging)
+        started = time.monotonic()
+        late = asked(blend, ids)
+        assert time.monotonic() - started < 5
+        assert [s.kind for s in late.report.segments].count("late") == 4
+        assert late.report.bytes_loaded == 0
+        assert torch.allclose(logprobs(late), logprobs(plain), atol=2e-4)
+        gate.set()
+        wait_until(lambda: blender.store.fast.stats().chunks == 4)
+        assert asked(blend, (*ids, 7)).report.tokens_reused > 0  # nothing was forgotten
+
+        # measured on a GPU only; here a rule that a slow disk has to break
+        _forget_memory(blender.store)
+        blender.costs = Costs(prefill_s=1e-4, recompute_s=1e-4, load_s=1e-9, blend_s=0.0)
+        monkeypatch.setattr(type(blender.store), "bandwidth", 1e5)
+        refused = asked(blend, (*ids, 8))
+        assert not refused.report.blended
+        assert "4 chunks are not in memory, fetching them takes" in refused.report.reason
+        exact = asked(blend, (*ids, 8), mode="off")
+        assert torch.allclose(logprobs(refused), logprobs(exact), atol=2e-4)
+        assert asked(blend, (*ids, 9), when="always").report.blended
+        wait_until(lambda: blender.store.fast.stats().chunks == 4)  # brought for the next one
+        assert asked(blend, (*ids, 10)).report.blended
+
+
+def _forget_memory(store: TieredStore) -> None:
+    for key in [info.key for info in store.fast.scan()]:
+        store.fast.discard(key)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)

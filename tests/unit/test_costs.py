@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from chunks import key_of
+
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
-from cacheblend_rag.plan import NoPlan, Plan, make_plan
+from cacheblend_rag.plan import Kind, NoPlan, Plan, Segment, make_plan
 
 # an 8B model on an H100: what `cacheblend_costs` measured there, rounded
 H100 = Costs(prefill_s=24e-6, recompute_s=22e-6, load_s=2.6e-6, blend_s=14e-3)
@@ -43,3 +45,74 @@ def test_without_measurements_or_when_asked_for_everything_is_blended() -> None:
     assert isinstance(plan(6, slow, when="always"), Plan)
     assert isinstance(plan(6, slow, mode="reuse"), Plan)  # a baseline, asked for by name
     assert isinstance(plan(6, slow), NoPlan)
+
+
+# --- chunks that are not in memory ----------------------------------------------------------------
+
+KV_BYTES = 131_072  # a token of an 8B model in bfloat16
+
+
+def fetch_s(num_chunks: int, bandwidth: float) -> dict[str, float]:
+    return {key_of(i): 1024 * KV_BYTES / bandwidth for i in range(num_chunks)}
+
+
+def far_plan(ratio: float = 0.15) -> Plan:
+    """Six chunks, each under a key of its own."""
+    segments = tuple(Segment(i * 1024, (i + 1) * 1024, key_of(i), 0, Kind.REUSE) for i in range(6))
+    return Plan(
+        segments=segments,
+        question_start=6 * 1024,
+        ratio=ratio,
+        selector="query",
+        selector_options={},
+    )
+
+
+def test_a_disk_slower_than_a_prefill_is_refused_with_the_reason() -> None:
+    slow = fetch_s(6, 0.5e9)  # 268 ms a chunk that a prefill computes in 25 ms
+    assert H100.refusal(far_plan()) == ""
+    assert H100.too_far(far_plan(), slow) == slow.keys()
+    reason = H100.refusal(far_plan(), slow)
+    assert "6 chunks are not in memory, fetching them takes 1611 ms" in reason
+    assert "147.5 ms predicted" in reason
+
+
+def test_a_fast_disk_is_worth_it() -> None:
+    fast = fetch_s(6, 20e9)  # 6.7 ms a chunk
+    assert H100.refusal(far_plan(), fast) == ""
+    assert H100.too_far(far_plan(), fast) == set()
+
+
+def test_fetching_adds_to_what_a_blend_costs() -> None:
+    near_the_edge = fetch_s(6, 7.1e9)  # 19 ms a chunk, less than it takes to compute
+    assert H100.too_far(far_plan(), near_the_edge) == set()
+    assert "fetching them takes" in H100.refusal(far_plan(), near_the_edge)
+
+
+def test_only_what_is_far_is_computed() -> None:
+    one = dict(list(fetch_s(6, 0.5e9).items())[:1])
+    assert H100.too_far(far_plan(), one) == one.keys()
+    assert H100.refusal(far_plan(), one) == ""  # five chunks in memory are still worth it
+
+
+def test_the_more_is_recomputed_the_less_is_worth_fetching() -> None:
+    chunks = fetch_s(6, 10e9)
+    assert H100.too_far(far_plan(0.1), chunks) == set()
+    assert H100.too_far(far_plan(0.9), chunks) == chunks.keys()
+    assert H100.too_far(far_plan(1.0), chunks) == chunks.keys()
+
+
+def test_a_plan_tells_the_engine_whether_costs_matter() -> None:
+    asked: list[tuple[dict[str, object], str]] = [
+        ({}, "pays"),
+        ({"when": "always"}, "always"),
+        ({"mode": "reuse"}, "always"),
+    ]
+    for options, expected in asked:
+        made = plan(6, None, **options)
+        assert isinstance(made, Plan)
+        assert made.when == expected
+        assert Plan.from_params(made.to_params()) == made
+    one, other = plan(6, None), plan(6, None, when="always")
+    assert isinstance(one, Plan) and isinstance(other, Plan)
+    assert one.salt(range(7000)) == other.salt(range(7000))  # the same KV

@@ -171,3 +171,15 @@ def test_report_counts_every_token_once() -> None:
         assert report.segments[0].start == 0 and report.segments[-1].end == 300
         assert report.missing_keys == ("b",) and report.stages_s == {"plan": 0.2, "load": 0.1}
         assert json.dumps(report.to_dict())
+
+
+def test_a_chunk_that_came_too_late_is_not_forgotten() -> None:
+    made = plan([match(10, 60, "a"), match(60, 205, "b")])
+    engine = {"recomputed": [0, 5, 0], "missing": [1, 2], "late": [2], "seconds": {}, "bytes": 0}
+    report = make_report(
+        made, engine, mode="blend", tokens_total=300, ttft_s=1.0, total_s=2.0, stages_s={}
+    )
+    assert [s.kind for s in report.segments] == ["fresh", "missing", "late", "fresh"]
+    assert "longer" in report.segments[2].reason
+    assert report.missing_keys == ("a",)
+    assert report.tokens_fresh == 300

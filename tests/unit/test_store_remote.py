@@ -84,7 +84,7 @@ def test_absent_key(store: RemoteStore) -> None:
     assert store.get(key_of("absent")) is None
     assert not store.contains(key_of("absent"))
     store.discard(key_of("absent"))
-    assert store.stats() == (0, 0, 0, 1, 0, 0)
+    assert store.stats() == (0, 0, 0, 1, 0, 0, 0)
     assert store.failures == 0
 
 
@@ -107,6 +107,27 @@ def test_scan_tells_every_chunk_once(store: RemoteStore) -> None:
     found = list(store.scan())
     assert len(found) == len(told)
     assert set(found) == told
+
+
+def test_listing_asks_the_remote_only_for_what_is_not_here(
+    url: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = key_of(request.node.name)[:16]
+    asked: list[str] = []
+    with open_store(f"{url}&disk={tmp_path}/kv", namespace=namespace) as store:
+        assert isinstance(store, TieredStore) and isinstance(store.slow, RemoteStore)
+        backend = store.slow._backend
+        heads = backend.heads
+        monkeypatch.setattr(
+            backend, "heads", lambda names, nbytes: asked.extend(names) or heads(names, nbytes)
+        )
+        for seed in range(4):
+            store.put(key_of(seed), chunk_of(seed))
+        assert len(list(store.scan())) == 4
+        assert asked == []
+        store.fast.discard(key_of(2))
+        assert {info.key for info in store.scan()} == {key_of(seed) for seed in range(4)}
+        assert [name.rpartition("/")[2] for name in asked] == [key_of(2)]
 
 
 def test_namespaces_are_apart(store: RemoteStore, url: str) -> None:
@@ -181,7 +202,7 @@ def file_of(key: str, chunk: ChunkKV) -> bytes:
 def test_foreign_values_are_dropped(store: RemoteStore, value: bytes) -> None:
     store._backend.put(store._name(key_of(1)), value)
     assert store.get(key_of(1)) is None
-    assert store.stats() == (0, 0, 0, 1, 0, 1)
+    assert store.stats() == (0, 0, 0, 1, 0, 1, 0)
     store.put(key_of(1), chunk_of(1))
     assert same(store.get(key_of(1)), chunk_of(1))
 
@@ -306,7 +327,7 @@ def test_nothing_listens() -> None:
         with pytest.warns(RuntimeWarning, match="recomputed"):
             assert store.get(key_of(1)) is None
         store.put(key_of(1), chunk_of(1))
-        assert store.stats() == (0, 0, 0, 1, 0, 0)
+        assert store.stats() == (0, 0, 0, 1, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +418,18 @@ def test_calls_that_never_end_do_not_hold_up_the_caller() -> None:
     assert store.failures == 3
     store.close()
     assert store.stats().misses == 20
+
+
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+def test_a_deadline_is_kept_that_is_shorter_than_the_timeout() -> None:
+    store = RemoteStore(Stuck(), namespace="tiny-r0", timeout_s=3)
+    keys = [key_of(n) for n in range(20)]
+    found = []
+    assert took(lambda: found.append(store.get_in_time(keys, 0.1))) < 1.5
+    assert found[0].late == set(keys) and found[0].chunks == [None] * 20
+    assert took(lambda: store.get_in_time(keys, 5)) < 1  # one that hangs is not asked again
+    assert store.stats().late == 40
+    assert took(store.close) < 8
 
 
 # --- the circuit breaker --------------------------------------------------------------------------

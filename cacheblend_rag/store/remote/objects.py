@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _RETRIES = 2
-_AT_ONCE = 16  # requests for heads
+_AT_ONCE = 64  # requests for heads
 
 
 def open_bucket(url: str, timeout_s: float, options: Mapping[str, str]) -> ObjectStore:

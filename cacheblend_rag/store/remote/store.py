@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats, check_key
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats, check_key
 from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
-from cacheblend_rag.store.counts import EventCounts
+from cacheblend_rag.store.counts import EventCounts, found_within
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.remote.base import Backend, BackendError, Head
 from cacheblend_rag.store.remote.guard import Guard, PausedError
@@ -80,6 +80,9 @@ class RemoteStore(KVStore):
     def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
         return self._readers.map(self.get, keys)
 
+    def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
+        return found_within(self._readers, self.get, keys, within_s, self._counts)
+
     def put(self, key: str, chunk: ChunkKV) -> None:
         name = self._name(key)
         if max(possible_sizes(key, chunk, self._encoding)) > self._largest:
@@ -106,8 +109,14 @@ class RemoteStore(KVStore):
             self._say(error)
 
     def scan(self) -> Iterator[ChunkInfo]:
+        return self.scan_others(())
+
+    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
         for page in self._pages():
-            names = [name for name, _ in page if self._key(name)]
+            keys = ((name, self._key(name)) for name, _ in page)
+            names = [name for name, key in keys if key and key not in known]
+            if not names:
+                continue
             try:
                 heads = self._guard.call(lambda n=names: self._backend.heads(n, _HEAD_BYTES))  # type: ignore[misc]
             except BackendError as error:
