@@ -80,17 +80,22 @@ class RetrievalHandler(BaseCallbackHandler):
 
     def on_chat_model_start(
         self,
-        _: Any,
+        serialized: dict[str, Any],
         messages: list[list[BaseMessage]],
         *,
         parent_run_id: UUID | None = None,
-        **__: Any,
+        **_: Any,
     ) -> None:
         text = text_of(messages[0])
         _told.set((text, self._not_found(parent_run_id, text)))
 
     def on_llm_start(
-        self, _: Any, prompts: list[str], *, parent_run_id: UUID | None = None, **__: Any
+        self,
+        serialized: dict[str, Any],
+        prompts: list[str],
+        *,
+        parent_run_id: UUID | None = None,
+        **_: Any,
     ) -> None:
         _told.set((prompts[0], self._not_found(parent_run_id, prompts[0])))
 

@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
     run: Callable[[CacheBlendLLM], Sequence[str]]
     at_least: float = 0.99  # the share of these texts' tokens that must be found
-    answers: Sequence[str] = ()  # what the model must say for the query to go on
+    answers: Sequence[str] = ()  # what a fake engine must say for the query to go on
 
 
 def documents() -> list[Document]:
@@ -152,6 +152,29 @@ def auto_merging(llm: CacheBlendLLM) -> Sequence[str]:
     return texts_of(found)
 
 
+def held_to(llm: CacheBlendLLM, schema: dict[str, Any]) -> CacheBlendLLM:
+    """The same model, which can write nothing else: a small one would not choose by itself."""
+    held = {"json": schema, "disable_any_whitespace": True}
+    return CacheBlendLLM(
+        engine=llm.engine, max_tokens=64, sampling={**llm.sampling, "structured_outputs": held}
+    )
+
+
+def object_of(**values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object with these values, all of them."""
+    return {
+        "type": "object",
+        "properties": values,
+        "required": list(values),
+        "additionalProperties": False,
+    }
+
+
+def only(item: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a list of one item."""
+    return {"type": "array", "items": item, "minItems": 1, "maxItems": 1}
+
+
 def router(llm: CacheBlendLLM) -> Sequence[str]:
     nodes = split()[:4]
     ingest(llm, nodes)
@@ -159,7 +182,8 @@ def router(llm: CacheBlendLLM) -> Sequence[str]:
         QueryEngineTool.from_defaults(engine(llm, part), name=name, description=name)
         for name, part in {"one": nodes[:2], "all": nodes}.items()
     ]
-    selector = LLMSingleSelector.from_defaults(llm=llm)
+    choice = only(object_of(choice={"enum": [2]}, reason={"enum": ["it knows"]}))
+    selector = LLMSingleSelector.from_defaults(llm=held_to(llm, choice))
     RouterQueryEngine(selector, tools, llm=llm).query(QUESTION)
     return texts_of(nodes)
 
@@ -168,10 +192,12 @@ def sub_question(llm: CacheBlendLLM) -> Sequence[str]:
     nodes = split()[:4]
     ingest(llm, nodes)
     tool = QueryEngineTool.from_defaults(engine(llm, nodes), name="docs", description="ferries")
+    item = object_of(sub_question={"enum": ["When?"]}, tool_name={"enum": ["docs"]})
+    questions = held_to(llm, object_of(items=only(item)))
     SubQuestionQueryEngine.from_defaults(
         [tool],
         llm=llm,
-        question_gen=LLMQuestionGenerator.from_defaults(llm=llm),
+        question_gen=LLMQuestionGenerator.from_defaults(llm=questions),
         use_async=False,
         verbose=False,
     ).query(QUESTION)
@@ -220,14 +246,22 @@ CASES: dict[str, Case] = {
 
 
 class Calls(BaseEventHandler):
-    """Notes what LlamaIndex gives to an LLM: for each call, roles and texts.
+    """Notes what LlamaIndex gives to an LLM: for each call, roles and texts; and to which LLM.
 
     A completion, which for a chat model is what a user says, is noted as such.
     """
 
     calls: list[list[dict[str, str]]] = []  # noqa: RUF012 - a pydantic field
+    asked: list[dict[str, Any]] = []  # noqa: RUF012 - the fields of each call's LLM
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self.calls.clear()
+        self.asked.clear()
 
     def handle(self, event: Any, **_: Any) -> None:
+        if isinstance(event, LLMChatStartEvent | LLMCompletionStartEvent):
+            self.asked.append(event.model_dict)
         if isinstance(event, LLMChatStartEvent):
             self.calls.append(
                 [{"role": m.role.value, "content": m.content} for m in event.messages]

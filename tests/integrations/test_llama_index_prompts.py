@@ -28,7 +28,7 @@ def test_chunks_are_found(
 ) -> None:
     case, blend = CASES[name], llm.blend
     engines[0].answers = list(case.answers)
-    asked.calls.clear()
+    asked.clear()
 
     texts = case.run(llm)
 
