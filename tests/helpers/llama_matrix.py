@@ -37,6 +37,8 @@ from llama_index.core.tools import QueryEngineTool
 from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
+SELECTED = '[{"choice": 2, "reason": "it knows"}]'
+ASKED = '{"items": [{"sub_question": "When?", "tool_name": "docs"}]}'
 QUESTION = "When does the last ferry leave?"
 EMBED = MockEmbedding(embed_dim=8)
 
@@ -46,7 +48,7 @@ class Case(NamedTuple):
 
     run: Callable[[CacheBlendLLM], Sequence[str]]
     at_least: float = 0.99  # the share of these texts' tokens that must be found
-    answers: Sequence[str] = ()  # what a fake engine must say for the query to go on
+    answer: str = ""  # what a fake engine must say first for the query to go on
 
 
 def documents() -> list[Document]:
@@ -152,27 +154,10 @@ def auto_merging(llm: CacheBlendLLM) -> Sequence[str]:
     return texts_of(found)
 
 
-def held_to(llm: CacheBlendLLM, schema: dict[str, Any]) -> CacheBlendLLM:
-    """The same model, which can write nothing else: a small one would not choose by itself."""
-    held = {"json": schema, "disable_any_whitespace": True}
-    return CacheBlendLLM(
-        engine=llm.engine, max_tokens=64, sampling={**llm.sampling, "structured_outputs": held}
-    )
-
-
-def object_of(**values: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of an object with these values, all of them."""
-    return {
-        "type": "object",
-        "properties": values,
-        "required": list(values),
-        "additionalProperties": False,
-    }
-
-
-def only(item: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a list of one item."""
-    return {"type": "array", "items": item, "minItems": 1, "maxItems": 1}
+def held_to(llm: CacheBlendLLM, answer: str) -> CacheBlendLLM:
+    """The same model, which can write nothing else: so small a one would not choose by itself."""
+    held = {"structured_outputs": {"choice": [answer]}}
+    return CacheBlendLLM(engine=llm.engine, max_tokens=64, sampling={**llm.sampling, **held})
 
 
 def router(llm: CacheBlendLLM) -> Sequence[str]:
@@ -182,8 +167,7 @@ def router(llm: CacheBlendLLM) -> Sequence[str]:
         QueryEngineTool.from_defaults(engine(llm, part), name=name, description=name)
         for name, part in {"one": nodes[:2], "all": nodes}.items()
     ]
-    choice = only(object_of(choice={"enum": [2]}, reason={"enum": ["it knows"]}))
-    selector = LLMSingleSelector.from_defaults(llm=held_to(llm, choice))
+    selector = LLMSingleSelector.from_defaults(llm=held_to(llm, SELECTED))
     RouterQueryEngine(selector, tools, llm=llm).query(QUESTION)
     return texts_of(nodes)
 
@@ -192,12 +176,10 @@ def sub_question(llm: CacheBlendLLM) -> Sequence[str]:
     nodes = split()[:4]
     ingest(llm, nodes)
     tool = QueryEngineTool.from_defaults(engine(llm, nodes), name="docs", description="ferries")
-    item = object_of(sub_question={"enum": ["When?"]}, tool_name={"enum": ["docs"]})
-    questions = held_to(llm, object_of(items=only(item)))
     SubQuestionQueryEngine.from_defaults(
         [tool],
         llm=llm,
-        question_gen=LLMQuestionGenerator.from_defaults(llm=questions),
+        question_gen=LLMQuestionGenerator.from_defaults(llm=held_to(llm, ASKED)),
         use_async=False,
         verbose=False,
     ).query(QUESTION)
@@ -219,9 +201,6 @@ def citation(mode: MetadataMode) -> Callable[[CacheBlendLLM], Sequence[str]]:
     return run
 
 
-SELECTED = ('[{"choice": 2, "reason": "it knows"}]',)
-ASKED = ('{"items": [{"sub_question": "When?", "tool_name": "docs"}]}',)
-
 CASES: dict[str, Case] = {
     **{
         name: Case(response_mode(name))
@@ -237,8 +216,8 @@ CASES: dict[str, Case] = {
     "postprocessors": Case(postprocessors),
     "sentence window": Case(sentence_window, 0.98),
     "auto merging": Case(auto_merging),
-    "router": Case(router, answers=SELECTED),
-    "sub question": Case(sub_question, answers=ASKED),
+    "router": Case(router, answer=SELECTED),
+    "sub question": Case(sub_question, answer=ASKED),
     "citation": Case(citation(MetadataMode.LLM), 0.9),
     "citation, text alone": Case(citation(MetadataMode.NONE)),
     "simple_summarize": Case(response_mode("simple_summarize"), 0.5),
