@@ -33,7 +33,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.schema import TextNode
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
-from ttft import COMMON, SHAPES
+from shapes import COMMON, SHAPES
 
 from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.models import embedded_model

@@ -1,7 +1,7 @@
 """Time to first token: full prefill against blended, in turn, in one engine.
 
     python benchmarks/ttft.py                    # CPU, 0.5B shape, six 512-token chunks
-    python benchmarks/ttft.py --shape llama-8b --chunk-tokens 1024 --ratios 0 0.05 0.15 0.3
+    python benchmarks/ttft.py --shape llama-8b --sizes 6x512 6x1024 --ratios 0 0.05 0.15 0.3
 
 Weights are random (vLLM's ``load_format="dummy"``): latency depends on shapes only. Each round asks
 a new question over newly ordered chunks, so no mode profits from vLLM's prefix cache; modes take
@@ -14,31 +14,13 @@ import argparse
 import json
 import os
 import platform
-import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896,
-        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-        "rope_theta": 1000000.0,
-    },
-    "llama-8b": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-        "rope_theta": 500000.0,
-    },
-}  # fmt: skip
-COMMON = {
-    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-    "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+from shapes import SHAPES, Words, write_model
 
 
 def main() -> None:
@@ -46,36 +28,51 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--chunks", type=int, default=6)
-    parser.add_argument("--chunk-tokens", type=int, default=512)
+    parser.add_argument(
+        "--sizes", type=size, nargs="+", default=[(6, 512)], metavar="NxT",
+        help="chunks and tokens a chunk, such as 6x512 6x1024",
+    )  # fmt: skip
     parser.add_argument("--question-tokens", type=int, default=32)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15])
     parser.add_argument("--selectors", nargs="+", default=["query", "hkvd"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--block-size", type=int)
+    parser.add_argument("--store", default="memory://?capacity=16GiB")
+    parser.add_argument("--gpu-cache", help="GPU memory for chunks, such as 2GiB")
+    parser.add_argument("--gpu-memory-utilization", type=float)
+    parser.add_argument("--when", default="always", choices=["pays", "always"])
     parser.add_argument("--json", type=Path, help="also write every measurement there")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[args.shape]}))
+        write_model(folder, args.shape)
         run(folder, args)
+
+
+def size(text: str) -> tuple[int, int]:
+    chunks, _, tokens = text.partition("x")
+    return int(chunks), int(tokens)
 
 
 def run(folder: str, args: argparse.Namespace) -> None:
     from cacheblend_rag import BlendConfig, CacheBlend
 
-    draw = random.Random(0)
-    vocab = SHAPES[args.shape]["vocab_size"]
-
-    def words(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, vocab) for _ in range(count))
-
-    total = args.chunks * args.chunk_tokens
-    options: dict[str, Any] = {"block_size": args.block_size} if args.block_size else {}
+    words = Words(args.shape)
+    total = max(chunks * tokens for chunks, tokens in args.sizes)
+    options: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("block_size", "gpu_memory_utilization")
+        if getattr(args, name) is not None
+    }
     with CacheBlend(
         folder,
-        config=BlendConfig(ingest_prefix=words(64), store="memory://?capacity=16GiB"),
+        config=BlendConfig(
+            ingest_prefix=words(64),
+            store=args.store,
+            gpu_cache=args.gpu_cache,
+            when=args.when,
+        ),
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype=args.dtype,
@@ -83,36 +80,54 @@ def run(folder: str, args: argparse.Namespace) -> None:
         **options,
     ) as blend:
         assert blend.gate.passed, blend.gate.reason
-        chunks, head = [words(args.chunk_tokens) for _ in range(args.chunks)], words(48)
-        ingested = blend.ingest(chunks)
-        modes: dict[str, dict[str, Any]] = {"full": {"mode": "full"}}
-        for ratio in args.ratios:
-            for selector in args.selectors if ratio else args.selectors[:1]:
-                name = f"{selector} {ratio:g}" if ratio else "reuse"
-                modes[name] = {"recompute_ratio": ratio, "selector": selector}
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
-        for number in range(args.rounds + 1):  # the first warms up
-            draw.shuffle(chunks)
-            for name, call in modes.items():
-                body = tuple(t for c in chunks for t in c)
-                prompt = head + body + words(args.question_tokens)
-                [piece_first, result] = first_token(blend, prompt, call)
-                if number:
-                    rows[name].append({"ttft_s": piece_first, "report": result.report.to_dict()})
-        show(blend, rows, ingested, args)
+        measured = {}
+        for number, each in args.sizes:
+            rows, ingested = measure(blend, words, number, each, args)
+            show(blend, rows, ingested, (number, each), args)
+            measured[f"{number}x{each}"] = rows
+        if args.json:
+            args.json.write_text(json.dumps(measured, indent=1))
 
 
-def first_token(blend: Any, prompt: tuple[int, ...], call: dict[str, Any]) -> list[Any]:
+def measure(
+    blend: Any, words: Words, number: int, each: int, args: argparse.Namespace
+) -> tuple[dict[str, list[dict[str, Any]]], Any]:
+    """Every mode's TTFT in each round, and the ingestion's report."""
+    chunks, head = [words(each) for _ in range(number)], words(48)
+    ingested = blend.ingest(chunks, progress=False)
+    modes: dict[str, dict[str, Any]] = {"full": {"mode": "full"}}
+    for ratio in args.ratios:
+        for selector in args.selectors if ratio else args.selectors[:1]:
+            name = f"{selector} {ratio:g}" if ratio else "reuse"
+            modes[name] = {"recompute_ratio": ratio, "selector": selector}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
+    for turn in range(args.rounds + 1):  # the first warms up
+        words.draw.shuffle(chunks)
+        for name, call in modes.items():
+            prompt = head + tuple(t for c in chunks for t in c) + words(args.question_tokens)
+            seconds, result = first_token(blend, prompt, call)
+            if turn:
+                rows[name].append({"ttft_s": seconds, "report": result.report.to_dict()})
+    return rows, ingested
+
+
+def first_token(blend: Any, prompt: tuple[int, ...], call: dict[str, Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     stream = blend.stream(prompt, max_tokens=1, temperature=0.0, **call)
     next(stream)
     seconds = time.perf_counter() - start
     for _ in stream:
         pass
-    return [seconds, stream.result]
+    return seconds, stream.result
 
 
-def show(blend: Any, rows: dict[str, Any], ingested: Any, args: argparse.Namespace) -> None:
+def show(
+    blend: Any,
+    rows: dict[str, Any],
+    ingested: Any,
+    size: tuple[int, int],
+    args: argparse.Namespace,
+) -> None:
     import torch
 
     from cacheblend_rag import __version__
@@ -123,7 +138,7 @@ def show(blend: Any, rows: dict[str, Any], ingested: Any, args: argparse.Namespa
         f"{device}, {os.cpu_count()} cores, {args.dtype}, {time.strftime('%Y-%m-%d')}"
     )
     print(
-        f"{args.shape}, {args.chunks} x {args.chunk_tokens} tokens of chunks, question "
+        f"{args.shape}, {size[0]} x {size[1]} tokens of chunks, question "
         f"{args.question_tokens}, block {blend.info.block_size}, {args.rounds} rounds; ingestion "
         f"{ingested.tokens / ingested.seconds:.0f} tokens/s"
     )
@@ -142,10 +157,9 @@ def show(blend: Any, rows: dict[str, Any], ingested: Any, args: argparse.Namespa
         print(
             f"{name:14}{median * 1e3:10.1f}{full / median:11.2f}   {parts}; reused "
             f"{report['tokens_reused']}, recomputed {report['tokens_recomputed']}, fresh "
-            f"{report['tokens_fresh']}"
+            f"{report['tokens_fresh']}",
+            flush=True,
         )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -152,6 +152,45 @@ class CacheBlend:
             self._index.discard(key)
         return known
 
+    def key(self, text: str | Sequence[int]) -> str:
+        """The key that ``ingest`` stores a chunk under.
+
+        Raises:
+            EmptyTextError, PromptTooLongError: as ``ingest`` does.
+        """
+        return self._chunk(text).key
+
+    def label(self, documents: Mapping[str, Iterable[str]]) -> None:
+        """Note which chunks each document (any text) consists of, by their keys, beside those noted
+        before; for ``forget_documents``. A store on disk keeps this for later engines too, as a
+        hash of the document's name; a store that is all remote keeps it until this one is closed.
+        """
+        self._check_open()
+        rows = [(self._owned(name), list(keys)) for name, keys in documents.items()]
+        if self.gate.passed and rows:
+            self._engine.rpc("cacheblend_label", rows)
+
+    def labelled(self, documents: Iterable[str]) -> set[str]:
+        """Those of ``documents`` that chunks are noted for."""
+        self._check_open()
+        names = {self._owned(document): document for document in documents}
+        if not (self.gate.passed and names):
+            return set()
+        found = self._engine.rpc("cacheblend_labelled", list(names))
+        return {names[name] for of_rank in found for name in of_rank}
+
+    def forget_documents(self, documents: Iterable[str], only: Iterable[str] | None = None) -> int:
+        """Forget the chunks that these documents consist of, or those of them whose keys are in
+        ``only``, but for what other documents consist of; returns how many were there.
+        """
+        self._check_open()
+        names = [self._owned(document) for document in documents]
+        if not (self.gate.passed and names):
+            return 0
+        keys = None if only is None else list(only)
+        dropped = self._engine.rpc("cacheblend_unlabel", names, keys)
+        return self.forget_keys(itertools.chain.from_iterable(dropped))
+
     def retain(self, texts: Iterable[str | Sequence[int]]) -> int:
         """Forget every chunk of this model and namespace that is not among ``texts``; returns how
         many were forgotten. Chunks that another process stored since this one started stay.
@@ -310,6 +349,10 @@ class CacheBlend:
         chunk = Chunk(self._space.key(ids), ids)
         ingest.check_length(chunk, len(self._space.prefix_ids), self.info.max_model_len)
         return chunk
+
+    def _owned(self, document: str) -> str:
+        """Namespaces share a store, and each may have a document of that name."""
+        return f"{self.config.namespace}\0{document}" if self.config.namespace else document
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
         """A token id without an embedding would end the engine."""

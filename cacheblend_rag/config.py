@@ -40,8 +40,8 @@ class BlendConfig:
             measured on a GPU only), ``always`` blends whatever is found.
         schedule: ``sync`` blends within one engine step, ``async`` one tile a step so that other
             streams keep decoding, ``auto`` is sync only while nothing else runs.
-        tile_tokens: most tokens recomputed at once; the engine's ``max_num_batched_tokens`` bounds
-            it, and is used where it is None.
+        tile_tokens: most tokens recomputed at once, up to the engine's ``max_num_batched_tokens``;
+            where it is None, all that a step may take, and 256 where others decode meanwhile.
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
             no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.

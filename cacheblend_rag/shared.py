@@ -23,7 +23,6 @@ from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import CacheBlendError, ClosedError, ConfigError, PromptError
 from cacheblend_rag.ingest import IngestReport
-from cacheblend_rag.ledger import Ledger
 from cacheblend_rag.store.disk import MARKER
 from cacheblend_rag.store.url import parse_url
 
@@ -38,14 +37,12 @@ class SharedEngine:
 
     Attributes:
         model: hub name or folder, as it was given.
-        ledger: which chunks the documents ingested here consist of.
     """
 
     def __init__(
         self, model: str, start: Callable[[], CacheBlend], settings: Mapping[str, Any]
     ) -> None:
         self.model = model
-        self.ledger = Ledger()
         self._start, self._settings = start, settings
         self._lock = threading.Lock()
         self._blend: CacheBlend | None = None
@@ -81,6 +78,26 @@ class SharedEngine:
             else:
                 shared._check_same(config, engine_args)
         return shared
+
+    @classmethod
+    def given(
+        cls,
+        engine: SharedEngine | None,
+        model: str | Path | None,
+        config: BlendConfig | None,
+        engine_args: Mapping[str, Any] | None,
+        default: Callable[[], BlendConfig] = BlendConfig,
+    ) -> SharedEngine:
+        """What an adapter was given: the engine itself, or what ``of`` makes one of.
+
+        Raises:
+            ConfigError: neither engine nor model; or as ``of`` does.
+        """
+        if engine is not None:
+            return engine
+        if model is None:
+            raise ConfigError("name a model, or pass a running engine to from_engine()")
+        return cls.of(model, config, engine_args, default)
 
     @classmethod
     def around(cls, blend: CacheBlend) -> SharedEngine:
@@ -156,10 +173,13 @@ class SharedEngine:
     ) -> IngestReport:
         """Compute chunks, and note which document each belongs to; empty texts are passed over."""
         rows = [(t, d) for t, d in zip(texts, documents, strict=True) if t.strip()]
-        report = self.blend().ingest([text for text, _ in rows], progress=progress)
+        blend = self.blend()
+        report = blend.ingest([text for text, _ in rows], progress=progress)
+        owned: dict[str, list[str]] = {}
         for (_, document), key in zip(rows, report.keys, strict=False):
             if document is not None and key:
-                self.ledger.note(document, [key])
+                owned.setdefault(document, []).append(key)
+        blend.label(owned)
         return report
 
     def prefetch(self, texts: Sequence[str]) -> None:
@@ -178,16 +198,31 @@ class SharedEngine:
         """Drop the chunks that only these documents consist of; returns how many.
 
         Raises:
-            PromptError: a document that was not ingested through this engine object.
+            PromptError: a document that the store has no chunks on record for.
         """
-        documents = set(documents)
-        if unknown := documents - self.ledger.documents():
+        documents, blend = set(documents), self.blend()
+        if unknown := documents - blend.labelled(documents):
             raise PromptError(
-                f"no chunks are on record for {sorted(unknown)}: only documents ingested since "
-                "this engine was started are. To drop all chunks that your documents no longer "
-                "contain, use gc(); to have them on record again, ingest or backfill them first"
+                f"no chunks are on record for {sorted(unknown)}: they were never ingested, or "
+                "into a store that is gone or keeps no such records. To drop all chunks that your "
+                "documents no longer contain, use gc(); to have them on record again, ingest or "
+                "backfill them first"
             )
-        return self.blend().forget_keys(self.ledger.drop(documents))
+        return blend.forget_documents(documents)
+
+    def labelled(self, documents: Iterable[str]) -> set[str]:
+        """Those of ``documents`` that can be forgotten by name."""
+        return self.blend().labelled(documents)
+
+    def forget_chunks(self, chunks: Iterable[tuple[str, str]]) -> int:
+        """Drop single chunks, each a document and a key, but for what other documents consist of;
+        returns how many.
+        """
+        owned: dict[str, list[str]] = {}
+        for document, key in chunks:
+            owned.setdefault(document, []).append(key)
+        blend = self.blend()
+        return sum(blend.forget_documents([name], keys) for name, keys in owned.items())
 
     # ---- copies --------------------------------------------------------------------------------
 

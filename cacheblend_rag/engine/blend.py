@@ -5,7 +5,8 @@ Shape legend: E tokens of the blended region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -22,7 +23,11 @@ from cacheblend_rag.select.hkvd import HKVDSelector
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV, KVStore
 
+_BACKGROUND_TILE = 256  # tokens; so few cost about what reading the weights does: a decode step
 _PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
+
+# why a blend is refused, else the chunks by key, and the keys of those that come too late
+_FromStore = tuple[str, dict[str, ChunkKV | None], set[str]]
 
 
 class Blender:
@@ -42,6 +47,7 @@ class Blender:
         self.costs: Costs | None = None  # set once they are measured
         self._max_tile = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._alone = get_tensor_model_parallel_world_size() == 1
+        self._reader = ThreadPoolExecutor(1, "cacheblend-read")  # for those who must not wait
 
     def start(self, task: BlendTask) -> BlendOutcome:
         """What ``steps`` will fill in."""
@@ -53,7 +59,9 @@ class Blender:
         After the last step the paged cache holds K and V of [write_from, E) for every layer.
         """
         clock, plan, device = outcome.clock, task.plan, self.handle.device
-        region = Region(task, self._fetch(task, outcome))
+        yields = task.background and self._alone  # ranks that wait each their own way would part
+        loaded = yield from self._from_store(plan, yields)
+        region = Region(task, self._fitting(task, outcome, *loaded))
         outcome.bytes = region.bytes
         lane = self._lanes(region)
         must_E, candidate_E, weighted = _duties(task, region.stored_E, outcome.missing)
@@ -61,12 +69,16 @@ class Blender:
         num_candidates = int(candidate_E.sum())
         budget = min(selector.budget(plan.ratio, weighted), num_candidates)
         chosen, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
+        while yields and not lane.bring():
+            yield
         clock.mark("load")
 
         if 0 < budget < num_candidates:
             question_E = deviation_E = None
             if selector.evidence == "question":
                 question_E = self._ask(lane, task, selector)
+                if task.background:
+                    yield
             elif selector.evidence == "deviation":
                 deviation_E = yield from self._probe(lane, task, selector, clock)
             evidence = Evidence(candidate, lane.offset_E, lane.ids_E, question_E, deviation_E)
@@ -78,7 +90,7 @@ class Blender:
         clock.mark("select")
 
         outcome.chosen = _to_host(chosen)
-        for tile in chosen.split(self._tile(plan)) if len(chosen) else ():  # all may be exact
+        for tile in chosen.split(self._tile(task)) if len(chosen) else ():  # all may be exact
             lane.recompute(tile)
             clock.mark("recompute")
             yield
@@ -86,15 +98,30 @@ class Blender:
         lane.place_through(self.handle.num_layers - 1)
         clock.mark("load")
 
-    def _fetch(self, task: BlendTask, outcome: BlendOutcome) -> list[Loaded]:
+    def _from_store(self, plan: Plan, yields: bool) -> Generator[None, None, _FromStore]:
+        """What ``_load`` returns; where it ``yields``, it runs beside other steps."""
+        if not yields:
+            return self._load(plan)
+        loading = self._reader.submit(self._load, plan)
+        while not loading.done():
+            yield
+        return loading.result()
+
+    def _fitting(
+        self,
+        task: BlendTask,
+        outcome: BlendOutcome,
+        refusal: str,
+        chunks: Mapping[str, ChunkKV | None],
+        late: set[str],
+    ) -> list[Loaded]:
         """The stored chunks of a plan. One that is absent, damaged, not what the prompt says or
         not there in time on any rank is missing on all: its tokens are computed afresh.
 
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
-        plan, segments = task.plan, task.plan.segments
-        refusal, chunks, late = self._load(plan)
+        segments = task.plan.segments
         absent = [
             bool(s.key) and not self._fits(chunks.get(s.key), s, task.token_ids) for s in segments
         ]
@@ -114,7 +141,7 @@ class Blender:
             if s.key and not gone and (chunk := chunks[s.key]) is not None
         ]
 
-    def _load(self, plan: Plan) -> tuple[str, dict[str, ChunkKV | None], set[str]]:
+    def _load(self, plan: Plan) -> _FromStore:
         """Why it is not worth it on this rank, or else the chunks by key, and the keys of those
         that are too far away or do not come within the time of a prefill.
         """
@@ -171,7 +198,9 @@ class Blender:
         assert isinstance(selector, HKVDSelector)
         check = min(selector.check_layer, self.handle.num_layers - 1)
         deviation = torch.zeros(task.plan.end, device=self.handle.device)
-        size, end = self._tile(task.plan), task.plan.end
+        # only the layers up to the check run
+        size = min(self._tile(task) * self.handle.num_layers // (check + 1), self._max_tile)
+        end = task.plan.end
         for start in range(task.write_from, end, size):
             tile = range(start, min(start + size, end))
             deviation[tile.start : tile.stop] = lane.deviation(
@@ -185,8 +214,9 @@ class Blender:
         total: torch.Tensor = value if self._alone else get_tp_group().all_reduce(value)
         return total
 
-    def _tile(self, plan: Plan) -> int:
-        return min(plan.tile_tokens or self._max_tile, self._max_tile)
+    def _tile(self, task: BlendTask) -> int:
+        usual = _BACKGROUND_TILE if task.background else self._max_tile
+        return min(task.plan.tile_tokens or usual, self._max_tile)
 
 
 def _to_host(positions: torch.Tensor) -> torch.Tensor:

@@ -117,6 +117,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
             plan=plan,
             blocks=tuple(blocks.get_block_ids()[0][:num_blocks]),
             write_from=plan.end - num_external_tokens,
+            background=tracked.background,
         )
         (self._metadata.background if tracked.background else self._metadata.sync).append(task)
 

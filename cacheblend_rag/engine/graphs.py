@@ -1,6 +1,7 @@
-"""Passes as CUDA graphs: one launch instead of some twenty a layer.
+"""Passes as CUDA graphs: one launch instead of some twenty a layer, for a few layers at a time, so
+that a pass starts while the KV of its later layers is still on its way.
 
-A graph is captured for a padded number of tokens and, for the question, of context; rows to spare
+A pass is captured for a padded number of tokens and, for the question, of context; rows to spare
 have no position and no slot. What a request puts in goes into tensors that all graphs share.
 
 Shape legend: T tokens of the pass, padded; N context tokens, padded; G KV heads.
@@ -8,7 +9,9 @@ Shape legend: T tokens of the pass, padded; N context tokens, padded; G KV heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -24,6 +27,49 @@ logger = init_logger("vllm.cacheblend_rag")
 _MOST_SELECTED = 2048  # beyond, the GPU is the bottleneck and launches are free
 _MOST_ASKING = 256
 _LEAST_CONTEXT = 8192
+_STRETCH = 4  # layers a graph: about as many as arrive together
+
+Before = Callable[[int], None]  # called with a layer's number before the layer is touched
+
+
+class CapturedPass:
+    """One pass as graphs of ``_STRETCH`` layers each, over one memory pool."""
+
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        self._pool, self._stream = pool, stream
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._last: list[int] = []  # the last layer each needs
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """What runs inside is captured, given that it calls ``reach`` at each layer."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            self._begin()
+            try:
+                yield
+            finally:
+                self._graphs[-1].capture_end()
+
+    def reach(self, index: int) -> None:
+        """The pass being captured is at layer ``index``."""
+        if index and index % _STRETCH == 0:
+            self._graphs[-1].capture_end()
+            self._begin()
+        self._last[-1] = index
+
+    def replay(self, before: Before | None = None) -> None:
+        """Queue the pass; ``before`` is called with the last layer that the next graph reads."""
+        for graph, last in zip(self._graphs, self._last, strict=True):
+            if before is not None:
+                before(last)
+            graph.replay()
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graphs.append(graph)
+        self._last.append(0)
 
 
 class PassGraphs:
@@ -42,8 +88,9 @@ class PassGraphs:
         self.usable = (
             get_tensor_model_parallel_world_size() == 1 and not config.model_config.enforce_eager
         )
-        self._graphs: dict[tuple[str, int, int, range], torch.cuda.CUDAGraph] = {}
+        self._passes: dict[tuple[str, int, int, range], CapturedPass] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
         device, most = handle.device, int(config.model_config.max_model_len)
 
         def rows(fill: int) -> torch.Tensor:
@@ -64,17 +111,23 @@ class PassGraphs:
         return self.usable and _padded(count) <= _MOST_SELECTED
 
     def select(
-        self, ids_T: torch.Tensor, positions_T: torch.Tensor, slots_T: torch.Tensor, at: PagedKV
+        self,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        slots_T: torch.Tensor,
+        at: PagedKV,
+        before: Before,
     ) -> bool:
-        """The selective pass, as a graph; false where there is none, and nothing was done."""
+        """The selective pass, as graphs; false where there are none, and it has yet to be done."""
         size = _padded(len(ids_T))
         self._fill(at, size, ids_T, positions_T, slots_T)
 
-        def make() -> Pass:
+        def make(reach: Before | None) -> Pass:
             view = self._layers(_MOST_SELECTED)
-            return SelectivePass(self._handle, view, self._positions[:size], self._slots[:size])
+            positions, slots = self._positions[:size], self._slots[:size]
+            return SelectivePass(self._handle, view, positions, slots, before=reach)
 
-        return self._replay(("select", size, 0, range(0)), size, make)
+        return self._replay(("select", size, 0, range(0)), size, make, before)
 
     def ask(
         self,
@@ -85,8 +138,9 @@ class PassGraphs:
         beside_T: torch.Tensor,
         keep: range,
         at: PagedKV,
+        before: Before,
     ) -> torch.Tensor | None:
-        """The question pass, as a graph; float32 [G, at.most], or None where there is none."""
+        """The question pass, as graphs; float32 [G, at.most], or None where there are none."""
         size = -(-len(ids_T) // 32) * 32
         context = max(_LEAST_CONTEXT, 1 << (at.most - 1).bit_length())
         if not self.usable or size > _MOST_ASKING:
@@ -99,7 +153,7 @@ class PassGraphs:
         score = self._scores[context]
         score.zero_()
 
-        def make() -> Pass:
+        def make(reach: Before | None) -> Pass:
             return QuestionPass(
                 self._handle,
                 self._layers(context),
@@ -110,9 +164,11 @@ class PassGraphs:
                 None,
                 score,
                 keep,
+                before=reach,
             )
 
-        done = self._replay(("ask", size, context, keep), size, make, lambda: score.zero_())
+        key = ("ask", size, context, keep)
+        done = self._replay(key, size, make, before, lambda: score.zero_())
         return score[:, : at.most] if done else None
 
     def prepare(self, keep: range) -> None:
@@ -129,16 +185,16 @@ class PassGraphs:
             ids, spare = none.expand(size), nowhere.expand(size)
             if not self.takes(size):
                 return
-            self.select(ids, spare, spare, empty)
+            self.select(ids, spare, spare, empty, lambda _: None)
         for size in range(_MOST_ASKING, 0, -32):
             ids, spare = none.expand(size), nowhere.expand(size)
             beside = torch.full_like(spare, NEVER)
-            self.ask(ids, spare, spare, spare, beside, keep, empty)
+            self.ask(ids, spare, spare, spare, beside, keep, empty, lambda _: None)
 
     def seconds(self, kind: str, size: int) -> float | None:
-        """How long the graph of a padded size runs, without a context; None where there is none."""
-        graph = next((g for (k, n, *_), g in self._graphs.items() if (k, n) == (kind, size)), None)
-        return None if graph is None else gpu_seconds(graph.replay)
+        """How long the pass of a padded size runs, without a context; None where there is none."""
+        found = next((p for (k, n, *_), p in self._passes.items() if (k, n) == (kind, size)), None)
+        return None if found is None else gpu_seconds(found.replay)
 
     def _layers(self, most: int) -> Callable[[int], PagedKV]:
         return lambda index: self._view(index, self._table, self._length, most)
@@ -163,30 +219,30 @@ class PassGraphs:
         self,
         key: tuple[str, int, int, range],
         size: int,
-        make: Callable[[], Pass],
+        make: Callable[[Before | None], Pass],
+        before: Before,
         reset: Callable[[], object] = lambda: None,
     ) -> bool:
-        if key not in self._graphs:
+        if key not in self._passes:
             try:
-                self._graphs[key] = self._capture(size, make)
+                self._passes[key] = self._capture(size, make)
             except Exception as error:  # a model that can't be captured is served all the same
                 logger.warning("CUDA graphs are off for blends: %s", error)
                 self.usable = False
                 reset()
                 return False
             reset()  # what was run before the capture has added to the scores
-        self._graphs[key].replay()
+        self._passes[key].replay(before)
         return True
 
-    def _capture(self, size: int, make: Callable[[], Pass]) -> torch.cuda.CUDAGraph:
+    def _capture(self, size: int, make: Callable[[Before | None], Pass]) -> CapturedPass:
         """Run once as it is, so that all is compiled and allocated, then capture."""
         ids, rope = self._ids[:size], self._rope[:size]
-        self._handle.run(make(), ids, rope)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._handle.run(make(), ids, rope)
-        return graph
+        self._handle.run(make(None), ids, rope)
+        captured = CapturedPass(self._pool, self._stream)
+        with captured.capture():
+            self._handle.run(make(captured.reach), ids, rope)
+        return captured
 
 
 def _set_rows(static: torch.Tensor, values: torch.Tensor, size: int, spare: int) -> None:

@@ -153,6 +153,11 @@ class KernelLane(Lane):
             self._transfer.used(layers)
             self._placed = layers.stop
 
+    def bring(self) -> bool:
+        while self._placed < self.handle.num_layers and self._transfer.arrived(self._placed):
+            self.place_through(self._placed)
+        return self._placed == self.handle.num_layers
+
     def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
         region = self.region
         glue = region.glue(most_glue)
@@ -170,8 +175,8 @@ class KernelLane(Lane):
         slots = torch.full_like(at, NOWHERE)
         slots[:n] = self.slots(at[:n])
         if known.all():
-            self.place_through(keep[-1])  # also starts the transfer: small uploads come first
-            score = self._graphs.ask(ids, at, slots, asking, beside, keep, self.view(0))
+            here, before = self.view(0), self.place_through
+            score = self._graphs.ask(ids, at, slots, asking, beside, keep, here, before)
             if score is not None:
                 return score.sum(0)
         known_E = None if known.all() else upload(known, self.device)
@@ -188,10 +193,10 @@ class KernelLane(Lane):
 
     def recompute(self, tile: torch.Tensor) -> None:
         ids, slots = self.ids_E[tile], self.slots(tile)
-        if self._graphs.takes(len(tile)):
-            self.place_through(self.handle.num_layers - 1)
-            if self._graphs.select(ids, tile, slots, self.view(0)):
-                return
+        if self._graphs.takes(len(tile)) and self._graphs.select(
+            ids, tile, slots, self.view(0), self.place_through
+        ):
+            return
         step = SelectivePass(self.handle, self.view, tile, slots, before=self.place_through)
         self.handle.run(step, ids, tile)
 

@@ -96,6 +96,11 @@ class Lane(ABC):
     def place_through(self, index: int) -> None:
         """See that the stored KV of layers 0 to ``index`` is in the paged cache, re-rotated."""
 
+    def bring(self) -> bool:
+        """Place what can be placed without waiting for a transfer; whether that was all of it."""
+        self.place_through(self.handle.num_layers - 1)
+        return True
+
     @abstractmethod
     def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
         """Run the question's tokens, and the tokens between chunks, over the reused KV.

@@ -23,6 +23,7 @@ class BlendTask:
         question: token ids whose attention selects.
         blocks: numbers of the paged blocks that hold positions [0, E).
         write_from: positions below it are in the cache already, blended by an identical plan.
+        background: others decode meanwhile, so that no step may take long.
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class BlendTask:
     plan: Plan
     blocks: tuple[int, ...]
     write_from: int
+    background: bool = False
 
 
 class RefusedError(Exception):

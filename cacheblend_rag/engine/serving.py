@@ -35,15 +35,11 @@ _Event = EngineOutput | BaseException | None  # None: the stream ended
 class ServingEngine(Engine):
     """``AsyncLLM`` with our connector inside."""
 
+    _engine: Any = None
+
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
         prepared = prepare("AsyncEngineArgs", model, options)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="cacheblend-engine", daemon=True
-        )
-        self._thread.start()
-        self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
-        self._engine: Any = None
+        self._run_loop()
         try:
             with naming_failures(model):
                 self._engine = self._call(_start(prepared.engine_args))
@@ -55,6 +51,15 @@ class ServingEngine(Engine):
         except BaseException:
             self.close()
             raise
+
+    def _run_loop(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="cacheblend-engine", daemon=True
+        )
+        self._thread.start()
+        self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
+        self._entry, self._closing = threading.Lock(), False
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         with naming_death():
@@ -101,14 +106,17 @@ class ServingEngine(Engine):
             task.cancel()
 
     def close(self) -> None:
+        with self._entry:  # what was submitted before is cancelled below; nothing comes after
+            if self._closing:
+                return
+            self._closing = True
         engine, self._engine = self._engine, None
         if engine is not None:
             self._loop.call_soon_threadsafe(engine.shutdown)
-        if self._thread.is_alive():
-            self._call(_cancel_others())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def _forward(self, request: EngineRequest, put: Callable[[_Event], object]) -> Future[None]:
         """Run a request on the engine's loop; its pieces, its end or its error go to ``put``."""
@@ -125,7 +133,7 @@ class ServingEngine(Engine):
                 raise
 
         self._open()
-        return asyncio.run_coroutine_threadsafe(run(), self._loop)
+        return self._submit(run())
 
     async def _pieces(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         name = f"{self._session}-{next(self._numbers)}"
@@ -139,9 +147,17 @@ class ServingEngine(Engine):
 
     def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+            return self._submit(work).result()
         except CancelledError as error:
             raise ClosedError("the engine was closed while this call ran") from error
+
+    def _submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Run ``work`` on the engine's loop: a loop that has stopped would never answer."""
+        with self._entry:
+            if not self._closing:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise ClosedError("the engine was closed before this call began")
 
     def _open(self) -> Any:
         if self._engine is None:

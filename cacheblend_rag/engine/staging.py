@@ -125,13 +125,14 @@ class Transfer:
         """
         if not self._num_groups:
             return range(index, self._staging.num_layers)
-        number = index // self._group
-        while self._started < min(number + _BUFFERS, self._num_groups):
-            self._start(self._started)
-            self._started += 1
+        number = self._reach(index)
         torch.cuda.current_stream(self._staging.device).wait_event(self._ready[number])
         last = min((number + 1) * self._group, self._staging.num_layers)
         return range(index, last)
+
+    def arrived(self, index: int) -> bool:
+        """Whether layer ``index`` is there: ``arrive`` would not wait. Starts the transfer too."""
+        return not self._num_groups or self._ready[self._reach(index)].query()
 
     def used(self, layers: range) -> None:
         """These layers were read, up to the end of what came with them, and all before them."""
@@ -144,6 +145,14 @@ class Transfer:
             if self._buffers is not None:
                 self._staging.give_back(self._buffers)
                 self._buffers = None
+
+    def _reach(self, index: int) -> int:
+        """The number of the group of layer ``index``, which is under way from here on."""
+        number = index // self._group
+        while self._started < min(number + _BUFFERS, self._num_groups):
+            self._start(self._started)
+            self._started += 1
+        return number
 
     def _start(self, number: int) -> None:
         stream = self._staging.stream

@@ -26,7 +26,9 @@ from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.errors import CacheBlendError
-from cacheblend_rag.store import open_store
+from cacheblend_rag.store import KVStore, open_store
+from cacheblend_rag.store.base import document_id
+from cacheblend_rag.store.notes import Notes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,6 +55,8 @@ class WorkerExtension:
         vllm_config: VllmConfig
         model_runner: Any
         get_model: Any
+
+    _cacheblend_notes: KVStore | Notes
 
     def cacheblend_inspect(self) -> dict[str, Any]:
         """Fingerprint of what was loaded on this rank, and why it can't be blended, if so."""
@@ -92,6 +96,8 @@ class WorkerExtension:
         handle, rope, cache = self._cacheblend_parts
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
         self._connector().blender = Blender(handle, rope, store, self._cacheblend_lanes)
+        # a store that is all remote keeps none, and then they last as long as the engine
+        self._cacheblend_notes = store if store.keeps_documents else Notes()
         self._cacheblend_ingestor = Ingestor(handle)
         return [[c.key, array("i", c.token_ids).tobytes(), c.base] for c in store.scan()]
 
@@ -137,6 +143,25 @@ class WorkerExtension:
         for key in keys:
             self._blender().store.discard(key)
             self._cacheblend_lanes.forget(key)
+
+    @_reporting
+    def cacheblend_label(self, documents: list[tuple[str, list[str]]]) -> None:
+        """Note which keys each document consists of."""
+        for document, keys in documents:
+            self._cacheblend_notes.label(document, keys)
+
+    @_reporting
+    def cacheblend_labelled(self, documents: list[str]) -> list[str]:
+        """Which of ``documents`` something is noted for."""
+        noted = self._cacheblend_notes.documents()
+        return [document for document in documents if document_id(document) in noted]
+
+    @_reporting
+    def cacheblend_unlabel(self, documents: list[str], only: list[str] | None) -> list[str]:
+        """Drop the notes on ``documents``, or only those on the keys ``only`` among theirs; returns
+        the keys dropped that no document consists of any more.
+        """
+        return self._cacheblend_notes.unlabel(map(document_id, documents), only)
 
     def cacheblend_store_stats(self) -> dict[str, int]:
         """Counts of this rank's store."""

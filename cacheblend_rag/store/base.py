@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -162,8 +162,10 @@ class KVStore(ABC):
         """The ``document_id`` of each document noted."""
         return set()
 
-    def unlabel(self, documents: Iterable[str]) -> list[str]:
-        """Drop the notes on these ids; returns the keys that no other document consists of."""
+    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        """Drop the notes on these ids, or of those notes only that on the keys ``only``; returns
+        the keys dropped that no document consists of any more.
+        """
         return []
 
     def forget(self, document: str) -> int:

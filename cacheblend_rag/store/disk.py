@@ -18,7 +18,7 @@ import stat
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -168,10 +168,11 @@ class DiskStore(KVStore):
         with explained(self._folder):
             return {document.hex() for document in self._catalog.index.documents(self.namespace)}
 
-    def unlabel(self, documents: Iterable[str]) -> list[str]:
+    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         with explained(self._folder):
             raw = [bytes.fromhex(document) for document in documents]
-            return [key.hex() for key in self._catalog.index.unlabel(self.namespace, raw)]
+            keys = None if only is None else {bytes.fromhex(key) for key in only}
+            return [key.hex() for key in self._catalog.index.unlabel(self.namespace, raw, keys)]
 
     def scan(self) -> Iterator[ChunkInfo]:
         for _, info in self.scan_after(0):

@@ -249,15 +249,21 @@ class Index:
         with self._reading() as db:
             return {document for (document,) in db.execute(query, (namespace,))}
 
-    def unlabel(self, namespace: str, documents: Iterable[bytes]) -> list[bytes]:
-        """Drop documents; returns the keys that no other one has."""
+    def unlabel(
+        self,
+        namespace: str,
+        documents: Iterable[bytes],
+        only: Collection[bytes] | None = None,
+    ) -> list[bytes]:
+        """Drop documents, or of their keys these; returns the keys dropped that none has now."""
         orphans: list[bytes] = []
         with self._writing() as db:
             for document in documents:
-                where = (namespace, document)
                 query = "SELECT key FROM documents WHERE namespace = ? AND document = ?"
-                keys = [key for (key,) in db.execute(query, where)]
-                db.execute("DELETE FROM documents WHERE namespace = ? AND document = ?", where)
+                keys = [key for (key,) in db.execute(query, (namespace, document))]
+                keys = [key for key in keys if only is None or key in only]
+                query = "DELETE FROM documents WHERE namespace = ? AND document = ? AND key = ?"
+                db.executemany(query, [(namespace, document, key) for key in keys])
                 query = "SELECT 1 FROM documents WHERE namespace = ? AND key = ?"
                 orphans += [k for k in keys if db.execute(query, (namespace, k)).fetchone() is None]
         return orphans

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 
@@ -13,11 +13,11 @@ from cacheblend_rag.store.base import (
     KVStore,
     StoreStats,
     check_key,
-    document_id,
 )
 from cacheblend_rag.store.counts import EventCounts
 from cacheblend_rag.store.evict import GDSF, Policy, Ranking, recompute_cost
 from cacheblend_rag.store.host import pinned
+from cacheblend_rag.store.notes import Notes
 
 
 class MemoryStore(KVStore):
@@ -36,7 +36,7 @@ class MemoryStore(KVStore):
         self._chunks: dict[str, ChunkKV] = {}
         self._ranking = Ranking(policy or GDSF(), capacity_bytes)
         self._pins: Counter[str] = Counter()
-        self._documents: dict[str, set[str]] = {}
+        self._notes = Notes()
         self._counts = EventCounts("memory")
 
     def contains(self, key: str) -> bool:
@@ -96,19 +96,13 @@ class MemoryStore(KVStore):
         return True
 
     def label(self, document: str, keys: Iterable[str]) -> None:
-        with self._lock:
-            self._documents.setdefault(document_id(document), set()).update(keys)
+        self._notes.label(document, keys)
 
     def documents(self) -> set[str]:
-        with self._lock:
-            return set(self._documents)
+        return self._notes.documents()
 
-    def unlabel(self, documents: Iterable[str]) -> list[str]:
-        with self._lock:
-            gone: set[str] = set()
-            for document in documents:
-                gone |= self._documents.pop(document, set())
-            return sorted(gone.difference(*self._documents.values()))
+    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        return self._notes.unlabel(documents, only)
 
     def scan(self) -> Iterator[ChunkInfo]:
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from cacheblend_rag.errors import StoreError
@@ -106,8 +106,8 @@ class TieredStore(KVStore):
     def documents(self) -> set[str]:
         return self._notes.documents()
 
-    def unlabel(self, documents: Iterable[str]) -> list[str]:
-        return self._notes.unlabel(documents)
+    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        return self._notes.unlabel(documents, only)
 
     def scan(self) -> Iterator[ChunkInfo]:
         seen: set[str] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
@@ -106,8 +106,8 @@ class WriteBackStore(KVStore):
     def documents(self) -> set[str]:
         return self.store.documents()
 
-    def unlabel(self, documents: Iterable[str]) -> list[str]:
-        return self.store.unlabel(documents)
+    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        return self.store.unlabel(documents, only)
 
     def close(self) -> None:
         self._writer.close(wait_for_all=True)

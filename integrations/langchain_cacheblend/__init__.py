@@ -3,7 +3,7 @@
 from langchain_cacheblend.chat_models import ChatCacheBlend
 from langchain_cacheblend.ingestion import CacheBlendIngestion
 from langchain_cacheblend.llms import CacheBlendLLM
-from langchain_cacheblend.retrieval import PrefetchHandler
+from langchain_cacheblend.retrieval import RetrievalHandler
 from langchain_cacheblend.vectorstores import CacheBlendVectorStore
 
 __all__ = [
@@ -11,5 +11,5 @@ __all__ = [
     "CacheBlendLLM",
     "CacheBlendVectorStore",
     "ChatCacheBlend",
-    "PrefetchHandler",
+    "RetrievalHandler",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any
 
@@ -22,6 +22,7 @@ from pydantic import ConfigDict
 
 from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend, PromptError
 from cacheblend_rag.prompt import Prompt
+from langchain_cacheblend.retrieval import not_found, text_of
 from langchain_cacheblend.settings import EngineSettings, details, usage
 from langchain_cacheblend.structured import structured
 
@@ -47,10 +48,6 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
     def _llm_type(self) -> str:
         return "cacheblend-chat"
 
-    @property
-    def _identifying_params(self) -> Mapping[str, Any]:
-        return self.identifying
-
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         params["ls_provider"] = "cacheblend"
@@ -73,10 +70,11 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         blend, clock = self.blend, self.deadline()
+        missing = not_found(text_of(messages))
         with blend.stream(_prompt(messages), **self.options(stop, kwargs)) as stream:
             for _ in stream:
                 clock.check()
-        return self._whole(blend, stream.result)
+        return self._whole(blend, stream.result, missing)
 
     async def _agenerate(
         self,
@@ -86,10 +84,11 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         blend, clock = await self.engine.ablend(), self.deadline()
+        missing = not_found(text_of(messages))
         async with blend.astream(_prompt(messages), **self.options(stop, kwargs)) as stream:
             async for _ in stream:
                 clock.check()
-        return self._whole(blend, stream.result)
+        return self._whole(blend, stream.result, missing)
 
     def _stream(
         self,
@@ -99,10 +98,11 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         blend, clock = self.blend, self.deadline()
+        missing = not_found(text_of(messages))
         with closing(blend.stream(_prompt(messages), **self.options(stop, kwargs))) as stream:
             for delta in stream:
                 clock.check()
-                chunk = self._chunk(blend, delta, stream)
+                chunk = self._chunk(blend, delta, stream, missing)
                 if run_manager is not None:
                     run_manager.on_llm_new_token(delta, chunk=chunk)
                 yield chunk
@@ -115,32 +115,39 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         blend, clock = await self.engine.ablend(), self.deadline()
+        missing = not_found(text_of(messages))
         asked = blend.astream(_prompt(messages), **self.options(stop, kwargs))
         async with aclosing(asked) as stream:
             async for delta in stream:
                 clock.check()
-                chunk = self._chunk(blend, delta, stream)
+                chunk = self._chunk(blend, delta, stream, missing)
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(delta, chunk=chunk)
                 yield chunk
 
-    def _whole(self, blend: CacheBlend, result: BlendResult) -> ChatResult:
+    def _whole(
+        self, blend: CacheBlend, result: BlendResult, missing: list[str] | None
+    ) -> ChatResult:
         message = AIMessage(
             content=result.text,
             usage_metadata=usage(result),
-            response_metadata=details(result, self.model, blend.tokenizer),
+            response_metadata=details(result, self.model, blend.tokenizer, missing),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _chunk(
-        self, blend: CacheBlend, delta: str, stream: BlendStream | AsyncBlendStream
+        self,
+        blend: CacheBlend,
+        delta: str,
+        stream: BlendStream | AsyncBlendStream,
+        missing: list[str] | None,
     ) -> ChatGenerationChunk:
         """A piece of an answer; the last one carries counts and report."""
         tail: dict[str, Any] = {}
         if stream.pieces[-1].finish_reason is not None:
             tail = {
                 "usage_metadata": usage(stream.result),
-                "response_metadata": details(stream.result, self.model, blend.tokenizer),
+                "response_metadata": details(stream.result, self.model, blend.tokenizer, missing),
                 "chunk_position": "last",
             }
         return ChatGenerationChunk(message=AIMessageChunk(content=delta, **tail))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
 from typing import Any
 
@@ -14,6 +14,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import ConfigDict
 
 from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend
+from langchain_cacheblend.retrieval import not_found
 from langchain_cacheblend.settings import EngineSettings, details, usage
 
 
@@ -35,10 +36,6 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
     def _llm_type(self) -> str:
         return "cacheblend"
 
-    @property
-    def _identifying_params(self) -> Mapping[str, Any]:
-        return self.identifying
-
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         return {**params, "ls_provider": "cacheblend", "ls_model_name": self.model}
@@ -54,8 +51,9 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         blend, options = self.blend, self.options(stop, kwargs)
+        missing = _missing(prompts)
         if self.timeout is None:  # all of them together
-            return self._results(blend, blend.generate(prompts, **options))
+            return self._results(blend, blend.generate(prompts, **options), missing)
         results = []
         for prompt in prompts:
             clock = self.deadline()
@@ -63,7 +61,7 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
                 for _ in stream:
                     clock.check()
             results.append(stream.result)
-        return self._results(blend, results)
+        return self._results(blend, results, missing)
 
     async def _agenerate(
         self,
@@ -73,6 +71,7 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         blend, options = await self.engine.ablend(), self.options(stop, kwargs)
+        missing = _missing(prompts)
 
         async def answer(prompt: str) -> BlendResult:
             clock = self.deadline()
@@ -83,7 +82,7 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(answer(prompt)) for prompt in prompts]
-        return self._results(blend, [task.result() for task in tasks])
+        return self._results(blend, [task.result() for task in tasks], missing)
 
     def _stream(
         self,
@@ -93,10 +92,11 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         blend, clock = self.blend, self.deadline()
+        missing = not_found(prompt)
         with closing(blend.stream(prompt, **self.options(stop, kwargs))) as stream:
             for delta in stream:
                 clock.check()
-                chunk = self._chunk(blend, delta, stream)
+                chunk = self._chunk(blend, delta, stream, missing)
                 if run_manager is not None:
                     run_manager.on_llm_new_token(delta, chunk=chunk)
                 yield chunk
@@ -109,18 +109,21 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         blend, clock = await self.engine.ablend(), self.deadline()
+        missing = not_found(prompt)
         async with aclosing(blend.astream(prompt, **self.options(stop, kwargs))) as stream:
             async for delta in stream:
                 clock.check()
-                chunk = self._chunk(blend, delta, stream)
+                chunk = self._chunk(blend, delta, stream, missing)
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(delta, chunk=chunk)
                 yield chunk
 
-    def _results(self, blend: CacheBlend, results: list[BlendResult]) -> LLMResult:
+    def _results(
+        self, blend: CacheBlend, results: list[BlendResult], missing: list[str] | None
+    ) -> LLMResult:
         return LLMResult(
             generations=[
-                [Generation(text=result.text, generation_info=self._info(blend, result))]
+                [Generation(text=result.text, generation_info=self._info(blend, result, missing))]
                 for result in results
             ],
             llm_output={
@@ -133,12 +136,23 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
         )
 
     def _chunk(
-        self, blend: CacheBlend, delta: str, stream: BlendStream | AsyncBlendStream
+        self,
+        blend: CacheBlend,
+        delta: str,
+        stream: BlendStream | AsyncBlendStream,
+        missing: list[str] | None,
     ) -> GenerationChunk:
         last = stream.pieces[-1].finish_reason is not None
-        info = self._info(blend, stream.result) if last else None
+        info = self._info(blend, stream.result, missing) if last else None
         return GenerationChunk(text=delta, generation_info=info)
 
-    def _info(self, blend: CacheBlend, result: BlendResult) -> dict[str, Any]:
-        found = details(result, self.model, blend.tokenizer)
+    def _info(
+        self, blend: CacheBlend, result: BlendResult, missing: list[str] | None
+    ) -> dict[str, Any]:
+        found = details(result, self.model, blend.tokenizer, missing)
         return {**found, "usage_metadata": usage(result)}
+
+
+def _missing(prompts: list[str]) -> list[str] | None:
+    """Of several prompts in one call nothing is known."""
+    return not_found(prompts[0]) if len(prompts) == 1 else None

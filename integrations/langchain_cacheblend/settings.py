@@ -51,10 +51,7 @@ class EngineSettings(BaseModel):
         engine: SharedEngine | None = None,
         **fields: Any,
     ) -> None:
-        if engine is None:
-            if model is None:
-                raise ConfigError("name a model, or pass a running engine to from_engine()")
-            engine = SharedEngine.of(str(model), blend_config, engine_args)
+        engine = SharedEngine.given(engine, model, blend_config, engine_args)
         super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
 
     @classmethod
@@ -78,7 +75,7 @@ class EngineSettings(BaseModel):
         self.close()
 
     @property
-    def identifying(self) -> dict[str, Any]:
+    def _identifying_params(self) -> Mapping[str, Any]:
         """What answers depend on: LangChain's caches key by it."""
         return {
             "model": self.model,
@@ -150,14 +147,25 @@ def usage(result: BlendResult) -> dict[str, Any]:
     }
 
 
-def details(result: BlendResult, model: str, tokenizer: Any) -> dict[str, Any]:
-    """How an answer came about: the report, why it ended, log-probabilities if asked for."""
+def details(
+    result: BlendResult, model: str, tokenizer: Any, not_found: list[str] | None
+) -> dict[str, Any]:
+    """How an answer came about: the report, why it ended, log-probabilities if asked for.
+
+    Args:
+        result: the answer.
+        model, tokenizer: its model.
+        not_found: retrieved documents that are not in the prompt, if that is known.
+    """
+    report = result.report.to_dict()
+    if not_found is not None:
+        report["retrieved_not_found"] = not_found
     found: dict[str, Any] = {
         "model_name": model,
         "model_provider": "cacheblend",
         "finish_reason": result.finish_reason,
         "stop_reason": result.stop_reason,
-        "cacheblend": result.report.to_dict(),
+        "cacheblend": report,
     }
     if result.logprobs is not None:
         rows = zip(result.token_ids, result.logprobs, strict=True)

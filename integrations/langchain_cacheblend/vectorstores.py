@@ -26,6 +26,7 @@ class CacheBlendVectorStore(VectorStore):
 
     def __init__(self, inner: VectorStore, ingestion: CacheBlendIngestion) -> None:
         self.inner, self.ingestion = inner, ingestion
+        self._added: set[str] = set()  # through this object: what deleting all is about
 
     @property
     def embeddings(self) -> Embeddings | None:
@@ -35,12 +36,12 @@ class CacheBlendVectorStore(VectorStore):
 
     def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
         ids = self.inner.add_documents(documents, **kwargs)
-        self.ingestion.ingest(documents, ids)
+        self._compute(documents, ids)
         return ids
 
     async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
         ids = await self.inner.aadd_documents(documents, **kwargs)
-        await asyncio.to_thread(self.ingestion.ingest, documents, ids)
+        await asyncio.to_thread(self._compute, documents, ids)
         return ids
 
     def add_texts(
@@ -53,7 +54,7 @@ class CacheBlendVectorStore(VectorStore):
     ) -> list[str]:
         texts = list(texts)
         found = self.inner.add_texts(texts, metadatas, **_given(ids), **kwargs)
-        self.ingestion.ingest(_documents(texts, metadatas), found)
+        self._compute(_documents(texts, metadatas), found)
         return found
 
     async def aadd_texts(
@@ -66,8 +67,12 @@ class CacheBlendVectorStore(VectorStore):
     ) -> list[str]:
         texts = list(texts)
         found = await self.inner.aadd_texts(texts, metadatas, **_given(ids), **kwargs)
-        await asyncio.to_thread(self.ingestion.ingest, _documents(texts, metadatas), found)
+        await asyncio.to_thread(self._compute, _documents(texts, metadatas), found)
         return found
+
+    def _compute(self, documents: Sequence[Document], ids: Sequence[str]) -> None:
+        self.ingestion.ingest(documents, ids)
+        self._added.update(ids)
 
     # ---- delete --------------------------------------------------------------------------------
 
@@ -84,9 +89,9 @@ class CacheBlendVectorStore(VectorStore):
         return done
 
     def _unrecorded(self, ids: list[str] | None) -> list[str]:
-        """Texts of documents that were added before the engine was started."""
-        engine = self.ingestion.engine
-        unknown = [id_ for id_ in ids or [] if id_ not in engine.ledger.documents()]
+        """Texts of documents whose chunks the KV store has no record of."""
+        known = self.ingestion.engine.labelled(ids or [])
+        unknown = [id_ for id_ in ids or [] if id_ not in known]
         try:
             documents = self.inner.get_by_ids(unknown) if unknown else []
         except NotImplementedError:
@@ -95,8 +100,9 @@ class CacheBlendVectorStore(VectorStore):
 
     def _forget(self, ids: list[str] | None, old: Sequence[str]) -> None:
         engine = self.ingestion.engine
-        recorded = engine.ledger.documents()
-        engine.forget(recorded if ids is None else recorded.intersection(ids))
+        gone = self._added.copy() if ids is None else set(ids)
+        self._added -= gone
+        engine.forget(engine.labelled(gone))
         if old:
             engine.blend().forget(old)
 

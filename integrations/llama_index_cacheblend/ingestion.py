@@ -66,7 +66,7 @@ class CacheBlendIngestion(TransformComponent):
     # ---- as a transformation -------------------------------------------------------------------
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        texts, documents = [self.text_of(n) for n in nodes], [_document(n) for n in nodes]
+        texts, documents = [self.text_of(n) for n in nodes], [document_of(n) for n in nodes]
         if self._address is not None:
             relay.send(self._address, texts, documents)
         else:
@@ -93,7 +93,7 @@ class CacheBlendIngestion(TransformComponent):
     def ingest(self, nodes: Iterable[BaseNode]) -> IngestReport:
         """Compute the KV of nodes that go through no pipeline; says what was done."""
         nodes = list(nodes)
-        return self._ingest([self.text_of(n) for n in nodes], [_document(n) for n in nodes])
+        return self._ingest([self.text_of(n) for n in nodes], [document_of(n) for n in nodes])
 
     def backfill(self, index: BaseIndex[Any]) -> IngestReport:
         """Compute what is missing of an index that was built before, or without this.
@@ -110,13 +110,23 @@ class CacheBlendIngestion(TransformComponent):
             Chunks dropped.
 
         Raises:
-            PromptError: the document was not ingested since the engine was started; see ``gc``.
+            PromptError: the store has no chunks on record for the document; see ``gc``.
         """
         return self._engine.forget([ref_doc_id])
 
-    def documents(self) -> list[str]:
-        """Documents ingested since the engine was started: those that can be forgotten by name."""
-        return sorted(self._engine.ledger.documents())
+    def chunks_of(self, nodes: Iterable[BaseNode]) -> set[tuple[str, str]]:
+        """Document and key of each node's chunk, for ``forget_chunks``."""
+        texts = [(document_of(node), self.text_of(node)) for node in nodes]
+        return {(d, self._engine.blend().key(text)) for d, text in texts if text}
+
+    def forget_chunks(self, chunks: Iterable[tuple[str, str]]) -> int:
+        """Drop the KV of single nodes, but for texts that other documents share. Another node of
+        the same document and text loses it too, which costs time only.
+
+        Returns:
+            Chunks dropped.
+        """
+        return self._engine.forget_chunks(chunks)
 
     def gc(self, docstore: BaseDocumentStore) -> int:
         """Drop the KV of all that ``docstore`` does not hold: every other chunk of this model and
@@ -164,7 +174,8 @@ def _revive(
     return revived
 
 
-def _document(node: BaseNode) -> str:
+def document_of(node: BaseNode) -> str:
+    """What a node's chunk is forgotten by: its document, or itself where it has none."""
     return node.ref_doc_id or node.node_id
 
 

@@ -96,16 +96,14 @@ class CacheBlendLLM(LLM):
         engine: SharedEngine | None = None,
         **fields: Any,
     ) -> None:
-        if engine is None:
-            if model is None:
-                raise ValueError("name a model, or pass a running engine to from_engine()")
-            system_prompt = fields.get("system_prompt") or TEXT_QA_SYSTEM_PROMPT.content
-            engine = SharedEngine.of(
-                str(model),
-                blend_config,
-                engine_args,
-                default=lambda: BlendConfig(system_prompt=system_prompt),
-            )
+        system_prompt = fields.get("system_prompt") or TEXT_QA_SYSTEM_PROMPT.content
+        engine = SharedEngine.given(
+            engine,
+            model,
+            blend_config,
+            engine_args,
+            default=lambda: BlendConfig(system_prompt=system_prompt),
+        )
         super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
 
     @classmethod

@@ -16,7 +16,8 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
-from llama_index_cacheblend.ingestion import CacheBlendIngestion
+from cacheblend_rag import PromptError
+from llama_index_cacheblend.ingestion import CacheBlendIngestion, document_of
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
 
     inner: BasePydanticVectorStore = Field(description="Keeps and finds the nodes.")
     _ingestion: CacheBlendIngestion = PrivateAttr()
+    # of nodes added through this object: for inner stores that can't list what they hold
+    _chunks: dict[str, tuple[str, str]] = PrivateAttr(default_factory=dict)
 
     def __init__(self, inner: BasePydanticVectorStore, ingestion: CacheBlendIngestion) -> None:
         fields: dict[str, Any] = {
@@ -56,23 +59,30 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         ids = self.inner.add(list(nodes), **kwargs)
-        self._ingestion.ingest(nodes)
+        self._compute(nodes)
         return ids
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         ids = await self.inner.async_add(list(nodes), **kwargs)
-        await asyncio.to_thread(self._ingestion.ingest, nodes)
+        await asyncio.to_thread(self._compute, nodes)
         return ids
+
+    def _compute(self, nodes: Sequence[BaseNode]) -> None:
+        nodes = [node for node in nodes if self._ingestion.text_of(node)]
+        report = self._ingestion.ingest(nodes)
+        for node, key in zip(nodes, report.keys, strict=False):  # no keys: nothing is blended
+            if key:
+                self._chunks[node.node_id] = (document_of(node), key)
 
     # ---- delete --------------------------------------------------------------------------------
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         self.inner.delete(ref_doc_id, **delete_kwargs)
-        self._forget([ref_doc_id])
+        self._forget(ref_doc_id)
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         await self.inner.adelete(ref_doc_id, **delete_kwargs)
-        await asyncio.to_thread(self._forget, [ref_doc_id])
+        await asyncio.to_thread(self._forget, ref_doc_id)
 
     def delete_nodes(
         self,
@@ -80,8 +90,9 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
         filters: MetadataFilters | None = None,
         **delete_kwargs: Any,
     ) -> None:
+        listed = self._listed(node_ids, filters)
         self.inner.delete_nodes(node_ids, filters, **delete_kwargs)
-        self._nodes_deleted()
+        self._forget_nodes(node_ids, filters, listed)
 
     async def adelete_nodes(
         self,
@@ -89,34 +100,70 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
         filters: MetadataFilters | None = None,
         **delete_kwargs: Any,
     ) -> None:
+        listed = await self._alisted(node_ids, filters)
         await self.inner.adelete_nodes(node_ids, filters, **delete_kwargs)
-        self._nodes_deleted()
+        await asyncio.to_thread(self._forget_nodes, node_ids, filters, listed)
 
     def clear(self) -> None:
+        listed = self._listed(None, None)
         self.inner.clear()
-        self._forget(self._ingestion.documents())
+        self._forget_nodes(list(self._chunks), None, listed)
 
     async def aclear(self) -> None:
+        listed = await self._alisted(None, None)
         await self.inner.aclear()
-        await asyncio.to_thread(self._forget, self._ingestion.documents())
+        await asyncio.to_thread(self._forget_nodes, list(self._chunks), None, listed)
 
-    def _forget(self, documents: Sequence[str]) -> None:
-        on_record = set(self._ingestion.documents())
-        for document in documents:
-            if document in on_record:
-                self._ingestion.forget(document)
-            else:
+    def _listed(
+        self, node_ids: list[str] | None, filters: MetadataFilters | None
+    ) -> list[BaseNode] | None:
+        """Nodes that are about to be deleted; None where the inner store can't list any."""
+        try:
+            return self.inner.get_nodes(node_ids, filters)
+        except NotImplementedError:
+            return None
+
+    async def _alisted(
+        self, node_ids: list[str] | None, filters: MetadataFilters | None
+    ) -> list[BaseNode] | None:
+        try:
+            return await self.inner.aget_nodes(node_ids, filters)
+        except NotImplementedError:
+            return None
+
+    def _forget(self, document: str) -> None:
+        self._chunks = {n: chunk for n, chunk in self._chunks.items() if chunk[0] != document}
+        try:
+            self._ingestion.forget(document)
+        except PromptError:
+            _log.warning(
+                "%s was deleted, but no KV is on record for it: what there is stays until "
+                "CacheBlendIngestion.gc(docstore) is called.",
+                document,
+            )
+
+    def _forget_nodes(
+        self,
+        node_ids: list[str] | None,
+        filters: MetadataFilters | None,
+        listed: list[BaseNode] | None,
+    ) -> None:
+        if listed is None:
+            # filters may spare some of the ids, and only the inner store knows which
+            known = [] if filters is not None else [n for n in node_ids or [] if n in self._chunks]
+            chunks = {self._chunks.pop(node_id) for node_id in known}
+            if filters is not None or len(known) < len(node_ids or []):
                 _log.warning(
-                    "%s was deleted, but its KV stays: it was ingested before this engine was "
-                    "started. Use CacheBlendIngestion.gc(docstore) to drop it.",
-                    document,
+                    "Nodes were deleted that %s can't list and that were not added through this "
+                    "object; their KV stays until their document is deleted or "
+                    "CacheBlendIngestion.gc(docstore) is called.",
+                    type(self.inner).__name__,
                 )
-
-    def _nodes_deleted(self) -> None:
-        _log.warning(
-            "Nodes were deleted one by one; their KV stays until their document is deleted or "
-            "CacheBlendIngestion.gc(docstore) is called."
-        )
+        else:
+            chunks = self._ingestion.chunks_of(listed)
+            for node in listed:
+                self._chunks.pop(node.node_id, None)
+        self._ingestion.forget_chunks(chunks.difference(self._chunks.values()))
 
     # ---- find ----------------------------------------------------------------------------------
 

@@ -192,13 +192,15 @@ def _attention_kernel(
     plain = begin
     if not (WINDOW or KNOWN):  # keys that every row of the tile sees
         plain = tl.maximum(begin, tl.minimum(end, first_row + 1) // BLOCK_N * BLOCK_N)
+    # block numbers are read a step ahead, or every load of keys would wait for its own
+    ahead = tl.load(table + (begin + n) // SIZE, mask=begin + n < plain, other=0)
     for start in range(begin, plain, BLOCK_N):
         j = start + n
-        block = tl.load(table + j // SIZE).to(tl.int64)
-        inside = j % SIZE
+        block, inside = ahead.to(tl.int64), j % SIZE
         k_at = k + (block * k_block + inside * k_place)[None] + g * k_head + d[:, None]
         v_at = v + (block * v_block + inside * v_place)[:, None] + g * v_head + d[None]
         keys = tl.load(k_at) if FULL_D else tl.load(k_at, mask=in_d[:, None], other=0.0)
+        ahead = tl.load(table + (j + BLOCK_N) // SIZE, mask=j + BLOCK_N < plain, other=0)
         logits = tl.dot(queries, keys, input_precision="ieee") * scale
         if SOFTCAP:
             logits = _cap(logits, softcap)

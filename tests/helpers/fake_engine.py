@@ -19,6 +19,8 @@ from cacheblend_rag.engine.start import sampling_names, sampling_params
 from cacheblend_rag.errors import ClosedError
 from cacheblend_rag.models import cache_home
 from cacheblend_rag.plan import Plan
+from cacheblend_rag.store.base import document_id
+from cacheblend_rag.store.notes import Notes
 
 MODEL = cache_home() / "models" / "smollm2-135m-instruct"
 ANSWER = ("A", " short", " answer", ".")
@@ -42,6 +44,7 @@ class FakeEngine(Engine):
         self.ingested: list[str] = []
         self.prefetched: list[str] = []
         self.stored: set[str] = set()
+        self.notes = Notes()
         self.closed = False
         self.aborted = 0
         self.sampling_names = sampling_names()
@@ -77,6 +80,15 @@ class FakeEngine(Engine):
             case "prefetch", [keys]:
                 self.prefetched += keys
                 return [None]
+            case "label", [documents]:
+                for document, keys in documents:
+                    self.notes.label(document, keys)
+                return [None]
+            case "labelled", [documents]:
+                noted = self.notes.documents()
+                return [[name for name in documents if document_id(name) in noted]]
+            case "unlabel", [documents, only]:
+                return [self.notes.unlabel(map(document_id, documents), only)]
             case "store_stats", _:
                 return [{"chunks": len(self.stored)}]
         raise AssertionError(f"no such call: {method}")

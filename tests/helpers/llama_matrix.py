@@ -37,6 +37,8 @@ from llama_index.core.tools import QueryEngineTool
 from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
+SELECTED = '[{"choice": 2, "reason": "it knows"}]'
+ASKED = '{"items": [{"sub_question": "When?", "tool_name": "docs"}]}'
 QUESTION = "When does the last ferry leave?"
 EMBED = MockEmbedding(embed_dim=8)
 
@@ -46,7 +48,7 @@ class Case(NamedTuple):
 
     run: Callable[[CacheBlendLLM], Sequence[str]]
     at_least: float = 0.99  # the share of these texts' tokens that must be found
-    answers: Sequence[str] = ()  # what the model must say for the query to go on
+    answer: str = ""  # what a fake engine must say first for the query to go on
 
 
 def documents() -> list[Document]:
@@ -152,6 +154,12 @@ def auto_merging(llm: CacheBlendLLM) -> Sequence[str]:
     return texts_of(found)
 
 
+def held_to(llm: CacheBlendLLM, answer: str) -> CacheBlendLLM:
+    """The same model, which can write nothing else: so small a one would not choose by itself."""
+    held = {"structured_outputs": {"choice": [answer]}}
+    return CacheBlendLLM(engine=llm.engine, max_tokens=64, sampling={**llm.sampling, **held})
+
+
 def router(llm: CacheBlendLLM) -> Sequence[str]:
     nodes = split()[:4]
     ingest(llm, nodes)
@@ -159,7 +167,7 @@ def router(llm: CacheBlendLLM) -> Sequence[str]:
         QueryEngineTool.from_defaults(engine(llm, part), name=name, description=name)
         for name, part in {"one": nodes[:2], "all": nodes}.items()
     ]
-    selector = LLMSingleSelector.from_defaults(llm=llm)
+    selector = LLMSingleSelector.from_defaults(llm=held_to(llm, SELECTED))
     RouterQueryEngine(selector, tools, llm=llm).query(QUESTION)
     return texts_of(nodes)
 
@@ -171,7 +179,7 @@ def sub_question(llm: CacheBlendLLM) -> Sequence[str]:
     SubQuestionQueryEngine.from_defaults(
         [tool],
         llm=llm,
-        question_gen=LLMQuestionGenerator.from_defaults(llm=llm),
+        question_gen=LLMQuestionGenerator.from_defaults(llm=held_to(llm, ASKED)),
         use_async=False,
         verbose=False,
     ).query(QUESTION)
@@ -193,9 +201,6 @@ def citation(mode: MetadataMode) -> Callable[[CacheBlendLLM], Sequence[str]]:
     return run
 
 
-SELECTED = ('[{"choice": 2, "reason": "it knows"}]',)
-ASKED = ('{"items": [{"sub_question": "When?", "tool_name": "docs"}]}',)
-
 CASES: dict[str, Case] = {
     **{
         name: Case(response_mode(name))
@@ -211,8 +216,8 @@ CASES: dict[str, Case] = {
     "postprocessors": Case(postprocessors),
     "sentence window": Case(sentence_window, 0.98),
     "auto merging": Case(auto_merging),
-    "router": Case(router, answers=SELECTED),
-    "sub question": Case(sub_question, answers=ASKED),
+    "router": Case(router, answer=SELECTED),
+    "sub question": Case(sub_question, answer=ASKED),
     "citation": Case(citation(MetadataMode.LLM), 0.9),
     "citation, text alone": Case(citation(MetadataMode.NONE)),
     "simple_summarize": Case(response_mode("simple_summarize"), 0.5),
@@ -220,14 +225,22 @@ CASES: dict[str, Case] = {
 
 
 class Calls(BaseEventHandler):
-    """Notes what LlamaIndex gives to an LLM: for each call, roles and texts.
+    """Notes what LlamaIndex gives to an LLM: for each call, roles and texts; and to which LLM.
 
     A completion, which for a chat model is what a user says, is noted as such.
     """
 
     calls: list[list[dict[str, str]]] = []  # noqa: RUF012 - a pydantic field
+    asked: list[dict[str, Any]] = []  # noqa: RUF012 - the fields of each call's LLM
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self.calls.clear()
+        self.asked.clear()
 
     def handle(self, event: Any, **_: Any) -> None:
+        if isinstance(event, LLMChatStartEvent | LLMCompletionStartEvent):
+            self.asked.append(event.model_dict)
         if isinstance(event, LLMChatStartEvent):
             self.calls.append(
                 [{"role": m.role.value, "content": m.content} for m in event.messages]

@@ -110,6 +110,7 @@ def test_examples_alone(name: str, tmp_path: Path) -> None:
         env={**os.environ, "MPLBACKEND": "Agg"},
         capture_output=True,
         text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 3

@@ -20,7 +20,7 @@ from langchain_cacheblend import (
     CacheBlendIngestion,
     CacheBlendVectorStore,
     ChatCacheBlend,
-    PrefetchHandler,
+    RetrievalHandler,
 )
 
 
@@ -73,7 +73,7 @@ def test_what_is_retrieved_is_brought_nearer(
     store: CacheBlendVectorStore, engines: list[FakeEngine]
 ) -> None:
     store.add_documents(documents("abc"))
-    handler = PrefetchHandler(store.ingestion)
+    handler = RetrievalHandler(store.ingestion)
     found = store.as_retriever(search_kwargs={"k": 2}).invoke("?", config={"callbacks": [handler]})
     expected = store.ingestion.engine.blend().ingest([d.page_content for d in found]).keys
     for _ in range(100):

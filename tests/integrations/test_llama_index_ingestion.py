@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from fake_engine import MODEL, FakeEngine
 from llama_index.core import Document, StorageContext, VectorStoreIndex
+from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
-from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, SimpleVectorStore
 from llama_index.vector_stores.faiss import FaissVectorStore
 from llama_matrix import EMBED, documents, split
 
@@ -237,3 +238,76 @@ async def test_vector_store_computes_and_forgets(
     assert "gc(docstore)" in caplog.text
     storage.vector_store.clear()
     assert store() == 0
+
+
+class Listing(SimpleVectorStore):
+    """An inner store that can list its nodes, as most can that keep their text."""
+
+    _nodes: dict[str, BaseNode] = PrivateAttr(default_factory=dict)
+
+    def add(self, nodes: Sequence[BaseNode], **_: Any) -> list[str]:
+        self._nodes.update((node.node_id, node) for node in nodes)
+        return super().add(nodes)
+
+    def get_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        found = [n for n in self._nodes.values() if node_ids is None or n.node_id in node_ids]
+        return [n for n in found if filters is None or n.metadata["k"] == filters.filters[0].value]
+
+
+def embedded(*texts: str, **metadata: Any) -> list[BaseNode]:
+    return [
+        TextNode(text=f"The story of {text}. " * 12, embedding=[1.0] * 8, metadata=metadata)
+        for text in texts
+    ]
+
+
+@pytest.mark.parametrize("inner", [SimpleVectorStore, Listing])
+async def test_single_nodes_are_forgotten(
+    inner: type[SimpleVectorStore],
+    hook: CacheBlendIngestion,
+    store: Callable[[], int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    vectors = CacheBlendVectorStore(inner(), hook)
+    nodes = embedded("one", "two", "three", "one")  # nodes without a document are their own
+    vectors.add(nodes)
+    assert store() == 3
+    vectors.delete_nodes([nodes[0].node_id])
+    assert store() == 3  # the last one has the same text
+    await vectors.adelete_nodes([nodes[1].node_id, nodes[3].node_id])
+    assert store() == 1
+    assert not caplog.records
+    await vectors.aclear()
+    assert store() == 0
+
+
+def test_nodes_of_an_earlier_session_are_forgotten_if_they_can_be_listed(
+    hook: CacheBlendIngestion, store: Callable[[], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    inner, kept = Listing(), SimpleVectorStore()
+    nodes = [*embedded("one", k="a"), *embedded("two", k="b"), *embedded("three", k="b")]
+    CacheBlendVectorStore(inner, hook).add(nodes)
+    CacheBlendVectorStore(kept, hook).add(nodes)
+    filters = MetadataFilters(filters=[MetadataFilter(key="k", value="a")])
+    CacheBlendVectorStore(inner, hook).delete_nodes(filters=filters)
+    assert store() == 2
+    CacheBlendVectorStore(inner, hook).delete_nodes([nodes[1].node_id])
+    assert store() == 1
+    assert not caplog.records
+    CacheBlendVectorStore(kept, hook).delete_nodes([nodes[2].node_id])
+    assert store() == 1
+    assert "SimpleVectorStore can't list" in caplog.text
+    CacheBlendVectorStore(inner, hook).clear()
+    assert store() == 0
+
+
+def test_clearing_one_store_leaves_the_other_s(
+    hook: CacheBlendIngestion, store: Callable[[], int]
+) -> None:
+    one, two = (CacheBlendVectorStore(SimpleVectorStore(), hook) for _ in range(2))
+    one.add(embedded("one"))
+    two.add(embedded("two"))
+    one.clear()
+    assert store() == 1

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_matrix import CHAINS, document_prompt, documents
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.schema import BaseNode
 from llama_matrix import CASES, Calls, engine, ingest, listen, split
 
 from cacheblend_rag import BlendResult, CacheBlend
 from langchain_cacheblend import CacheBlendIngestion, ChatCacheBlend
+from langchain_cacheblend import CacheBlendLLM as Completion
 from llama_index_cacheblend import CacheBlendLLM
 
 pytestmark = pytest.mark.vllm
@@ -29,17 +36,18 @@ class Plain(NamedTuple):
     text: str
 
 
-def plain(blend: CacheBlend, prompt: str) -> Plain:
+def plain(blend: CacheBlend, prompt: str, **options: Any) -> Plain:
     """What vLLM makes of a text that none of our code has seen."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     owner: Any = blend._engine
+    if "structured_outputs" in options:
+        options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
+    options = {"max_tokens": TOKENS, "temperature": 0, **options}
 
     async def ask() -> Plain:
-        params = SamplingParams(
-            max_tokens=TOKENS, temperature=0, output_kind=RequestOutputKind.FINAL_ONLY
-        )
+        params = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **options)
         name = f"plain-{time.monotonic_ns()}"
         [output] = [o async for o in owner._engine.generate({"prompt": prompt}, params, name)]
         return Plain(tuple(output.prompt_token_ids), output.outputs[0].text)
@@ -51,6 +59,16 @@ def rendered(blend: CacheBlend, messages: list[dict[str, str]]) -> str:
     return str(
         blend.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     )
+
+
+def plainly(blend: CacheBlend, asked: Calls) -> list[Plain]:
+    """What vLLM makes of what LlamaIndex asked, by itself and one after the other."""
+    found = []
+    for messages, llm in zip(asked.calls, asked.asked, strict=True):
+        sampling = {k: v for k, v in llm["sampling"].items() if k not in EXACT}
+        options = {"max_tokens": llm["max_tokens"], **sampling}
+        found.append(plain(blend, rendered(blend, messages), **options))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -74,31 +92,63 @@ def results(real: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> list[BlendResu
     return seen
 
 
-ALWAYS = ("compact", "streaming refine")
-MATRIX = [
-    pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.slow])
-    for name, case in CASES.items()
-    if not case.answers  # those need answers that so small a model does not give
-]
+def few(names: Iterable[str], always: Sequence[str]) -> list[Any]:
+    """All of them, but only some without the slow tests."""
+    return [pytest.param(n, marks=[] if n in always else [pytest.mark.slow]) for n in names]
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", few(CASES, ("compact", "streaming refine", "router")))
 def test_ids_and_answers_are_those_of_plain_vllm(
     name: str, real: CacheBlend, asked: Calls, results: list[BlendResult]
 ) -> None:
     llm = CacheBlendLLM.from_engine(real, max_tokens=TOKENS, sampling=EXACT)
-    asked.calls.clear()
+    asked.clear()
 
     CASES[name].run(llm)
 
-    assert len(results) == len(asked.calls)
     assert any(result.report.blended for result in results)
     given = sorted((result.prompt_token_ids, result.text) for result in results)
-    expected = sorted(plain(real, rendered(real, messages)) for messages in asked.calls)
-    assert given == expected
+    assert given == sorted(plainly(real, asked))
 
 
-def test_chain_answers_as_plain_vllm(real: CacheBlend, results: list[BlendResult]) -> None:
+class Prompts(BaseCallbackHandler):
+    """Notes what LangChain gives to a model, as text."""
+
+    def __init__(self, blend: CacheBlend) -> None:
+        self.blend, self.texts = blend, list[str]()
+
+    def on_llm_start(self, _: Any, prompts: list[str], **__: Any) -> None:
+        self.texts += prompts
+
+    def on_chat_model_start(self, _: Any, messages: list[list[BaseMessage]], **__: Any) -> None:
+        roles = {"human": "user", "ai": "assistant", "system": "system"}
+        for row in messages:
+            plain = [{"role": roles[m.type], "content": str(m.content)} for m in row]
+            self.texts.append(rendered(self.blend, plain))
+
+
+@pytest.mark.filterwarnings("ignore::langchain_core._api.deprecation.LangChainDeprecationWarning")
+@pytest.mark.parametrize("name", few(CHAINS, ("LCEL, streaming",)))
+def test_ids_and_answers_of_chains_are_those_of_plain_vllm(
+    name: str, real: CacheBlend, results: list[BlendResult]
+) -> None:
+    prompts = Prompts(real)
+    given: dict[str, Any] = {"max_tokens": TOKENS, "sampling": EXACT, "callbacks": [prompts]}
+    chat, llm = ChatCacheBlend.from_engine(real, **given), Completion.from_engine(real, **given)
+    CacheBlendIngestion(
+        chat, document_prompt=document_prompt(name), show_progress=False
+    ).transform_documents(documents())
+
+    CHAINS[name](chat, llm)
+
+    assert any(result.report.blended for result in results)
+    expected = sorted(plain(real, text) for text in prompts.texts)
+    assert sorted((result.prompt_token_ids, result.text) for result in results) == expected
+
+
+def test_a_chain_streams_the_answer_of_plain_vllm(
+    real: CacheBlend, results: list[BlendResult]
+) -> None:
     llm = ChatCacheBlend.from_engine(real, max_tokens=TOKENS, sampling=EXACT)
     texts = [node.get_content() for node in split()[:3]]
     CacheBlendIngestion(real, show_progress=False).engine.ingest(texts, [None] * 3, progress=False)
@@ -116,35 +166,44 @@ def test_chain_answers_as_plain_vllm(real: CacheBlend, results: list[BlendResult
     assert len([piece for piece in pieces if piece]) > 2
 
 
-def questions(llm: CacheBlendLLM) -> list[list[ChatMessage]]:
-    """32 different prompts, each over a chunk of its own place."""
+# --- at once --------------------------------------------------------------------------------------
+
+
+def longest_chunks(llm: CacheBlendLLM) -> list[BaseNode]:
+    """Eight small chunks, ingested."""
     nodes = sorted(split(64), key=lambda node: -len(node.get_content()))[:8]
     ingest(llm, nodes)
-    return [
-        [ChatMessage(content=f"{nodes[i % 8].get_content()}\n\nQuestion {i}: what is {i}?")]
-        for i in range(32)
-    ]
+    return nodes
 
 
-async def test_32_streams_at_once(real: CacheBlend) -> None:
+async def test_32_queries_at_once(real: CacheBlend, asked: Calls) -> None:
     llm = CacheBlendLLM.from_engine(real, max_tokens=16, sampling={**EXACT, "ignore_eos": True})
-    prompts = questions(llm)
-    order: list[int] = []
+    engines = [engine(llm, [node], streaming=True) for node in longest_chunks(llm)]
+    asked.clear()
+    order: list[int] = []  # whose piece came, one after the other
 
     async def ask(number: int) -> str:
+        answer = await engines[number % 8].aquery(f"Question {number}: what is {number}?")
         text = ""
-        async for response in await llm.astream_chat(prompts[number]):
-            text += response.delta or ""
+        async for piece in answer.async_response_gen():
+            text += piece
             order.append(number)
         return text
 
-    answers = await asyncio.wait_for(asyncio.gather(*map(ask, range(32))), 120)
+    answers = await asyncio.wait_for(asyncio.gather(*map(ask, range(32))), 240)
 
-    for number in range(0, 32, 8):
-        assert answers[number] == llm.chat(prompts[number], mode="full").message.content
-    # None is starved: they begin about in the order they came. And they take turns.
+    expected = {}
+    for messages, alone in zip(asked.calls, plainly(real, asked), strict=True):
+        [number] = re.findall(r"Question (\d+):", messages[-1]["content"])
+        expected[int(number)] = alone.text
+    assert dict(enumerate(answers)) == expected
+    # None is starved: they begin about in the order they came, and none that has begun waits while
+    # others get much further. And they take turns.
     begun = list(dict.fromkeys(order))
     assert max(abs(place - number) for place, number in enumerate(begun)) <= 8
+    for number in range(32):
+        places = [place for place, other in enumerate(order) if other == number]
+        assert max(b - a for a, b in itertools.pairwise(places)) <= 3 * 32
     assert sum(a != b for a, b in itertools.pairwise(order)) > len(order) / 2
 
 
@@ -160,7 +219,10 @@ async def test_queries_at_once_answer_as_alone(real: CacheBlend) -> None:
 
 def test_many_threads(real: CacheBlend) -> None:
     llm = CacheBlendLLM.from_engine(real, max_tokens=TOKENS, sampling=EXACT)
-    prompts = questions(llm)[:8]
+    prompts = [
+        [ChatMessage(content=f"{node.get_content()}\n\nQuestion {i}: what is {i}?")]
+        for i, node in enumerate(longest_chunks(llm))
+    ]
     with ThreadPoolExecutor(8) as pool:
         together = [r.message.content for r in pool.map(llm.chat, prompts)]
     assert together == [llm.chat(prompt).message.content for prompt in prompts]

@@ -42,8 +42,8 @@ class Shape(NamedTuple):
 SHAPES = [
     Shape(64, 1, 1, 1, 16, 16),
     Shape(77, 9, 6, 2, 32, 16),
-    Shape(150, 33, 14, 2, 64, 32),
-    Shape(333, 40, 4, 4, 80, 16),
+    Shape(150, 33, 14, 2, 64, 48),  # blocks that a step of keys does not divide into
+    Shape(333, 40, 4, 4, 80, 128),
     Shape(700, 70, 8, 2, 128, 16),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,4 +1,4 @@
-"""Engines that are shared, and the record of which document consists of which chunks."""
+"""One engine for all that name a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from cacheblend_rag import BlendConfig, ClosedError, ConfigError
-from cacheblend_rag.ledger import Ledger
 from cacheblend_rag.shared import SharedEngine
 
 
@@ -146,17 +145,3 @@ def test_a_pickle_around_an_engine_of_another_process_says_so(count: list[int]) 
     assert SharedEngine.around(blend) is shared
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert "from_engine()" in pool.apply(_use, (shared,))
-
-
-def test_ledger_gives_keys_that_no_other_document_has() -> None:
-    ledger = Ledger()
-    ledger.note("one", ["a", "b"])
-    ledger.note("one", ["c"])
-    ledger.note("two", ["b", "d"])
-    assert ledger.documents() == {"one", "two"}
-    assert ledger.drop(["one"]) == {"a", "c"}
-    assert ledger.drop(["one", "unknown"]) == set()
-    assert ledger.drop(["two"]) == {"b", "d"}
-    ledger.note("three", ["b"])
-    ledger.note("four", ["b"])
-    assert ledger.drop(["three", "four"]) == {"b"}

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store import ChunkKV, DiskStore, KVStore, MemoryStore, TieredStore
+from cacheblend_rag.store.base import document_id
 from cacheblend_rag.store.chunk_file import header_of
 from cacheblend_rag.store.evict import (
     GDSF,
@@ -295,6 +296,18 @@ def test_forgetting_a_document_spares_what_others_share(tmp_path: Path, kind: st
     assert store.forget("b.txt") == 2
     assert held(store, range(6)) == [4, 5]
     assert store.documents() == set()
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "tiers"])
+def test_single_keys_of_a_document_are_dropped(tmp_path: Path, kind: str) -> None:
+    store = roomy(tmp_path, kind)
+    store.label("a.txt", [key_of(0), key_of(1), key_of(2)])
+    store.label("b.txt", [key_of(1)])
+    some = [key_of(0), key_of(1), key_of(9)]
+    assert store.unlabel([document_id("a.txt")], some) == [key_of(0)]  # 1 is shared, 9 unknown
+    assert store.documents() == {document_id("a.txt"), document_id("b.txt")}
+    assert store.unlabel([document_id("a.txt")], [key_of(2)]) == [key_of(2)]
+    assert store.documents() == {document_id("b.txt")}  # nothing is left of the other
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "tiers"])

@@ -1,0 +1,38 @@
+"""Which chunks were put for the sake of which document, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from threading import Lock
+
+from cacheblend_rag.store.base import document_id
+
+
+class Notes:
+    """The methods on documents of ``KVStore``, for as long as this object lives."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._keys: dict[str, set[str]] = {}
+
+    def label(self, document: str, keys: Iterable[str]) -> None:
+        """As ``KVStore.label``."""
+        with self._lock:
+            self._keys.setdefault(document_id(document), set()).update(keys)
+
+    def documents(self) -> set[str]:
+        """As ``KVStore.documents``."""
+        with self._lock:
+            return set(self._keys)
+
+    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        """As ``KVStore.unlabel``."""
+        gone: set[str] = set()
+        with self._lock:
+            for document in documents:
+                held = self._keys.pop(document, set())
+                dropped = held if only is None else held.intersection(only)
+                if kept := held - dropped:
+                    self._keys[document] = kept
+                gone |= dropped
+            return sorted(gone.difference(*self._keys.values()))
