@@ -176,6 +176,7 @@ def longest_chunks(llm: CacheBlendLLM) -> list[BaseNode]:
     return nodes
 
 
+@pytest.mark.slow
 async def test_32_queries_at_once(real: CacheBlend, asked: Calls) -> None:
     llm = CacheBlendLLM.from_engine(real, max_tokens=16, sampling={**EXACT, "ignore_eos": True})
     engines = [engine(llm, [node], streaming=True) for node in longest_chunks(llm)]
