@@ -39,6 +39,7 @@ from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM
 DATA = Path(__file__).parents[2] / "examples" / "data"
 SELECTED = '[{"choice": 2, "reason": "it knows"}]'
 ASKED = '{"items": [{"sub_question": "When?", "tool_name": "docs"}]}'
+HELD_TOKENS = 64
 QUESTION = "When does the last ferry leave?"
 EMBED = MockEmbedding(embed_dim=8)
 
@@ -157,7 +158,9 @@ def auto_merging(llm: CacheBlendLLM) -> Sequence[str]:
 def held_to(llm: CacheBlendLLM, answer: str) -> CacheBlendLLM:
     """The same model, which can write nothing else: so small a one would not choose by itself."""
     held = {"structured_outputs": {"choice": [answer]}}
-    return CacheBlendLLM(engine=llm.engine, max_tokens=64, sampling={**llm.sampling, **held})
+    return CacheBlendLLM(
+        engine=llm.engine, max_tokens=HELD_TOKENS, sampling={**llm.sampling, **held}
+    )
 
 
 def router(llm: CacheBlendLLM) -> Sequence[str]:
@@ -225,22 +228,22 @@ CASES: dict[str, Case] = {
 
 
 class Calls(BaseEventHandler):
-    """Notes what LlamaIndex gives to an LLM: for each call, roles and texts; and to which LLM.
+    """Notes what LlamaIndex gives to an LLM: for each call, roles and texts.
 
     A completion, which for a chat model is what a user says, is noted as such.
     """
 
     calls: list[list[dict[str, str]]] = []  # noqa: RUF012 - a pydantic field
-    asked: list[dict[str, Any]] = []  # noqa: RUF012 - the fields of each call's LLM
+    tokens: list[int] = []  # noqa: RUF012 - the most that each call's answer may have
 
     def clear(self) -> None:
         """Forget all calls."""
         self.calls.clear()
-        self.asked.clear()
+        self.tokens.clear()
 
     def handle(self, event: Any, **_: Any) -> None:
         if isinstance(event, LLMChatStartEvent | LLMCompletionStartEvent):
-            self.asked.append(event.model_dict)
+            self.tokens.append(event.model_dict["num_output"])
         if isinstance(event, LLMChatStartEvent):
             self.calls.append(
                 [{"role": m.role.value, "content": m.content} for m in event.messages]
