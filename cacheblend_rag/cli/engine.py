@@ -27,19 +27,27 @@ EXTRAS = {
 
 
 @contextlib.contextmanager
-def started(name: str | None, store: Path | None, screen: Screen) -> Iterator[CacheBlend]:
-    """The engine over a store in this folder, or in memory; closed at the end."""
+def started(
+    name: str | None,
+    store: Path | None,
+    screen: Screen,
+    *,
+    config: BlendConfig | None = None,
+    **engine_args: Any,
+) -> Iterator[CacheBlend]:
+    """The engine over a store in this folder, or in memory; closed at the end. ``config``, where
+    given, names the store itself.
+    """
     model = resolve_model(name)
     screen.note.print(f"Starting vLLM with {model} ...", highlight=False, soft_wrap=True)
     start = time.perf_counter()
     url = store.as_uri() if store else "memory://"
-    config = BlendConfig(system_prompt=demo.SYSTEM_PROMPT, store=url)
+    config = config or BlendConfig(system_prompt=demo.SYSTEM_PROMPT, store=url)
+    engine_args = {**_engine_args(name is None), **engine_args}
     with tempfile.TemporaryFile() as log:
         try:
             with _errors_to(log, Path(model).is_dir()):
-                blend = CacheBlend(
-                    model, config=config, engine="batch", **_engine_args(name is None)
-                )
+                blend = CacheBlend(model, config=config, engine="batch", **engine_args)
             with blend as opened:
                 took = time.perf_counter() - start
                 screen.note.print(f"Ready after {took:.0f} s.", highlight=False)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cacheblend_rag._version import __version__
 from cacheblend_rag.cli.base import OK, Done, Screen, command, positive, share
+from cacheblend_rag.cli.engine import started
 from cacheblend_rag.errors import ConfigError, DataError, MissingExtraError
 from cacheblend_rag.evaluate.results import ResultFile, Results, read_results
 from cacheblend_rag.evaluate.summary import SetSummary, summarise, to_dict, to_markdown
@@ -66,13 +67,11 @@ def _eval(args: argparse.Namespace, screen: Screen) -> Done:
 
 
 def _ask(args: argparse.Namespace, screen: Screen) -> Results:
-    from cacheblend_rag.blend import CacheBlend
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.evaluate.prompts import system_prompt
     from cacheblend_rag.evaluate.readers import load
     from cacheblend_rag.evaluate.rows import make_rows, parse_row
     from cacheblend_rag.evaluate.run import Evaluation
-    from cacheblend_rag.models import resolve_model
 
     questions = load(
         args.data, seed=args.seed, limit=args.limit, split=args.split, shard=args.shard
@@ -86,11 +85,9 @@ def _ask(args: argparse.Namespace, screen: Screen) -> Results:
         ingest_prefix="none",  # rows bring their own
         store=STORE,
     )
-    screen.note.print(f"{len(questions)} questions, {len(rows)} rows. Starting vLLM ...")
-    options = {**_defaults(), **dict(args.engine_arg)}
-    if args.dtype:
-        options["dtype"] = args.dtype
-    with CacheBlend(resolve_model(args.model), config=config, engine="batch", **options) as blend:
+    screen.note.print(f"{len(questions)} questions, {len(rows)} rows.", highlight=False)
+    options = _engine_options(args)
+    with started(args.model, None, screen, config=config, **options) as blend:
         settings = {
             "model": Path(blend.info.model).name,
             "fingerprint": blend.info.fingerprint[:16],
@@ -112,15 +109,15 @@ def _ask(args: argparse.Namespace, screen: Screen) -> Results:
             return file.results
 
 
-def _defaults() -> dict[str, Any]:
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from cacheblend_rag.engine.answers import PROCESSOR
 
     options: dict[str, Any] = {"logits_processors": [PROCESSOR]}
-    if not torch.cuda.is_available():
-        options |= {"dtype": "float32", "block_size": 32, "distributed_executor_backend": "mp"}
-    return options
+    if args.dtype or not torch.cuda.is_available():
+        options["dtype"] = args.dtype or "float32"
+    return {**options, **dict(args.engine_arg)}
 
 
 def _publish(results: Results, args: argparse.Namespace, screen: Screen) -> Done:

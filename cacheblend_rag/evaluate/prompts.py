@@ -29,8 +29,9 @@ _STYLES: dict[Kind, _Style] = {
         False,
     ),
     "fewshot": _Style(
-        "You summarise dialogues in one or two short sentences, as the examples do.",
-        "Examples:\n\n{passages}\n\nSummarise this dialogue.\n\nDialogue: {question}\nSummary:",
+        "You summarise dialogues in one or two short sentences, as the examples do. Reply with the "
+        "summary only.",
+        "Examples:\n\n{passages}\n\nNow summarise this dialogue.\n\nDialogue: {question}",
         64,
         True,
     ),
@@ -56,5 +57,5 @@ def messages(question: Question) -> list[dict[str, str]]:
 
 def answer_text(kind: Kind, text: str) -> str:
     """What of a generated text is the answer."""
-    text = text.strip()
+    text = text.strip().removeprefix("Summary:").lstrip()
     return text.split("\n")[0].strip() if _STYLES[kind].first_line else text

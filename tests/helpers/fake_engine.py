@@ -77,6 +77,12 @@ class FakeEngine(Engine):
             case "prefetch", [keys]:
                 self.prefetched += keys
                 return [None]
+            case "compared", [prompts]:
+                return [[[(0.25, True), (0.5, False)] for _ in prompts]]
+            case "drop_answers", _:
+                return [None]
+            case "outcome", [_, True]:
+                return [{"selected": [3, 4]}]
             case "store_stats", _:
                 return [{"chunks": len(self.stored)}]
         raise AssertionError(f"no such call: {method}")

@@ -28,6 +28,22 @@ def test_query_takes_neighbours_and_ignores_fresh_tokens() -> None:
     assert 7 in chosen("query", 1, evidence(question_N=attention), window=1)
 
 
+def test_query_spreads_its_budget_over_chunks() -> None:
+    attention = torch.tensor([0.0, 0.2, 0, 0, 0, 5, 4, 3, 2])
+    found = evidence(question_N=attention)
+    assert chosen("query", 2, found, window=1) == {5, 6}
+    assert chosen("query", 2, found, window=1, spread=1.0) == {1, 5}
+    # 5 / sqrt(14) and 4 / sqrt(14) are more than 0.2 / sqrt(0.2)
+    assert chosen("query", 2, found, window=1, spread=0.5) == {5, 6}
+    score = create_selector("query", {"window": 1, "spread": 1.0}).score(found)
+    assert score.tolist() == pytest.approx([0, 1, 0, 0, 0, 5 / 14, 4 / 14, 3 / 14, 2 / 14])
+
+
+def test_query_keeps_the_first_tokens_of_chunks() -> None:
+    attention = torch.tensor([0.0, 0, 9, 8, 0, 0, 0, 0, 7])
+    assert chosen("query", 4, evidence(question_N=attention), window=1, first=1) == {0, 2, 3, 5}
+
+
 def test_query_layers() -> None:
     selector = create_selector("query")
     assert list(selector.layer_range(32)) == list(range(10, 24))  # type: ignore[attr-defined]
