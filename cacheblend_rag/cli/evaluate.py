@@ -20,7 +20,7 @@ from cacheblend_rag.errors import ConfigError, DataError, MissingExtraError
 from cacheblend_rag.evaluate.results import ResultFile, Results, read_results
 from cacheblend_rag.evaluate.summary import SetSummary, summarise, to_dict, to_markdown
 
-STORE = "memory://?capacity=16GiB"  # of a group's passages at most; forgotten behind it
+STORE = "memory://?capacity=64GiB"  # never full: passages are forgotten before
 
 
 def add(commands: Any) -> None:

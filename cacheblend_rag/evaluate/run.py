@@ -19,6 +19,7 @@ from cacheblend_rag.evaluate.results import Answer, ResultFile
 from cacheblend_rag.evaluate.rows import FULL, Row, parse_row, with_prefix
 from cacheblend_rag.result import BlendResult
 
+_KEEP_BYTES = 4 << 30  # of passages that later questions may share
 _SLACK = 64  # tokens of context that stay free: the question pass, and what a template adds
 
 
@@ -50,6 +51,8 @@ class Evaluation:
             self.rows = [parse_row(FULL), *(r for r in self.rows if r.name != FULL)]
         self._fronts: dict[tuple[Kind, str], CacheBlend] = {}
         self._shown = 0
+        self._stored: list[tuple[CacheBlend, list[str]]] = []
+        self._stored_bytes = 0
 
     def run(
         self, questions: Sequence[Question], file: ResultFile, advance: Callable[[int], None]
@@ -83,7 +86,8 @@ class Evaluation:
         rows = [r for r in self.rows if not all(file.results.has(q, r.name) for q in questions)]
         fronts = {r.prefix: self._front(kind, r.prefix) for r in rows if r.blends}
         for front in fronts.values():
-            front.ingest(chunks, progress=False)
+            self._stored_bytes += front.ingest(chunks, progress=False).bytes
+            self._stored.append((front, chunks))
         sampling = {
             "temperature": 0.0,
             "max_tokens": self._most(kind),
@@ -127,9 +131,14 @@ class Evaluation:
                 for q, r, c in zip(questions, got, compared, strict=True)
             )
         self.blend.engine.rpc("cacheblend_drop_answers", digests)
-        for front in fronts.values():
-            front.forget(chunks)
+        if self._stored_bytes > _KEEP_BYTES:
+            self._forget()
         self._shown += len(questions)
+
+    def _forget(self) -> None:
+        for front, chunks in self._stored:
+            front.forget(chunks)
+        self._stored, self._stored_bytes = [], 0
 
     def _most(self, kind: Kind) -> int:
         return self.limit_tokens or max_tokens(kind)

@@ -18,7 +18,7 @@ from cacheblend_rag.models import embedded_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-ROWS = ["noise", "reuse", "hkvd@0.15", "query@0.15"]
+ROWS = ["reuse", "hkvd@0.15", "query@0.15"]
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def test_the_question_chooses_better_than_deviation_and_both_than_nothing(
     data, out = write(tmp_path / "valley.jsonl"), tmp_path / "out"
     asked = evaluate(
         capsys, "--data", str(data), "--out", str(out), "--only-rows", *ROWS,
-        "--group", "4", "--show", "1", "--max-tokens", "8",
+        "--group", "4", "--show", "1", "--max-tokens", "6",
         "--engine-arg", "max_model_len=2048",
     )  # fmt: skip
     [valley] = asked["sets"]
@@ -51,12 +51,11 @@ def test_the_question_chooses_better_than_deviation_and_both_than_nothing(
     assert list(rows) == ["full", *ROWS]
     for name in ROWS:
         record_property(f"KL {name}", f"{rows[name]['kl']:.4f}")
-    assert rows["noise"]["kl"] < 1e-4 and rows["noise"]["agree"] == 1.0
     assert rows["query@0.15"]["kl"] < rows["hkvd@0.15"]["kl"] < rows["reuse"]["kl"]
     assert rows["query@0.15"]["to_hkvd"]["kl"][0] < 0
     assert all(rows[name]["not_blended"] == 0 for name in ROWS)
     assert rows["query@0.15"]["ratio"] == pytest.approx(0.15, abs=0.01)
-    assert rows["reuse"]["ratio"] == 0.0 and rows["noise"]["ratio"] > 0.9
+    assert rows["reuse"]["ratio"] == 0.0
     assert "<mark>" in (out / "recomputed.html").read_text()
     # what is finished is not asked again, and results can be scored elsewhere
     before = (out / "answers-1of1.jsonl").read_bytes()

@@ -115,7 +115,7 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-def write(path: Path, *, passages: int = 6, seed: int = 5) -> Path:
+def write(path: Path, *, passages: int = 4, seed: int = 5) -> Path:
     """The questions in the plain format, each over its own passage and others, in random order."""
     draw = random.Random(seed)
     lines = []

@@ -76,9 +76,24 @@ def test_all_rows_are_asked_and_scored(
     assert engine.options["logits_processors"] == [answers.PROCESSOR]
     assert asked(engine).count("keep") == 5 and asked(engine).count("compare") == 30
     assert len(set(engine.ingested)) > 12, "six passages behind two prefixes"
-    assert len(engine.stored) <= 2, "only heads of prompts stay: passages are forgotten"
     for name in ("summary.json", "summary.md", "recomputed.html", "answers-1of1.jsonl"):
         assert (out / name).stat().st_size > 0
+
+
+def test_passages_are_forgotten_before_memory_is_full(
+    engines: Sequence[FakeEngine],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = ["--data", data, "--only-rows", "reuse"]
+    run(capsys, MODEL, *rows, "--out", tmp_path / "kept")
+    monkeypatch.setattr("cacheblend_rag.evaluate.run._KEEP_BYTES", 0)
+    run(capsys, MODEL, *rows, "--out", tmp_path / "forgotten")
+    kept, forgotten = engines
+    assert len(kept.stored) - len(forgotten.stored) == 6, "six passages in all"
+    assert len(forgotten.ingested) - len(kept.ingested) == 4, "four of them twice"
 
 
 def test_parted_answers_are_asked_again(
