@@ -31,6 +31,8 @@ class QuerySelector(Selector):
             for being near the question).
         first: the first tokens of every chunk that are recomputed in any case, within the budget:
             false attention sinks (EPIC, arXiv 2410.15332).
+        first_share: the share of the budget, 0 to 1, that goes to such first tokens, as many of
+            every chunk; the question chooses the others.
     """
 
     name: ClassVar[str] = "query"
@@ -39,6 +41,7 @@ class QuerySelector(Selector):
     window: int = 9
     spread: float = 0.0
     first: int = 0
+    first_share: float = 0.0
 
     def validate(self) -> None:
         low, high = self.layers
@@ -50,6 +53,8 @@ class QuerySelector(Selector):
             raise ValueError(f"spread must be a share, 0 to 1, got {self.spread}")
         if self.first < 0:
             raise ValueError(f"first must be 0 or more, got {self.first}")
+        if not 0 <= self.first_share <= 1:
+            raise ValueError(f"first_share must be a share, 0 to 1, got {self.first_share}")
 
     def layer_range(self, num_layers: int) -> range:
         """The layers whose attention counts, at least one."""
@@ -66,7 +71,22 @@ class QuerySelector(Selector):
             score = score / _of_chunk(attention, evidence).clamp_min(1e-9) ** self.spread
         if self.first:
             score = score + (evidence.offset_N < self.first) * (score.max() + 1)
+        if self.first_share:
+            where = _first(evidence, int(self.first_share * evidence.budget))
+            score = score.index_put((where,), score.max() + 1 + score[where])
         return score
+
+
+def _first(evidence: Evidence, count: int) -> torch.Tensor:
+    """int64 [count]: the candidates nearest to the starts of their chunks; every rank finds the
+    same, as no two are equally near: of the same place, the one earlier in the prompt is.
+    """
+    import torch
+
+    size = len(evidence.offset_N)
+    order = evidence.offset_N * size + torch.arange(size, device=evidence.offset_N.device)
+    far = torch.iinfo(torch.int64).max
+    return order.masked_fill(~evidence.candidate_N, far).topk(count, largest=False).indices
 
 
 def _of_chunk(attention_N: torch.Tensor, evidence: Evidence) -> torch.Tensor:
