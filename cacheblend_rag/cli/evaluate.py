@@ -143,7 +143,7 @@ def _plots(summaries: Sequence[SetSummary], folder: Path, screen: Screen) -> lis
     from cacheblend_rag.evaluate.plots import plot
 
     try:
-        return [path for summary in summaries for path in plot(summary, folder)]
+        return [path for s in summaries if s.rows for path in plot(s, folder)]
     except MissingExtraError as error:
         screen.note.print(f"No plots: {escape(str(error))}", soft_wrap=True, highlight=False)
         return []

@@ -107,14 +107,13 @@ def summarise(results: Results, *, split: str = "all") -> list[SetSummary]:
     for key, asked in results.asked.items():
         if split not in ("all", asked.half):
             continue
-        answers = results.answers.get(key, {})
-        if not all(name in answers for name in names):
-            left_out[asked.set] = left_out.get(asked.set, 0) + 1
-            continue
         measures[asked.set] = "F1" if asked.kind == "qa" else "Rouge-L"
-        scored = {n: score(asked, answers[n], answers[FULL]) for n in names}
-        tables.setdefault(asked.set, []).append(scored)
-    if not tables:
+        table, answers = tables.setdefault(asked.set, []), results.answers.get(key, {})
+        if all(name in answers for name in names):
+            table.append({n: score(asked, answers[n], answers[FULL]) for n in names})
+        else:
+            left_out[asked.set] = left_out.get(asked.set, 0) + 1
+    if not any(tables.values()):
         raise DataError("no question is finished: every row has to answer it")
     skipped: dict[str, int] = {}
     for name, _ in results.skipped:
@@ -123,7 +122,7 @@ def summarise(results: Results, *, split: str = "all") -> list[SetSummary]:
         _summary(name, measures[name], names, rows, left_out.get(name, 0), skipped.get(name, 0))
         for name, rows in sorted(tables.items())
     ]
-    questions = [s.set for s in summaries if s.measure == "F1"]
+    questions = [s.set for s in summaries if s.measure == "F1" and s.questions]
     if len(questions) > 1:
         pooled = [scored for name in questions for scored in tables[name]]
         counts = [sum(c.get(n, 0) for n in questions) for c in (left_out, skipped)]
@@ -169,7 +168,7 @@ def _summary(
         questions=len(table),
         left_out=left_out,
         skipped=skipped,
-        rows=[_row(row, table, names) for row in names],
+        rows=[_row(row, table, names) for row in names] if table else [],
     )
 
 
