@@ -192,7 +192,7 @@ class Evaluation:
             chunks=[
                 [s.end - s.start, s.tokens_recomputed]
                 for s in report.segments
-                if s.kind == "reused"
+                if s.kind == "reused" and s.start > 0  # the head is exact: no candidate
             ],
             selected=selected,
         )

@@ -134,8 +134,8 @@ def score(asked: Asked, answer: Answer, full: Answer) -> Scores:
     """One answer, against the gold answers and the full prefill's."""
     measure = f1 if asked.kind == "qa" else rouge_l
     kl = statistics.fmean(answer.kl) if answer.kl else None
-    reused, again = answer.tokens_reused, answer.tokens_recomputed
-    ratio = again / (reused + again) if again is not None and reused else None
+    among = sum(tokens for tokens, _ in answer.chunks)
+    again = sum(recomputed for _, recomputed in answer.chunks)
     return Scores(
         quality=best(measure, answer.text, asked.answers),
         exact=best(exact, answer.text, asked.answers),
@@ -143,8 +143,8 @@ def score(asked: Asked, answer: Answer, full: Answer) -> Scores:
         flip=float(normalised(answer.text) != normalised(full.text)),
         kl=kl,
         top1=answer.same / len(answer.kl) if answer.kl else None,
-        ratio=1.0 if again and reused == 0 else ratio,
-        recomputed=again,
+        ratio=again / among if answer.tokens_recomputed is not None and among else None,
+        recomputed=answer.tokens_recomputed,
         ttft_s=None if answer.reason else answer.ttft_s,
     )
 

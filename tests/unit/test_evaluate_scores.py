@@ -99,7 +99,7 @@ def write(path: Path, numbers: range, settings: dict[str, Any] = SETTINGS) -> Pa
             file.add_question(question(n))
             file.add([answer(n, "full", ttft_s=0.2)])
             wrong = "Paris" if n % 2 else "Rome"
-            blended = {"tokens_reused": 90, "tokens_recomputed": 10, "blended": True}
+            blended = {"tokens_reused": 90, "tokens_recomputed": 10, "chunks": [[60, 7], [40, 3]]}
             file.add([answer(n, "query@0.1", wrong, kl=[0.1, 0.3], same=1, ttft_s=0.1, **blended)])
             file.add([answer(n, "hkvd@0.1", "Oslo", kl=[0.4, 0.4], same=0, ttft_s=0.4, **blended)])
     return path
