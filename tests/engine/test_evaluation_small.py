@@ -16,6 +16,7 @@ from cacheblend_rag import cli
 from cacheblend_rag.errors import ModelError
 from cacheblend_rag.models import embedded_model
 
+# more than half a minute, yet not marked slow: this is the check of quality that CI is to run
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 ROWS = ["reuse", "hkvd@0.15", "query@0.15"]
