@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 import uuid
@@ -198,6 +199,24 @@ class CacheBlend:
         self._check_open()
         kept = {self._chunk(text).key for text in texts}
         return self.forget_keys(self._index.keys() - kept)
+
+    def beside(self, config: BlendConfig) -> CacheBlend:
+        """A second front to the same engine and store, with a configuration of its own: another
+        ingest prefix, say. It knows the chunks that are ingested through it. Where ``config`` names
+        another store, that is passed over; close only the first front.
+        """
+        self._check_open()
+        other = copy.copy(self)
+        other.config, other._index = config, ChunkIndex()
+        prefix = ingest_prefix(config, self.tokenizer, max_model_len=self.info.max_model_len)
+        other._space = KeySpace(self.info.fingerprint, prefix, config.namespace)
+        other._head = other._store_head() if self.gate.passed else None
+        return other
+
+    @property
+    def engine(self) -> Engine:
+        """The engine below, for what measures it."""
+        return self._engine
 
     @property
     def key_space(self) -> KeySpace:

@@ -6,6 +6,7 @@ CacheBlendError
 │   ├── EmptyTextError     nothing to tokenise
 │   └── PromptTooLongError prompt or chunk longer than the model's context
 ├── ModelError             model folder missing, hub not reachable, architecture unsupported
+├── DataError              evaluation data or results cannot be used (also a ValueError)
 ├── StoreError             the store folder or URL cannot be used
 ├── EngineError            the engine failed
 │   ├── EngineMissingError vLLM is absent or of an unsupported version
@@ -41,6 +42,10 @@ class PromptTooLongError(PromptError):
 
 class ModelError(CacheBlendError):
     """The model cannot be found or loaded."""
+
+
+class DataError(CacheBlendError, ValueError):
+    """A file of questions or of results is not what it should be."""
 
 
 class StoreError(CacheBlendError):

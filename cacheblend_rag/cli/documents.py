@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
 def _ingest(args: argparse.Namespace, screen: Screen) -> Done:
     require_extras()
     documents = _read(args.paths, screen)
-    with started(args.model, args.store, screen, args.namespace) as blend:
+    with started(args.model, args.store, screen, namespace=args.namespace) as blend:
         passages = split(documents, args.chunk_tokens, blend.tokenizer)
         report = store_kv(blend, passages, screen)
     if report.keys:
@@ -144,7 +144,7 @@ def _ask(args: argparse.Namespace, screen: Screen) -> Done:
     passages = Retriever.load(index).search(args.question, args.k)
     asked = {"mode": args.mode, "recompute_ratio": args.ratio, "selector": args.selector}
     options = {name: value for name, value in asked.items() if value is not None}
-    with started(args.model, args.store, screen, args.namespace) as blend:
+    with started(args.model, args.store, screen, namespace=args.namespace) as blend:
         messages = demo.chat(passages, args.question)
         with blend.stream(
             messages, max_tokens=args.max_tokens, temperature=0.0, **options

@@ -28,20 +28,27 @@ EXTRAS = {
 
 @contextlib.contextmanager
 def started(
-    name: str | None, store: Path | None, screen: Screen, namespace: str = ""
+    name: str | None,
+    store: Path | None,
+    screen: Screen,
+    *,
+    namespace: str = "",
+    config: BlendConfig | None = None,
+    **engine_args: Any,
 ) -> Iterator[CacheBlend]:
-    """The engine over a store in this folder, or in memory; closed at the end."""
+    """The engine over a store in this folder, or in memory; closed at the end. ``config``, where
+    given, names store and namespace itself.
+    """
     model = resolve_model(name)
     screen.note.print(f"Starting vLLM with {model} ...", highlight=False, soft_wrap=True)
     start = time.perf_counter()
     url = store.as_uri() if store else "memory://"
-    config = BlendConfig(system_prompt=demo.SYSTEM_PROMPT, store=url, namespace=namespace)
+    config = config or BlendConfig(system_prompt=demo.SYSTEM_PROMPT, store=url, namespace=namespace)
+    engine_args = {**_engine_args(name is None), **engine_args}
     with tempfile.TemporaryFile() as log:
         try:
             with _errors_to(log, Path(model).is_dir()):
-                blend = CacheBlend(
-                    model, config=config, engine="batch", **_engine_args(name is None)
-                )
+                blend = CacheBlend(model, config=config, engine="batch", **engine_args)
             with blend as opened:
                 took = time.perf_counter() - start
                 screen.note.print(f"Ready after {took:.0f} s.", highlight=False)

@@ -81,7 +81,9 @@ class Blender:
                     yield
             elif selector.evidence == "deviation":
                 deviation_E = yield from self._probe(lane, task, selector, clock)
-            evidence = Evidence(candidate, lane.offset_E, lane.ids_E, question_E, deviation_E)
+            evidence = Evidence(
+                candidate, lane.offset_E, lane.ids_E, question_E, deviation_E, budget
+            )
             score = selector.score(evidence).masked_fill(~evidence.candidate_N, -torch.inf)
             chosen = torch.cat([chosen, score.topk(budget).indices]).sort().values
         elif budget:

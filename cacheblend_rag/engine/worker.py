@@ -16,6 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag.costs import Costs
+from cacheblend_rag.engine import answers
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import WORKER_ERROR
 from cacheblend_rag.engine.blend import Blender
@@ -175,6 +176,14 @@ class WorkerExtension:
         if outcome is None:
             return {}
         return {**outcome.to_dict(), **({"selected": outcome.positions()} if positions else {})}
+
+    def cacheblend_compared(self, prompts: list[str]) -> list[list[tuple[float, bool]]]:
+        """See ``answers.take_compared``; of use where the engine has that logits processor."""
+        return answers.take_compared(prompts)
+
+    def cacheblend_drop_answers(self, prompts: list[str]) -> None:
+        """See ``answers.drop``."""
+        answers.drop(prompts)
 
     def _connector(self) -> CacheBlendConnector:
         connector = get_kv_transfer_group()

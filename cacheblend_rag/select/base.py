@@ -23,6 +23,7 @@ class Evidence:
         question_N: float32, attention the question paid to each token (evidence ``question``).
         deviation_N: float32, KV deviation at the check layer (evidence ``deviation``).
         ids_N: int64 token ids.
+        budget: how many tokens will be chosen.
     """
 
     candidate_N: torch.Tensor
@@ -30,6 +31,7 @@ class Evidence:
     ids_N: torch.Tensor
     question_N: torch.Tensor | None = None
     deviation_N: torch.Tensor | None = None
+    budget: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,12 @@ class FakeEngine(Engine):
                 return [[name for name in documents if document_id(name) in noted]]
             case "unlabel", [documents, only]:
                 return [self.notes.unlabel(map(document_id, documents), only)]
+            case "compared", [prompts]:
+                return [[[(0.25, True), (0.5, False)] for _ in prompts]]
+            case "drop_answers", _:
+                return [None]
+            case "outcome", [_, True]:
+                return [{"selected": [3, 4]}]
             case "store_stats", _:
                 return [{"chunks": len(self.stored)}]
         raise AssertionError(f"no such call: {method}")

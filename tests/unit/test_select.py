@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.select import SELECTORS, Evidence, create_selector
 
 
-def evidence(**known: torch.Tensor) -> Evidence:
+def evidence(**known: Any) -> Evidence:
     """Two chunks of four tokens, a fresh token between them."""
     candidate = torch.tensor([1, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
     offset = torch.tensor([0, 1, 2, 3, 0, 0, 1, 2, 3])
@@ -26,6 +28,30 @@ def test_query_takes_neighbours_and_ignores_fresh_tokens() -> None:
     attention = torch.tensor([0.0, 0, 0, 0, 9, 0, 0, 1, 0])
     assert chosen("query", 3, evidence(question_N=attention), window=3) == {6, 7, 8}
     assert 7 in chosen("query", 1, evidence(question_N=attention), window=1)
+
+
+def test_query_spreads_its_budget_over_chunks() -> None:
+    attention = torch.tensor([0.0, 0.2, 0, 0, 0, 5, 4, 3, 2])
+    found = evidence(question_N=attention)
+    assert chosen("query", 2, found, window=1) == {5, 6}
+    assert chosen("query", 2, found, window=1, spread=1.0) == {1, 5}
+    # 5 / sqrt(14) and 4 / sqrt(14) are more than 0.2 / sqrt(0.2)
+    assert chosen("query", 2, found, window=1, spread=0.5) == {5, 6}
+    score = create_selector("query", {"window": 1, "spread": 1.0}).score(found)
+    assert score.tolist() == pytest.approx([0, 1, 0, 0, 0, 5 / 14, 4 / 14, 3 / 14, 2 / 14])
+
+
+def test_query_keeps_the_first_tokens_of_chunks() -> None:
+    attention = torch.tensor([0.0, 0, 9, 8, 0, 0, 0, 0, 7])
+    assert chosen("query", 4, evidence(question_N=attention), window=1, first=1) == {0, 2, 3, 5}
+
+
+def test_query_gives_a_share_to_first_tokens() -> None:
+    attention = torch.tensor([0.0, 0, 9, 8, 0, 0, 0, 0, 7])
+    found = evidence(question_N=attention, budget=5)
+    assert chosen("query", 5, found, window=1, first_share=0.4) == {0, 5, 2, 3, 8}
+    assert chosen("query", 5, found, window=1, first_share=0.6) == {0, 5, 1, 2, 3}
+    assert chosen("query", 5, found, window=1, first_share=1.0) == {0, 5, 1, 6, 2}
 
 
 def test_query_layers() -> None:
@@ -71,6 +97,9 @@ def test_unknown_options_are_refused(name: str) -> None:
         ("query", {"window": 0}),
         ("query", {"layers": (0.5, 0.5)}),
         ("query", {"layers": 3}),
+        ("query", {"spread": 2}),
+        ("query", {"first": -1}),
+        ("query", {"first_share": 1.5}),
         ("hkvd", {"deviation": "v"}),
         ("hkvd", {"check_layer": 0}),
         ("nobody", {}),

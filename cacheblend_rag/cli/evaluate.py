@@ -1,0 +1,194 @@
+"""``eval``: how good are the answers of every way of serving a prompt?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from cacheblend_rag._version import __version__
+from cacheblend_rag.cli.base import OK, Done, Screen, command, positive, share
+from cacheblend_rag.cli.engine import started
+from cacheblend_rag.errors import ConfigError, DataError, MissingExtraError
+from cacheblend_rag.evaluate.results import ResultFile, Results, read_results
+from cacheblend_rag.evaluate.summary import SetSummary, summarise, to_dict, to_markdown
+
+STORE = "memory://?capacity=64GiB"  # never full: passages are forgotten before
+
+
+def add(commands: Any) -> None:
+    """Add the command of this file."""
+    parser = command(commands, "eval", _eval, "score the answers of every way of serving a prompt")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder (embedded)")
+    parser.add_argument(
+        "--data", nargs="+", type=Path, metavar="PATH", help="files of questions, or folders"
+    )
+    parser.add_argument(
+        "--report", nargs="+", type=Path, metavar="FILE", help="only join and score these results"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("cacheblend-eval"), metavar="DIR", help="(cacheblend-eval)"
+    )
+    parser.add_argument("--selectors", nargs="*", default=["query", "hkvd"], metavar="S")
+    parser.add_argument("--ratios", nargs="*", type=share, default=[0.15], metavar="R")
+    parser.add_argument("--prefixes", nargs="+", default=["auto", "none"], metavar="P")
+    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="more rows by name")
+    parser.add_argument("--only-rows", nargs="+", metavar="ROW", help="these and full, no others")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--limit", type=positive, metavar="N", help="questions a file")
+    parser.add_argument("--split", choices=["tune", "report", "all"], default="all")
+    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N")
+    parser.add_argument(
+        "--group", type=positive, default=1, metavar="N", help="questions asked together (1: timed)"
+    )
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="mark recomputed tokens")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer")
+    parser.add_argument("--dtype", help="(float32 on a CPU, else the model's own)")
+    parser.add_argument(
+        "--engine-arg", nargs="*", type=_engine_arg, default=[], metavar="NAME=VALUE"
+    )
+
+
+def _eval(args: argparse.Namespace, screen: Screen) -> Done:
+    if (args.data is None) == (args.report is None):
+        raise ConfigError("give --data to ask questions, or --report to score results")
+    if args.report is not None:
+        results = read_results(_result_files(args.report))
+    else:
+        results = _ask(args, screen)
+    return _publish(results, args, screen)
+
+
+def _ask(args: argparse.Namespace, screen: Screen) -> Results:
+    from cacheblend_rag.config import BlendConfig
+    from cacheblend_rag.evaluate.prompts import system_prompt
+    from cacheblend_rag.evaluate.readers import load
+    from cacheblend_rag.evaluate.rows import make_rows, parse_row
+    from cacheblend_rag.evaluate.run import Evaluation
+
+    questions = load(
+        args.data, seed=args.seed, limit=args.limit, split=args.split, shard=args.shard
+    )
+    if args.only_rows:
+        rows = [parse_row(name, args.prefixes[0]) for name in args.only_rows]
+    else:
+        rows = make_rows(args.selectors, args.ratios, args.prefixes, args.rows)
+    config = BlendConfig(
+        system_prompt=system_prompt(questions[0].kind),
+        ingest_prefix="none",  # rows bring their own
+        store=STORE,
+    )
+    screen.note.print(f"{len(questions)} questions, {len(rows)} rows.", highlight=False)
+    options = _engine_options(args)
+    with started(args.model, None, screen, config=config, **options) as blend:
+        settings = {
+            "model": Path(blend.info.model).name,
+            "fingerprint": blend.info.fingerprint[:16],
+            "dtype": blend.info.dtype,
+            "device": blend.info.device,
+            "prefix": args.prefixes[0],
+            "max_tokens": args.max_tokens,
+            "vllm": blend.info.vllm_version,
+            "version": __version__,
+        }
+        part, parts = args.shard
+        path = args.out / f"answers-{part}of{parts}.jsonl"
+        evaluation = Evaluation(blend, rows, args.group, args.show, args.max_tokens)
+        with (
+            ResultFile(path, settings) as file,
+            tqdm(total=len(questions), desc="questions", unit="") as bar,
+        ):
+            evaluation.run(questions, file, bar.update)
+            return file.results
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from cacheblend_rag.engine.answers import PROCESSOR
+
+    options: dict[str, Any] = {"logits_processors": [PROCESSOR]}
+    if args.dtype or not torch.cuda.is_available():
+        options["dtype"] = args.dtype or "float32"
+    return {**options, **dict(args.engine_arg)}
+
+
+def _publish(results: Results, args: argparse.Namespace, screen: Screen) -> Done:
+    summaries = summarise(results, split=args.split)
+    data = to_dict(results, summaries)
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = [args.out / "summary.json", args.out / "summary.md"]
+    written[0].write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    written[1].write_text(to_markdown(results, summaries), encoding="utf-8")
+    if results.tokens:
+        from cacheblend_rag.evaluate.coloured import page
+
+        written.append(args.out / "recomputed.html")
+        written[-1].write_text(page(results), encoding="utf-8")
+    written += _plots(summaries, args.out, screen)
+    for summary in summaries:
+        screen.out.print(_table(summary))
+    screen.note.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+    return Done(OK, data)
+
+
+def _plots(summaries: Sequence[SetSummary], folder: Path, screen: Screen) -> list[Path]:
+    from cacheblend_rag.evaluate.plots import plot
+
+    try:
+        return [path for s in summaries if s.rows for path in plot(s, folder)]
+    except MissingExtraError as error:
+        screen.note.print(f"No plots: {escape(str(error))}", soft_wrap=True, highlight=False)
+        return []
+
+
+def _table(summary: SetSummary) -> Table:
+    title = f"{summary.set}: {summary.questions} questions"
+    if summary.left_out or summary.skipped:
+        title += f" ({summary.left_out} unfinished, {summary.skipped} too long)"
+    table = Table("row", summary.measure, "to full", "agree", "flips", "KL", "share", title=title)
+    for r in summary.rows:
+        quality = r.to_full.get("quality")
+        table.add_row(
+            escape(r.row),
+            "" if r.quality is None else f"{r.quality:.3f}",
+            "" if quality is None else f"{quality.mean:+.3f}",
+            f"{r.agree:.3f}",
+            f"{r.flip:.3f}",
+            "" if r.kl is None else f"{r.kl:.4f}",
+            "" if r.ratio is None else f"{r.ratio:.1%}",
+        )
+    return table
+
+
+def _result_files(paths: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(path.glob("answers-*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"no answers-*.jsonl in {', '.join(map(str, paths))}")
+    return files
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 1/4, with I from 1 to N")
+    return int(match[1]), int(match[2])
+
+
+def _engine_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

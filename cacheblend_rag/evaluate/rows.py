@@ -1,0 +1,152 @@
+"""The ways of serving a prompt that are compared, and their names.
+
+========================= ==========================================================================
+``full``                  every token is prefilled: what all others are held against
+``prefix_caching``        plain vLLM with its prefix cache
+``noise``                 blended at ratio 1: what other batch shapes alone do to answers
+``reuse``                 naive reuse, ratio 0 (keys are re-rotated)
+``query@0.15``            a selector at a ratio
+``query:window=33@0.15``  the same with an option of its own; values are JSON or words
+``.../none``              any of these behind another ingest prefix
+========================= ==========================================================================
+
+An ingest prefix is ``auto``, ``head``, ``bos``, ``none`` or ``neutral:N`` (the head, then N tokens
+of neutral text).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.prefix import NEUTRAL_TEXT, prompt_head
+
+FULL = "full"
+_FIXED: dict[str, dict[str, Any]] = {
+    FULL: {"mode": "full"},
+    "prefix_caching": {"mode": "off"},
+    "noise": {"recompute_ratio": 1.0},
+    "reuse": {"mode": "reuse"},
+}
+_PREFIXES = ("auto", "head", "bos", "none")
+_NEUTRAL = "neutral:"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of serving.
+
+    Attributes:
+        name: as above.
+        options: of ``CacheBlend.generate``.
+        prefix: the ingest prefix by name.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(compare=False)
+    prefix: str
+
+    @property
+    def blends(self) -> bool:
+        """Whether chunks are reused."""
+        return self.options.get("mode") not in ("full", "off")
+
+
+def parse_row(text: str, prefix: str = "auto") -> Row:
+    """The row of this name; ``prefix`` is that of names without one.
+
+    Raises:
+        ConfigError: there is no such row, selector, option or prefix.
+    """
+    name, _, own = text.partition("/")
+    if own:
+        check_prefix(own)
+    where = {"when": "always", "schedule": "sync"}  # a row that declines would not be one
+    chosen = own or prefix
+    if name in _FIXED:
+        return Row(text, {**where, **_FIXED[name]}, chosen)
+    selector, at, ratio = name.rpartition("@")
+    if not at:
+        raise ConfigError(
+            f"row {text!r} is unknown: write {', '.join(_FIXED)}, or a selector and a ratio such "
+            "as query@0.15"
+        )
+    kind, options = parse_selector(selector)
+    try:
+        share = float(ratio)
+    except ValueError as error:
+        raise ConfigError(f"row {text!r}: {ratio!r} is no ratio") from error
+    return Row(
+        text,
+        {**where, "selector": kind, "selector_options": options, "recompute_ratio": share},
+        chosen,
+    )
+
+
+def parse_selector(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of ``query:window=33:layers=[0.5,0.75]``.
+
+    Raises:
+        ConfigError: there is no such selector or option.
+    """
+    kind, *given = text.split(":")
+    options = {}
+    for part in given:
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"selector {text!r}: write an option as name=value, not {part!r}")
+        options[name] = _value(value)
+    BlendConfig(selector=kind, selector_options=options)  # raises ConfigError
+    return kind, options
+
+
+def make_rows(
+    selectors: Iterable[str],
+    ratios: Sequence[float],
+    prefixes: Sequence[str],
+    others: Iterable[str] = (),
+) -> list[Row]:
+    """The usual rows: the fixed ones, naive reuse behind every prefix, every selector at every
+    ratio behind the first prefix; then ``others`` by name. ``full`` is always the first.
+
+    Raises:
+        ConfigError: see ``parse_row``.
+    """
+    for prefix in prefixes:
+        check_prefix(prefix)
+    first, *rest = prefixes
+    names = [FULL, "prefix_caching", "noise", "reuse", *(f"reuse/{p}" for p in rest)]
+    names += [f"{selector}@{ratio:g}" for selector in selectors for ratio in ratios]
+    return [parse_row(name, first) for name in dict.fromkeys([*names, *others])]
+
+
+def check_prefix(name: str) -> None:
+    """Raise ConfigError where there is no such ingest prefix."""
+    number = name.removeprefix(_NEUTRAL)
+    if name not in _PREFIXES and not (name.startswith(_NEUTRAL) and number.isdigit()):
+        raise ConfigError(
+            f"ingest prefix {name!r} is unknown: write {', '.join(_PREFIXES)} or {_NEUTRAL}N"
+        )
+
+
+def with_prefix(config: BlendConfig, name: str, tokenizer: Any) -> BlendConfig:
+    """``config`` behind the ingest prefix of this name."""
+    from dataclasses import replace
+
+    if not name.startswith(_NEUTRAL):
+        return replace(config, ingest_prefix=name)
+    count = int(name.removeprefix(_NEUTRAL))
+    text = tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False)
+    neutral = (text * (count // len(text) + 1))[:count]
+    return replace(config, ingest_prefix=(*prompt_head(config, tokenizer), *neutral))
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
