@@ -22,7 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 COMMON = {
-    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "hidden_act": "silu",
     "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 
