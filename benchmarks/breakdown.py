@@ -1,0 +1,108 @@
+"""Where the milliseconds of one blended request go.
+
+    python benchmarks/breakdown.py --shape llama-8b --size 6x1024
+
+The engine runs in this process, one request at a time. ``floor`` is a prompt without chunks: what
+vLLM takes for the question alone. ``rest`` is what no stage accounts for: the floor, and the host's
+work for a long prompt. Medians over rounds; stages of a GPU are by its own clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from shapes import SHAPES, Words, write_model
+from ttft import size
+
+STAGES = ("tokenize", "locate", "plan", "load", "select", "recompute")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    parser.add_argument("--size", type=size, default=(6, 512), metavar="NxT")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15])
+    parser.add_argument("--selectors", nargs="+", default=["query", "hkvd"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--gpu-cache", help="GPU memory for chunks, such as 2GiB")
+    args = parser.parse_args()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(folder, args.shape)
+        run(folder, args)
+
+
+def run(folder: str, args: argparse.Namespace) -> None:
+    import torch
+
+    from cacheblend_rag import BlendConfig, CacheBlend, __version__
+
+    words, (number, each) = Words(args.shape), args.size
+    start = time.perf_counter()
+    with CacheBlend(
+        folder,
+        config=BlendConfig(
+            ingest_prefix=words(64),
+            store="memory://?capacity=16GiB",
+            gpu_cache=args.gpu_cache,
+            when="always",
+        ),
+        engine="batch",
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=number * each + 2048,
+    ) as blend:
+        assert blend.gate.passed, blend.gate.reason
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        chunks, head = [words(each) for _ in range(number)], words(48)
+        started = time.perf_counter() - start
+        ingested = blend.ingest(chunks, progress=False)
+        print(
+            f"cacheblend-rag {__version__}, vLLM {blend.info.vllm_version}, "
+            f"torch {torch.__version__}, {device}, {args.shape}, {number} x {each} tokens, "
+            f"gpu cache {args.gpu_cache}, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}; start "
+            f"{started:.0f} s, ingestion {ingested.tokens / ingested.seconds:.0f} tokens/s"
+        )
+        modes: dict[str, dict[str, Any]] = {
+            "floor": {"mode": "off"},
+            "full": {"mode": "full"},
+            "reuse": {"mode": "reuse"},
+        }
+        for ratio in args.ratios:
+            for selector in args.selectors:
+                modes[f"{selector} {ratio:g}"] = {"recompute_ratio": ratio, "selector": selector}
+        measured: dict[str, list[tuple[float, Any]]] = {name: [] for name in modes}
+        for turn in range(args.rounds + 3):  # the first three warm up
+            for name, call in modes.items():
+                words.draw.shuffle(chunks)
+                body = () if name == "floor" else tuple(t for c in chunks for t in c)
+                prompt = head + body + words(32)
+                begin = time.perf_counter()
+                result = blend.generate(prompt, max_tokens=1, temperature=0.0, **call)
+                if turn >= 3:
+                    measured[name].append((time.perf_counter() - begin, result.report.stages_s))
+        show(measured)
+
+
+def show(measured: dict[str, list[tuple[float, Any]]]) -> None:
+    full = statistics.median(seconds for seconds, _ in measured["full"])
+    print(f"{'mode':12}{'ms':>9}{'full/mode':>11}", *(f"{s:>10}" for s in (*STAGES, "rest")))
+    for name, of_mode in measured.items():
+        total = statistics.median(seconds for seconds, _ in of_mode)
+        stages = [statistics.median(s.get(stage, 0.0) for _, s in of_mode) for stage in STAGES]
+        parts = (f"{1e3 * s:10.1f}" for s in (*stages, total - sum(stages)))
+        print(f"{name:12}{1e3 * total:9.1f}{full / total:11.2f}", *parts)
+
+
+if __name__ == "__main__":
+    main()
