@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from threading import RLock
@@ -291,7 +292,7 @@ class Index:
             db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST_VALUE)
             for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
                 db.execute(f"PRAGMA {pragma}")
-            db.execute("PRAGMA journal_mode=WAL")
+            _write_ahead(db)
             db.execute("PRAGMA synchronous=NORMAL")  # after a power cut the last uses may be lost
             db.execute("BEGIN IMMEDIATE")
             if not _schema(db):
@@ -432,6 +433,19 @@ class Index:
         rows = db.execute("SELECT heat, cost, nbytes, tick, id FROM chunks").fetchall()
         ranks = [(self._rank(Usage(*row[:4])), row[4]) for row in rows]
         db.executemany("UPDATE chunks SET priority = ? WHERE id = ?", ranks)
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log. SQLite does not wait here for another that does so as well."""
+    last = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > last:
+                raise
+        time.sleep(0.01)
 
 
 def _is_possible(content: Content) -> bool:

@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -287,3 +289,19 @@ def test_set_aside_files_do_not_pile_up(tmp_path: Path) -> None:
             assert store.get(key_of(1)) is None
     with open_disk(tmp_path):
         assert len(list(tmp_path.rglob("*.corrupt-*"))) == 16
+
+
+def test_many_open_a_new_index_at_once(tmp_path: Path) -> None:
+    """As the ranks of a tensor parallel group do; SQLite's own patience leaves out one step."""
+    for turn in range(20):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        together = threading.Barrier(4)
+
+        def opened(where: Path = folder, together: threading.Barrier = together) -> None:
+            together.wait()
+            index_module.Index(where, None).close()
+
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(opened) for _ in range(4)]:
+                done.result()
