@@ -167,25 +167,25 @@ class CacheBlend:
         hash of the document's name; a store that is all remote keeps it until this one is closed.
         """
         self._check_open()
-        rows = [(self._owned(name), list(keys)) for name, keys in documents.items()]
+        rows = [(name, list(keys)) for name, keys in documents.items()]
         if self.gate.passed and rows:
             self._engine.rpc("cacheblend_label", rows)
 
     def labelled(self, documents: Iterable[str]) -> set[str]:
         """Those of ``documents`` that chunks are noted for."""
         self._check_open()
-        names = {self._owned(document): document for document in documents}
+        names = list(documents)
         if not (self.gate.passed and names):
             return set()
-        found = self._engine.rpc("cacheblend_labelled", list(names))
-        return {names[name] for of_rank in found for name in of_rank}
+        found = self._engine.rpc("cacheblend_labelled", names)
+        return set(itertools.chain.from_iterable(found))
 
     def forget_documents(self, documents: Iterable[str], only: Iterable[str] | None = None) -> int:
         """Forget the chunks that these documents consist of, or those of them whose keys are in
         ``only``, but for what other documents consist of; returns how many were there.
         """
         self._check_open()
-        names = [self._owned(document) for document in documents]
+        names = list(documents)
         if not (self.gate.passed and names):
             return 0
         keys = None if only is None else list(only)
@@ -368,10 +368,6 @@ class CacheBlend:
         chunk = Chunk(self._space.key(ids), ids)
         ingest.check_length(chunk, len(self._space.prefix_ids), self.info.max_model_len)
         return chunk
-
-    def _owned(self, document: str) -> str:
-        """Namespaces share a store, and each may have a document of that name."""
-        return f"{self.config.namespace}\0{document}" if self.config.namespace else document
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
         """A token id without an embedding would end the engine."""
