@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
 from typing import Any
 
-from shapes import SHAPES, Words, write_model
+from shapes import SHAPES, Words, versions, write_model
 from ttft import size
 
 STAGES = ("tokenize", "locate", "plan", "load", "select", "recompute")
@@ -42,9 +41,7 @@ def main() -> None:
 
 
 def run(folder: str, args: argparse.Namespace) -> None:
-    import torch
-
-    from cacheblend_rag import BlendConfig, CacheBlend, __version__
+    from cacheblend_rag import BlendConfig, CacheBlend
 
     words, (number, each) = Words(args.shape), args.size
     start = time.perf_counter()
@@ -63,13 +60,11 @@ def run(folder: str, args: argparse.Namespace) -> None:
         max_model_len=number * each + 2048,
     ) as blend:
         assert blend.gate.passed, blend.gate.reason
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         chunks, head = [words(each) for _ in range(number)], words(48)
         started = time.perf_counter() - start
         ingested = blend.ingest(chunks, progress=False)
         print(
-            f"cacheblend-rag {__version__}, vLLM {blend.info.vllm_version}, "
-            f"torch {torch.__version__}, {device}, {args.shape}, {number} x {each} tokens, "
+            f"{versions(blend)}, {args.shape}, {number} x {each} tokens, "
             f"gpu cache {args.gpu_cache}, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}; start "
             f"{started:.0f} s, ingestion {ingested.tokens / ingested.seconds:.0f} tokens/s"
         )

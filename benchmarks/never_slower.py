@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import threading
 import time
 from typing import Any
 
-from shapes import SHAPES, Words, write_model
+from shapes import SHAPES, Words, versions, write_model
 from ttft import size
 
 SIZES = ["1x64", "1x256", "1x1024", "2x512", "6x512", "6x1024"]
@@ -57,9 +56,7 @@ def slow_disk(bytes_per_s: float) -> None:
 
 
 def run(folder: str, args: argparse.Namespace) -> None:
-    import torch
-
-    from cacheblend_rag import BlendConfig, CacheBlend, __version__
+    from cacheblend_rag import BlendConfig, CacheBlend
 
     words = Words(args.shape)
     options = {}
@@ -79,12 +76,8 @@ def run(folder: str, args: argparse.Namespace) -> None:
             **options,
         ) as blend:
             assert blend.gate.passed, blend.gate.reason
-            device = (
-                torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-            )
             print(
-                f"cacheblend-rag {__version__}, vLLM {blend.info.vllm_version}, "
-                f"torch {torch.__version__}, {device}, {args.shape}, {store.partition(':')[0]} "
+                f"{versions(blend)}, {args.shape}, {store.partition(':')[0]} "
                 f"{'' if store.startswith('memory') else f'at {args.disk_gbps} GB/s'}, "
                 f"{args.rounds} rounds, {time.strftime('%Y-%m-%d')}"
             )

@@ -17,14 +17,13 @@ import asyncio
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, Words, write_model
+from shapes import SHAPES, Words, versions, write_model
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
@@ -80,9 +79,7 @@ class Load:
 
 
 async def run(folder: str, args: argparse.Namespace) -> None:
-    import torch
-
-    from cacheblend_rag import BlendConfig, CacheBlend, __version__
+    from cacheblend_rag import BlendConfig, CacheBlend
 
     words = Words(args.shape)
     options = {}
@@ -107,10 +104,8 @@ async def run(folder: str, args: argparse.Namespace) -> None:
         assert blend.gate.passed, blend.gate.reason
         load = Load(blend, args, words)
         blend.ingest(load.pool, progress=False)
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         print(
-            f"cacheblend-rag {__version__}, vLLM {blend.info.vllm_version}, "
-            f"torch {torch.__version__}, {device}, {args.shape}, {args.chunks} of {args.pool} "
+            f"{versions(blend)}, {args.shape}, {args.chunks} of {args.pool} "
             f"x {args.chunk_tokens} tokens, {args.output_tokens} output tokens, "
             f"ratio {args.ratio}, tile {args.tile}, {time.strftime('%Y-%m-%d')}"
         )

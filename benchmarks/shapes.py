@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import random
 from pathlib import Path
 from typing import Any
@@ -41,3 +42,16 @@ class Words:
 
     def __call__(self, count: int) -> tuple[int, ...]:
         return tuple(self.draw.randrange(2, self._vocab) for _ in range(count))
+
+
+def versions(blend: Any) -> str:
+    """What a benchmark ran on, for its first line."""
+    import torch
+
+    from cacheblend_rag import __version__
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return (
+        f"cacheblend-rag {__version__}, vLLM {blend.info.vllm_version}, torch {torch.__version__}, "
+        f"{device}"
+    )

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, Words, write_model
+from shapes import SHAPES, Words, versions, write_model
 
 
 def main() -> None:
@@ -128,15 +127,7 @@ def show(
     size: tuple[int, int],
     args: argparse.Namespace,
 ) -> None:
-    import torch
-
-    from cacheblend_rag import __version__
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    print(
-        f"cacheblend-rag {__version__}, vLLM {blend.info.vllm_version}, torch {torch.__version__}, "
-        f"{device}, {os.cpu_count()} cores, {args.dtype}, {time.strftime('%Y-%m-%d')}"
-    )
+    print(f"{versions(blend)}, {os.cpu_count()} cores, {args.dtype}, {time.strftime('%Y-%m-%d')}")
     print(
         f"{args.shape}, {size[0]} x {size[1]} tokens of chunks, question "
         f"{args.question_tokens}, block {blend.info.block_size}, {args.rounds} rounds; ingestion "
