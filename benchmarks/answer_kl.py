@@ -15,7 +15,6 @@ import json
 import lzma
 import math
 import os
-import platform
 import random
 import statistics
 import time
@@ -24,9 +23,10 @@ from typing import Any
 
 import torch
 from forced import FORCED_KEY
+from shapes import versions
 from tqdm import tqdm
 
-from cacheblend_rag import BlendConfig, CacheBlend, __version__
+from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.models import resolve_model
 
 SYSTEM = (
@@ -144,10 +144,7 @@ def measure(
 def report(
     blend: CacheBlend, rows: list[dict[str, Any]], modes: dict[str, Any], args: argparse.Namespace
 ) -> None:
-    print(
-        f"cacheblend-rag {__version__}, vLLM {blend.info.vllm_version}, torch {torch.__version__}, "
-        f"{platform.processor() or platform.machine()}, {args.dtype}, {time.strftime('%Y-%m-%d')}"
-    )
+    print(f"{versions(blend)}, {args.dtype}, {time.strftime('%Y-%m-%d')}")
     print(
         f"{Path(blend.info.model).name}: {len(rows)} questions of {args.file.name} "
         f"(seed {args.seed}), "

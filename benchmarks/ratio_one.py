@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import statistics
 import time
 from typing import Any
 
-import torch
 from forced import FORCED_KEY
+from shapes import versions
 
-from cacheblend_rag import BlendConfig, CacheBlend, __version__
+from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.models import resolve_model
 
 _TOKENS, _TOP = 6, 10
@@ -45,11 +44,8 @@ def main() -> None:
     with blend:
         assert blend.gate.passed, blend.gate.reason
         print(
-            f"cacheblend-rag {__version__}, vLLM {blend.info.vllm_version}, "
-            f"torch {torch.__version__}, "
-            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}, "
-            f"{blend.info.model}, {args.dtype}, {args.prompts} prompts of 4 x {args.chunk_tokens} "
-            f"tokens, {time.strftime('%Y-%m-%d')}"
+            f"{versions(blend)}, {blend.info.model}, {args.dtype}, {args.prompts} prompts of "
+            f"4 x {args.chunk_tokens} tokens, {time.strftime('%Y-%m-%d')}"
         )
         compare(blend, args)
 
