@@ -11,6 +11,7 @@ from typing import Protocol
 
 PAGE = 4096  # what a disk is read in directly: where in the file, where in memory, how much
 _LARGE = 1 << 20  # less is not worth it
+_STEP = 1 << 20  # of one call: the system prepares memory for the next while the disk fills this
 _IS_LINUX = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")
 _UNABLE = {errno.EAGAIN, errno.EINVAL, errno.EOPNOTSUPP}
 _DAMAGE = {errno.EIO, errno.EISDIR}  # other failures to read are not the file's fault
@@ -90,7 +91,7 @@ class FileSource:
         at = os.lseek(self._descriptor, 0, os.SEEK_CUR)
         while nbytes > 0:
             try:
-                count = os.preadv(self._descriptor, [target[:nbytes]], at, flags)
+                count = os.preadv(self._descriptor, [target[: min(nbytes, _STEP)]], at, flags)
             except OSError as error:
                 if error.errno in _UNABLE:
                     break
