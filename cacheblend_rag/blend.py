@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import statistics
 import time
 import uuid
 from array import array
@@ -25,12 +26,13 @@ from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex, Match
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
-from cacheblend_rag.prefix import ingest_prefix, prompt_head
+from cacheblend_rag.prefix import NO_PREFIX, IngestPrefix, ingest_prefix, prompt_head
 from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
 from cacheblend_rag.report import make_report
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
 from cacheblend_rag.store.url import parse_size
 
+_TIMING_ROUNDS = 7
 _PROBE_SAMPLING = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20, "detokenize": False}
 
 
@@ -82,7 +84,7 @@ class CacheBlend:
         try:
             self.info = self._engine.info
             self.tokenizer: Any = self._engine.tokenizer
-            self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
+            self._space = KeySpace(self.info.fingerprint, NO_PREFIX, self.config.namespace)
             self.gate: GateReport = self._open_gate()
         except BaseException:
             self._engine.close()
@@ -315,7 +317,7 @@ class CacheBlend:
             ids,
             matches,
             config,
-            prefix_ids=self._space.prefix_ids,
+            prefix_ids=self._space.prefix.exact_ids,
             block_size=self.info.block_size,
             head=self._head,
             costs=self._costs,
@@ -366,7 +368,7 @@ class CacheBlend:
         ids = tokenize_chunk(text, self.tokenizer)
         self._check_vocabulary(ids)
         chunk = Chunk(self._space.key(ids), ids)
-        ingest.check_length(chunk, len(self._space.prefix_ids), self.info.max_model_len)
+        ingest.check_length(chunk, self._space.prefix.length, self.info.max_model_len)
         return chunk
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
@@ -390,15 +392,20 @@ class CacheBlend:
 
     def _compute(self, chunks: Sequence[Chunk], progress: bool) -> int:
         """Prefill and store; returns the bytes stored, over all ranks."""
-        prefix, stored = list(self._space.prefix_ids), 0
+        prefix, stored = self._space.prefix, 0
+        most = self.info.max_num_batched_tokens // len(prefix.variants)
         with tqdm(
             total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
         ) as bar:
-            for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
-                keys, ids = [c.key for c in batch], [list(c.token_ids) for c in batch]
-                stored += sum(self._engine.rpc("cacheblend_ingest", keys, ids, prefix))
+            for batch in ingest.batches(chunks, most):
+                stored += self._ingest(batch, prefix)
                 bar.update(len(batch))
         return stored
+
+    def _ingest(self, chunks: Sequence[Chunk], prefix: IngestPrefix) -> int:
+        keys, ids = [c.key for c in chunks], [list(c.token_ids) for c in chunks]
+        variants = [list(v) for v in prefix.variants]
+        return sum(self._engine.rpc("cacheblend_ingest", keys, ids, variants, prefix.key_scale))
 
     def _open_gate(self) -> GateReport:
         """Check the model, open the store, and prove ratio 1 on a probe prompt."""
@@ -406,7 +413,7 @@ class CacheBlend:
         if not report.passed:
             return report
         prefix = ingest_prefix(self.config, self.tokenizer, max_model_len=self.info.max_model_len)
-        self._space = self._space._replace(prefix_ids=prefix)
+        self._space = self._space._replace(prefix=prefix)
         ranks = self._engine.rpc(
             "cacheblend_bind",
             self.config.store,
@@ -418,8 +425,7 @@ class CacheBlend:
         if report.passed:
             self._index.add_many(ours(self._space, ranks))
             self._head = self._store_head()
-            measured = self._engine.rpc("cacheblend_costs")[0]
-            self._costs = Costs(**measured) if measured else None
+            self._costs = self._measure_costs()
         else:
             self._engine.rpc("cacheblend_unbind")
         return report
@@ -429,9 +435,9 @@ class CacheBlend:
         ids = prompt_head(self.config, self.tokenizer)
         if len(ids) < 2:
             return None
-        key = self._space._replace(prefix_ids=()).key(ids)
+        key = self._space._replace(prefix=NO_PREFIX).key(ids)
         if any(self._engine.rpc("cacheblend_missing", [key])):
-            self._engine.rpc("cacheblend_ingest", [key], [list(ids)], [])
+            self._ingest([Chunk(key, ids)], NO_PREFIX)
         return Head(key, ids)
 
     def _probe(self, report: GateReport) -> GateReport:
@@ -439,13 +445,13 @@ class CacheBlend:
         if len(head + chunk + question) >= self.info.max_model_len:
             return report  # the context has no room for a block and a question: nothing to blend
         key = self._space.key(chunk)
-        self._engine.rpc("cacheblend_ingest", [key], [list(chunk)], list(self._space.prefix_ids))
+        self._ingest([Chunk(key, chunk)], self._space.prefix)
         match = Match(len(head), len(head + chunk), key, 0, len(chunk))
         plan = make_plan(
             ids := head + chunk + question,
             [match],
             self.config.for_call({"mode": "blend", "recompute_ratio": 1.0}),
-            prefix_ids=self._space.prefix_ids,
+            prefix_ids=self._space.prefix.exact_ids,
             block_size=self.info.block_size,
         )
         assert isinstance(plan, Plan)
@@ -463,6 +469,48 @@ class CacheBlend:
         assert plain.logprobs is not None and blended.logprobs is not None
         done = "reason" not in blended.engine
         return gate.check_prefill(report, plain.logprobs[0], blended.logprobs[0], done)
+
+    def _measure_costs(self) -> Costs | None:
+        """What the workers measured, corrected by requests from end to end; None on a CPU."""
+        measured = self._engine.rpc("cacheblend_costs")[0]
+        prompts = gate.timing_ids(self.info, _TIMING_ROUNDS)
+        if not measured or not prompts:
+            return Costs(**measured) if measured else None
+        head, text, _ = prompts[0]
+        chunk = Chunk(self._space.key(text), text)
+        match = Match(len(head), len(head + text), chunk.key, 0, len(text))
+        self._ingest([chunk], self._space.prefix)
+        config = self.config.for_call({"mode": "blend", "when": "always", "schedule": "sync"})
+        taken: dict[bool, list[float]] = {True: [], False: []}
+        plan: Plan | NoPlan = NoPlan("timing")
+        for parts in prompts:
+            ids = sum(parts, ())
+            plan = make_plan(
+                ids,
+                [match],
+                config,
+                prefix_ids=self._space.prefix.exact_ids,
+                block_size=self.info.block_size,
+            )
+            for blends in taken:
+                name = f"timing-{uuid.uuid4().hex}"
+                of_turn = plan if blends else NoPlan("timing")
+                request = EngineRequest(
+                    token_ids=ids,
+                    sampling={"max_tokens": 1, "temperature": 0.0, "detokenize": False},
+                    params=_with_id(of_turn, name),
+                    cache_salt=_salt(of_turn, ids, "full", name),
+                )
+                start = time.perf_counter()
+                self._engine.generate([request])
+                taken[blends].append(time.perf_counter() - start)
+        self._engine.rpc("cacheblend_forget", [chunk.key])
+        assert isinstance(plan, Plan)
+        costs = Costs(**measured).corrected(
+            plan, statistics.median(taken[False]), statistics.median(taken[True])
+        )
+        self._engine.rpc("cacheblend_correct_costs", costs.blend_s)
+        return costs
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -510,7 +558,7 @@ def ours(space: KeySpace, ranks: Sequence[Sequence[Sequence[Any]]]) -> Iterator[
     """Of what the ranks' stores hold, the chunks of this key space that all of them have."""
     everywhere = set.intersection(*({row[0] for row in rank} for rank in ranks))
     for key, raw, base in ranks[0]:
-        if key in everywhere and base == len(space.prefix_ids):
+        if key in everywhere and base == space.prefix.length:
             ids = tuple(array("i", raw))
             if space.key(ids) == key:
                 yield Chunk(key, ids)

@@ -18,9 +18,10 @@ class Costs(NamedTuple):
 
     Attributes:
         prefill_s: a token of a plain prefill.
-        recompute_s: a token of a selective pass.
+        recompute_s: a token of a selective pass; at least as long as in a plain prefill.
         load_s: a token's KV from host memory.
-        blend_s: a blend's passes whatever their size, the host's work included.
+        blend_s: all of a blend that does not grow with it, the host's work and the engine's own
+            step behind it included.
     """
 
     prefill_s: float
@@ -45,8 +46,8 @@ class Costs(NamedTuple):
                 saved[s.key] += self.recompute_s * len(s) * (1 - plan.ratio)
         return {key for key, seconds in fetch_s.items() if seconds >= saved[key]}
 
-    def refusal(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> str:
-        """Why ``plan`` is not worth it; empty if it is. ``fetch_s`` is that of ``too_far``.
+    def blend(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> float:
+        """Seconds of blending ``plan``.
 
         Copying from host memory runs beside computing, so the longer of the two counts; fetching
         comes before both.
@@ -55,8 +56,18 @@ class Costs(NamedTuple):
         reused = sum(len(s) for s in plan.segments if s.key and s.key not in left_out)
         fetched = sum(seconds for key, seconds in fetch_s.items() if key not in left_out)
         computed = plan.end - reused + plan.ratio * reused
-        passes = max(self.load_s * reused, self.recompute_s * computed)
-        blended, plain = self.blend_s + fetched + passes, self.prefill(plan)
+        return self.blend_s + fetched + max(self.load_s * reused, self.recompute_s * computed)
+
+    def corrected(self, plan: Plan, plain_s: float, blended_s: float) -> Costs:
+        """With ``blend_s`` such that the difference is right that was measured for ``plan``, from
+        end to end.
+        """
+        predicted = self.blend(plan) - self.prefill(plan)
+        return self._replace(blend_s=max(0.0, self.blend_s + blended_s - plain_s - predicted))
+
+    def refusal(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> str:
+        """Why ``plan`` is not worth it; empty if it is. ``fetch_s`` is that of ``too_far``."""
+        blended, plain = self.blend(plan, fetch_s), self.prefill(plan)
         if blended < _MARGIN * plain:
             return ""
         far = ""

@@ -72,14 +72,30 @@ def total_variation(p: Distribution, q: Distribution) -> float:
 
 def probe_ids(info: EngineInfo) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Token ids of the probe prompt's head, chunk and question; the same at every start."""
+    words = _words(info, seed=20)
+    return words(5), words(2 * info.block_size + 32), words(24)
+
+
+def timing_ids(
+    info: EngineInfo, rounds: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Token ids of as many prompts' heads, one chunk, and other questions each; none where the
+    context has no room for a chunk that tells anything.
+    """
+    size = min(1024, info.max_model_len - 3 * info.block_size - 64, info.max_num_batched_tokens)
+    if size < 256:
+        return []
+    words = _words(info, seed=21)
+    head, chunk = words(2 * info.block_size), words(size)
+    return [(head, chunk, words(32)) for _ in range(rounds)]
+
+
+def _words(info: EngineInfo, seed: int) -> Callable[[int], tuple[int, ...]]:
     import random
 
-    draw = random.Random(20)
+    draw = random.Random(seed)
     low, high = info.vocab_size // 10, max(info.vocab_size // 10 + 2, info.vocab_size * 9 // 10)
-    words: Callable[[int], tuple[int, ...]] = lambda n: tuple(  # noqa: E731
-        draw.randrange(low, high) for _ in range(n)
-    )
-    return words(5), words(2 * info.block_size + 32), words(24)
+    return lambda n: tuple(draw.randrange(low, high) for _ in range(n))
 
 
 def table(report: GateReport) -> Sequence[Mapping[str, Any]]:

@@ -69,7 +69,7 @@ def _eval(args: argparse.Namespace, screen: Screen) -> Done:
 def _ask(args: argparse.Namespace, screen: Screen) -> Results:
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.evaluate.prompts import system_prompt
-    from cacheblend_rag.evaluate.readers import load
+    from cacheblend_rag.evaluate.readers import company, load
     from cacheblend_rag.evaluate.rows import make_rows, parse_row
     from cacheblend_rag.evaluate.run import Evaluation
 
@@ -100,7 +100,9 @@ def _ask(args: argparse.Namespace, screen: Screen) -> Results:
         }
         part, parts = args.shard
         path = args.out / f"answers-{part}of{parts}.jsonl"
-        evaluation = Evaluation(blend, rows, args.group, args.show, args.max_tokens)
+        needs_company = any(row.prefix.startswith("company:") for row in rows)
+        passages = company(args.data, args.seed) if needs_company else {}
+        evaluation = Evaluation(blend, rows, args.group, args.show, args.max_tokens, passages)
         with (
             ResultFile(path, settings) as file,
             tqdm(total=len(questions), desc="questions", unit="") as bar,

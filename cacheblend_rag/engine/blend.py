@@ -84,8 +84,8 @@ class Blender:
             evidence = Evidence(
                 candidate, lane.offset_E, lane.ids_E, question_E, deviation_E, budget
             )
-            score = selector.score(evidence).masked_fill(~evidence.candidate_N, -torch.inf)
-            chosen = torch.cat([chosen, score.topk(budget).indices]).sort().values
+            picked = selector.choose(evidence, selector.score(evidence))
+            chosen = torch.cat([chosen, picked]).sort().values
         elif budget:
             chosen = upload((must_E | candidate_E).nonzero()[0], device)
 

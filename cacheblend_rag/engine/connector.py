@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.cacheblend_rag")
 _KEEP_OUTCOMES = 1024
+_MOST_STEPS = 8  # of background blends, between two of the engine's own
 
 
 @dataclass
@@ -188,7 +189,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
     # ---- worker side ---------------------------------------------------------------------------
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Run this step's sync blends to their end, and one step of the first background blend.
+        """Run this step's sync blends to their end, and of the background blends as many steps as
+        there are blends that wait: one alone hardly delays who decodes, many must not pile up.
 
         Every tensor parallel rank sees the same metadata in the same steps, so all advance alike.
         """
@@ -198,8 +200,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
             for _ in self._blend(task):
                 pass
         self._jobs += [(task, self._blend(task)) for task in metadata.background]
-        if self._jobs and next(self._jobs[0][1], self) is self:
-            self._loaded.add(self._jobs.pop(0)[0].request_id)
+        for _ in range(min(len(self._jobs), _MOST_STEPS)):
+            task, steps = self._jobs[0]
+            if next(steps, self) is self:
+                self._loaded.add(task.request_id)
+                del self._jobs[0]
 
     def _blend(self, task: BlendTask) -> Iterator[None]:
         try:

@@ -53,13 +53,15 @@ class Pass(ABC):
 
 
 class _ProxyImpl:
-    """A layer's attention implementation whose ``forward`` goes to a pass."""
+    """A layer's attention implementation whose ``forward`` goes to a pass, with the real layer:
+    what its ``impl`` is decides which kernels fit it.
+    """
 
-    def __init__(self, real: Any, index: int, run: Pass) -> None:
-        self._real, self._index, self._run = real, index, run
+    def __init__(self, layer: Any, index: int, run: Pass) -> None:
+        self._layer, self._index, self._run = layer, index, run
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+        return getattr(self._layer.impl, name)
 
     def forward(
         self,
@@ -75,7 +77,7 @@ class _ProxyImpl:
         **unused: Any,
     ) -> torch.Tensor:
         assert output_scale is None and output_block_scale is None  # eager passes are not fused
-        self._run.attend(self._index, layer, query, key, value, output)
+        self._run.attend(self._index, self._layer, query, key, value, output)
         return output
 
 
@@ -84,7 +86,7 @@ class _ProxyLayer:
 
     def __init__(self, real: Any, index: int, run: Pass) -> None:
         self._real = real
-        self.impl = _ProxyImpl(real.impl, index, run)
+        self.impl = _ProxyImpl(real, index, run)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)

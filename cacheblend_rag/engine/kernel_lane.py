@@ -30,8 +30,6 @@ from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.select.query import QuerySelector
 
-_HOST_S = 3e-3  # on the host, before the GPU has work; measured on an H100's host
-
 
 class KernelsUnusableError(Exception):
     """Why this engine's cache can't be used by our kernels; the plain way serves it."""
@@ -230,15 +228,14 @@ class KernelLanes(Lanes):
         )
 
     def costs(self) -> dict[str, float]:
-        few, many = self._graphs.seconds("select", 256), self._graphs.seconds("select", 1024)
-        ask = self._graphs.seconds("ask", 64)
-        if few is None or many is None or ask is None:
+        select, ask = self._graphs.seconds("select", 1024), self._graphs.seconds("ask", 64)
+        if select is None or ask is None:
             return {}
-        per_token = max(0.0, many - few) / (1024 - 256)
+        prefill = prefill_seconds(self._handle)
         return {
-            "prefill_s": prefill_seconds(self._handle),
-            "recompute_s": per_token,
-            "blend_s": _HOST_S + ask + max(0.0, few - 256 * per_token),
+            "prefill_s": prefill,
+            "recompute_s": max(prefill, select / 1024),
+            "blend_s": ask,
             "load_s": self._staging.seconds_per_byte() * self._kernels.bytes_per_token,
         }
 

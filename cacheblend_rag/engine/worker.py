@@ -27,6 +27,7 @@ from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.prefix import IngestPrefix
 from cacheblend_rag.store import KVStore, open_store
 from cacheblend_rag.store.base import document_id
 from cacheblend_rag.store.notes import Notes
@@ -108,6 +109,12 @@ class WorkerExtension:
         self._blender().costs = Costs(**measured) if measured else None
         return measured
 
+    def cacheblend_correct_costs(self, blend_s: float) -> None:
+        """Take ``Costs.blend_s`` from who measured it from end to end."""
+        blender = self._blender()
+        assert blender.costs is not None
+        blender.costs = blender.costs._replace(blend_s=blend_s)
+
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
         connector = self._connector()
@@ -123,12 +130,17 @@ class WorkerExtension:
 
     @_reporting
     def cacheblend_ingest(
-        self, keys: list[str], chunks: list[list[int]], prefix_ids: list[int]
+        self,
+        keys: list[str],
+        chunks: list[list[int]],
+        variants: list[list[int]],
+        key_scale: float,
     ) -> int:
-        """Compute chunks behind ``prefix_ids`` and store them under ``keys``; returns the bytes."""
+        """Compute chunks behind an ``IngestPrefix``, store them under ``keys``; the bytes."""
         store = self._blender().store
         computed = self._cacheblend_ingestor.compute(
-            [tuple(chunk) for chunk in chunks], tuple(prefix_ids)
+            [tuple(chunk) for chunk in chunks],
+            IngestPrefix(tuple(tuple(ids) for ids in variants), key_scale),
         )
         for key, chunk in zip(keys, computed, strict=True):
             store.put(key, chunk)

@@ -10,19 +10,21 @@
 ``.../none``              any of these behind another ingest prefix
 ========================= ==========================================================================
 
-An ingest prefix is ``auto``, ``head``, ``bos``, ``none`` or ``neutral:N`` (the head, then N tokens
-of neutral text).
+An ingest prefix is ``auto``, ``head``, ``bos``, ``none``, ``neutral:N`` (the head, then N tokens
+of neutral text), or ``company:N`` (the head, then N tokens of other passages of the same set);
+``company:NxM`` is the mean behind M such companies.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.errors import ConfigError, DataError
 from cacheblend_rag.prefix import NEUTRAL_TEXT, prompt_head
 
 FULL = "full"
@@ -33,7 +35,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "reuse": {"mode": "reuse"},
 }
 _PREFIXES = ("auto", "head", "bos", "none")
-_NEUTRAL = "neutral:"
+_SIZED = re.compile(r"neutral:(\d+)|company:(\d+)(?:x([1-9]\d*))?(?:\*([\d.]+))?")
 
 
 @dataclass(frozen=True)
@@ -126,23 +128,53 @@ def make_rows(
 
 def check_prefix(name: str) -> None:
     """Raise ConfigError where there is no such ingest prefix."""
-    number = name.removeprefix(_NEUTRAL)
-    if name not in _PREFIXES and not (name.startswith(_NEUTRAL) and number.isdigit()):
+    if name not in _PREFIXES and not _SIZED.fullmatch(name):
         raise ConfigError(
-            f"ingest prefix {name!r} is unknown: write {', '.join(_PREFIXES)} or {_NEUTRAL}N"
+            f"ingest prefix {name!r} is unknown: write {', '.join(_PREFIXES)}, neutral:N, "
+            "company:N or company:NxM"
         )
 
 
-def with_prefix(config: BlendConfig, name: str, tokenizer: Any) -> BlendConfig:
-    """``config`` behind the ingest prefix of this name."""
-    from dataclasses import replace
+def with_prefix(
+    config: BlendConfig, name: str, tokenizer: Any, passages: Iterable[str]
+) -> BlendConfig:
+    """``config`` behind the ingest prefix of this name; ``passages`` keep company.
 
-    if not name.startswith(_NEUTRAL):
+    Raises:
+        DataError: there are too few passages for it.
+    """
+    sized = _SIZED.fullmatch(name)
+    if sized is None:
         return replace(config, ingest_prefix=name)
-    count = int(name.removeprefix(_NEUTRAL))
-    text = tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False)
-    neutral = (text * (count // len(text) + 1))[:count]
-    return replace(config, ingest_prefix=(*prompt_head(config, tokenizer), *neutral))
+    head = prompt_head(config, tokenizer)
+    neutral, company, several, scale = sized.groups()
+    if neutral:
+        text = _tokens(tokenizer, NEUTRAL_TEXT)
+        count = int(neutral)
+        return replace(config, ingest_prefix=(*head, *(text * (count // len(text) + 1))[:count]))
+    companies = _companies(tokenizer, passages, int(several or 1), int(company))
+    return replace(
+        config, ingest_prefix=[(*head, *ids) for ids in companies], key_scale=float(scale or 1)
+    )
+
+
+def _companies(tokenizer: Any, passages: Iterable[str], several: int, size: int) -> list[list[int]]:
+    """As many runs of ``size`` tokens, each of passages of its own."""
+    found: list[list[int]] = []
+    ids: list[int] = []
+    for passage in passages:
+        ids += _tokens(tokenizer, f"{passage}\n\n")
+        if len(ids) >= size:
+            found, ids = [*found, ids[:size]], []
+        if len(found) == several:
+            return found
+    raise DataError(
+        f"the set has too few passages for {several} times {size} tokens of company: ask for less"
+    )
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _value(text: str) -> Any:

@@ -8,8 +8,8 @@ prefill's answer, so that the comparison covers every token of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.errors import ModelError, PromptTooLongError
@@ -33,6 +33,7 @@ class Evaluation:
         group: questions that are asked together; with 1, times to the first token are kept.
         show: of so many questions, the recomputed positions are kept.
         limit_tokens: most tokens of an answer; by kind where None.
+        company: of each set, passages that ingest prefixes may be made of.
     """
 
     blend: CacheBlend
@@ -40,6 +41,7 @@ class Evaluation:
     group: int = 1
     show: int = 0
     limit_tokens: int | None = None
+    company: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.blend.gate.passed:
@@ -49,7 +51,7 @@ class Evaluation:
             )
         if not self.rows or self.rows[0].name != FULL:
             self.rows = [parse_row(FULL), *(r for r in self.rows if r.name != FULL)]
-        self._fronts: dict[tuple[Kind, str], CacheBlend] = {}
+        self._fronts: dict[tuple[str, Kind, str], CacheBlend] = {}
         self._shown = 0
         self._stored: list[tuple[CacheBlend, list[str]]] = []
         self._stored_bytes = 0
@@ -84,7 +86,7 @@ class Evaluation:
         chunks = list(dict.fromkeys(p for q in questions for p in q.passages))
         prompts = [messages(q) for q in questions]
         rows = [r for r in self.rows if not all(file.results.has(q, r.name) for q in questions)]
-        fronts = {r.prefix: self._front(kind, r.prefix) for r in rows if r.blends}
+        fronts = {r.prefix: self._front(questions[0], r.prefix) for r in rows if r.blends}
         for front in fronts.values():
             self._stored_bytes += front.ingest(chunks, progress=False).bytes
             self._stored.append((front, chunks))
@@ -143,12 +145,14 @@ class Evaluation:
     def _most(self, kind: Kind) -> int:
         return self.limit_tokens or max_tokens(kind)
 
-    def _front(self, kind: Kind, prefix: str) -> CacheBlend:
-        if (kind, prefix) not in self._fronts:
-            config = replace(self.blend.config, system_prompt=system_prompt(kind))
-            config = with_prefix(config, prefix, self.blend.tokenizer)
-            self._fronts[kind, prefix] = self.blend.beside(config)
-        return self._fronts[kind, prefix]
+    def _front(self, question: Question, prefix: str) -> CacheBlend:
+        name = question.set, question.kind, prefix
+        if name not in self._fronts:
+            config = replace(self.blend.config, system_prompt=system_prompt(question.kind))
+            company = self.company.get(question.set, ())
+            config = with_prefix(config, prefix, self.blend.tokenizer, company)
+            self._fronts[name] = self.blend.beside(config)
+        return self._fronts[name]
 
     def _compared(self, digests: list[str]) -> list[list[tuple[float, bool]]]:
         compared: list[list[tuple[float, bool]]] = self.blend.engine.rpc(

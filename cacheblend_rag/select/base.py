@@ -23,7 +23,7 @@ class Evidence:
         question_N: float32, attention the question paid to each token (evidence ``question``).
         deviation_N: float32, KV deviation at the check layer (evidence ``deviation``).
         ids_N: int64 token ids.
-        budget: how many tokens will be chosen.
+        budget: how many tokens may be chosen.
     """
 
     candidate_N: torch.Tensor
@@ -48,6 +48,13 @@ class Selector(ABC):
     @abstractmethod
     def score(self, evidence: Evidence) -> torch.Tensor:
         """float32 [N]; only the candidates' scores count."""
+
+    def choose(self, evidence: Evidence, score_N: torch.Tensor) -> torch.Tensor:
+        """int64, the places of the tokens to recompute: the best candidates, as many as the budget
+        allows, the best first. A selector that is content with fewer may wait for the device.
+        """
+        best = score_N.masked_fill(~evidence.candidate_N, -math.inf).topk(evidence.budget)
+        return best.indices
 
     def budget(self, ratio: float, candidates: float) -> int:
         """How many tokens to recompute of (weighted) ``candidates``."""

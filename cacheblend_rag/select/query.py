@@ -33,6 +33,9 @@ class QuerySelector(Selector):
             false attention sinks (EPIC, arXiv 2410.15332).
         first_share: the share of the budget, 0 to 1, that goes to such first tokens, as many of
             every chunk; the question chooses the others.
+        coverage: as soon as the chosen tokens get this share of the question's attention to reused
+            tokens, no more are chosen; 1 uses up the budget. So a question that looks at few places
+            costs less than one that looks everywhere (our own).
     """
 
     name: ClassVar[str] = "query"
@@ -42,6 +45,7 @@ class QuerySelector(Selector):
     spread: float = 0.0
     first: int = 0
     first_share: float = 0.0
+    coverage: float = 1.0
 
     def validate(self) -> None:
         low, high = self.layers
@@ -55,6 +59,8 @@ class QuerySelector(Selector):
             raise ValueError(f"first must be 0 or more, got {self.first}")
         if not 0 <= self.first_share <= 1:
             raise ValueError(f"first_share must be a share, 0 to 1, got {self.first_share}")
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage must be a share above 0, up to 1, got {self.coverage}")
 
     def layer_range(self, num_layers: int) -> range:
         """The layers whose attention counts, at least one."""
@@ -75,6 +81,16 @@ class QuerySelector(Selector):
             where = _first(evidence, int(self.first_share * evidence.budget))
             score = score.index_put((where,), score.max() + 1 + score[where])
         return score
+
+    def choose(self, evidence: Evidence, score_N: torch.Tensor) -> torch.Tensor:
+        chosen = super().choose(evidence, score_N)
+        if self.coverage == 1:
+            return chosen
+        assert evidence.question_N is not None
+        attention = (evidence.question_N * evidence.candidate_N).double()
+        covered = attention[chosen].cumsum(0)
+        short = covered < self.coverage * attention.sum()
+        return chosen[: int(short.sum()) + 1]  # waits for the question's pass
 
 
 def _first(evidence: Evidence, count: int) -> torch.Tensor:

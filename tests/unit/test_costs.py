@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from chunks import key_of
 
 from cacheblend_rag.config import BlendConfig
@@ -45,6 +46,15 @@ def test_without_measurements_or_when_asked_for_everything_is_blended() -> None:
     assert isinstance(plan(6, slow, when="always"), Plan)
     assert isinstance(plan(6, slow, mode="reuse"), Plan)  # a baseline, asked for by name
     assert isinstance(plan(6, slow), NoPlan)
+
+
+def test_costs_are_corrected_by_what_a_request_took() -> None:
+    made = plan(2, None)
+    assert isinstance(made, Plan)
+    costs = H100.corrected(made, plain_s=0.040, blended_s=0.038)
+    assert costs.blend(made) - costs.prefill(made) == pytest.approx(-0.002)
+    assert costs._replace(blend_s=0) == H100._replace(blend_s=0)
+    assert H100.corrected(made, plain_s=9.0, blended_s=0.0).blend_s == 0
 
 
 # --- chunks that are not in memory ----------------------------------------------------------------

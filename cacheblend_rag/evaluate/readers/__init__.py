@@ -21,7 +21,7 @@ from cacheblend_rag.evaluate.readers.plain import PlainReader
 from cacheblend_rag.evaluate.readers.samsum import SamsumReader
 from cacheblend_rag.evaluate.readers.squad import SquadReader
 
-__all__ = ["READERS", "load", "read_file"]
+__all__ = ["READERS", "company", "load", "read_file"]
 
 READERS: tuple[Reader, ...] = (
     PlainReader(),
@@ -33,6 +33,7 @@ READERS: tuple[Reader, ...] = (
     SamsumReader(),
     MultiNewsReader(),
 )
+_COMPANY = 20  # questions
 _ENDINGS = (".json", ".jsonl")
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
@@ -66,6 +67,16 @@ def load(
         raise DataError(f"no question is left in {', '.join(map(str, paths))} (split {split})")
     part, parts = shard
     return chosen[part - 1 :: parts]
+
+
+def company(paths: Sequence[Path], seed: int = 7) -> dict[str, list[str]]:
+    """Of each set, passages that others of it may be computed behind: those of some questions of
+    the half for tuning.
+    """
+    found: dict[str, list[str]] = {}
+    for question in load(paths, seed=seed, limit=_COMPANY, split="tune"):
+        found.setdefault(question.set, []).extend(question.passages)
+    return {name: list(dict.fromkeys(passages)) for name, passages in found.items()}
 
 
 def read_file(path: Path, *, seed: int = 7) -> list[Question]:
