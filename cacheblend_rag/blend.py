@@ -26,7 +26,7 @@ from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex, Match
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
-from cacheblend_rag.prefix import NO_PREFIX, IngestPrefix, ingest_prefix, prompt_head
+from cacheblend_rag.prefix import ingest_prefix, prompt_head
 from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
 from cacheblend_rag.report import make_report
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
@@ -84,7 +84,7 @@ class CacheBlend:
         try:
             self.info = self._engine.info
             self.tokenizer: Any = self._engine.tokenizer
-            self._space = KeySpace(self.info.fingerprint, NO_PREFIX, self.config.namespace)
+            self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
             self.gate: GateReport = self._open_gate()
         except BaseException:
             self._engine.close()
@@ -317,7 +317,7 @@ class CacheBlend:
             ids,
             matches,
             config,
-            prefix_ids=self._space.prefix.exact_ids,
+            prefix_ids=self._space.prefix_ids,
             block_size=self.info.block_size,
             head=self._head,
             costs=self._costs,
@@ -368,7 +368,7 @@ class CacheBlend:
         ids = tokenize_chunk(text, self.tokenizer)
         self._check_vocabulary(ids)
         chunk = Chunk(self._space.key(ids), ids)
-        ingest.check_length(chunk, self._space.prefix.length, self.info.max_model_len)
+        ingest.check_length(chunk, len(self._space.prefix_ids), self.info.max_model_len)
         return chunk
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
@@ -392,20 +392,18 @@ class CacheBlend:
 
     def _compute(self, chunks: Sequence[Chunk], progress: bool) -> int:
         """Prefill and store; returns the bytes stored, over all ranks."""
-        prefix, stored = self._space.prefix, 0
-        most = self.info.max_num_batched_tokens // len(prefix.variants)
+        prefix, stored = self._space.prefix_ids, 0
         with tqdm(
             total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
         ) as bar:
-            for batch in ingest.batches(chunks, most):
+            for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
                 stored += self._ingest(batch, prefix)
                 bar.update(len(batch))
         return stored
 
-    def _ingest(self, chunks: Sequence[Chunk], prefix: IngestPrefix) -> int:
+    def _ingest(self, chunks: Sequence[Chunk], prefix_ids: tuple[int, ...]) -> int:
         keys, ids = [c.key for c in chunks], [list(c.token_ids) for c in chunks]
-        variants = [list(v) for v in prefix.variants]
-        return sum(self._engine.rpc("cacheblend_ingest", keys, ids, variants, prefix.key_scale))
+        return sum(self._engine.rpc("cacheblend_ingest", keys, ids, list(prefix_ids)))
 
     def _open_gate(self) -> GateReport:
         """Check the model, open the store, and prove ratio 1 on a probe prompt."""
@@ -413,7 +411,7 @@ class CacheBlend:
         if not report.passed:
             return report
         prefix = ingest_prefix(self.config, self.tokenizer, max_model_len=self.info.max_model_len)
-        self._space = self._space._replace(prefix=prefix)
+        self._space = self._space._replace(prefix_ids=prefix)
         ranks = self._engine.rpc(
             "cacheblend_bind",
             self.config.store,
@@ -435,9 +433,9 @@ class CacheBlend:
         ids = prompt_head(self.config, self.tokenizer)
         if len(ids) < 2:
             return None
-        key = self._space._replace(prefix=NO_PREFIX).key(ids)
+        key = self._space._replace(prefix_ids=()).key(ids)
         if any(self._engine.rpc("cacheblend_missing", [key])):
-            self._ingest([Chunk(key, ids)], NO_PREFIX)
+            self._ingest([Chunk(key, ids)], ())
         return Head(key, ids)
 
     def _probe(self, report: GateReport) -> GateReport:
@@ -445,13 +443,13 @@ class CacheBlend:
         if len(head + chunk + question) >= self.info.max_model_len:
             return report  # the context has no room for a block and a question: nothing to blend
         key = self._space.key(chunk)
-        self._ingest([Chunk(key, chunk)], self._space.prefix)
+        self._ingest([Chunk(key, chunk)], self._space.prefix_ids)
         match = Match(len(head), len(head + chunk), key, 0, len(chunk))
         plan = make_plan(
             ids := head + chunk + question,
             [match],
             self.config.for_call({"mode": "blend", "recompute_ratio": 1.0}),
-            prefix_ids=self._space.prefix.exact_ids,
+            prefix_ids=self._space.prefix_ids,
             block_size=self.info.block_size,
         )
         assert isinstance(plan, Plan)
@@ -479,7 +477,7 @@ class CacheBlend:
         head, text, _ = prompts[0]
         chunk = Chunk(self._space.key(text), text)
         match = Match(len(head), len(head + text), chunk.key, 0, len(text))
-        self._ingest([chunk], self._space.prefix)
+        self._ingest([chunk], self._space.prefix_ids)
         config = self.config.for_call({"mode": "blend", "when": "always", "schedule": "sync"})
         taken: dict[bool, list[float]] = {True: [], False: []}
         plan: Plan | NoPlan = NoPlan("timing")
@@ -489,7 +487,7 @@ class CacheBlend:
                 ids,
                 [match],
                 config,
-                prefix_ids=self._space.prefix.exact_ids,
+                prefix_ids=self._space.prefix_ids,
                 block_size=self.info.block_size,
             )
             for blends in taken:
@@ -558,7 +556,7 @@ def ours(space: KeySpace, ranks: Sequence[Sequence[Sequence[Any]]]) -> Iterator[
     """Of what the ranks' stores hold, the chunks of this key space that all of them have."""
     everywhere = set.intersection(*({row[0] for row in rank} for rank in ranks))
     for key, raw, base in ranks[0]:
-        if key in everywhere and base == space.prefix.length:
+        if key in everywhere and base == len(space.prefix_ids):
             ids = tuple(array("i", raw))
             if space.key(ids) == key:
                 yield Chunk(key, ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -34,8 +34,7 @@ class BlendConfig:
         ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
             and ``system_prompt`` put before the context, then neutral text), ``head`` (the same
             without the neutral text), ``bos`` (the BOS token, if the model has one), ``none``,
-            a sequence of token ids, or several of one length: then the mean of the KV behind each
-            is stored.
+            or a sequence of token ids.
         system_prompt: the system prompt your requests use; the template's default where None.
         when: ``pays`` blends where the measured costs predict a gain over a plain prefill (they are
             measured on a GPU only), ``always`` blends whatever is found.
@@ -54,8 +53,7 @@ class BlendConfig:
     selector: str = "query"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     min_chunk_tokens: int = 32
-    ingest_prefix: str | Sequence[int] | Sequence[Sequence[int]] = "auto"
-    key_scale: float = 1.0
+    ingest_prefix: str | tuple[int, ...] = "auto"
     system_prompt: str | None = None
     when: When = "pays"
     schedule: Schedule = "auto"
@@ -83,7 +81,7 @@ class BlendConfig:
         if isinstance(self.ingest_prefix, str):
             _one_of("ingest_prefix", self.ingest_prefix, ("auto", "head", "bos", "none"))
         else:
-            object.__setattr__(self, "ingest_prefix", _variants(self.ingest_prefix))
+            object.__setattr__(self, "ingest_prefix", tuple(int(t) for t in self.ingest_prefix))
         if self.gpu_cache is not None:
             try:
                 parse_size(self.gpu_cache)
@@ -104,16 +102,6 @@ def unknown_option(name: str, known: Iterable[str], what: str) -> ConfigError:
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
     return ConfigError(f"{what} has no option {name!r}.{hint}")
-
-
-def _variants(prefix: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """A prefix of token ids, or several, as several."""
-    nested: Any = prefix if prefix and isinstance(prefix[0], Sequence) else (prefix,)
-    variants = tuple(tuple(int(t) for t in ids) for ids in nested)
-    if len({len(ids) for ids in variants}) > 1:
-        lengths = ", ".join(str(len(ids)) for ids in variants)
-        raise ConfigError(f"several ingest prefixes must have one length, got {lengths}: cut them")
-    return variants
 
 
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:

@@ -11,8 +11,6 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cacheblend_rag.prefix import IngestPrefix
-
 FORMAT = 1  # raise it when stored KV changes meaning
 
 
@@ -21,12 +19,12 @@ class KeySpace(NamedTuple):
 
     Attributes:
         fingerprint: of the loaded weights, dtype and layout, from the engine.
-        prefix: the ingest prefix.
+        prefix_ids: the ingest prefix.
         namespace: tenant salt.
     """
 
     fingerprint: str
-    prefix: IngestPrefix
+    prefix_ids: tuple[int, ...]
     namespace: str = ""
 
     def key(self, token_ids: Sequence[int]) -> str:
@@ -37,12 +35,9 @@ class KeySpace(NamedTuple):
 def chunk_key(space: KeySpace, token_ids: Sequence[int]) -> str:
     """sha256 over the key space and the chunk's token ids."""
     digest = hashlib.sha256()
-    several, scale = len(space.prefix.variants), space.prefix.key_scale
-    kind = f"{several}x{scale}/" if (several, scale) != (1, 1.0) else ""
-    head = f"cacheblend/{FORMAT}/{space.fingerprint}/{kind}{space.prefix.length}/"
+    head = f"cacheblend/{FORMAT}/{space.fingerprint}/{len(space.prefix_ids)}/"
     digest.update(head.encode())
     digest.update(hashlib.sha256(space.namespace.encode()).digest())
-    for ids in space.prefix.variants:
-        digest.update(array("q", ids).tobytes())
+    digest.update(array("q", space.prefix_ids).tobytes())
     digest.update(array("q", token_ids).tobytes())
     return digest.hexdigest()

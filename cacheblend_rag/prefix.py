@@ -6,7 +6,6 @@ head of a real prompt, and some neutral text, its KV is closer to what a full pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from cacheblend_rag.config import BlendConfig
@@ -35,35 +34,8 @@ line.
 """
 
 
-@dataclass(frozen=True)
-class IngestPrefix:
-    """What chunks are computed behind.
-
-    Attributes:
-        variants: token ids; of several, all of one length, the mean of the KV is stored: the best
-            guess where any of them could have come before.
-        key_scale: stored keys are multiplied by it.
-    """
-
-    variants: tuple[tuple[int, ...], ...] = ((),)
-    key_scale: float = 1.0
-
-    @property
-    def length(self) -> int:
-        """Tokens before a chunk."""
-        return len(self.variants[0])
-
-    @property
-    def exact_ids(self) -> tuple[int, ...] | None:
-        """Behind these tokens a prompt's own KV is what is stored; None where there are none."""
-        return self.variants[0] if len(self.variants) == 1 and self.key_scale == 1 else None
-
-
-NO_PREFIX = IngestPrefix()
-
-
-def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) -> IngestPrefix:
-    """The ingest prefix that ``config`` asks for.
+def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) -> tuple[int, ...]:
+    """Token ids of the ingest prefix that ``config`` asks for.
 
     ``auto`` leaves the neutral text out where the prefix would take more than an eighth of the
     model's context.
@@ -72,28 +44,23 @@ def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) ->
         ConfigError: the prefix fills half of the context or more.
     """
     kind = config.ingest_prefix
-    if isinstance(kind, str):
-        prefix = IngestPrefix(
-            (_named(kind, config, tokenizer, max_model_len // 8),), config.key_scale
-        )
+    if not isinstance(kind, str):
+        ids = kind
+    elif kind == "none" or tokenizer is None:
+        ids = ()
+    elif kind == "bos":
+        ids = _bos(tokenizer)
     else:
-        prefix = IngestPrefix(tuple(kind), config.key_scale)  # type: ignore[arg-type]  # the config made it so
-    if prefix.length * 2 >= max_model_len:
+        ids = prompt_head(config, tokenizer)
+        whole = ids + tuple(tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False))
+        if kind == "auto" and len(whole) <= max_model_len // 8:
+            ids = whole
+    if len(ids) * 2 >= max_model_len:
         raise ConfigError(
-            f"the ingest prefix has {prefix.length} tokens, half of the context of {max_model_len} "
-            "or more; shorten ingest_prefix or system_prompt"
+            f"the ingest prefix has {len(ids)} tokens, half of the context of {max_model_len} or "
+            "more; shorten ingest_prefix or system_prompt"
         )
-    return prefix
-
-
-def _named(kind: str, config: BlendConfig, tokenizer: Any, most: int) -> tuple[int, ...]:
-    if kind == "none" or tokenizer is None:
-        return ()
-    if kind == "bos":
-        return _bos(tokenizer)
-    ids = prompt_head(config, tokenizer)
-    whole = ids + tuple(tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False))
-    return whole if kind == "auto" and len(whole) <= most else ids
+    return ids
 
 
 def prompt_head(config: BlendConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from cacheblend_rag.engine.attention import dense_causal, visible
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.lane import upload
 from cacheblend_rag.engine.outcome import gpu_seconds
-from cacheblend_rag.prefix import NO_PREFIX, IngestPrefix
 from cacheblend_rag.store.base import ChunkKV
 
 Span = tuple[int, int]
@@ -31,13 +30,11 @@ class LayerKV(NamedTuple):
 
 
 class IsolatedPass(Pass):
-    """Causal attention within each span and over its prefix; hands out every layer's K and V.
+    """Causal attention within each span and over a shared prefix; hands out every layer's K and V.
 
     Spans are half-open intervals of the pass's tokens. A span's tokens stand at positions
-    ``first_position`` and following, right behind the prefix. Of several prefixes of one length,
-    which lie one behind the other, an equal share of the spans has the first, and so on. ``keep``
-    gets each layer's K and V (the model's own memory, to be copied); by default they are collected
-    in ``layers``.
+    ``first_position`` and following, right behind the prefix. ``keep`` gets each layer's K and V
+    (the model's own memory, to be copied); by default they are collected in ``layers``.
     """
 
     def __init__(
@@ -46,12 +43,10 @@ class IsolatedPass(Pass):
         num_layers: int,
         *,
         prefix: Sequence[LayerKV] = (),
-        prefixes: int = 1,
         first_position: int = 0,
         keep: Callable[[int, LayerKV], None] | None = None,
     ) -> None:
         self._spans, self._last, self._prefix = spans, num_layers - 1, prefix
-        self._prefixes, self._behind = prefixes, len(prefix[0].k_TGD) // prefixes if prefix else 0
         self._first = first_position
         self._keep = keep or self._collect
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
@@ -75,12 +70,11 @@ class IsolatedPass(Pass):
             self._attend_packed(flash, index, layer, q_THD, k_TGD, v_TGD, out_THD)
             return
         window = compat.sliding_window(layer)
-        for (a, b), start in zip(self._spans, self._starts(), strict=True):
+        for a, b in self._spans:
             k, v = k_TGD[a:b], v_TGD[a:b]
             if self._prefix:
-                own = slice(start, start + self._behind)
-                k = torch.cat([self._prefix[index].k_TGD[own], k])
-                v = torch.cat([self._prefix[index].v_TGD[own], v])
+                k = torch.cat([self._prefix[index].k_TGD, k])
+                v = torch.cat([self._prefix[index].v_TGD, v])
             mask = self._mask(b - a, window, k.device)
             out_THD[a:b] = dense_causal(layer, q_THD[a:b], k, v, mask)
 
@@ -94,11 +88,10 @@ class IsolatedPass(Pass):
         v_TGD: torch.Tensor,
         out_THD: torch.Tensor,
     ) -> None:
-        """All spans in one kernel; its prefix is repeated before each."""
+        """All spans in one kernel; the prefix is repeated before each."""
         if self._packed is None:
-            self._packed = _Packed.of(
-                self._spans, self._starts(), self._behind, self._prefixes, k_TGD.device
-            )
+            behind = self._prefix[0].k_TGD.shape[0] if self._prefix else 0
+            self._packed = _Packed.of(self._spans, behind, k_TGD.device)
         p = self._packed
         if self._prefix:
             k_TGD = torch.cat([self._prefix[index].k_TGD, k_TGD])[p.keys]
@@ -124,15 +117,10 @@ class IsolatedPass(Pass):
     def _mask(self, num_tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
         key = (num_tokens, window)
         if key not in self._masks:
-            first = self._first - self._behind
-            keys = torch.arange(first, self._first + num_tokens, device=device)
-            self._masks[key] = visible(keys[self._behind :], keys, window)
+            behind = self._prefix[0].k_TGD.shape[0] if self._prefix else 0
+            keys = torch.arange(self._first - behind, self._first + num_tokens, device=device)
+            self._masks[key] = visible(keys[behind:], keys, window)
         return self._masks[key]
-
-    def _starts(self) -> list[int]:
-        """Where each span's prefix starts among the prefixes."""
-        share = len(self._spans) // self._prefixes
-        return [i // share * self._behind for i in range(len(self._spans))]
 
 
 class _Packed(NamedTuple):
@@ -145,19 +133,9 @@ class _Packed(NamedTuple):
     most_keys: int
 
     @classmethod
-    def of(
-        cls,
-        spans: Sequence[Span],
-        starts: Sequence[int],
-        behind: int,
-        prefixes: int,
-        device: torch.device,
-    ) -> _Packed:
-        prefix, before = torch.arange(behind), behind * prefixes
-        rows = [
-            torch.cat([prefix + start, torch.arange(a, b) + before])
-            for (a, b), start in zip(spans, starts, strict=True)
-        ]
+    def of(cls, spans: Sequence[Span], behind: int, device: torch.device) -> _Packed:
+        prefix = torch.arange(behind)
+        rows = [torch.cat([prefix, torch.arange(a, b) + behind]) for a, b in spans]
         lengths = torch.tensor([[b - a, b - a + behind] for a, b in spans])
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous()
         most = int(lengths[:, 0].max())
@@ -170,60 +148,44 @@ class Ingestor:
 
     def __init__(self, handle: ModelHandle) -> None:
         self._handle = handle
-        self._prefix_variants = NO_PREFIX.variants
+        self._prefix_ids: tuple[int, ...] = ()
         self._prefix: list[LayerKV] = []
 
-    def compute(self, chunks: Sequence[tuple[int, ...]], prefix: IngestPrefix) -> list[ChunkKV]:
-        """KV of each chunk behind ``prefix``, on the CPU; the prefix's own KV is dropped."""
-        self._run_prefix(prefix)
-        base, several = prefix.length, len(prefix.variants)
-        spans = _spans(chunks)
+    def compute(
+        self, chunks: Sequence[tuple[int, ...]], prefix_ids: tuple[int, ...]
+    ) -> list[ChunkKV]:
+        """KV of each chunk behind ``prefix_ids``, on the CPU; the prefix's own KV is dropped."""
+        self._run_prefix(prefix_ids)
+        base = len(prefix_ids)
+        ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
+        spans = list(zip([0, *ends], ends, strict=False))
         host = _Host(spans, self._handle)
-
-        def keep(index: int, kv: LayerKV) -> None:
-            host.copy(index, _mean(kv, several, prefix.key_scale))
-
         step = IsolatedPass(
-            _spans([*chunks] * several),
+            spans,
             self._handle.num_layers,
             prefix=self._prefix,
-            prefixes=several,
             first_position=base,
-            keep=keep,
+            keep=host.copy,
         )
         ids = [token for chunk in chunks for token in chunk]
         positions = [base + i for chunk in chunks for i in range(len(chunk))]
-        self._run(step, ids * several, positions * several)
+        self._run(step, ids, positions)
         return [ChunkKV(chunk, base, kv) for chunk, kv in zip(chunks, host.arrived(), strict=True)]
 
-    def _run_prefix(self, prefix: IngestPrefix) -> None:
-        if prefix.variants == self._prefix_variants:
+    def _run_prefix(self, prefix_ids: tuple[int, ...]) -> None:
+        if prefix_ids == self._prefix_ids:
             return
         self._prefix = []
-        if prefix.length:
-            step = IsolatedPass(_spans(prefix.variants), self._handle.num_layers)
-            ids = [token for variant in prefix.variants for token in variant]
-            self._run(step, ids, [*range(prefix.length)] * len(prefix.variants))
+        if prefix_ids:
+            n = len(prefix_ids)
+            step = IsolatedPass([(0, n)], self._handle.num_layers)
+            self._run(step, prefix_ids, range(n))
             self._prefix = step.layers
-        self._prefix_variants = prefix.variants
+        self._prefix_ids = prefix_ids
 
     def _run(self, step: Pass, ids: Sequence[int], positions: Sequence[int]) -> None:
         both = upload(torch.tensor([list(ids), list(positions)]), self._handle.device)
         self._handle.run(step, both[0], both[1])
-
-
-def _spans(sequences: Sequence[Sequence[int]]) -> list[Span]:
-    """Where each begins and ends, one behind the other."""
-    ends = list(itertools.accumulate(map(len, sequences)))
-    return list(zip([0, *ends], ends, strict=False))
-
-
-def _mean(kv: LayerKV, several: int, key_scale: float) -> LayerKV:
-    """Of as many parts of equal length, in float32; keys scaled."""
-    if several == 1 and key_scale == 1:
-        return kv
-    k, v = (x.unflatten(0, (several, -1)).float().mean(0) for x in kv)
-    return LayerKV((k * key_scale).to(kv.k_TGD.dtype), v.to(kv.v_TGD.dtype))
 
 
 class _Host:

@@ -27,7 +27,6 @@ from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.errors import CacheBlendError
-from cacheblend_rag.prefix import IngestPrefix
 from cacheblend_rag.store import KVStore, open_store
 from cacheblend_rag.store.base import document_id
 from cacheblend_rag.store.notes import Notes
@@ -130,17 +129,12 @@ class WorkerExtension:
 
     @_reporting
     def cacheblend_ingest(
-        self,
-        keys: list[str],
-        chunks: list[list[int]],
-        variants: list[list[int]],
-        key_scale: float,
+        self, keys: list[str], chunks: list[list[int]], prefix_ids: list[int]
     ) -> int:
-        """Compute chunks behind an ``IngestPrefix``, store them under ``keys``; the bytes."""
+        """Compute chunks behind ``prefix_ids`` and store them under ``keys``; returns the bytes."""
         store = self._blender().store
         computed = self._cacheblend_ingestor.compute(
-            [tuple(chunk) for chunk in chunks],
-            IngestPrefix(tuple(tuple(ids) for ids in variants), key_scale),
+            [tuple(chunk) for chunk in chunks], tuple(prefix_ids)
         )
         for key, chunk in zip(keys, computed, strict=True):
             store.put(key, chunk)

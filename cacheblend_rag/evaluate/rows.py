@@ -11,12 +11,12 @@
 ========================= ==========================================================================
 
 An ingest prefix is ``auto``, ``head``, ``bos``, ``none``, ``neutral:N`` (the head, then N tokens
-of neutral text), or ``company:N`` (the head, then N tokens of other passages of the same set);
-``company:NxM`` is the mean behind M such companies.
+of neutral text), or ``company:N`` (the head, then N tokens of other passages of the same set).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "reuse": {"mode": "reuse"},
 }
 _PREFIXES = ("auto", "head", "bos", "none")
-_SIZED = re.compile(r"neutral:(\d+)|company:(\d+)(?:x([1-9]\d*))?(?:\*([\d.]+))?")
+_SIZED = re.compile(r"(neutral|company):(\d+)")
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def check_prefix(name: str) -> None:
     """Raise ConfigError where there is no such ingest prefix."""
     if name not in _PREFIXES and not _SIZED.fullmatch(name):
         raise ConfigError(
-            f"ingest prefix {name!r} is unknown: write {', '.join(_PREFIXES)}, neutral:N, "
-            "company:N or company:NxM"
+            f"ingest prefix {name!r} is unknown: write {', '.join(_PREFIXES)}, neutral:N "
+            "or company:N"
         )
 
 
@@ -147,34 +147,16 @@ def with_prefix(
     if sized is None:
         return replace(config, ingest_prefix=name)
     head = prompt_head(config, tokenizer)
-    neutral, company, several, scale = sized.groups()
-    if neutral:
-        text = _tokens(tokenizer, NEUTRAL_TEXT)
-        count = int(neutral)
-        return replace(config, ingest_prefix=(*head, *(text * (count // len(text) + 1))[:count]))
-    companies = _companies(tokenizer, passages, int(several or 1), int(company))
-    return replace(
-        config, ingest_prefix=[(*head, *ids) for ids in companies], key_scale=float(scale or 1)
-    )
-
-
-def _companies(tokenizer: Any, passages: Iterable[str], several: int, size: int) -> list[list[int]]:
-    """As many runs of ``size`` tokens, each of passages of its own."""
-    found: list[list[int]] = []
+    kind, size = sized[1], int(sized[2])
+    texts = itertools.repeat(NEUTRAL_TEXT) if kind == "neutral" else (f"{p}\n\n" for p in passages)
     ids: list[int] = []
-    for passage in passages:
-        ids += _tokens(tokenizer, f"{passage}\n\n")
+    for text in texts:
         if len(ids) >= size:
-            found, ids = [*found, ids[:size]], []
-        if len(found) == several:
-            return found
-    raise DataError(
-        f"the set has too few passages for {several} times {size} tokens of company: ask for less"
-    )
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
+            break
+        ids += tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) < size:
+        raise DataError(f"the set's passages have {len(ids)} tokens together, fewer than {size}")
+    return replace(config, ingest_prefix=(*head, *ids[:size]))
 
 
 def _value(text: str) -> Any:

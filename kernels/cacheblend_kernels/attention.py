@@ -17,7 +17,8 @@ from cacheblend_kernels.paged import PagedKV
 
 _LOG2E = 1.4426950408889634
 _KEYS = 64  # a step
-_PROGRAMS = 256  # enough to fill a GPU; fewer are split along the keys
+_PROGRAMS = 384  # enough to fill a GPU; fewer are split along the keys
+_MANY_ROWS = 16384  # rows of a KV head from which larger tiles, which are read less often, pay
 
 
 class Extra(NamedTuple):
@@ -61,7 +62,7 @@ def scattered_attention(
     _, size, groups, _ = cache.k_BSGD.shape
     share = heads // groups
     num_extra = len(extra.position_X) if extra is not None else 0
-    block_m = 128 if rows * share >= 1024 else 64
+    block_m = 128 if rows * share >= _MANY_ROWS else 64
     tiles = triton.cdiv(rows * share, block_m)
     splits = _power(min(_PROGRAMS // (tiles * groups), cache.most // (2 * _KEYS)))
     empty = q_RHD  # a pointer that is never followed
@@ -83,7 +84,7 @@ def scattered_attention(
         ek.stride(0), ev.stride(0), window or 0,
         SIZE=size, SHARE=share, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
         SOFTCAP=softcap > 0, WINDOW=window is not None, KNOWN=known_N is not None,
-        EXTRA=num_extra > 0, BLOCK_M=block_m, BLOCK_N=_KEYS,
+        EXTRA=num_extra > 0, BLOCK_M=block_m, BLOCK_N=_KEYS, NEAR=_is_near(k) and _is_near(v),
         num_warps=8 if block_m == 128 else 4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
@@ -128,6 +129,12 @@ def question_scores(
     )  # fmt: skip
 
 
+def _is_near(cache_BSGD: torch.Tensor) -> bool:
+    """Whether 32 bits tell where an element lies: half the registers, and those are scarce."""
+    spans = ((n - 1) * step for n, step in zip(cache_BSGD.shape, cache_BSGD.stride(), strict=True))
+    return sum(spans) < 1 << 31
+
+
 def _power(limit: int) -> int:
     """The largest power of two up to ``limit``, so that few kernels are compiled; at least 1."""
     return 1 << max(0, limit.bit_length() - 1)
@@ -159,7 +166,7 @@ def _attention_kernel(
     k_block, k_place, k_head, v_block, v_place, v_head, ek_row, ev_row, window,
     SIZE: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KNOWN: tl.constexpr,
-    EXTRA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXTRA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     splits, context = tl.num_programs(2), tl.load(length)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
@@ -196,9 +203,11 @@ def _attention_kernel(
     ahead = tl.load(table + (begin + n) // SIZE, mask=begin + n < plain, other=0)
     for start in range(begin, plain, BLOCK_N):
         j = start + n
-        block, inside = ahead.to(tl.int64), j % SIZE
-        k_at = k + (block * k_block + inside * k_place)[None] + g * k_head + d[:, None]
-        v_at = v + (block * v_block + inside * v_place)[:, None] + g * v_head + d[None]
+        block = ahead if NEAR else ahead.to(tl.int64)
+        # a step starts at a multiple of BLOCK_N
+        inside = n % SIZE if BLOCK_N % SIZE == 0 else j % SIZE
+        k_at = (k + g * k_head) + ((block * k_block + inside * k_place)[None] + d[:, None])
+        v_at = (v + g * v_head) + ((block * v_block + inside * v_place)[:, None] + d[None])
         keys = tl.load(k_at) if FULL_D else tl.load(k_at, mask=in_d[:, None], other=0.0)
         ahead = tl.load(table + (j + BLOCK_N) // SIZE, mask=j + BLOCK_N < plain, other=0)
         logits = tl.dot(queries, keys, input_precision="ieee") * scale

@@ -146,6 +146,23 @@ def test_attention_and_scores(case: str, shape: Shape, dtype: torch.dtype) -> No
     torch.testing.assert_close(got, weights[: shape.context], atol=bound, rtol=2e-2)
 
 
+@pytest.mark.parametrize("size", [16, 128])
+def test_a_cache_too_large_for_32_bits(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    cache = paged(300, size, 2, 64, torch.float32)
+    positions = torch.arange(3, 300, 7, device=DEVICE)
+    q = torch.randn(len(positions), 4, 64, device=DEVICE)
+    near, far = torch.empty_like(q), torch.empty_like(q)
+    scattered_attention(q, positions, cache, near, scale=0.1)
+    monkeypatch.setattr("cacheblend_kernels.attention._is_near", lambda cache: False)
+    scattered_attention(q, positions, cache, far, scale=0.1)
+    assert torch.equal(near, far)
+    expected, _ = twin_of(
+        q, positions, cache, 300, extra=None, known=None, window=None, scale=0.1, softcap=0.0
+    )
+    torch.testing.assert_close(near, expected, atol=1e-4, rtol=1e-3)
+
+
 def test_queries_see_nothing_after_them() -> None:
     """Changing the future changes nothing, though a tile reads it."""
     torch.manual_seed(0)
