@@ -16,7 +16,15 @@ Mode = Literal["blend", "full", "reuse", "off"]
 When = Literal["pays", "always"]
 Schedule = Literal["auto", "sync", "async"]
 
-PER_CALL = ("mode", "recompute_ratio", "selector", "selector_options", "when", "schedule")
+PER_CALL = (
+    "mode",
+    "recompute_ratio",
+    "selector",
+    "selector_options",
+    "reach",
+    "when",
+    "schedule",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +38,9 @@ class BlendConfig:
         recompute_ratio: share of the reused tokens to recompute, 0 to 1 (CacheBlend, section 4.2).
         selector: which of them: a name of ``cacheblend_rag.select.SELECTORS``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
+        reach: tokens over which a recomputed token moves the reused ones around it as it was moved
+            itself; 0: they stay as they are. Brings answers nearer to a full prefill's (see
+            docs/quality.md), but is not made quick on a GPU yet.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
         ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
             and ``system_prompt`` put before the context, then neutral text), ``head`` (the same
@@ -52,6 +63,7 @@ class BlendConfig:
     recompute_ratio: float = 0.15
     selector: str = "query"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
+    reach: int = 0
     min_chunk_tokens: int = 32
     ingest_prefix: str | tuple[int, ...] = "auto"
     system_prompt: str | None = None
@@ -74,6 +86,8 @@ class BlendConfig:
             raise ConfigError(
                 f"recompute_ratio is {self.recompute_ratio}, but it is a share: 0 (reuse all) to 1"
             )
+        if isinstance(self.reach, bool) or not isinstance(self.reach, int) or self.reach < 0:
+            raise ConfigError(f"reach is {self.reach!r}; it must be a number of tokens, 0 for none")
         if self.min_chunk_tokens < 32:
             raise ConfigError("min_chunk_tokens must be at least 32: anchors need that many")
         if self.tile_tokens is not None and self.tile_tokens < 1:

@@ -25,7 +25,7 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
 from cacheblend_rag.select import create_selector
 
-FORMAT = 1
+FORMAT = 2
 PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params
 SALT_PREFIX = "cacheblend:"
 BOUNDARY_TOKENS = 8  # a head cut by no more than this is a tokeniser seam, not a cut
@@ -64,6 +64,7 @@ class Plan:
     ratio: float
     selector: str
     selector_options: Mapping[str, Any]
+    reach: int = 0
     schedule: Schedule = "auto"
     tile_tokens: int | None = None
     when: When = "always"
@@ -86,6 +87,7 @@ class Plan:
                     k: list(v) if isinstance(v, tuple) else v
                     for k, v in self.selector_options.items()
                 },
+                "reach": self.reach,
                 "schedule": self.schedule,
                 "tile_tokens": self.tile_tokens,
                 "when": self.when,
@@ -116,6 +118,7 @@ class Plan:
                 ratio=float(data["ratio"]),
                 selector=data["selector"],
                 selector_options=dict(data["selector_options"]),
+                reach=int(data["reach"]),
                 schedule=data["schedule"],
                 tile_tokens=data["tile_tokens"],
                 when=data["when"],
@@ -133,6 +136,8 @@ class Plan:
             at = s.end
         if not self.segments or not 0 <= self.ratio <= 1 or self.question_start < at:
             raise ValueError("malformed plan: empty, or ratio or question out of range")
+        if self.reach < 0:
+            raise ValueError(f"malformed plan: reach {self.reach}")
         create_selector(self.selector, self.selector_options)
 
     def question_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
@@ -212,6 +217,7 @@ def make_plan(
         ratio=0.0 if config.mode == "reuse" else float(config.recompute_ratio),
         selector=config.selector,
         selector_options=dict(config.selector_options),
+        reach=config.reach,
         schedule=config.schedule,
         tile_tokens=config.tile_tokens,
         when=config.when if config.mode == "blend" else "always",

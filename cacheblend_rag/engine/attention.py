@@ -92,7 +92,7 @@ class PagedPass(Pass):
 
     Stops after writing the last layer. With ``check``, stops there before writing and keeps that
     layer's K and V: the probe pass of KV deviation. ``before`` is called with each layer's number
-    before the layer is touched.
+    before the layer is touched, ``fresh`` with it and its fresh K and V.
     """
 
     def __init__(
@@ -103,8 +103,9 @@ class PagedPass(Pass):
         *,
         check: int | None = None,
         before: Callable[[int], None] | None = None,
+        fresh: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
-        self._cache, self._check, self._before = cache, check, before
+        self._cache, self._check, self._before, self._fresh = cache, check, before, fresh
         self._last = cache.handle.num_layers - 1
         self._slots = cache.slots(blocks, positions)
         self._metadata = cache.metadata(blocks, positions, self._slots)
@@ -124,6 +125,8 @@ class PagedPass(Pass):
         if index == self._check:
             self.checked = (k_TGD, v_TGD)
             self.stop()
+        if self._fresh is not None:
+            self._fresh(index, k_TGD, v_TGD)
         self._cache.handle.write(index, k_TGD, v_TGD, self._slots)
         if index == self._last:
             self.stop()

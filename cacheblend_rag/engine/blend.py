@@ -92,6 +92,8 @@ class Blender:
         clock.mark("select")
 
         outcome.chosen = _to_host(chosen)
+        if plan.reach and 0 < budget < num_candidates:
+            lane.correct(candidate, chosen, plan.reach)
         for tile in chosen.split(self._tile(task)) if len(chosen) else ():  # all may be exact
             lane.recompute(tile)
             clock.mark("recompute")

@@ -189,6 +189,9 @@ class KernelLane(Lane):
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.view(index).gather(at)
 
+    def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
+        raise NotImplementedError("no kernel does this: such requests take the plain way")
+
     def recompute(self, tile: torch.Tensor) -> None:
         ids, slots = self.ids_E[tile], self.slots(tile)
         if self._graphs.takes(len(tile)) and self._graphs.select(
@@ -217,6 +220,8 @@ class KernelLanes(Lanes):
         self._graphs.prepare(QuerySelector().layer_range(handle.num_layers))
 
     def __call__(self, region: Region) -> Lane:
+        if region.task.plan.reach:
+            return super().__call__(region)
         return KernelLane(
             region,
             self._handle,

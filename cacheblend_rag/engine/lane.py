@@ -138,6 +138,12 @@ class Lane(ABC):
         """K and V [at, G, D] of a placed layer, as they were placed, at positions on the device."""
 
     @abstractmethod
+    def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
+        """From here on, what is recomputed also moves the reused tokens around it: ``Correction``
+        has the arguments.
+        """
+
+    @abstractmethod
     def recompute(self, tile: torch.Tensor) -> None:
         """Compute the tokens at ``tile`` (int64 positions on the device, ascending) through all
         layers over the fused KV, each seeing what comes before it, and put their K and V into the

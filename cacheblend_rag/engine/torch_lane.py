@@ -6,6 +6,7 @@ of a pass, K layers loaded at once, G KV heads, H query heads, D head size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from cacheblend_kernels import question_attention
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, PagedPass, dense_causal, visible
+from cacheblend_rag.engine.correction import Correction
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.lane import Lane, Region, upload
 from cacheblend_rag.engine.rope import Rerotator
@@ -36,6 +38,8 @@ class TorchLane(Lane):
         self._turn = rope.turn(
             upload(region.old_E, self.device), torch.arange(region.end, device=self.device)
         )
+        self._correction: Correction | None = None
+        self._moved_slots = self._slots[:0]
         self._first = 0  # of the layers held
         self._k_KEGD = self._v_KEGD = torch.empty(0, device=self.device)
 
@@ -74,9 +78,24 @@ class TorchLane(Lane):
         k, v = self.layer(index)
         return k[at], v[at]
 
+    def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
+        self._correction = Correction(self, candidate_E, chosen, reach)
+        self._moved_slots = self._cache.slots(self._blocks, self._correction.moved_N.cpu())
+
     def recompute(self, tile: torch.Tensor) -> None:
-        step = PagedPass(self._cache, self._blocks, tile.cpu(), before=self.place_through)
+        step = PagedPass(
+            self._cache,
+            self._blocks,
+            tile.cpu(),
+            before=self.place_through,
+            fresh=functools.partial(self._move, tile) if self._correction else None,
+        )
         self.handle.run(step, self.ids_E[tile], tile)
+
+    def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        assert self._correction is not None
+        moved_k, moved_v = self._correction.move(index, tile, (k, v), self.layer(index))
+        self.handle.write(index, moved_k, moved_v, self._moved_slots)
 
 
 class _QuestionPass(Pass):

@@ -7,6 +7,7 @@
 ``reuse``                 naive reuse, ratio 0 (keys are re-rotated)
 ``query@0.15``            a selector at a ratio
 ``query:window=33@0.15``  the same with an option of its own; values are JSON or words
+``query@0.15~64``         the same with a reach
 ``.../none``              any of these behind another ingest prefix
 ========================= ==========================================================================
 
@@ -78,15 +79,12 @@ def parse_row(text: str, prefix: str = "auto") -> Row:
             "as query@0.15"
         )
     kind, options = parse_selector(selector)
+    share, _, reach = ratio.partition("~")
     try:
-        share = float(ratio)
+        numbers = {"recompute_ratio": float(share), "reach": int(reach or 0)}
     except ValueError as error:
-        raise ConfigError(f"row {text!r}: {ratio!r} is no ratio") from error
-    return Row(
-        text,
-        {**where, "selector": kind, "selector_options": options, "recompute_ratio": share},
-        chosen,
-    )
+        raise ConfigError(f"row {text!r}: {ratio!r} is no ratio (and reach)") from error
+    return Row(text, {**where, "selector": kind, "selector_options": options, **numbers}, chosen)
 
 
 def parse_selector(text: str) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from cacheblend_kernels.reference import (
     key_deviation,
     masked_attention,
+    nearness,
     question_attention,
     rerotate,
     window_average,
@@ -11,6 +12,7 @@ from cacheblend_kernels.reference import (
 __all__ = [
     "key_deviation",
     "masked_attention",
+    "nearness",
     "question_attention",
     "rerotate",
     "window_average",

@@ -46,6 +46,20 @@ def rerotate(
     return out
 
 
+def nearness(
+    position_N: torch.Tensor, position_R: torch.Tensor, same_chunk_NR: torch.Tensor, reach: float
+) -> torch.Tensor:
+    """How much each of R tokens has to say about each of N: ``exp(-distance / reach)`` within a
+    chunk, over 1 plus their sum, so that few and far ones say little.
+
+    Returns:
+        float32 [N, R].
+    """
+    distance_NR = (position_N[:, None] - position_R[None]).abs().float()
+    weight_NR = torch.exp(-distance_NR / reach) * same_chunk_NR
+    return weight_NR / (1 + weight_NR.sum(1, keepdim=True))
+
+
 def masked_attention(
     q_RHD: torch.Tensor,
     k_NGD: torch.Tensor,

@@ -341,8 +341,8 @@ def test_a_plan_without_its_own_salt_is_served_exactly(blend: CacheBlend, salt: 
 
 MALFORMED: list[Any] = [
     {"format": 99},
-    {"format": 1},
-    {"format": 1, "segments": "nonsense"},
+    {"format": 2},
+    {"format": 2, "segments": "nonsense"},
     "nonsense",
 ]
 

@@ -6,6 +6,7 @@ shifted position ids, which is what a right re-rotation has to equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,14 +30,27 @@ class Answer(NamedTuple):
 
 
 class _Scatter(DynamicCache):
-    """A cache whose update puts new keys and values at chosen positions of a full one."""
+    """A cache whose update puts new keys and values at chosen positions of a full one; first,
+    where it was told so, it moves the tokens around them by the weights [N, chosen].
+    """
 
-    def fill(self, full: list[list[torch.Tensor]], at: torch.Tensor) -> _Scatter:
-        self.full, self.at = full, at
+    def fill(
+        self,
+        full: list[list[torch.Tensor]],
+        at: torch.Tensor,
+        moving: tuple[Reference, torch.Tensor] | None = None,
+    ) -> _Scatter:
+        self.full, self.at, self.moving = full, at, moving
         return self
 
     def update(self, k, v, layer, *args, **kwargs):  # type: ignore[no-untyped-def]
         keys, values = self.full[layer]
+        if self.moving is not None:
+            reference, weights = self.moving
+            everywhere = torch.arange(keys.shape[2])
+            off = reference.rotated(k - keys[:, :, self.at], -self.at)
+            keys += reference.rotated(weights @ off, everywhere)
+            values += weights @ (v - values[:, :, self.at])
         keys[:, :, self.at], values[:, :, self.at] = k, v
         return keys, values
 
@@ -80,9 +94,22 @@ class Reference:
         assert start == total
         return fused
 
+    def rotated(self, k: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """Keys [1, G, N, D] rotated by ``by`` positions each, which may be negative."""
+        rope = self.model.model.rotary_emb
+        cos, sin = rope(k, by.abs()[None])
+        sin = torch.where(by < 0, -1.0, 1.0)[:, None] * sin
+        a, b = k.chunk(2, -1)
+        return (k * cos + torch.cat([-b, a], -1) * sin) / rope.attention_scaling
+
     @torch.no_grad()
     def blend(
-        self, parts: Sequence[Part], question: Sequence[int], selected: Sequence[int], steps: int
+        self,
+        parts: Sequence[Part],
+        question: Sequence[int],
+        selected: Sequence[int],
+        steps: int,
+        reach: int = 0,
     ) -> Answer:
         """Reuse, recompute exactly the ``selected`` positions, answer greedily."""
         ids = [t for p in parts for t in p.ids]
@@ -91,11 +118,12 @@ class Reference:
             at = torch.tensor(list(selected))
             hidden = at[:, None] < torch.arange(len(ids))[None]
             mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+            moving = (self, _weights(parts, selected, reach)) if reach else None
             self.model(
                 torch.tensor([[ids[i] for i in selected]]),
                 position_ids=at[None],
                 attention_mask=mask[None, None],
-                past_key_values=_Scatter().fill(fused, at),
+                past_key_values=_Scatter().fill(fused, at, moving),
             )
         return self._decode(self._cache(fused), [*question], len(ids), steps)
 
@@ -144,3 +172,16 @@ class Reference:
             ids = [int(logprobs[-1].argmax())]
             tokens += ids
         return Answer(tokens, torch.stack(logprobs))
+
+
+def _weights(parts: Sequence[Part], selected: Sequence[int], reach: int) -> torch.Tensor:
+    """What each recomputed token says of each reused one, in words of one token at a time."""
+    chunk_of = [number for number, p in enumerate(parts) for _ in p.ids]
+    weights = torch.zeros(len(chunk_of), len(selected))
+    for token, chunk in enumerate(chunk_of):
+        if parts[chunk].stored and token not in selected:
+            for column, other in enumerate(selected):
+                if chunk_of[other] == chunk:
+                    weights[token, column] = math.exp(-abs(token - other) / reach)
+            weights[token] /= 1 + weights[token].sum()
+    return weights
