@@ -39,8 +39,8 @@ class BlendConfig:
         selector: which of them: a name of ``cacheblend_rag.select.SELECTORS``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
         reach: tokens over which a recomputed token moves the reused ones around it as it was moved
-            itself; 0: they stay as they are. Brings answers nearer to a full prefill's (see
-            docs/quality.md), but is not made quick on a GPU yet.
+            itself; 0: they stay as they are. Brings answers nearer to a full prefill's
+            (docs/quality.md); on a GPU without CUDA graphs yet.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
         ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
             and ``system_prompt`` put before the context, then neutral text), ``head`` (the same

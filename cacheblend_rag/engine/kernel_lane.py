@@ -11,11 +11,13 @@ heads, D head size, T tokens of a pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from cacheblend_kernels.move import Movers, move
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.place import Sources, place
 from cacheblend_rag.engine.attention import PagedCache
@@ -107,6 +109,8 @@ class KernelLane(Lane):
     ) -> None:
         super().__init__(region, handle, rope, cache)
         self._kernels, self._graphs = kernels, graphs
+        self._movers: Movers | None = None
+        self._recomputed = 0  # tokens, in earlier tiles
         sources = list({s.key: s.chunk for s in region.spans}.items())
         self._transfer = staging.begin(sources)
         self._table = kernels.table(region.task.blocks, self.device)
@@ -190,10 +194,33 @@ class KernelLane(Lane):
         return self.view(index).gather(at)
 
     def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
-        raise NotImplementedError("no kernel does this: such requests take the plain way")
+        chosen_E = torch.zeros_like(candidate_E).index_fill_(0, chosen, True)
+        chunk = np.full(self.region.end, -1, dtype=np.int32)
+        for number, span in enumerate(self.region.spans):
+            chunk[span.start : span.end] = number
+        chunk_E = upload(chunk, self.device).masked_fill(~candidate_E, -1)
+        before = torch.zeros(self.region.end + 1, dtype=torch.int32, device=self.device)
+        torch.cumsum(chosen_E, 0, dtype=torch.int32, out=before[1:])
+        self._movers = Movers(
+            chunk_E.masked_fill(chosen_E, -1), chosen, chunk_E[chosen], before, reach
+        )
+
+    def _move(self, first: int, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        assert self._movers is not None
+        cos, sin = self.rope.from_start
+        view = self.view(index)
+        move(self._movers, first, k, v, view, cos, sin, is_neox=self.rope.is_neox)
 
     def recompute(self, tile: torch.Tensor) -> None:
         ids, slots = self.ids_E[tile], self.slots(tile)
+        if self._movers is not None:
+            moving = functools.partial(self._move, self._recomputed)
+            self._recomputed += len(tile)
+            step = SelectivePass(
+                self.handle, self.view, tile, slots, before=self.place_through, fresh=moving
+            )
+            self.handle.run(step, ids, tile)
+            return
         if self._graphs.takes(len(tile)) and self._graphs.select(
             ids, tile, slots, self.view(0), self.place_through
         ):
@@ -220,8 +247,6 @@ class KernelLanes(Lanes):
         self._graphs.prepare(QuerySelector().layer_range(handle.num_layers))
 
     def __call__(self, region: Region) -> Lane:
-        if region.task.plan.reach:
-            return super().__call__(region)
         return KernelLane(
             region,
             self._handle,

@@ -28,7 +28,8 @@ class SelectivePass(Pass):
     Args:
         view: a layer's paged cache.
         positions_T: int64, ascending, then ``NOWHERE``; slots_T: int64 slots of the same.
-        before: called with each layer's number before the layer is touched.
+        before: called with each layer's number before the layer is touched; fresh: with it and its
+            fresh K and V.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class SelectivePass(Pass):
         positions_T: torch.Tensor,
         slots_T: torch.Tensor,
         before: Callable[[int], None] | None = None,
+        fresh: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
-        self._handle, self._view, self._before = handle, view, before
+        self._handle, self._view, self._before, self._fresh = handle, view, before, fresh
         self._positions_T, self._slots_T = positions_T, slots_T
 
     def attend(
@@ -53,6 +55,8 @@ class SelectivePass(Pass):
     ) -> None:
         if self._before is not None:
             self._before(index)
+        if self._fresh is not None:
+            self._fresh(index, k_TGD, v_TGD)
         self._handle.write(index, k_TGD, v_TGD, self._slots_T)
         if index + 1 == self._handle.num_layers:
             self.stop()

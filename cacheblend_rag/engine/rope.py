@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,12 @@ class Rerotator:
     def positions(self) -> int:
         """Positions the table covers."""
         return self._cos.shape[0]
+
+    @functools.cached_property
+    def from_start(self) -> Turn:
+        """The turns from position 0 to every position of the table."""
+        everywhere = torch.arange(self.positions, device=self._cos.device)
+        return self.turn(torch.zeros_like(everywhere), everywhere)
 
     def turn(self, old_N: torch.Tensor, new_N: torch.Tensor) -> Turn:
         """The turn from positions ``old_N`` to ``new_N`` (int64); exactly none where they agree."""

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from cacheblend_kernels.paged import PagedKV
-from cacheblend_kernels.reference import placed, question_attention
+from cacheblend_kernels.reference import nearness, placed, question_attention, rerotate
 
 pytest.importorskip("triton", reason="this platform has no Triton")
 from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
+from cacheblend_kernels.move import Movers, move
 from cacheblend_kernels.place import Sources, place
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +87,51 @@ def test_place(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None
     for cache, twin in zip(caches, twins, strict=True):
         torch.testing.assert_close(cache.v_BSGD, twin.v_BSGD, atol=0, rtol=0)
         torch.testing.assert_close(cache.k_BSGD, twin.k_BSGD, atol=TOLERANCE[dtype], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize(("dim", "rotary"), [(16, 16), (64, 32), (80, 80), (128, 128), (96, 24)])
+def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
+    """In two passes, over chunks with holes between them."""
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
+    torch.manual_seed(dim)
+    context, groups, reach = 300, 2, 6
+    cache = paged(context, 16, groups, dim, dtype)
+    chunk_N = torch.full((context,), -1, dtype=torch.int32, device=DEVICE)
+    for number, (start, end) in enumerate([(5, 90), (90, 120), (140, 290)]):
+        chunk_N[start:end] = number
+    position_R = torch.randperm(context, device=DEVICE)[:50].sort().values
+    chunk_R = chunk_N[position_R]
+    chosen = torch.zeros(context, dtype=torch.bool, device=DEVICE)
+    chosen[position_R] = True
+    moved = (chunk_N >= 0) & ~chosen
+    chunk_N = chunk_N.masked_fill(chosen, -1)
+    before = torch.nn.functional.pad(chosen.cumsum(0), (1, 0)).int()
+    k, v = torch.randn(2, 50, groups, dim, device=DEVICE).to(dtype)
+    angle = torch.arange(context, device=DEVICE)[:, None] * torch.rand(rotary // 2, device=DEVICE)
+    cos, sin = angle.cos(), angle.sin()
+
+    everywhere = torch.arange(context, device=DEVICE)
+    old_k, old_v = (x.clone() for x in cache.gather(everywhere))
+    same = (chunk_N[:, None] == chunk_R[None]) & (chunk_R >= 0)
+    weight = nearness(everywhere, position_R, same, reach)
+    off_k, off_v = ((x - y[position_R]).float() for x, y in ((k, old_k), (v, old_v)))
+    off_k = rerotate(off_k, cos[position_R], -sin[position_R], is_neox=is_neox)
+    sum_k, sum_v = (torch.einsum("nr,rgd->ngd", weight, off) for off in (off_k, off_v))
+    sum_k = rerotate(sum_k, cos, sin, is_neox=is_neox)
+
+    movers = Movers(chunk_N, position_R, chunk_R, before, reach)
+    for some in (slice(0, 21), slice(21, 50)):
+        move(movers, some.start, k[some], v[some], cache, cos, sin, is_neox=is_neox)
+    new_k, new_v = cache.gather(everywhere)
+    assert torch.equal(new_k[~moved], old_k[~moved]) and torch.equal(new_v[~moved], old_v[~moved])
+    bound = max(2e-3, 2 * TOLERANCE[dtype])  # a say is cut off at 8 reaches
+    for new, old, change in ((new_k, old_k, sum_k), (new_v, old_v, sum_v)):
+        expected = (old.float() + change)[moved]
+        torch.testing.assert_close(new[moved].float(), expected, atol=bound, rtol=1e-2)
+        assert change[moved].abs().max() > 0.1
 
 
 def twin_of(q, positions, cache, context, *, extra, known, window, scale, softcap):  # type: ignore[no-untyped-def]
