@@ -33,7 +33,8 @@ from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, ma
 from cacheblend_rag.store.url import parse_size
 
 _TIMING_ROUNDS = 7
-_PROBE_SAMPLING = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20, "detokenize": False}
+_ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+_PROBE_SAMPLING = {**_ONE_TOKEN, "logprobs": 20}
 
 
 class _Prepared(NamedTuple):
@@ -86,6 +87,8 @@ class CacheBlend:
             self.tokenizer: Any = self._engine.tokenizer
             self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
             self.gate: GateReport = self._open_gate()
+            if self.gate.passed:
+                self._costs = self._measure_costs()
         except BaseException:
             self._engine.close()
             raise
@@ -423,7 +426,6 @@ class CacheBlend:
         if report.passed:
             self._index.add_many(ours(self._space, ranks))
             self._head = self._store_head()
-            self._costs = self._measure_costs()
         else:
             self._engine.rpc("cacheblend_unbind")
         return report
@@ -471,43 +473,27 @@ class CacheBlend:
     def _measure_costs(self) -> Costs | None:
         """What the workers measured, corrected by requests from end to end; None on a CPU."""
         measured = self._engine.rpc("cacheblend_costs")[0]
-        prompts = gate.timing_ids(self.info, _TIMING_ROUNDS)
-        if not measured or not prompts:
-            return Costs(**measured) if measured else None
-        head, text, _ = prompts[0]
-        chunk = Chunk(self._space.key(text), text)
-        match = Match(len(head), len(head + text), chunk.key, 0, len(text))
-        self._ingest([chunk], self._space.prefix_ids)
-        config = self.config.for_call({"mode": "blend", "when": "always", "schedule": "sync"})
-        taken: dict[bool, list[float]] = {True: [], False: []}
-        plan: Plan | NoPlan = NoPlan("timing")
+        if not measured:
+            return None
+        costs, prompts = Costs(**measured), gate.timing_ids(self.info, _TIMING_ROUNDS)
+        chunks = [Chunk(self._space.key(ids), ids) for _, ids, _ in prompts[:1]]
+        self._ingest(chunks, self._space.prefix_ids)
+        self._index.add_many(chunks)
+        plain, blended = {"mode": "full"}, {"mode": "blend", "when": "always", "schedule": "sync"}
+        taken: dict[str, list[float]] = {"full": [], "blend": []}
+        plan: Plan | NoPlan = NoPlan("not timed")
         for parts in prompts:
-            ids = sum(parts, ())
-            plan = make_plan(
-                ids,
-                [match],
-                config,
-                prefix_ids=self._space.prefix_ids,
-                block_size=self.info.block_size,
-            )
-            for blends in taken:
-                name = f"timing-{uuid.uuid4().hex}"
-                of_turn = plan if blends else NoPlan("timing")
-                request = EngineRequest(
-                    token_ids=ids,
-                    sampling={"max_tokens": 1, "temperature": 0.0, "detokenize": False},
-                    params=_with_id(of_turn, name),
-                    cache_salt=_salt(of_turn, ids, "full", name),
-                )
+            for options in (plain, blended):
                 start = time.perf_counter()
-                self._engine.generate([request])
-                taken[blends].append(time.perf_counter() - start)
-        self._engine.rpc("cacheblend_forget", [chunk.key])
-        assert isinstance(plan, Plan)
-        costs = Costs(**measured).corrected(
-            plan, statistics.median(taken[False]), statistics.median(taken[True])
-        )
-        self._engine.rpc("cacheblend_correct_costs", costs.blend_s)
+                prepared = self._prepare(sum(parts, ()), {**options, **_ONE_TOKEN})
+                self._engine.generate([prepared.request])
+                taken[options["mode"]].append(time.perf_counter() - start)
+            plan = prepared.plan
+        self.forget_keys(chunk.key for chunk in chunks)
+        if isinstance(plan, Plan):
+            seconds = (statistics.median(taken[mode]) for mode in taken)
+            costs = costs.corrected(plan, *seconds)
+            self._engine.rpc("cacheblend_correct_costs", costs.blend_s)
         return costs
 
     # ---- life ----------------------------------------------------------------------------------
