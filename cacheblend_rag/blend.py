@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, overload
 
 from tqdm import tqdm
 
-from cacheblend_rag import gate, ingest, metrics
+from cacheblend_rag import calibration, gate, ingest, metrics
+from cacheblend_rag.calibration import resolved
 from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
@@ -86,6 +87,7 @@ class CacheBlend:
             self.info = self._engine.info
             self.tokenizer: Any = self._engine.tokenizer
             self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
+            self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
             self.gate: GateReport = self._open_gate()
             if self.gate.passed:
                 self._costs = self._measure_costs()
@@ -363,7 +365,8 @@ class CacheBlend:
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
         if self.tokenizer is None:
             sampling.setdefault("detokenize", False)
-        return self.config.for_call(ours), sampling, options.get("lora_request")
+        config = resolved(self.config.for_call(ours), self.calibration)
+        return config, sampling, options.get("lora_request")
 
     # ---- store and gate ------------------------------------------------------------------------
 

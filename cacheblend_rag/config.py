@@ -16,6 +16,7 @@ Mode = Literal["blend", "full", "reuse", "off"]
 When = Literal["pays", "always"]
 Schedule = Literal["auto", "sync", "async"]
 
+FIXED_RATIO = 0.15  # CacheBlend, section 4.2
 PER_CALL = (
     "mode",
     "recompute_ratio",
@@ -35,12 +36,16 @@ class BlendConfig:
     Attributes:
         mode: ``blend``; ``reuse`` (ratio 0, the naive baseline); ``full`` (every token is
             prefilled, vLLM's prefix cache is not read); ``off`` (plain vLLM with its prefix cache).
-        recompute_ratio: share of the reused tokens to recompute, 0 to 1 (CacheBlend, section 4.2).
+        recompute_ratio: share of the reused tokens to recompute, 0 to 1 (CacheBlend, section 4.2),
+            or ``auto``: ratio, selector, its options and reach are those that ``cacheblend
+            calibrate`` found for this model; the defaults where it found none.
         selector: which of them: a name of ``cacheblend_rag.select.SELECTORS``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
         reach: tokens over which a recomputed token moves the reused ones around it as it was moved
             itself; 0: they stay as they are. Brings answers nearer to a full prefill's
             (docs/quality.md); on a GPU without CUDA graphs yet.
+        calibration: a file that ``cacheblend calibrate --file`` wrote, for ``auto``; else the one
+            it keeps for these weights.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
         ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
             and ``system_prompt`` put before the context, then neutral text), ``head`` (the same
@@ -60,10 +65,11 @@ class BlendConfig:
     """
 
     mode: Mode = "blend"
-    recompute_ratio: float = 0.15
+    recompute_ratio: float | Literal["auto"] = FIXED_RATIO
     selector: str = "query"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
     reach: int = 0
+    calibration: str | None = None
     min_chunk_tokens: int = 32
     ingest_prefix: str | tuple[int, ...] = "auto"
     system_prompt: str | None = None
@@ -78,14 +84,7 @@ class BlendConfig:
         _one_of("mode", self.mode, get_args(Mode))
         _one_of("schedule", self.schedule, get_args(Schedule))
         _one_of("when", self.when, get_args(When))
-        if isinstance(self.recompute_ratio, bool) or not isinstance(
-            self.recompute_ratio, int | float
-        ):
-            raise ConfigError(f"recompute_ratio must be a number, got {self.recompute_ratio!r}")
-        if not 0 <= self.recompute_ratio <= 1:
-            raise ConfigError(
-                f"recompute_ratio is {self.recompute_ratio}, but it is a share: 0 (reuse all) to 1"
-            )
+        _check_ratio(self.recompute_ratio)
         if isinstance(self.reach, bool) or not isinstance(self.reach, int) or self.reach < 0:
             raise ConfigError(f"reach is {self.reach!r}; it must be a number of tokens, 0 for none")
         if self.min_chunk_tokens < 32:
@@ -116,6 +115,15 @@ def unknown_option(name: str, known: Iterable[str], what: str) -> ConfigError:
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
     return ConfigError(f"{what} has no option {name!r}.{hint}")
+
+
+def _check_ratio(ratio: object) -> None:
+    if ratio == "auto":
+        return
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise ConfigError(f"recompute_ratio must be a number or 'auto', got {ratio!r}")
+    if not 0 <= ratio <= 1:
+        raise ConfigError(f"recompute_ratio is {ratio}, but it is a share: 0 (reuse all) to 1")
 
 
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:

@@ -211,6 +211,7 @@ def make_plan(
     segments = _with_head(segments, token_ids, head)
     if not any(s.kind is not Kind.FRESH for s in segments):
         return NoPlan(f"the matched chunks fill no block of {block_size} tokens")
+    assert config.recompute_ratio != "auto"  # resolved before
     plan = Plan(
         segments=segments,
         question_start=question_start,

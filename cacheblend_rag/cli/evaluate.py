@@ -18,6 +18,7 @@ from cacheblend_rag.cli.base import OK, Done, Screen, command, positive, share
 from cacheblend_rag.cli.engine import started
 from cacheblend_rag.errors import ConfigError, DataError, MissingExtraError
 from cacheblend_rag.evaluate.results import ResultFile, Results, read_results
+from cacheblend_rag.evaluate.rows import Row, make_rows, parse_row
 from cacheblend_rag.evaluate.summary import SetSummary, summarise, to_dict, to_markdown
 
 STORE = "memory://?capacity=64GiB"  # never full: passages are forgotten before
@@ -26,29 +27,36 @@ STORE = "memory://?capacity=64GiB"  # never full: passages are forgotten before
 def add(commands: Any) -> None:
     """Add the command of this file."""
     parser = command(commands, "eval", _eval, "score the answers of every way of serving a prompt")
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder (embedded)")
-    parser.add_argument(
-        "--data", nargs="+", type=Path, metavar="PATH", help="files of questions, or folders"
-    )
+    add_asking(parser, out="cacheblend-eval", group=1)
     parser.add_argument(
         "--report", nargs="+", type=Path, metavar="FILE", help="only join and score these results"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("cacheblend-eval"), metavar="DIR", help="(cacheblend-eval)"
     )
     parser.add_argument("--selectors", nargs="*", default=["query", "hkvd"], metavar="S")
     parser.add_argument("--ratios", nargs="*", type=share, default=[0.15], metavar="R")
     parser.add_argument("--prefixes", nargs="+", default=["auto", "none"], metavar="P")
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="more rows by name")
     parser.add_argument("--only-rows", nargs="+", metavar="ROW", help="these and full, no others")
+    parser.add_argument("--split", choices=["tune", "report", "all"], default="all")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="mark recomputed tokens")
+
+
+def add_asking(parser: argparse.ArgumentParser, *, out: str, group: int) -> None:
+    """What a command needs that asks questions, see ``ask``."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder (embedded)")
+    parser.add_argument(
+        "--data", nargs="+", type=Path, metavar="PATH", help="files of questions, or folders"
+    )
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"({out})")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--limit", type=positive, metavar="N", help="questions a file")
-    parser.add_argument("--split", choices=["tune", "report", "all"], default="all")
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N")
     parser.add_argument(
-        "--group", type=positive, default=1, metavar="N", help="questions asked together (1: timed)"
+        "--group",
+        type=positive,
+        default=group,
+        metavar="N",
+        help=f"questions asked together; with 1 they are timed ({group})",
     )
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="mark recomputed tokens")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer")
     parser.add_argument("--dtype", help="(float32 on a CPU, else the model's own)")
     parser.add_argument(
@@ -62,24 +70,36 @@ def _eval(args: argparse.Namespace, screen: Screen) -> Done:
     if args.report is not None:
         results = read_results(_result_files(args.report))
     else:
-        results = _ask(args, screen)
+        results, _ = ask(args, screen, _rows(args))
     return _publish(results, args, screen)
 
 
-def _ask(args: argparse.Namespace, screen: Screen) -> Results:
+def _rows(args: argparse.Namespace) -> list[Row]:
+    if args.only_rows:
+        return [parse_row(name, args.prefixes[0]) for name in args.only_rows]
+    return make_rows(args.selectors, args.ratios, args.prefixes, args.rows)
+
+
+def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[Results, str]:
+    """Ask the questions of ``add_asking``'s arguments in every way; the model's fingerprint too.
+
+    Raises:
+        ConfigError: no data was named.
+    """
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.evaluate.prompts import system_prompt
     from cacheblend_rag.evaluate.readers import company, load
-    from cacheblend_rag.evaluate.rows import make_rows, parse_row
     from cacheblend_rag.evaluate.run import Evaluation
 
+    if args.data is None:
+        raise ConfigError("name files of questions: --data FILE")
     questions = load(
-        args.data, seed=args.seed, limit=args.limit, split=args.split, shard=args.shard
+        args.data,
+        seed=args.seed,
+        limit=args.limit,
+        split=getattr(args, "split", "all"),
+        shard=args.shard,
     )
-    if args.only_rows:
-        rows = [parse_row(name, args.prefixes[0]) for name in args.only_rows]
-    else:
-        rows = make_rows(args.selectors, args.ratios, args.prefixes, args.rows)
     config = BlendConfig(
         system_prompt=system_prompt(questions[0].kind),
         ingest_prefix="none",  # rows bring their own
@@ -93,7 +113,7 @@ def _ask(args: argparse.Namespace, screen: Screen) -> Results:
             "fingerprint": blend.info.fingerprint[:16],
             "dtype": blend.info.dtype,
             "device": blend.info.device,
-            "prefix": args.prefixes[0],
+            "prefix": rows[0].prefix,
             "max_tokens": args.max_tokens,
             "vllm": blend.info.vllm_version,
             "version": __version__,
@@ -102,13 +122,14 @@ def _ask(args: argparse.Namespace, screen: Screen) -> Results:
         path = args.out / f"answers-{part}of{parts}.jsonl"
         needs_company = any(row.prefix.startswith("company:") for row in rows)
         passages = company(args.data, args.seed) if needs_company else {}
-        evaluation = Evaluation(blend, rows, args.group, args.show, args.max_tokens, passages)
+        show = getattr(args, "show", 0)
+        evaluation = Evaluation(blend, rows, args.group, show, args.max_tokens, passages)
         with (
             ResultFile(path, settings) as file,
             tqdm(total=len(questions), desc="questions", unit="") as bar,
         ):
             evaluation.run(questions, file, bar.update)
-            return file.results
+            return file.results, blend.info.fingerprint
 
 
 def _engine_options(args: argparse.Namespace) -> dict[str, Any]:

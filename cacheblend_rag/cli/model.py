@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 def _check(args: argparse.Namespace, screen: Screen) -> Done:
     with started(args.model, None, screen) as blend:
-        report, info = blend.gate, blend.info
+        report, info, calibration = blend.gate, blend.info, blend.calibration
     if report.layers:
         screen.out.print(_layers_table(report))
     if report.prefill_error is not None:
@@ -38,8 +38,18 @@ def _check(args: argparse.Namespace, screen: Screen) -> Done:
         else f"[red]refused[/red]: {escape(report.reason)}. It is served without blending."
     )
     screen.out.print(verdict, highlight=False, soft_wrap=True)
+    if calibration is not None:
+        screen.out.print(
+            f"'auto' is {calibration.selector} at {calibration.ratio:g}, reach "
+            f"{calibration.reach}, "
+            f"{dict(calibration.selector_options)}: changed {calibration.flips:.0%} of "
+            f"{calibration.questions} answers, recomputed {calibration.mean_ratio:.1%}.",
+            soft_wrap=True,
+            highlight=False,
+        )
     data = {
         **asdict(report),
+        "calibration": None if calibration is None else asdict(calibration),
         "layers": gate.table(report),
         "model": info.model,
         "dtype": info.dtype,

@@ -1,0 +1,102 @@
+"""What ``recompute_ratio="auto"`` stands for on one model: chosen and measured by ``calibrate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cacheblend_rag.config import FIXED_RATIO, BlendConfig
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.models import cache_home
+
+FORMAT = 1
+_FIX = "Make it anew: cacheblend calibrate MODEL --data FILE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A choice, and what it costs on questions that had no part in it.
+
+    Attributes:
+        fingerprint: of the weights it was made with; version: of this package.
+        ratio, selector, selector_options, reach: as in ``BlendConfig``.
+        flips_allowed: share of answers that might differ from a full prefill's, as asked for.
+        flips: share of answers that did; mean_ratio: tokens of chunks recomputed for them.
+        questions: how many there were, of ``data``.
+    """
+
+    fingerprint: str
+    version: str
+    ratio: float
+    selector: str
+    selector_options: Mapping[str, Any] = field(default_factory=dict)
+    reach: int = 0
+    flips_allowed: float
+    flips: float
+    mean_ratio: float
+    questions: int
+    data: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON; folders are made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"format": FORMAT, **asdict(self)}
+        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def resolved(config: BlendConfig, calibration: Calibration | None) -> BlendConfig:
+    """``config`` with a number for a ratio; the fixed default where nothing was calibrated."""
+    if config.recompute_ratio != "auto":
+        return config
+    if calibration is None:
+        return replace(config, recompute_ratio=FIXED_RATIO)
+    return replace(
+        config,
+        recompute_ratio=calibration.ratio,
+        selector=calibration.selector,
+        selector_options=calibration.selector_options,
+        reach=calibration.reach,
+    )
+
+
+def usual_path(fingerprint: str) -> Path:
+    """Where the calibration of these weights is kept."""
+    return cache_home() / "calibrations" / f"{fingerprint[:32]}.json"
+
+
+def find(fingerprint: str, file: str | None = None) -> Calibration | None:
+    """The calibration of these weights: ``file``, else at its usual place; None if there is none.
+
+    Raises:
+        ConfigError: the file is absent, no calibration, or of another model or format.
+    """
+    path = usual_path(fingerprint) if file is None else Path(file)
+    if file is None and not path.exists():
+        return None
+    found = _read(path)
+    if found.fingerprint != fingerprint:
+        raise ConfigError(
+            f"the calibration {path} is of other weights ({found.fingerprint[:16]}, these are "
+            f"{fingerprint[:16]}). {_FIX}"
+        )
+    return found
+
+
+def _read(path: Path) -> Calibration:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data.pop("format")
+        if version != FORMAT:
+            raise ConfigError(f"the calibration {path} has format {version}, not {FORMAT}. {_FIX}")
+        known = {f.name for f in fields(Calibration)}
+        found = Calibration(**{**data, "data": tuple(data["data"])})
+        resolved(BlendConfig(recompute_ratio="auto"), found)  # raises ConfigError
+    except OSError as error:
+        raise ConfigError(f"the calibration {path} cannot be read: {error}. {_FIX}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} is no calibration ({error!r}). {_FIX}") from error
+    assert set(data) <= known
+    return found

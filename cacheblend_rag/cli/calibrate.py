@@ -1,0 +1,57 @@
+"""``calibrate``: what ``recompute_ratio="auto"`` is to stand for on a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cacheblend_rag._version import __version__
+from cacheblend_rag.calibration import Calibration, usual_path
+from cacheblend_rag.cli.base import OK, Done, Screen, command, share
+from cacheblend_rag.cli.evaluate import add_asking, ask
+from cacheblend_rag.evaluate.calibrate import CANDIDATES, choose, pooled
+from cacheblend_rag.evaluate.rows import parse_row
+from cacheblend_rag.evaluate.summary import summarise
+
+
+def add(commands: Any) -> None:
+    """Add the command of this file."""
+    text = "choose what is recomputed, by how many answers change"
+    parser = command(commands, "calibrate", _calibrate, text)
+    add_asking(parser, out="cacheblend-calibrate", group=8)
+    parser.add_argument(
+        "--flips", type=share, default=0.2, metavar="S", help="share of answers that may change"
+    )
+    parser.add_argument("--file", type=Path, help="where to keep it (where 'auto' looks for it)")
+
+
+def _calibrate(args: argparse.Namespace, screen: Screen) -> Done:
+    results, fingerprint = ask(args, screen, [parse_row(name) for name in CANDIDATES])
+    name = choose(pooled(summarise(results, split="tune")), args.flips)
+    measured = pooled(summarise(results, split="report"))
+    row = next(row for row in measured.rows if row.row == name)
+    options = parse_row(name).options
+    assert row.ratio is not None
+    found = Calibration(
+        fingerprint=fingerprint,
+        version=__version__,
+        ratio=options["recompute_ratio"],
+        selector=options["selector"],
+        selector_options=options["selector_options"],
+        reach=options["reach"],
+        flips_allowed=args.flips,
+        flips=row.flip,
+        mean_ratio=row.ratio,
+        questions=measured.questions,
+        data=tuple(sorted({key[0] for key in results.asked})),
+    )
+    path = args.file or usual_path(fingerprint)
+    found.save(path)
+    screen.out.print(
+        f"{name}: changes {row.flip:.0%} of {measured.questions} answers it was not chosen by "
+        f"({args.flips:.0%} allowed) and recomputes {row.ratio:.1%}. Kept in {path}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return Done(OK, {"row": name, "file": str(path), "flips": row.flip, "ratio": row.ratio})

@@ -1,0 +1,60 @@
+"""Which way of blending keeps answers and recomputes least? Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cacheblend_rag.errors import DataError
+from cacheblend_rag.evaluate.summary import RowSummary, SetSummary
+
+_RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+_COVERAGES = (0.5, 0.6, 0.7, 0.8)
+_REACH = 16
+
+CANDIDATES = tuple(
+    f"{row}{reach}"
+    for reach in ("", f"~{_REACH}")
+    for row in (
+        *(f"query@{ratio:g}" for ratio in _RATIOS),
+        *(f"query:coverage={share:g}@0.5" for share in _COVERAGES),
+    )
+)
+
+
+def pooled(summaries: Sequence[SetSummary]) -> SetSummary:
+    """All sets together.
+
+    Raises:
+        DataError: several sets that are not all of questions: their answers are not of one kind.
+    """
+    if len(summaries) == 1:
+        return summaries[0]
+    together = [s for s in summaries if s.set == "all"]
+    if not together or any(s.measure != together[0].measure for s in summaries):
+        raise DataError("calibrate on sets of questions, or on one set of summaries")
+    return together[0]
+
+
+def choose(summary: SetSummary, flips: float) -> str:
+    """The row that recomputes least of those that change at most the share ``flips`` of answers.
+
+    Raises:
+        DataError: no row does.
+    """
+    rows = [row for row in summary.rows if row.row in CANDIDATES and row.ratio is not None]
+    if not rows:
+        raise DataError("no question was blended: are the passages long enough to be chunks?")
+    fitting = [row for row in rows if row.flip <= flips]
+    if not fitting:
+        best = min(rows, key=lambda row: row.flip)
+        raise DataError(
+            f"no way of blending changes at most {flips:.0%} of these {summary.questions} answers; "
+            f"the best, {best.row}, changes {best.flip:.0%}. Allow more with --flips, or serve "
+            "such questions with mode='full'"
+        )
+    return min(fitting, key=_cost).row
+
+
+def _cost(row: RowSummary) -> tuple[float, float]:
+    assert row.ratio is not None
+    return round(row.ratio, 3), row.kl or 0.0
