@@ -73,7 +73,16 @@ def test_the_command_chooses_and_keeps(
     monkeypatch.setattr(calibrate, "CANDIDATES", few)
     data, file = write(tmp_path / "valley.jsonl"), tmp_path / "auto.json"
     given = ["--data", str(data), "--out", str(tmp_path / "out"), "--file", str(file), "--json"]
-    more = ["--group", "4", "--max-tokens", "4", "--engine-arg", "max_model_len=2048"]
+    more = [
+        "--limit",
+        "4",
+        "--group",
+        "4",
+        "--max-tokens",
+        "4",
+        "--engine-arg",
+        "max_model_len=2048",
+    ]
     assert cli.main(["calibrate", *given, *more, "--flips", "1"]) == 0
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     kept = find(json.loads(file.read_text())["fingerprint"], str(file))
