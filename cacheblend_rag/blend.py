@@ -479,9 +479,12 @@ class CacheBlend:
         if not measured:
             return None
         costs, prompts = Costs(**measured), gate.timing_ids(self.info, _TIMING_ROUNDS)
-        chunks = [Chunk(self._space.key(ids), ids) for _, ids, _ in prompts[:1]]
-        self._ingest(chunks, self._space.prefix_ids)
-        self._index.add_many(chunks)
+        if not prompts:
+            return costs
+        ids = prompts[0][1]
+        chunk = Chunk(self._space.key(ids), ids)
+        self._ingest([chunk], self._space.prefix_ids)
+        self._index.add_many([chunk])
         plain, blended = {"mode": "full"}, {"mode": "blend", "when": "always", "schedule": "sync"}
         taken: dict[str, list[float]] = {"full": [], "blend": []}
         plan: Plan | NoPlan = NoPlan("not timed")
@@ -492,7 +495,7 @@ class CacheBlend:
                 self._engine.generate([prepared.request])
                 taken[options["mode"]].append(time.perf_counter() - start)
             plan = prepared.plan
-        self.forget_keys(chunk.key for chunk in chunks)
+        self.forget_keys([chunk.key])
         if isinstance(plan, Plan):
             seconds = (statistics.median(taken[mode]) for mode in taken)
             costs = costs.corrected(plan, *seconds)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError, DataError
 from cacheblend_rag.evaluate.base import Question
 from cacheblend_rag.evaluate.coloured import page
 from cacheblend_rag.evaluate.results import Answer, ResultFile, read_results
-from cacheblend_rag.evaluate.rows import make_rows, parse_row, parse_selector
+from cacheblend_rag.evaluate.rows import make_rows, parse_row, parse_selector, with_prefix
 from cacheblend_rag.evaluate.score import best, exact, f1, normalised, paired_interval, rouge_l
 from cacheblend_rag.evaluate.summary import summarise, to_dict, to_markdown
 
@@ -80,6 +81,25 @@ def test_rows() -> None:
 def test_rows_that_do_not_exist(row: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_row(row)
+
+
+class Letters:
+    """A tokenizer of letters, without a chat template."""
+
+    chat_template = bos_token_id = None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def test_prefixes_of_a_size() -> None:
+    config = BlendConfig()
+    got = with_prefix(config, "company:7", Letters(), ["abc", "de", "f"])
+    assert "".join(map(chr, got.ingest_prefix)) == "abc\n\nde"
+    assert len(with_prefix(config, "neutral:3000", Letters(), ()).ingest_prefix) == 3000
+    assert with_prefix(config, "bos", Letters(), ()).ingest_prefix == "bos"
+    with pytest.raises(DataError, match="5 tokens together, fewer than 9"):
+        with_prefix(config, "company:9", Letters(), ["abc"])
 
 
 def question(number: int, **changes: Any) -> Question:
