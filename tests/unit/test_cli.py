@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cacheblend_rag import __version__, cli, demo
+from cacheblend_rag.calibration import Calibration
 from cacheblend_rag.engine.base import EngineInfo, EngineOutput, GateReport, LayerCheck
 from cacheblend_rag.errors import EngineError, StoreError
 from cacheblend_rag.ingest import IngestReport
@@ -33,6 +34,7 @@ class FakeBlend:
     refusal = ""
     fails: type[BaseException] | None = None
     blends = True
+    calibration: Calibration | None = None
 
     def __init__(self, model: str, **options: Any) -> None:
         self.made.append(self)
@@ -394,6 +396,19 @@ def test_check_passed_and_refused(
     assert cli.main(["check", "org/model"]) == 3
     captured = capsys.readouterr()
     assert "refused" in captured.out and REFUSAL in captured.out.replace("\n", " ")
+
+
+def test_check_shows_a_calibration(
+    fake: type[FakeBlend], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.calibration = Calibration(
+        fingerprint="ab", version="0", ratio=0.3, selector="query", reach=16,
+        flips_allowed=0.2, flips=0.18, mean_ratio=0.12, questions=40,
+    )  # fmt: skip
+    assert cli.main(["check", "org/model"]) == 0
+    assert "changed 18% of 40 answers, recomputed 12.0%" in capsys.readouterr().out
+    assert cli.main(["check", "org/model", "--json"]) == 0
+    assert object_on_stdout(capsys)["calibration"]["reach"] == 16
 
 
 def test_stats_count_each_namespace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
