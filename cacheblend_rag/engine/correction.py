@@ -29,10 +29,7 @@ class Correction:
     def __init__(
         self, lane: Lane, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int
     ) -> None:
-        chunk = torch.full((lane.region.end,), -1)
-        for number, span in enumerate(lane.region.spans):
-            chunk[span.start : span.end] = number
-        chunk_E = upload(chunk, lane.device)
+        chunk_E = upload(lane.region.span_E, lane.device)
         reused_E = candidate_E.clone()
         reused_E[chosen] = False
         self._sources_R = chosen[candidate_E[chosen]]

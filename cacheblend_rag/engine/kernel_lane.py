@@ -195,10 +195,7 @@ class KernelLane(Lane):
 
     def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
         chosen_E = torch.zeros_like(candidate_E).index_fill_(0, chosen, True)
-        chunk = np.full(self.region.end, -1, dtype=np.int32)
-        for number, span in enumerate(self.region.spans):
-            chunk[span.start : span.end] = number
-        chunk_E = upload(chunk, self.device).masked_fill(~candidate_E, -1)
+        chunk_E = upload(self.region.span_E, self.device).masked_fill(~candidate_E, -1)
         before = torch.zeros(self.region.end + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(chosen_E, 0, dtype=torch.int32, out=before[1:])
         self._movers = Movers(

@@ -43,7 +43,7 @@ class Region:
     Attributes:
         ids_E: int64 token ids.
         stored_E: bool; offset_E: int64, a token's place in its chunk; old_E: int64, the position
-            its key is rotated to.
+            its key is rotated to; span_E: int32, which of the spans it is in, or -1.
         write_from: positions below it are in the paged cache already.
     """
 
@@ -54,7 +54,9 @@ class Region:
         self.offset_E = np.zeros(self.end, dtype=np.int64)
         self.stored_E = np.zeros(self.end, dtype=np.bool_)
         self.old_E = np.arange(self.end)
-        for start, end, offset, _, chunk in spans:
+        self.span_E = np.full(self.end, -1, dtype=np.int32)
+        for number, (start, end, offset, _, chunk) in enumerate(spans):
+            self.span_E[start:end] = number
             self.offset_E[start:end] = np.arange(offset, offset + end - start)
             self.old_E[start:end] = chunk.base + self.offset_E[start:end]
             self.stored_E[start:end] = True
