@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, overload
 from tqdm import tqdm
 
 from cacheblend_rag import calibration, gate, ingest, metrics
-from cacheblend_rag.calibration import resolved
 from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
@@ -365,7 +364,7 @@ class CacheBlend:
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
         if self.tokenizer is None:
             sampling.setdefault("detokenize", False)
-        config = resolved(self.config.for_call(ours), self.calibration)
+        config = calibration.resolved(self.config.for_call(ours), self.calibration)
         return config, sampling, options.get("lora_request")
 
     # ---- store and gate ------------------------------------------------------------------------

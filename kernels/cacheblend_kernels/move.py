@@ -7,6 +7,7 @@ size, P rotated pairs.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def move(
     _move_kernel[(triton.cdiv(cache.most, _TOKENS), groups)](
         off_TX, movers.chunk_N, movers.position_R, movers.chunk_R, movers.before_N, cache.table,
         k, v, cos_XP, sin_XP, cache.length, first, rows, _FAR * movers.reach,
-        1.4426950408889634 / movers.reach, *strides, **shape,
+        math.log2(math.e) / movers.reach, *strides, **shape,
         REST=2 * pairs < dim, BLOCK_N=_TOKENS, BLOCK_R=_ROWS, num_warps=4,
     )  # fmt: skip
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 from engines import start
-from small_set import write
+from small_set import prepare, write
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, cli
 from cacheblend_rag.calibration import Calibration, find, usual_path
 from cacheblend_rag.cli import calibrate
-from cacheblend_rag.errors import ConfigError, ModelError
+from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.evaluate import calibrate as choice
-from cacheblend_rag.models import embedded_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -62,12 +61,7 @@ def test_the_command_chooses_and_keeps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CACHEBLEND_HOME")
-    try:
-        embedded_model(progress=False)
-    except ModelError as error:
-        pytest.skip(f"the embedded model can't be had here: {error}")
-    for name, value in cli.output.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+    prepare(monkeypatch)
     few = ("query@0.15", "query@0.15~16")
     monkeypatch.setattr(choice, "CANDIDATES", few)
     monkeypatch.setattr(calibrate, "CANDIDATES", few)

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_set import QUESTIONS, write
+from small_set import QUESTIONS, prepare, write
 
 from cacheblend_rag import cli
-from cacheblend_rag.errors import ModelError
-from cacheblend_rag.models import embedded_model
 
 # more than half a minute, yet not marked slow: this is the check of quality that CI is to run
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -34,12 +32,7 @@ def test_the_question_chooses_better_than_deviation_and_both_than_nothing(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Any,
 ) -> None:
-    try:
-        embedded_model(progress=False)
-    except ModelError as error:
-        pytest.skip(f"the embedded model can't be had here: {error}")
-    for name, value in cli.output.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+    prepare(monkeypatch)
     data, out = write(tmp_path / "valley.jsonl"), tmp_path / "out"
     asked = evaluate(
         capsys, "--data", str(data), "--out", str(out), "--only-rows", *ROWS,

@@ -10,6 +10,12 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
+from cacheblend_rag import cli
+from cacheblend_rag.errors import ModelError
+from cacheblend_rag.models import embedded_model
+
 PASSAGES = {
     "The Varn valley": "The Varn valley lies between two ridges of grey slate. A narrow river, the "
     "Ost, runs through it from the glacier in the north to the lake in the south. There are five "
@@ -113,6 +119,16 @@ QUESTIONS = [
     ("What ate the felt of the piano?", "mice", "The school piano"),
     ("Which family owns the Red Ladle?", "Aas", "The inn"),
 ]  # fmt: skip
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command needs that asks the embedded model; skips where that can't be had."""
+    try:
+        embedded_model(progress=False)
+    except ModelError as error:
+        pytest.skip(f"the embedded model can't be had here: {error}")
+    for name, value in cli.output.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 def write(path: Path, *, passages: int = 4, seed: int = 5) -> Path:
