@@ -5,7 +5,7 @@ Shape legend: E tokens of the blended region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.lane import Array, Lane, Loaded, Region, upload
+from cacheblend_rag.engine.lanes import Lanes
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock, RefusedError
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.plan import Kind, Plan, Segment
@@ -23,7 +24,6 @@ from cacheblend_rag.select.hkvd import HKVDSelector
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV, KVStore
 
-_BACKGROUND_TILE = 256  # tokens; so few cost about what reading the weights does: a decode step
 _PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
 
 # why a blend is refused, else the chunks by key, and the keys of those that come too late
@@ -41,9 +41,10 @@ class Blender:
         handle: ModelHandle,
         rope: Rerotator,
         store: KVStore,
-        lanes: Callable[[Region], Lane],
+        lanes: Lanes,
     ) -> None:
         self.handle, self.rope, self.store, self._lanes = handle, rope, store, lanes
+        self.pieces = lanes.pace.pieces  # of a background blend, between two steps
         self.costs: Costs | None = None  # set once they are measured
         self._max_tile = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._alone = get_tensor_model_parallel_world_size() == 1
@@ -76,9 +77,7 @@ class Blender:
         if 0 < budget < num_candidates:
             question_E = deviation_E = None
             if selector.evidence == "question":
-                question_E = self._ask(lane, task, selector)
-                if task.background:
-                    yield
+                question_E = yield from self._ask(lane, task, selector, clock)
             elif selector.evidence == "deviation":
                 deviation_E = yield from self._probe(lane, task, selector, clock)
             evidence = Evidence(
@@ -91,14 +90,12 @@ class Blender:
 
         clock.mark("select")
 
-        outcome.chosen = _to_host(chosen)
+        computed_along = task.end - max(task.plan.end, task.write_from)
+        outcome.chosen = _to_host(chosen[: len(chosen) - computed_along])
         if plan.reach and 0 < budget < num_candidates:
             lane.correct(candidate, chosen, plan.reach)
         for tile in chosen.split(self._tile(task)) if len(chosen) else ():  # all may be exact
-            lane.recompute(tile)
-            clock.mark("recompute")
-            yield
-            clock.mark()
+            yield from clock.pauses("recompute", lane.recompute(tile))
         lane.place_through(self.handle.num_layers - 1)
         clock.mark("load")
 
@@ -189,11 +186,14 @@ class Blender:
             and stored == tuple(token_ids[s.start : s.end])
         )
 
-    def _ask(self, lane: Lane, task: BlendTask, selector: Selector) -> torch.Tensor:
+    def _ask(
+        self, lane: Lane, task: BlendTask, selector: Selector, clock: Clock
+    ) -> Generator[None, None, torch.Tensor]:
         """The question's attention to each token, float32 [E]."""
         assert isinstance(selector, QuerySelector)
         keep = selector.layer_range(self.handle.num_layers)
-        return self._sum(lane.ask(task.question, keep, self._max_tile - len(task.question)))
+        asking = lane.ask(task.question, keep, self._max_tile - len(task.question))
+        return self._sum((yield from clock.pauses("select", asking)))
 
     def _probe(
         self, lane: Lane, task: BlendTask, selector: Selector, clock: Clock
@@ -201,7 +201,7 @@ class Blender:
         """KV deviation at the check layer, float32 [E]; 0 below ``write_from``."""
         assert isinstance(selector, HKVDSelector)
         check = min(selector.check_layer, self.handle.num_layers - 1)
-        deviation = torch.zeros(task.plan.end, device=self.handle.device)
+        deviation = torch.zeros(task.end, device=self.handle.device)
         # only the layers up to the check run
         size = min(self._tile(task) * self.handle.num_layers // (check + 1), self._max_tile)
         end = task.plan.end
@@ -219,7 +219,7 @@ class Blender:
         return total
 
     def _tile(self, task: BlendTask) -> int:
-        usual = _BACKGROUND_TILE if task.background else self._max_tile
+        usual = self._lanes.pace.tile_tokens if task.background else self._max_tile
         return min(task.plan.tile_tokens or usual, self._max_tile)
 
 

@@ -20,14 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, RefusedError
-from cacheblend_rag.plan import PARAMS_KEY, SALT_PREFIX, Plan
+from cacheblend_rag.plan import MAX_QUESTION_TOKENS, PARAMS_KEY, SALT_PREFIX, Kind, Plan
 
 if TYPE_CHECKING:
     from cacheblend_rag.engine.blend import Blender
 
 logger = init_logger("vllm.cacheblend_rag")
 _KEEP_OUTCOMES = 1024
-_MOST_STEPS = 8  # of background blends, between two of the engine's own
+_MOST_WAITING = 8  # background blends that hasten one another
 
 
 @dataclass
@@ -36,6 +36,7 @@ class BlendMetadata(KVConnectorMetadata):
 
     sync: list[BlendTask] = field(default_factory=list)
     background: list[BlendTask] = field(default_factory=list)
+    idle: bool = False  # the engine computes nothing in this step
 
 
 @dataclass
@@ -57,6 +58,7 @@ class _Tracked:
 
     plan: Plan | None
     reason: str = ""  # why it is not blended (any more)
+    end: int = 0  # positions below it are the blend's, once it is asked for
     background: bool = False
     cached_whole: bool = False  # an identical plan's blocks were all found
     prefix_cached: int = 0
@@ -101,23 +103,25 @@ class CacheBlendConnector(KVConnectorBase_V1):
             return 0, False
         schedule = tracked.plan.schedule
         tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
-        return tracked.plan.end - num_computed_tokens, tracked.background
+        tracked.end = _claimed(tracked.plan, request.num_prompt_tokens)
+        return tracked.end - num_computed_tokens, tracked.background
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Blocks were given: the blend goes to the workers with this step."""
         tracked = self._requests.get(request.request_id)
         if num_external_tokens == 0 or tracked is None or tracked.plan is None:
             return
-        plan, ids = tracked.plan, request.prompt_token_ids
-        num_blocks = -(-plan.end // self._block_size)
+        plan, ids, end = tracked.plan, request.prompt_token_ids, tracked.end
+        num_blocks = -(-end // self._block_size)
         task = BlendTask(
             request_id=request.request_id,
             name=request.kv_transfer_params[PARAMS_KEY].get("request_id", request.request_id),
-            token_ids=tuple(ids[: plan.end]),
+            end=end,
+            token_ids=tuple(ids[:end]),
             question=plan.question_ids(ids),
             plan=plan,
             blocks=tuple(blocks.get_block_ids()[0][:num_blocks]),
-            write_from=plan.end - num_external_tokens,
+            write_from=end - num_external_tokens,
             background=tracked.background,
         )
         (self._metadata.background if tracked.background else self._metadata.sync).append(task)
@@ -126,6 +130,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """This step's blends; also notes whom the engine is serving."""
         metadata, self._metadata = self._metadata, BlendMetadata()
         self._running = set(scheduler_output.num_scheduled_tokens)
+        metadata.idle = not self._running
         self._running |= {task.request_id for task in metadata.background}
         return metadata
 
@@ -189,8 +194,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
     # ---- worker side ---------------------------------------------------------------------------
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Run this step's sync blends to their end, and of the background blends as many steps as
-        there are blends that wait: one alone hardly delays who decodes, many must not pile up.
+        """Run this step's sync blends to their end, and of the background blends as many pieces as
+        fit beside one step, for each blend that waits: one alone hardly delays who decodes, many
+        must not pile up. Where nobody decodes, as if many waited.
 
         Every tensor parallel rank sees the same metadata in the same steps, so all advance alike.
         """
@@ -200,7 +206,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
             for _ in self._blend(task):
                 pass
         self._jobs += [(task, self._blend(task)) for task in metadata.background]
-        for _ in range(min(len(self._jobs), _MOST_STEPS)):
+        waiting = _MOST_WAITING if metadata.idle else min(len(self._jobs), _MOST_WAITING)
+        for _ in range(waiting * (self.blender.pieces if self.blender else 1)):
+            if not self._jobs:
+                break
             task, steps = self._jobs[0]
             if next(steps, self) is self:
                 self._loaded.add(task.request_id)
@@ -257,3 +266,15 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Nothing to wait for."""
+
+
+def _claimed(plan: Plan, num_prompt_tokens: int) -> int:
+    """The end of what a blend computes: all but the prompt's last token, so that vLLM's own step is
+    one of decoding, by its CUDA graphs and beside others that decode. Tokens behind the plan's end
+    join a pass that runs anyway; where none does, or they are many, they are left to vLLM.
+    """
+    runs = any(
+        s.kind is Kind.FRESH or (plan.ratio and s.kind is not Kind.EXACT) for s in plan.segments
+    )
+    rest = num_prompt_tokens - 1 - plan.end
+    return plan.end + rest if runs and rest <= MAX_QUESTION_TOKENS else plan.end

@@ -10,7 +10,7 @@ Shape legend: T tokens of the pass, padded; N context tokens, padded; G KV heads
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -58,12 +58,18 @@ class CapturedPass:
             self._begin()
         self._last[-1] = index
 
-    def replay(self, before: Before | None = None) -> None:
-        """Queue the pass; ``before`` is called with the last layer that the next graph reads."""
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def replay(self, before: Before | None = None) -> Iterator[None]:
+        """Queue the pass, with a pause behind each graph; ``before`` is called with the last layer
+        that the next graph reads.
+        """
         for graph, last in zip(self._graphs, self._last, strict=True):
             if before is not None:
                 before(last)
             graph.replay()
+            yield
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -89,6 +95,7 @@ class PassGraphs:
             get_tensor_model_parallel_world_size() == 1 and not config.model_config.enforce_eager
         )
         self._passes: dict[tuple[str, int, int, range], CapturedPass] = {}
+        self._under_way: Iterator[None] = iter(())  # a pass that pauses
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
         device, most = handle.device, int(config.model_config.max_model_len)
@@ -117,8 +124,10 @@ class PassGraphs:
         slots_T: torch.Tensor,
         at: PagedKV,
         before: Before,
-    ) -> bool:
-        """The selective pass, as graphs; false where there are none, and it has yet to be done."""
+    ) -> Generator[None, None, bool]:
+        """The selective pass, as graphs with a pause behind each; false where there are none, and
+        it has yet to be done.
+        """
         size = _padded(len(ids_T))
         self._fill(at, size, ids_T, positions_T, slots_T)
 
@@ -127,7 +136,11 @@ class PassGraphs:
             positions, slots = self._positions[:size], self._slots[:size]
             return SelectivePass(self._handle, view, positions, slots, before=reach)
 
-        return self._replay(("select", size, 0, range(0)), size, make, before)
+        captured = self._captured(("select", size, 0, range(0)), size, make)
+        if captured is None:
+            return False
+        yield from self._run(captured.replay(before))
+        return True
 
     def ask(
         self,
@@ -139,8 +152,10 @@ class PassGraphs:
         keep: range,
         at: PagedKV,
         before: Before,
-    ) -> torch.Tensor | None:
-        """The question pass, as graphs; float32 [G, at.most], or None where there are none."""
+    ) -> Generator[None, None, torch.Tensor | None]:
+        """The question pass, as graphs with a pause behind each; the attention over all heads,
+        float32 [at.most], or None where there are none.
+        """
         size = -(-len(ids_T) // 32) * 32
         context = max(_LEAST_CONTEXT, 1 << (at.most - 1).bit_length())
         if not self.usable or size > _MOST_ASKING:
@@ -151,7 +166,6 @@ class PassGraphs:
         if context not in self._scores:
             self._scores[context] = torch.zeros(self._groups, context, device=self._handle.device)
         score = self._scores[context]
-        score.zero_()
 
         def make(reach: Before | None) -> Pass:
             return QuestionPass(
@@ -167,9 +181,18 @@ class PassGraphs:
                 before=reach,
             )
 
-        key = ("ask", size, context, keep)
-        done = self._replay(key, size, make, before, lambda: score.zero_())
-        return score[:, : at.most] if done else None
+        captured = self._captured(("ask", size, context, keep), size, make)
+        if captured is None:
+            return None
+        score.zero_()
+        found: list[torch.Tensor] = []
+
+        def steps() -> Iterator[None]:
+            yield from captured.replay(before)
+            found.append(score[:, : at.most].sum(0))  # before another pass takes the tensor
+
+        yield from self._run(steps())
+        return found[0]
 
     def prepare(self, keep: range) -> None:
         """Capture the usual sizes now, so that no request waits for it.
@@ -185,16 +208,20 @@ class PassGraphs:
             ids, spare = none.expand(size), nowhere.expand(size)
             if not self.takes(size):
                 return
-            self.select(ids, spare, spare, empty, lambda _: None)
+            exhaust(self.select(ids, spare, spare, empty, lambda _: None))
         for size in range(_MOST_ASKING, 0, -32):
             ids, spare = none.expand(size), nowhere.expand(size)
             beside = torch.full_like(spare, NEVER)
-            self.ask(ids, spare, spare, spare, beside, keep, empty, lambda _: None)
+            exhaust(self.ask(ids, spare, spare, spare, beside, keep, empty, lambda _: None))
 
-    def seconds(self, kind: str, size: int) -> float | None:
-        """How long the pass of a padded size runs, without a context; None where there is none."""
+    def seconds(self, kind: str, size: int) -> tuple[float, int] | None:
+        """How long the pass of a padded size runs, without a context, and in how many graphs; None
+        where there is none.
+        """
         found = next((p for (k, n, *_), p in self._passes.items() if (k, n) == (kind, size)), None)
-        return None if found is None else gpu_seconds(found.replay)
+        if found is None:
+            return None
+        return gpu_seconds(lambda: exhaust(found.replay())), len(found)
 
     def _layers(self, most: int) -> Callable[[int], PagedKV]:
         return lambda index: self._view(index, self._table, self._length, most)
@@ -207,7 +234,8 @@ class PassGraphs:
         positions_T: torch.Tensor,
         slots_T: torch.Tensor,
     ) -> None:
-        """What every pass reads."""
+        """What every pass reads; of one that pauses, the rest is queued first."""
+        exhaust(self._under_way)
         self._table[: len(at.table)].copy_(at.table, non_blocking=True)
         self._length.copy_(at.length, non_blocking=True)
         _set_rows(self._ids, ids_T, size, 0)
@@ -215,25 +243,31 @@ class PassGraphs:
         _set_rows(self._positions, positions_T, size, NOWHERE)
         _set_rows(self._slots, slots_T, size, NOWHERE)
 
-    def _replay(
-        self,
-        key: tuple[str, int, int, range],
-        size: int,
-        make: Callable[[Before | None], Pass],
-        before: Before,
-        reset: Callable[[], object] = lambda: None,
-    ) -> bool:
+    def _run(self, steps: Iterator[None]) -> Iterator[None]:
+        """``steps``, which whoever needs the shared tensors first runs to their end."""
+        whole = False
+
+        def all_of_them() -> Iterator[None]:
+            nonlocal whole
+            yield from steps
+            whole = True
+
+        self._under_way = all_of_them()
+        yield from self._under_way
+        if not whole:
+            raise RuntimeError("the pass failed while another one was made room for")
+
+    def _captured(
+        self, key: tuple[str, int, int, range], size: int, make: Callable[[Before | None], Pass]
+    ) -> CapturedPass | None:
         if key not in self._passes:
             try:
                 self._passes[key] = self._capture(size, make)
             except Exception as error:  # a model that can't be captured is served all the same
                 logger.warning("CUDA graphs are off for blends: %s", error)
                 self.usable = False
-                reset()
-                return False
-            reset()  # what was run before the capture has added to the scores
-        self._passes[key].replay(before)
-        return True
+                return None
+        return self._passes[key]
 
     def _capture(self, size: int, make: Callable[[Before | None], Pass]) -> CapturedPass:
         """Run once as it is, so that all is compiled and allocated, then capture."""
@@ -243,6 +277,12 @@ class PassGraphs:
         with captured.capture():
             self._handle.run(make(captured.reach), ids, rope)
         return captured
+
+
+def exhaust(steps: Iterator[object]) -> None:
+    """Run ``steps`` to their end."""
+    for _ in steps:
+        pass
 
 
 def _set_rows(static: torch.Tensor, values: torch.Tensor, size: int, spare: int) -> None:

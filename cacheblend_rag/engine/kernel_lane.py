@@ -5,17 +5,18 @@ computes; each layer is re-rotated and scattered by one launch just before it is
 here waits for the GPU, and nothing on the host grows with the context but one index per token.
 Small uploads come before the transfer starts: they would queue behind it.
 
-Shape legend: E tokens of the blended region, N tokens to place, S source chunks, L layers, G KV
-heads, D head size, T tokens of a pass.
+Shape legend: E tokens of the blended region, A of its plan, N tokens to place, S source chunks, L
+layers, G KV heads, D head size, T tokens of a pass.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cacheblend_kernels.move import Movers, move
 from cacheblend_kernels.paged import PagedKV
@@ -27,10 +28,13 @@ from cacheblend_rag.engine.hot import HotChunks
 from cacheblend_rag.engine.ingest import prefill_seconds
 from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass, SelectivePass
 from cacheblend_rag.engine.lane import Lane, Region, upload
-from cacheblend_rag.engine.lanes import Lanes
+from cacheblend_rag.engine.lanes import Lanes, Pace
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.select.query import QuerySelector
+
+_BACKGROUND_TILE = 512  # tokens; fewer would read the weights more often
+_SHARE = 0.9  # of a decode step, for a blend beside it
 
 
 class KernelsUnusableError(Exception):
@@ -128,11 +132,15 @@ class KernelLane(Lane):
         lengths = np.array([[len(chunk.token_ids) for _, chunk in sources]], dtype=np.int64)
         table = upload(np.concatenate([self._transfer.address_LS, lengths]), self.device)
         self._address_LS, self._length_S = table[:-1], table[-1]
-        self._length = upload(np.array([region.end], dtype=np.int32), self.device)
+        self._lengths = upload(np.array([region.end, region.asked], dtype=np.int32), self.device)
 
     def view(self, index: int) -> PagedKV:
         """This request's paged cache of layer ``index``."""
-        return self._kernels.view(index, self._table, self._length, self.region.end)
+        return self._kernels.view(index, self._table, self._lengths[:1], self.region.end)
+
+    def _asked(self, index: int) -> PagedKV:
+        """The same as the question sees it."""
+        return self._kernels.view(index, self._table, self._lengths[1:], self.region.asked)
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """int64 slots of ``positions``, both on the device, as the backend counts them."""
@@ -160,11 +168,13 @@ class KernelLane(Lane):
             self.place_through(self._placed)
         return self._placed == self.handle.num_layers
 
-    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
-        region = self.region
+    def ask(
+        self, question: Sequence[int], keep: range, most_glue: int
+    ) -> Generator[None, None, torch.Tensor]:
+        region, beyond = self.region, self.region.end - self.region.asked
         glue = region.glue(most_glue)
         glue = glue[glue >= region.write_from]
-        known = region.stored_E.copy()
+        known = region.stored_E[: region.asked].copy()
         known[: region.write_from] = True
         known[glue] = True
         n, behind = len(glue), self._question_positions(len(question))
@@ -177,18 +187,19 @@ class KernelLane(Lane):
         slots = torch.full_like(at, NOWHERE)
         slots[:n] = self.slots(at[:n])
         if known.all():
-            here, before = self.view(0), self.place_through
-            score = self._graphs.ask(ids, at, slots, asking, beside, keep, here, before)
+            here, before = self._asked(0), self.place_through
+            score = yield from self._graphs.ask(ids, at, slots, asking, beside, keep, here, before)
             if score is not None:
-                return score.sum(0)
-        known_E = None if known.all() else upload(known, self.device)
-        score = torch.zeros(self.view(0).k_BSGD.shape[2], region.end, device=self.device)
+                return F.pad(score, (0, beyond))
+        known_A = None if known.all() else upload(known, self.device)
+        by_head = torch.zeros(self.view(0).k_BSGD.shape[2], region.asked, device=self.device)
         step = QuestionPass(
-            self.handle, self.view, at, slots, asking, beside, known_E, score, keep,
+            self.handle, self._asked, at, slots, asking, beside, known_A, by_head, keep,
             before=self.place_through,
         )  # fmt: skip
         self.handle.run(step, ids, at)
-        return score.sum(0)
+        yield
+        return F.pad(by_head.sum(0), (0, beyond))
 
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.view(index).gather(at)
@@ -208,7 +219,7 @@ class KernelLane(Lane):
         view = self.view(index)
         move(self._movers, first, k, v, view, cos, sin, is_neox=self.rope.is_neox)
 
-    def recompute(self, tile: torch.Tensor) -> None:
+    def recompute(self, tile: torch.Tensor) -> Generator[None, None, None]:
         ids, slots = self.ids_E[tile], self.slots(tile)
         if self._movers is not None:
             moving = functools.partial(self._move, self._recomputed)
@@ -217,13 +228,15 @@ class KernelLane(Lane):
                 self.handle, self.view, tile, slots, before=self.place_through, fresh=moving
             )
             self.handle.run(step, ids, tile)
+            yield
             return
-        if self._graphs.takes(len(tile)) and self._graphs.select(
-            ids, tile, slots, self.view(0), self.place_through
-        ):
-            return
+        if self._graphs.takes(len(tile)):
+            here, before = self.view(0), self.place_through
+            if (yield from self._graphs.select(ids, tile, slots, here, before)):
+                return
         step = SelectivePass(self.handle, self.view, tile, slots, before=self.place_through)
         self.handle.run(step, ids, tile)
+        yield
 
 
 class KernelLanes(Lanes):
@@ -242,6 +255,7 @@ class KernelLanes(Lanes):
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
         self._graphs = PassGraphs(handle, self._kernels.view)
         self._graphs.prepare(QuerySelector().layer_range(handle.num_layers))
+        self.pace = self._paced()
 
     def __call__(self, region: Region) -> Lane:
         return KernelLane(
@@ -261,10 +275,18 @@ class KernelLanes(Lanes):
         prefill = prefill_seconds(self._handle)
         return {
             "prefill_s": prefill,
-            "recompute_s": max(prefill, select / 1024),
-            "blend_s": ask,
+            "recompute_s": max(prefill, select[0] / 1024),
+            "blend_s": ask[0],
             "load_s": self._staging.seconds_per_byte() * self._kernels.bytes_per_token,
         }
+
+    def _paced(self) -> Pace:
+        decoding = self._graphs.seconds("select", 32)  # as long as a step: it reads the weights
+        tile = self._graphs.seconds("select", _BACKGROUND_TILE)
+        if decoding is None or tile is None:
+            return Pace()
+        a_piece = tile[0] / tile[1]
+        return Pace(_BACKGROUND_TILE, max(1, int(_SHARE * decoding[0] / a_piece)))
 
     def forget(self, key: str) -> None:
         self._hot.discard(key)

@@ -9,7 +9,7 @@ Shape legend: E tokens of the blended region, G KV heads, D head size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
 
 
 class Region:
-    """The blended region [0, E) of a request: which tokens have stored KV, and where.
+    """What a blend fills of a request's KV, [0, E): which tokens have stored KV, and where.
 
     Plain numpy: torch's operations on the CPU wake threads for every few thousand numbers.
 
@@ -44,12 +44,13 @@ class Region:
         ids_E: int64 token ids.
         stored_E: bool; offset_E: int64, a token's place in its chunk; old_E: int64, the position
             its key is rotated to; span_E: int32, which of the spans it is in, or -1.
+        asked: end of the plan; what comes behind it is no context of the question.
         write_from: positions below it are in the paged cache already.
     """
 
     def __init__(self, task: BlendTask, spans: Sequence[Loaded]) -> None:
         self.task, self.spans = task, spans
-        self.end, self.write_from = task.plan.end, task.write_from
+        self.end, self.asked, self.write_from = task.end, task.plan.end, task.write_from
         self.ids_E = np.array(task.token_ids, dtype=np.int64)
         self.offset_E = np.zeros(self.end, dtype=np.int64)
         self.stored_E = np.zeros(self.end, dtype=np.bool_)
@@ -70,7 +71,7 @@ class Region:
         """int64 positions of the tokens between chunks, the last ``most`` of them. Those of a chunk
         that is missing are not among them: too many to be asked with the question.
         """
-        glue = ~self.stored_E
+        glue = ~self.stored_E[: self.asked]
         for s in self.task.plan.segments:
             if s.key and not self.stored_E[s.start]:
                 glue[s.start : s.end] = False
@@ -104,8 +105,11 @@ class Lane(ABC):
         return True
 
     @abstractmethod
-    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
-        """Run the question's tokens, and the tokens between chunks, over the reused KV.
+    def ask(
+        self, question: Sequence[int], keep: range, most_glue: int
+    ) -> Generator[None, None, torch.Tensor]:
+        """Run the question's tokens, and the tokens between chunks, over the reused KV; pauses
+        after each piece of the work.
 
         Args:
             question: token ids, at the positions behind the last chunk.
@@ -113,7 +117,8 @@ class Lane(ABC):
             most_glue: tokens between chunks that may run along.
 
         Returns:
-            float32 [E]: attention each context token got, on this rank's heads.
+            float32 [E]: attention each context token got, on this rank's heads; 0 for tokens
+            behind the plan's end.
         """
 
     def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
@@ -146,10 +151,11 @@ class Lane(ABC):
         """
 
     @abstractmethod
-    def recompute(self, tile: torch.Tensor) -> None:
+    def recompute(self, tile: torch.Tensor) -> Generator[None, None, None]:
         """Compute the tokens at ``tile`` (int64 positions on the device, ascending) through all
         layers over the fused KV, each seeing what comes before it, and put their K and V into the
-        paged cache. Places what is not placed yet, each layer just before it is needed.
+        paged cache; pauses after each piece of the work. Places what is not placed yet, each layer
+        just before it is needed.
         """
 
     def _question_positions(self, count: int) -> Array:

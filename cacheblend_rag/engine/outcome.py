@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cacheblend_rag.plan import Plan, Segment
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,15 +21,18 @@ class BlendTask:
 
     Attributes:
         request_id: vLLM's own; name: the caller's.
-        token_ids: the prompt's first E tokens.
+        end: positions below it are the blend's; where it is not the plan's own end, those between
+            the two are computed along.
+        token_ids: the prompt's tokens [0, end).
         question: token ids whose attention selects.
-        blocks: numbers of the paged blocks that hold positions [0, E).
+        blocks: numbers of the paged blocks that hold positions [0, end).
         write_from: positions below it are in the cache already, blended by an identical plan.
         background: others decode meanwhile, so that no step may take long.
     """
 
     request_id: str
     name: str
+    end: int
     token_ids: tuple[int, ...]
     question: tuple[int, ...]
     plan: Plan
@@ -56,6 +61,18 @@ class Clock:
             self._marks.append((stage, event))
         else:
             self._marks.append((stage, time.perf_counter()))
+
+    def pauses(self, stage: str, work: Generator[None, None, T]) -> Generator[None, None, T]:
+        """``work``, whose time belongs to ``stage``; what happens in its pauses belongs to none."""
+        try:
+            while True:
+                next(work)
+                self.mark(stage)
+                yield
+                self.mark()
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
     def ready(self) -> bool:
         """Whether the GPU is past the last mark."""

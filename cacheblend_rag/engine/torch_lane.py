@@ -1,17 +1,18 @@
 """The plain way: dense torch operations, the backend's own attention. Any device; our twin.
 
-Shape legend: E tokens of the blended region, Q question tokens, F tokens between chunks, T tokens
-of a pass, K layers loaded at once, G KV heads, H query heads, D head size.
+Shape legend: E tokens of the blended region, A of its plan, Q question tokens, F tokens between
+chunks, T tokens of a pass, K layers loaded at once, G KV heads, H query heads, D head size.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cacheblend_kernels import question_attention
 from cacheblend_rag.engine import compat
@@ -66,13 +67,16 @@ class TorchLane(Lane):
             self.handle.write(self._placed, k[new], v[new], self._slots)
             self._placed += 1
 
-    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
+    def ask(
+        self, question: Sequence[int], keep: range, most_glue: int
+    ) -> Generator[None, None, torch.Tensor]:
         glue = upload(self.region.glue(most_glue), self.device)
         positions_Q = upload(self._question_positions(len(question)), self.device)
         step = _QuestionPass(self, glue, positions_Q, keep)
         ids = torch.cat([self.ids_E[glue], upload(np.array(question), self.device)])
         self.handle.run(step, ids, torch.cat([glue, positions_Q]))
-        return step.score_E
+        yield
+        return F.pad(step.score_A, (0, self.region.end - self.region.asked))
 
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = self.layer(index)
@@ -82,7 +86,7 @@ class TorchLane(Lane):
         self._correction = Correction(self, candidate_E, chosen, reach)
         self._moved_slots = self._cache.slots(self._blocks, self._correction.moved_N.cpu())
 
-    def recompute(self, tile: torch.Tensor) -> None:
+    def recompute(self, tile: torch.Tensor) -> Generator[None, None, None]:
         step = PagedPass(
             self._cache,
             self._blocks,
@@ -91,6 +95,7 @@ class TorchLane(Lane):
             fresh=functools.partial(self._move, tile) if self._correction else None,
         )
         self.handle.run(step, self.ids_E[tile], tile)
+        yield
 
     def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         assert self._correction is not None
@@ -110,14 +115,14 @@ class _QuestionPass(Pass):
     ) -> None:
         self._lane, self._keep = lane, keep
         self._fresh_F, self._num_fresh = fresh_F, len(fresh_F)
-        end, device = lane.region.end, lane.device
+        end, device = lane.region.asked, lane.device
         self._query_pos = torch.cat([fresh_F, positions_Q])
         self._key_pos = torch.cat([torch.arange(end, device=device), positions_Q])
         self._known = torch.ones(len(self._key_pos), dtype=torch.bool, device=device)
-        self._known[:end] = upload(lane.region.stored_E, device)
+        self._known[:end] = upload(lane.region.stored_E[:end], device)
         self._known[fresh_F] = True
         self._masks: dict[int | None, torch.Tensor] = {}  # by sliding window
-        self.score_E = torch.zeros(end, device=device)
+        self.score_A = torch.zeros(end, device=device)
 
     def attend(
         self,
@@ -130,8 +135,9 @@ class _QuestionPass(Pass):
     ) -> None:
         n = self._num_fresh
         self._lane.place_through(index)
+        end = len(self.score_A)
         stored_k, stored_v = self._lane.layer(index)
-        k, v = torch.cat([stored_k, k_TGD[n:]]), torch.cat([stored_v, v_TGD[n:]])
+        k, v = torch.cat([stored_k[:end], k_TGD[n:]]), torch.cat([stored_v[:end], v_TGD[n:]])
         k[self._fresh_F], v[self._fresh_F] = k_TGD[:n], v_TGD[:n]
         mask = self._mask(compat.sliding_window(layer))
         if index not in self._keep:
@@ -142,7 +148,7 @@ class _QuestionPass(Pass):
         out_THD[n:], score = question_attention(
             q_THD[n:], k, v, mask[n:], scale=layer.impl.scale, softcap=compat.softcap(layer)
         )
-        self.score_E += score[: len(self.score_E)]
+        self.score_A += score[:end]
         if index == self._keep[-1]:
             self.stop()
 
