@@ -45,14 +45,22 @@ def save(args: argparse.Namespace, about: str, rows: Any, panels: Sequence[Any])
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     panels = found["panels"]
-    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, one in zip(axes, panels, strict=True):
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(7 * columns, 4.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, one in zip(axes, panels, strict=False):
         for name, points in one["lines"].items():
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-        axis.set(xlabel=one["x"], ylabel=one["y"], title=one["title"], yscale="log")
+        axis.set(xlabel=one["x"], ylabel=one["y"], title=one["title"], xscale="log", yscale="log")
+        measured = sorted({x for points in one["lines"].values() for x, _ in points})
+        axis.set_xticks(measured, [f"{x:.3g}" if x < 100 else f"{x:.0f}" for x in measured])
+        axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.legend(fontsize="small")
     figure.suptitle(found["about"], fontsize="small", wrap=True)
     figure.savefig(path, dpi=110)
