@@ -14,6 +14,7 @@ import statistics
 import time
 from typing import Any
 
+import plots
 from shapes import Words, opened, parser, size, versions
 
 STAGES = ("tokenize", "locate", "plan", "load", "select", "recompute")
@@ -25,6 +26,7 @@ def main() -> None:
     options.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15])
     options.add_argument("--selectors", nargs="+", default=["query", "hkvd"])
     options.add_argument("--rounds", type=int, default=7)
+    plots.options(options)
     args = options.parse_args()
     start, (number, each) = time.perf_counter(), args.size
     with opened(args, number * each, in_process=True, when="always") as (blend, words):
@@ -35,11 +37,12 @@ def measure(blend: Any, words: Words, started: float, args: argparse.Namespace) 
     number, each = args.size
     chunks, head = [words(each) for _ in range(number)], words(48)
     ingested = blend.ingest(chunks, progress=False)
-    print(
+    about = (
         f"{versions(blend)}, {args.shape}, {number} x {each} tokens, "
         f"gpu cache {args.gpu_cache}, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}; start "
         f"{started:.0f} s, ingestion {ingested.tokens / ingested.seconds:.0f} tokens/s"
     )
+    print(about)
     modes: dict[str, dict[str, Any]] = {
         "floor": {"mode": "off"},
         "full": {"mode": "full"},
@@ -58,17 +61,27 @@ def measure(blend: Any, words: Words, started: float, args: argparse.Namespace) 
             result = blend.generate(prompt, max_tokens=1, temperature=0.0, **call)
             if turn >= 3:
                 measured[name].append((time.perf_counter() - begin, result.report.stages_s))
-    show(measured)
+    bars = {name: parts_ms(of_mode) for name, of_mode in measured.items()}
+    show(bars)
+    plots.save(args, about, measured, [plots.stacked("One request", "ms", bars)])
 
 
-def show(measured: dict[str, list[tuple[float, Any]]]) -> None:
-    full = statistics.median(seconds for seconds, _ in measured["full"])
-    print(f"{'mode':12}{'ms':>9}{'full/mode':>11}", *(f"{s:>10}" for s in (*STAGES, "rest")))
-    for name, of_mode in measured.items():
-        total = statistics.median(seconds for seconds, _ in of_mode)
-        stages = [statistics.median(s.get(stage, 0.0) for _, s in of_mode) for stage in STAGES]
-        parts = (f"{1e3 * s:10.1f}" for s in (*stages, total - sum(stages)))
-        print(f"{name:12}{1e3 * total:9.1f}{full / total:11.2f}", *parts)
+def parts_ms(of_mode: list[tuple[float, Any]]) -> dict[str, float]:
+    """Medians of the stages, and what is left of the whole."""
+    parts = {
+        stage: 1e3 * statistics.median(s.get(stage, 0.0) for _, s in of_mode) for stage in STAGES
+    }
+    whole = 1e3 * statistics.median(seconds for seconds, _ in of_mode)
+    return {**parts, "rest": whole - sum(parts.values())}
+
+
+def show(bars: dict[str, dict[str, float]]) -> None:
+    full = sum(bars["full"].values())
+    print(f"{'mode':12}{'ms':>9}{'full/mode':>11}", *(f"{part:>10}" for part in bars["full"]))
+    for name, parts in bars.items():
+        whole = sum(parts.values())
+        columns = (f"{ms:10.1f}" for ms in parts.values())
+        print(f"{name:12}{whole:9.1f}{full / whole:11.2f}", *columns)
 
 
 if __name__ == "__main__":

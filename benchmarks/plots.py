@@ -34,6 +34,11 @@ def panel(title: str, x: str, y: str, lines: Mapping[str, Sequence[Sequence[floa
     return {"title": title, "x": x, "y": y, "lines": lines}
 
 
+def stacked(title: str, x: str, bars: Mapping[str, Mapping[str, float]]) -> Any:
+    """One diagram: the parts that each bar is made of, the same ones of each."""
+    return {"title": title, "x": x, "bars": bars}
+
+
 def save(args: argparse.Namespace, about: str, rows: Any, panels: Sequence[Any]) -> None:
     """What ``options`` asked for."""
     found = {"about": about, "rows": rows, "panels": panels}
@@ -45,7 +50,6 @@ def save(args: argparse.Namespace, about: str, rows: Any, panels: Sequence[Any])
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     panels = found["panels"]
     columns = min(2, len(panels))
@@ -53,17 +57,34 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7 * columns, 4.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, one in zip(axes, panels, strict=False):
-        for name, points in one["lines"].items():
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-        axis.set(xlabel=one["x"], ylabel=one["y"], title=one["title"], xscale="log", yscale="log")
-        measured = sorted({x for points in one["lines"].values() for x, _ in points})
-        axis.set_xticks(measured, [f"{x:.3g}" if x < 100 else f"{x:.0f}" for x in measured])
-        axis.minorticks_off()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
+        (_draw_bars if "bars" in one else _draw_lines)(axis, one)
         axis.legend(fontsize="small")
     figure.suptitle(found["about"], fontsize="small", wrap=True)
     figure.savefig(path, dpi=110)
+
+
+def _draw_lines(axis: Any, one: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    for name, points in one["lines"].items():
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+    axis.set(xlabel=one["x"], ylabel=one["y"], title=one["title"], xscale="log", yscale="log")
+    measured = sorted({x for points in one["lines"].values() for x, _ in points})
+    axis.set_xticks(measured, [f"{x:.3g}" if x < 100 else f"{x:.0f}" for x in measured])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+def _draw_bars(axis: Any, one: Mapping[str, Any]) -> None:
+    names, bars = list(one["bars"]), list(one["bars"].values())
+    left = [0.0] * len(bars)
+    for part in bars[0]:
+        widths = [bar[part] for bar in bars]
+        axis.barh(names, widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.invert_yaxis()  # the first one on top
+    axis.set(xlabel=one["x"], title=one["title"])
 
 
 def main() -> None:
