@@ -10,34 +10,27 @@ compared are medians of the time to a first token.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import threading
 import time
 from typing import Any
 
-from shapes import SHAPES, Words, versions, write_model
-from ttft import size
+from shapes import Words, opened, parser, size, versions
 
 SIZES = ["1x64", "1x256", "1x1024", "2x512", "6x512", "6x1024"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--sizes", type=size, nargs="+", default=[size(s) for s in SIZES])
-    parser.add_argument("--disk-gbps", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--gpu-memory-utilization", type=float)
-    args = parser.parse_args()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    options = parser(__doc__)
+    options.add_argument("--sizes", type=size, nargs="+", default=[size(s) for s in SIZES])
+    options.add_argument("--disk-gbps", type=float, default=0.5)
+    options.add_argument("--rounds", type=int, default=7)
+    args = options.parse_args()
+    run(args, args.store)
+    slow_disk(args.disk_gbps * 1e9)
     with tempfile.TemporaryDirectory() as folder:
-        write_model(folder, args.shape)
-        run(folder, args)
+        run(args, f"file://{folder}")
 
 
 def slow_disk(bytes_per_s: float) -> None:
@@ -55,34 +48,16 @@ def slow_disk(bytes_per_s: float) -> None:
     FileSource.read_into = slow  # type: ignore[method-assign]
 
 
-def run(folder: str, args: argparse.Namespace) -> None:
-    from cacheblend_rag import BlendConfig, CacheBlend
-
-    words = Words(args.shape)
-    options = {}
-    if args.gpu_memory_utilization is not None:
-        options["gpu_memory_utilization"] = args.gpu_memory_utilization
-    for store in ("memory://?capacity=16GiB", f"file://{folder}/kv"):
-        if store.startswith("file"):
-            slow_disk(args.disk_gbps * 1e9)
-        with CacheBlend(
-            folder,
-            config=BlendConfig(ingest_prefix=words(64), store=store),
-            engine="batch",
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=max(n * t for n, t in args.sizes) + 2048,
-            **options,
-        ) as blend:
-            assert blend.gate.passed, blend.gate.reason
-            print(
-                f"{versions(blend)}, {args.shape}, {store.partition(':')[0]} "
-                f"{'' if store.startswith('memory') else f'at {args.disk_gbps} GB/s'}, "
-                f"{args.rounds} rounds, {time.strftime('%Y-%m-%d')}"
-            )
-            for number, each in args.sizes:
-                row(blend, words, number, each, args.rounds)
+def run(args: argparse.Namespace, store: str) -> None:
+    longest = max(n * t for n, t in args.sizes)
+    with opened(args, longest, in_process=True, store=store) as (blend, words):
+        print(
+            f"{versions(blend)}, {args.shape}, {store.partition(':')[0]} "
+            f"{'' if store.startswith('memory') else f'at {args.disk_gbps} GB/s'}, "
+            f"{args.rounds} rounds, {time.strftime('%Y-%m-%d')}"
+        )
+        for number, each in args.sizes:
+            row(blend, words, number, each, args.rounds)
 
 
 def row(blend: Any, words: Words, number: int, each: int, rounds: int) -> None:

@@ -19,10 +19,8 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from cacheblend_kernels.attention import scattered_attention
-from cacheblend_kernels.paged import PagedKV
 from cacheblend_rag import __version__
-
-_BLOCK = 16
+from kernels import paged, scattered
 
 
 def main() -> None:
@@ -55,13 +53,7 @@ def row(context: int, ratio: float, args: argparse.Namespace) -> None:
     per_pair = 4 * heads * dim
     flops = per_pair * int((positions + 1).sum())
     dense = int((2 * flops / per_pair) ** 0.5)
-    cache = torch.randn(
-        context // _BLOCK, _BLOCK, groups, 2 * dim, dtype=torch.bfloat16, device="cuda"
-    )
-    k, v = cache.split(dim, -1)
-    table = torch.randperm(context // _BLOCK, dtype=torch.int32).cuda()
-    length = torch.tensor([context], dtype=torch.int32, device="cuda")
-    view = PagedKV(k, v, table, length, context)
+    view = paged(context, groups, dim)
     q = torch.randn(len(positions), heads, dim, dtype=torch.bfloat16, device="cuda")
     out, at = torch.empty_like(q), positions.cuda()
     dense_q = torch.randn(dense, heads, dim, dtype=torch.bfloat16, device="cuda")
@@ -88,13 +80,6 @@ def row(context: int, ratio: float, args: argparse.Namespace) -> None:
         f"{dense:8}{b * 1e6:9.1f}{best:9.0f}{speed / best:9.2f}",
         flush=True,
     )
-
-
-def scattered(context: int, ratio: float, run: int) -> torch.Tensor:
-    """int64 positions: runs of ``run`` tokens, spread at random over the context."""
-    generator = torch.Generator().manual_seed(0)
-    starts = torch.randperm(context // run, generator=generator)[: int(ratio * context / run)]
-    return (starts[:, None] * run + torch.arange(run)).flatten().sort().values
 
 
 def in_turn(

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
-import os
 import statistics
-import tempfile
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, Words, versions, write_model
+from shapes import Words, opened, parser, versions
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
@@ -32,92 +32,87 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def options(about: str | None) -> argparse.ArgumentParser:
+    """Of benchmarks that draw requests from a pool of chunks."""
+    found = parser(about)
+    found.add_argument("--chunks", type=int, default=6, help="of a request")
+    found.add_argument("--pool", type=int, default=24)
+    found.add_argument("--chunk-tokens", type=int, default=512)
+    found.add_argument("--output-tokens", type=int, default=16)
+    found.add_argument("--ratio", type=float, default=0.15)
+    found.add_argument("--tile", type=int, help="BlendConfig.tile_tokens")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--chunks", type=int, default=6)
-    parser.add_argument("--pool", type=int, default=24)
-    parser.add_argument("--chunk-tokens", type=int, default=512)
+    parser = options(__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=48, help="for each mode and client number")
-    parser.add_argument("--output-tokens", type=int, default=16)
-    parser.add_argument("--ratio", type=float, default=0.15)
-    parser.add_argument("--tile", type=int, help="BlendConfig.tile_tokens")
-    parser.add_argument("--gpu-cache")
-    parser.add_argument("--gpu-memory-utilization", type=float)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(folder, args.shape)
-        asyncio.run(run(folder, args))
+    with loaded(args) as load:
+        asyncio.run(run(load, args))
 
 
 class Load:
-    """Requests over one pool of chunks."""
+    """Requests over one pool of chunks; ``blended`` counts those that were."""
 
-    def __init__(self, blend: Any, args: argparse.Namespace, words: Words) -> None:
-        self.blend, self.args, self.words = blend, args, words
-        self.pool = [words(args.chunk_tokens) for _ in range(args.pool)]
-        self.head = words(48)
+    def __init__(self, blend: Any, words: Words, pool: Sequence[tuple[int, ...]]) -> None:
+        self.blend, self.words, self.pool = blend, words, pool
+        self.head, self.blended = words(48), 0
 
-    def prompt(self) -> tuple[int, ...]:
-        chosen = self.words.draw.sample(self.pool, self.args.chunks)
-        return self.head + tuple(t for c in chosen for t in c) + self.words(32)
+    def prompt(self, chosen: Iterable[int]) -> tuple[int, ...]:
+        """These chunks of the pool in this order, and a new question."""
+        return self.head + tuple(t for n in chosen for t in self.pool[n]) + self.words(32)
 
-    async def request(self, output_tokens: int, **call: Any) -> list[float]:
+    def some(self, count: int) -> tuple[int, ...]:
+        """A prompt of so many chunks, any of the pool."""
+        return self.prompt(self.words.draw.sample(range(len(self.pool)), count))
+
+    async def request(
+        self, prompt: tuple[int, ...], output_tokens: int, **call: Any
+    ) -> list[float]:
         """Seconds from the call to each token."""
         start, at = time.perf_counter(), []
         stream = self.blend.astream(
-            self.prompt(), max_tokens=output_tokens, temperature=0.0, ignore_eos=True, **call
+            prompt, max_tokens=output_tokens, temperature=0.0, ignore_eos=True, **call
         )
         async for _ in stream:
             at.append(time.perf_counter() - start)
+        self.blended += stream.result.report.blended
         return at
 
 
-async def run(folder: str, args: argparse.Namespace) -> None:
-    from cacheblend_rag import BlendConfig, CacheBlend
-
-    words = Words(args.shape)
-    options = {}
-    if args.gpu_memory_utilization is not None:
-        options["gpu_memory_utilization"] = args.gpu_memory_utilization
-    blend = CacheBlend(
-        folder,
-        config=BlendConfig(
-            ingest_prefix=words(64),
-            recompute_ratio=args.ratio,
-            store="memory://?capacity=32GiB",
-            tile_tokens=args.tile,
-            gpu_cache=args.gpu_cache,
-        ),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=args.chunks * args.chunk_tokens + 2048,
-        **options,
-    )
-    with blend:
-        assert blend.gate.passed, blend.gate.reason
-        load = Load(blend, args, words)
+@contextlib.contextmanager
+def loaded(args: argparse.Namespace) -> Iterator[Load]:
+    """An engine with a pool of chunks in its store."""
+    with opened(
+        args, args.chunks * args.chunk_tokens, recompute_ratio=args.ratio, tile_tokens=args.tile
+    ) as (blend, words):
+        load = Load(blend, words, [words(args.chunk_tokens) for _ in range(args.pool)])
         blend.ingest(load.pool, progress=False)
-        print(
-            f"{versions(blend)}, {args.shape}, {args.chunks} of {args.pool} "
-            f"x {args.chunk_tokens} tokens, {args.output_tokens} output tokens, "
-            f"ratio {args.ratio}, tile {args.tile}, {time.strftime('%Y-%m-%d')}"
-        )
-        for call in MODES.values():  # warm up
-            await asyncio.gather(*(load.request(4, **call) for _ in range(4)))
-        found = {"stall": await stall(load), "throughput": await throughput(load)}
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=1))
+        yield load
 
 
-async def throughput(load: Load) -> list[dict[str, Any]]:
-    args, rows = load.args, []
+def about(load: Load, args: argparse.Namespace) -> str:
+    return (
+        f"{versions(load.blend)}, {args.shape}, {args.chunks} of {args.pool} "
+        f"x {args.chunk_tokens} tokens, {args.output_tokens} output tokens, "
+        f"ratio {args.ratio}, tile {args.tile}, {time.strftime('%Y-%m-%d')}"
+    )
+
+
+async def run(load: Load, args: argparse.Namespace) -> None:
+    print(about(load, args))
+    for call in MODES.values():  # warm up
+        await asyncio.gather(*(load.request(load.some(args.chunks), 4, **call) for _ in range(4)))
+    found = {"stall": await stall(load, args), "throughput": await throughput(load, args)}
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+async def throughput(load: Load, args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
     print(f"{'mode':8}{'clients':>8}{'requests/s':>12}{'TTFT p50 ms':>13}{'p95 ms':>9}")
     for clients in args.clients:
         for name, call in MODES.items():
@@ -126,39 +121,54 @@ async def throughput(load: Load) -> list[dict[str, Any]]:
 
             async def client(left: Any = left, call: Any = call, ttft: list[float] = ttft) -> None:
                 for _ in left:
-                    ttft.append((await load.request(args.output_tokens, **call))[0])
+                    prompt = load.some(args.chunks)
+                    ttft.append((await load.request(prompt, args.output_tokens, **call))[0])
 
             start = time.perf_counter()
             await asyncio.gather(*(client() for _ in range(clients)))
             speed = args.requests / (time.perf_counter() - start)
-            p50, p95 = statistics.median(ttft), statistics.quantiles(ttft, n=20)[-1]
+            p50, p95 = statistics.median(ttft), percentile95(ttft)
             rows.append({"mode": name, "clients": clients, "rps": speed, "p50": p50, "p95": p95})
             print(f"{name:8}{clients:8}{speed:12.2f}{1e3 * p50:13.1f}{1e3 * p95:9.1f}", flush=True)
-    print("at equal p95 TTFT:")
-    for target in sorted({r["p95"] for r in rows if r["mode"] == "full"}):
-        best = {
-            name: max((r["rps"] for r in of_mode if r["p95"] <= target), default=0)
-            for name, of_mode in ((n, [r for r in rows if r["mode"] == n]) for n in MODES)
-        }
-        ratios = [f"{best['blend'] / best[m]:.2f} x {m}" for m in ("full", "off") if best[m]]
-        print(f"  p95 <= {1e3 * target:.0f} ms: blend {best['blend']:.2f}/s, {', '.join(ratios)}")
+    at_equal_p95(rows)
     return rows
 
 
-async def stall(load: Load) -> dict[str, Any]:
+def percentile95(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=20)[-1]
+
+
+def at_equal_p95(rows: Sequence[dict[str, Any]]) -> None:
+    """The highest throughput of each mode that keeps each p95 TTFT a full prefill was seen with."""
+    print("at equal p95 TTFT:")
+    for target in sorted({r["p95"] for r in rows if r["mode"] == "full"}):
+        best = {
+            name: max(
+                (r["rps"] for r in rows if r["mode"] == name and r["p95"] <= target), default=0
+            )
+            for name in MODES
+        }
+        ratios = [
+            f"{best['blend'] / best[m]:.2f} x {m} ({best[m]:.2f})"
+            for m in ("full", "off")
+            if best[m]
+        ]
+        print(f"  p95 <= {1e3 * target:.0f} ms: blend {best['blend']:.2f}/s, {', '.join(ratios)}")
+
+
+async def stall(load: Load, args: argparse.Namespace) -> dict[str, Any]:
     """Gaps between the tokens of one stream: alone, beside blends, beside plain prefills."""
     found: dict[str, Any] = {}
     for name, call in {"alone": None, "blend": {}, "full": {"mode": "full"}}.items():
-        stream = asyncio.create_task(load.request(240, mode="off"))
+        stream = asyncio.create_task(load.request(load.some(args.chunks), 240, mode="off"))
         if call is not None:
             await asyncio.sleep(0.4)  # it decodes
             for _ in range(6):
-                await load.request(1, **call)
-        at = await stream
-        gaps = [b - a for a, b in itertools.pairwise(at)]
+                await load.request(load.some(args.chunks), 1, **call)
+        gaps = steps(await stream)
         found[name] = {
             "median": statistics.median(gaps),
-            "p95": statistics.quantiles(gaps, n=20)[-1],
+            "p95": percentile95(gaps),
             "longest": sorted(gaps)[-5:],
         }
     normal = found["alone"]["median"]
@@ -170,6 +180,11 @@ async def stall(load: Load) -> dict[str, Any]:
             flush=True,
         )
     return found
+
+
+def steps(at: Sequence[float]) -> list[float]:
+    """Seconds between tokens that came at these times."""
+    return [b - a for a, b in itertools.pairwise(at)]
 
 
 if __name__ == "__main__":

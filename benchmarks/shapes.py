@@ -1,19 +1,36 @@
-"""Models of known shape with random weights: latency depends on shapes only."""
+"""Models of known shape with random weights, and engines over them: latency needs shapes only."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import os
 import platform
 import random
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {  # no model's: to try a benchmark out
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256,
+        "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+    },
     "qwen2.5-0.5b": {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896,
         "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
         "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
         "rope_theta": 1000000.0,
+    },
+    "mistral-7b": {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32768, "tie_word_embeddings": False,
+        "rope_theta": 1000000.0, "sliding_window": None,
     },
     "llama-8b": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
@@ -21,16 +38,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
         "rope_theta": 500000.0,
     },
+    "qwen3-8b": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096,
+        "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": False, "rope_theta": 1000000.0,
+    },
+    "qwen2.5-32b": {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120,
+        "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False,
+        "rope_theta": 1000000.0,
+    },
 }  # fmt: skip
 COMMON = {
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "hidden_act": "silu",
     "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-
-
-def write_model(folder: str, shape: str) -> None:
-    """A folder that vLLM opens with ``load_format="dummy"``."""
-    Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[shape]}))
 
 
 class Words:
@@ -42,6 +66,68 @@ class Words:
 
     def __call__(self, count: int) -> tuple[int, ...]:
         return tuple(self.draw.randrange(2, self._vocab) for _ in range(count))
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of an engine has."""
+    options = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    options.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    options.add_argument("--dtype", default="bfloat16")
+    options.add_argument("--block-size", type=int)
+    options.add_argument("--gpu-memory-utilization", type=float)
+    options.add_argument("--gpu-cache", help="GPU memory for chunks, such as 2GiB")
+    options.add_argument("--store", default="memory://?capacity=32GiB")
+    return options
+
+
+def size(text: str) -> tuple[int, int]:
+    """Chunks and tokens a chunk of an option such as 6x1024."""
+    chunks, _, tokens = text.partition("x")
+    return int(chunks), int(tokens)
+
+
+@contextlib.contextmanager
+def opened(
+    args: argparse.Namespace, tokens: int, *, in_process: bool = False, **config: Any
+) -> Iterator[tuple[Any, Words]]:
+    """A ``CacheBlend`` that blends, and the words of its model.
+
+    Args:
+        args: of ``parser``.
+        tokens: of the chunks of the longest prompt.
+        in_process: vLLM's ``LLM`` in this process, instead of ``AsyncLLM`` and its own.
+        **config: further fields of ``BlendConfig``, or others than ``args`` says.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if in_process:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from cacheblend_rag import BlendConfig, CacheBlend
+
+    words = Words(args.shape)
+    config = {
+        "ingest_prefix": words(64), "store": args.store, "gpu_cache": args.gpu_cache, **config
+    }  # fmt: skip
+    options = {
+        name: value
+        for name in ("block_size", "gpu_memory_utilization")
+        if (value := getattr(args, name)) is not None
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[args.shape]}))
+        with CacheBlend(
+            folder,
+            config=BlendConfig(**config),
+            engine="batch" if in_process else "serving",
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=args.dtype,
+            max_model_len=tokens + 2048,
+            **options,
+        ) as blend:
+            assert blend.gate.passed, blend.gate.reason
+            yield blend, words
 
 
 def versions(blend: Any) -> str:

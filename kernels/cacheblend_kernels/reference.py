@@ -6,10 +6,15 @@ P rotated pairs (half of the rotary dimension).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from cacheblend_kernels.paged import PagedKV
+
+if TYPE_CHECKING:
+    from cacheblend_kernels.move import Movers
 
 _LOGITS = 1 << 26  # attention logits held at once, float32
 
@@ -161,3 +166,30 @@ def placed(
     block, inside = cache.slots(positions_N)
     cache.k_BSGD[block, inside] = rerotate(k_NGD, cos_NP, sin_NP, is_neox=is_neox)
     cache.v_BSGD[block, inside] = v_NGD
+
+
+def moved(
+    movers: Movers,
+    k_RGD: torch.Tensor,
+    v_RGD: torch.Tensor,
+    cache: PagedKV,
+    cos_NP: torch.Tensor,
+    sin_NP: torch.Tensor,
+    *,
+    is_neox: bool,
+) -> None:
+    """Twin of ``move.move`` for all recomputed tokens in one pass: ``nearness`` times how far each
+    is off, keys compared as if all stood at position 0.
+    """
+    chunk_N, at_R = movers.chunk_N, movers.position_R
+    everywhere_N = torch.arange(len(chunk_N), device=chunk_N.device)
+    k_NGD, v_NGD = (old.float() for old in cache.gather(everywhere_N))
+    same_NR = (chunk_N[:, None] == movers.chunk_R[None]) & (movers.chunk_R >= 0)
+    weight_NR = nearness(everywhere_N, at_R, same_NR, movers.reach)
+    off_k = rerotate(k_RGD.float() - k_NGD[at_R], cos_NP[at_R], -sin_NP[at_R], is_neox=is_neox)
+    off_v = v_RGD.float() - v_NGD[at_R]
+    sum_k, sum_v = (torch.einsum("nr,rgd->ngd", weight_NR, off) for off in (off_k, off_v))
+    block, inside = cache.slots(everywhere_N)
+    turned = rerotate(sum_k, cos_NP, sin_NP, is_neox=is_neox)
+    cache.k_BSGD[block, inside] = (k_NGD + turned).to(cache.k_BSGD.dtype)
+    cache.v_BSGD[block, inside] = (v_NGD + sum_v).to(cache.v_BSGD.dtype)

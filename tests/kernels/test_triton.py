@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cacheblend_kernels.paged import PagedKV
-from cacheblend_kernels.reference import nearness, placed, question_attention, rerotate
+from cacheblend_kernels.reference import moved, placed, question_attention
 
 pytest.importorskip("triton", reason="this platform has no Triton")
 from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
@@ -106,7 +106,7 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
     chunk_R = chunk_N[position_R]
     chosen = torch.zeros(context, dtype=torch.bool, device=DEVICE)
     chosen[position_R] = True
-    moved = (chunk_N >= 0) & ~chosen
+    moves = (chunk_N >= 0) & ~chosen
     chunk_N = chunk_N.masked_fill(chosen, -1)
     before = torch.nn.functional.pad(chosen.cumsum(0), (1, 0)).int()
     k, v = torch.randn(2, 50, groups, dim, device=DEVICE).to(dtype)
@@ -115,23 +115,18 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
 
     everywhere = torch.arange(context, device=DEVICE)
     old_k, old_v = (x.clone() for x in cache.gather(everywhere))
-    same = (chunk_N[:, None] == chunk_R[None]) & (chunk_R >= 0)
-    weight = nearness(everywhere, position_R, same, reach)
-    off_k, off_v = ((x - y[position_R]).float() for x, y in ((k, old_k), (v, old_v)))
-    off_k = rerotate(off_k, cos[position_R], -sin[position_R], is_neox=is_neox)
-    sum_k, sum_v = (torch.einsum("nr,rgd->ngd", weight, off) for off in (off_k, off_v))
-    sum_k = rerotate(sum_k, cos, sin, is_neox=is_neox)
-
+    twin = cache._replace(k_BSGD=cache.k_BSGD.clone(), v_BSGD=cache.v_BSGD.clone())
     movers = Movers(chunk_N, position_R, chunk_R, before, reach)
+    moved(movers, k, v, twin, cos, sin, is_neox=is_neox)
     for some in (slice(0, 21), slice(21, 50)):
         move(movers, some.start, k[some], v[some], cache, cos, sin, is_neox=is_neox)
     new_k, new_v = cache.gather(everywhere)
-    assert torch.equal(new_k[~moved], old_k[~moved]) and torch.equal(new_v[~moved], old_v[~moved])
+    assert torch.equal(new_k[~moves], old_k[~moves]) and torch.equal(new_v[~moves], old_v[~moves])
     bound = max(2e-3, 2 * TOLERANCE[dtype])  # a say is cut off at 8 reaches
-    for new, old, change in ((new_k, old_k, sum_k), (new_v, old_v, sum_v)):
-        expected = (old.float() + change)[moved]
-        torch.testing.assert_close(new[moved].float(), expected, atol=bound, rtol=1e-2)
-        assert change[moved].abs().max() > 0.1
+    expected = twin.gather(everywhere)
+    for new, old, want in zip((new_k, new_v), (old_k, old_v), expected, strict=True):
+        torch.testing.assert_close(new.float(), want.float(), atol=bound, rtol=1e-2)
+        assert (want - old)[moves].abs().max() > 0.1
 
 
 def twin_of(q, positions, cache, context, *, extra, known, window, scale, softcap):  # type: ignore[no-untyped-def]
