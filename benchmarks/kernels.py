@@ -302,15 +302,17 @@ def move_operation(args: argparse.Namespace) -> Operation:
     chosen = torch.zeros(n, dtype=torch.bool, device=DEVICE)
     chosen[position_R] = True
     before = torch.nn.functional.pad(chosen.cumsum(0), (1, 0)).int()
+    pass_2 = torch.tensor([0, len(position_R)], dtype=torch.int32, device=DEVICE)
     movers = Movers(
-        chunk_N.masked_fill(chosen, -1), position_R, chunk_N[position_R], before, args.reach
-    )
+        chunk_N.masked_fill(chosen, -1), position_R, chunk_N[position_R], before, pass_2,
+        torch.tensor([float(args.reach)], device=DEVICE),
+    )  # fmt: skip
     k, v = torch.randn(2, len(position_R), groups, dim, device=DEVICE).to(args.dtype)
     angle = everywhere[:, None] * torch.rand(dim // 2, device=DEVICE)
     cos, sin = angle.cos(), angle.sin()
 
     def ours() -> tuple[torch.Tensor, ...]:
-        move(movers, 0, k, v, cache, cos, sin, is_neox=True)
+        move(movers, k, v, cache, cos, sin, is_neox=True)
         return cache.k_BSGD, cache.v_BSGD
 
     def twin() -> tuple[torch.Tensor, ...]:

@@ -17,10 +17,12 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
+from cacheblend_kernels.move import Movers
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_rag.engine.forward import ModelHandle, Pass
-from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass, SelectivePass
+from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, Moving, QuestionPass, SelectivePass
 from cacheblend_rag.engine.outcome import gpu_seconds
+from cacheblend_rag.engine.rope import Rerotator
 
 logger = init_logger("vllm.cacheblend_rag")
 
@@ -87,14 +89,17 @@ class PassGraphs:
     """
 
     def __init__(
-        self, handle: ModelHandle, view: Callable[[int, torch.Tensor, torch.Tensor, int], PagedKV]
+        self,
+        handle: ModelHandle,
+        rope: Rerotator,
+        view: Callable[[int, torch.Tensor, torch.Tensor, int], PagedKV],
     ) -> None:
-        self._handle, self._view = handle, view
+        self._handle, self._rerotator, self._view = handle, rope, view
         config = handle.config
         self.usable = (
             get_tensor_model_parallel_world_size() == 1 and not config.model_config.enforce_eager
         )
-        self._passes: dict[tuple[str, int, int, range], CapturedPass] = {}
+        self._passes: dict[tuple[Any, ...], CapturedPass] = {}
         self._under_way: Iterator[None] = iter(())  # a pass that pauses
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
@@ -109,8 +114,12 @@ class PassGraphs:
         self._length = torch.zeros(1, dtype=torch.int32, device=device)
         size = view(0, self._length, self._length, 1).k_BSGD.shape[1]
         self._table = torch.zeros(most // size + 2, dtype=torch.int32, device=device)
-        first = handle.layers[0]
-        self._groups = int(first.num_kv_heads)
+        self._groups = int(handle.layers[0].num_kv_heads)
+        sizes = (most, most, most, most + 1, 2, 1)
+        kinds = (*(torch.int32, torch.int64), *(torch.int32,) * 3, torch.float32)
+        self._movers = Movers(
+            *(torch.ones(n, dtype=t, device=device) for n, t in zip(sizes, kinds, strict=True))
+        )
         self._scores: dict[int, torch.Tensor] = {}
 
     def takes(self, count: int) -> bool:
@@ -122,6 +131,7 @@ class PassGraphs:
         ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         slots_T: torch.Tensor,
+        movers: Movers | None,
         at: PagedKV,
         before: Before,
     ) -> Generator[None, None, bool]:
@@ -130,13 +140,20 @@ class PassGraphs:
         """
         size = _padded(len(ids_T))
         self._fill(at, size, ids_T, positions_T, slots_T)
+        if movers is None:
+            self._movers.chunk_N.fill_(-1)  # no token moves
+            self._movers.pass_2.zero_()
+        else:
+            for static, values in zip(self._movers, movers, strict=True):
+                static[: len(values)].copy_(values, non_blocking=True)
 
-        def make(reach: Before | None) -> Pass:
+        def make(step: Before | None) -> Pass:
             view = self._layers(_MOST_SELECTED)
+            moving = Moving(self._movers, self._rerotator)
             positions, slots = self._positions[:size], self._slots[:size]
-            return SelectivePass(self._handle, view, positions, slots, before=reach)
+            return SelectivePass(self._handle, view, positions, slots, step, moving)
 
-        captured = self._captured(("select", size, 0, range(0)), size, make)
+        captured = self._captured(("select", size), size, make)
         if captured is None:
             return False
         yield from self._run(captured.replay(before))
@@ -167,7 +184,7 @@ class PassGraphs:
             self._scores[context] = torch.zeros(self._groups, context, device=self._handle.device)
         score = self._scores[context]
 
-        def make(reach: Before | None) -> Pass:
+        def make(step: Before | None) -> Pass:
             return QuestionPass(
                 self._handle,
                 self._layers(context),
@@ -178,7 +195,7 @@ class PassGraphs:
                 None,
                 score,
                 keep,
-                before=reach,
+                before=step,
             )
 
         captured = self._captured(("ask", size, context, keep), size, make)
@@ -208,7 +225,7 @@ class PassGraphs:
             ids, spare = none.expand(size), nowhere.expand(size)
             if not self.takes(size):
                 return
-            exhaust(self.select(ids, spare, spare, empty, lambda _: None))
+            exhaust(self.select(ids, spare, spare, None, empty, lambda _: None))
         for size in range(_MOST_ASKING, 0, -32):
             ids, spare = none.expand(size), nowhere.expand(size)
             beside = torch.full_like(spare, NEVER)
@@ -218,7 +235,7 @@ class PassGraphs:
         """How long the pass of a padded size runs, without a context, and in how many graphs; None
         where there is none.
         """
-        found = next((p for (k, n, *_), p in self._passes.items() if (k, n) == (kind, size)), None)
+        found = next((p for key, p in self._passes.items() if key[:2] == (kind, size)), None)
         if found is None:
             return None
         return gpu_seconds(lambda: exhaust(found.replay())), len(found)
@@ -258,7 +275,7 @@ class PassGraphs:
             raise RuntimeError("the pass failed while another one was made room for")
 
     def _captured(
-        self, key: tuple[str, int, int, range], size: int, make: Callable[[Before | None], Pass]
+        self, key: tuple[Any, ...], size: int, make: Callable[[Before | None], Pass]
     ) -> CapturedPass | None:
         if key not in self._passes:
             try:

@@ -11,14 +11,13 @@ layers, G KV heads, D head size, T tokens of a pass.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cacheblend_kernels.move import Movers, move
+from cacheblend_kernels.move import Movers
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.place import Sources, place
 from cacheblend_rag.engine.attention import PagedCache
@@ -26,7 +25,7 @@ from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import PassGraphs
 from cacheblend_rag.engine.hot import HotChunks
 from cacheblend_rag.engine.ingest import prefill_seconds
-from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass, SelectivePass
+from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, Moving, QuestionPass, SelectivePass
 from cacheblend_rag.engine.lane import Lane, Region, upload
 from cacheblend_rag.engine.lanes import Lanes, Pace
 from cacheblend_rag.engine.rope import Rerotator
@@ -209,32 +208,26 @@ class KernelLane(Lane):
         chunk_E = upload(self.region.span_E, self.device).masked_fill(~candidate_E, -1)
         before = torch.zeros(self.region.end + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(chosen_E, 0, dtype=torch.int32, out=before[1:])
-        self._movers = Movers(
-            chunk_E.masked_fill(chosen_E, -1), chosen, chunk_E[chosen], before, reach
-        )
-
-    def _move(self, first: int, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        assert self._movers is not None
-        cos, sin = self.rope.from_start
-        view = self.view(index)
-        move(self._movers, first, k, v, view, cos, sin, is_neox=self.rope.is_neox)
+        moving_E = chunk_E.masked_fill(chosen_E, -1)
+        none_2 = torch.zeros(2, dtype=torch.int32, device=self.device)
+        reach_1 = torch.full((1,), float(reach), device=self.device)
+        self._movers = Movers(moving_E, chosen, chunk_E[chosen], before, none_2, reach_1)
 
     def recompute(self, tile: torch.Tensor) -> Generator[None, None, None]:
         ids, slots = self.ids_E[tile], self.slots(tile)
-        if self._movers is not None:
-            moving = functools.partial(self._move, self._recomputed)
+        movers = self._movers
+        if movers is not None:
+            here = np.array([self._recomputed, len(tile)], dtype=np.int32)
+            movers = movers._replace(pass_2=upload(here, self.device))
             self._recomputed += len(tile)
-            step = SelectivePass(
-                self.handle, self.view, tile, slots, before=self.place_through, fresh=moving
-            )
-            self.handle.run(step, ids, tile)
-            yield
-            return
         if self._graphs.takes(len(tile)):
-            here, before = self.view(0), self.place_through
-            if (yield from self._graphs.select(ids, tile, slots, here, before)):
+            view, before = self.view(0), self.place_through
+            if (yield from self._graphs.select(ids, tile, slots, movers, view, before)):
                 return
-        step = SelectivePass(self.handle, self.view, tile, slots, before=self.place_through)
+        step = SelectivePass(
+            self.handle, self.view, tile, slots, before=self.place_through,
+            moving=None if movers is None else Moving(movers, self.rope),
+        )  # fmt: skip
         self.handle.run(step, ids, tile)
         yield
 
@@ -253,7 +246,7 @@ class KernelLanes(Lanes):
         self._kernels = KernelCache(handle)
         self._hot = HotChunks(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
-        self._graphs = PassGraphs(handle, self._kernels.view)
+        self._graphs = PassGraphs(handle, rope, self._kernels.view)
         self._graphs.prepare(QuerySelector().layer_range(handle.num_layers))
         self.pace = self._paced()
 

@@ -7,19 +7,33 @@ Shape legend: T tokens of the pass, G KV heads, N context tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
+from cacheblend_kernels.move import Movers, move
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, Pass
+from cacheblend_rag.engine.rope import Rerotator
 
 NOWHERE = -1  # position and slot of a row to spare
 NEVER = 1 << 30  # position of a key that no row may see
 
 View = Callable[[int], PagedKV]
+
+
+class Moving(NamedTuple):
+    """What a selective pass does to the tokens around its own."""
+
+    movers: Movers
+    rope: Rerotator
+
+    def __call__(self, view: PagedKV, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
+        """Move them by what these fresh K and V show."""
+        cos, sin = self.rope.from_start
+        move(self.movers, k_TGD, v_TGD, view, cos, sin, is_neox=self.rope.is_neox)
 
 
 class SelectivePass(Pass):
@@ -28,8 +42,8 @@ class SelectivePass(Pass):
     Args:
         view: a layer's paged cache.
         positions_T: int64, ascending, then ``NOWHERE``; slots_T: int64 slots of the same.
-        before: called with each layer's number before the layer is touched; fresh: with it and its
-            fresh K and V.
+        before: called with each layer's number before the layer is touched.
+        moving: what is done to the tokens around.
     """
 
     def __init__(
@@ -39,9 +53,9 @@ class SelectivePass(Pass):
         positions_T: torch.Tensor,
         slots_T: torch.Tensor,
         before: Callable[[int], None] | None = None,
-        fresh: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+        moving: Moving | None = None,
     ) -> None:
-        self._handle, self._view, self._before, self._fresh = handle, view, before, fresh
+        self._handle, self._view, self._before, self._moving = handle, view, before, moving
         self._positions_T, self._slots_T = positions_T, slots_T
 
     def attend(
@@ -55,8 +69,8 @@ class SelectivePass(Pass):
     ) -> None:
         if self._before is not None:
             self._before(index)
-        if self._fresh is not None:
-            self._fresh(index, k_TGD, v_TGD)
+        if self._moving is not None:
+            self._moving(self._view(index), k_TGD, v_TGD)
         self._handle.write(index, k_TGD, v_TGD, self._slots_T)
         if index + 1 == self._handle.num_layers:
             self.stop()

@@ -7,7 +7,6 @@ size, P rotated pairs.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,30 +16,34 @@ import triton.language as tl
 from cacheblend_kernels.paged import PagedKV
 
 _TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
+_PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
 _FAR = 8  # times the reach: there a token's say is below 1/2000
 
 
 class Movers(NamedTuple):
     """Which tokens move, and by whom.
 
+    All are tensors on the device, so that a CUDA graph can read other values there.
+
     Attributes:
         chunk_N: int32 number of the chunk of each context token that moves; -1 for the others.
         position_R: int64, ascending; chunk_R: int32 chunk of each recomputed token, -1 for those
             that no stored KV is known of.
         before_N: int32 [N + 1], how many recomputed tokens come before each position.
-        reach: tokens at which a say has fallen to 1/e.
+        pass_2: int32, the first recomputed token of this pass and how many there are.
+        reach_1: float32, tokens at which a say has fallen to 1/e.
     """
 
     chunk_N: torch.Tensor
     position_R: torch.Tensor
     chunk_R: torch.Tensor
     before_N: torch.Tensor
-    reach: int
+    pass_2: torch.Tensor
+    reach_1: torch.Tensor
 
 
 def move(
     movers: Movers,
-    first: int,
     k_TGD: torch.Tensor,
     v_TGD: torch.Tensor,
     cache: PagedKV,
@@ -49,15 +52,15 @@ def move(
     *,
     is_neox: bool,
 ) -> None:
-    """Move the tokens around the recomputed ones [first, first + T), whose fresh K and V are not in
-    the cache yet.
+    """Move the tokens around the recomputed ones of this pass, whose fresh K and V are not in the
+    cache yet.
 
     The same as ``reference.nearness`` times the differences, keys compared as if all stood at
     position 0. Says of other passes are left to those, but count in the sum that all are divided
     by, so the passes together do what one would.
 
     Args:
-        k_TGD, v_TGD: fresh K and V; rows of [G, D] are contiguous.
+        k_TGD, v_TGD: fresh K and V, of the pass's tokens first; rows of [G, D] are contiguous.
         cos_XP, sin_XP: float32 tables of a turn from position 0 to each position.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
     """
@@ -73,26 +76,28 @@ def move(
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
     }  # fmt: skip
     _off_kernel[(rows, groups)](
-        k_TGD, v_TGD, movers.position_R, movers.chunk_R, cache.table, k, v, cos_XP, sin_XP, off_TX,
-        first, k_TGD.stride(0), v_TGD.stride(0), *strides, **shape, num_warps=1,
+        k_TGD, v_TGD, movers.position_R, movers.chunk_R, movers.pass_2, cache.table, k, v, cos_XP,
+        sin_XP, off_TX, k_TGD.stride(0), v_TGD.stride(0), *strides, **shape, num_warps=1,
     )  # fmt: skip
-    _move_kernel[(triton.cdiv(cache.most, _TOKENS), groups)](
-        off_TX, movers.chunk_N, movers.position_R, movers.chunk_R, movers.before_N, cache.table,
-        k, v, cos_XP, sin_XP, cache.length, first, rows, _FAR * movers.reach,
-        math.log2(math.e) / movers.reach, *strides, **shape,
-        REST=2 * pairs < dim, BLOCK_N=_TOKENS, BLOCK_R=_ROWS, num_warps=4,
+    _move_kernel[(_PROGRAMS, groups)](
+        off_TX, movers.chunk_N, movers.position_R, movers.chunk_R, movers.before_N, movers.pass_2,
+        movers.reach_1, cache.table, k, v, cos_XP, sin_XP, cache.length, *strides, **shape,
+        REST=2 * pairs < dim, BLOCK_N=_TOKENS, BLOCK_R=_ROWS, FAR=_FAR, num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first", "k_row", "v_row"])
+@triton.jit(do_not_specialize=["k_row", "v_row"])
 def _off_kernel(
-    fresh_k, fresh_v, position, chunk, table, k, v, cos, sin, off,
-    first, k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
+    fresh_k, fresh_v, position, chunk, pass_2, table, k, v, cos, sin, off,
+    k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """How far one row is off the stored one, its key turned back to position 0."""
     t, g = tl.program_id(0), tl.program_id(1)
+    first, rows = tl.load(pass_2), tl.load(pass_2 + 1)
+    if t >= rows:
+        return
     if tl.load(chunk + first + t) < 0:
         return
     at = tl.load(position + first + t)
@@ -122,80 +127,83 @@ def _off_kernel(
     tl.store(to + two, (b * co - a * si).to(kind), some)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "far"])
+@triton.jit
 def _move_kernel(
-    off, chunk, position, chunk_of_row, before, table, k, v, cos, sin, length,
-    first, rows, far, nearness, k_block, k_place, k_head, v_block, v_place, v_head,
+    off, chunk, position, chunk_of_row, before, pass_2, reach_1, table, k, v, cos, sin, length,
+     k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     context, g = tl.load(length), tl.program_id(1)
-    start = tl.program_id(0) * BLOCK_N
-    n = start + tl.arange(0, BLOCK_N)
-    mine = tl.load(chunk + n, mask=n < context, other=-1)
-    moves = mine >= 0
-    if tl.max(mine) < 0:
-        return
+    first, rows = tl.load(pass_2), tl.load(pass_2 + 1)
+    reach = tl.load(reach_1)
+    far, nearness = (FAR * reach).to(tl.int32), 1.4426950408889634 / reach  # log2(e): exp2 below
     kind: tl.constexpr = off.dtype.element_ty
     d, p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
     in_d, in_p = d < DIM, p < PAIRS
     one = p if NEOX else 2 * p
     two = p + PAIRS if NEOX else 2 * p + 1
-    total = tl.zeros([BLOCK_N], tl.float32)
-    sum_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    sum_a = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    sum_b = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    sum_rest = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    low = tl.load(before + tl.maximum(start - far, 0))
-    high = tl.load(before + tl.minimum(start + BLOCK_N + far, context))
-    for r0 in range(low, high, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        there = r < high
-        at = tl.load(position + r, mask=there, other=0).to(tl.int32)
-        theirs = tl.load(chunk_of_row + r, mask=there, other=-1)
-        distance = tl.abs(n[:, None] - at[None]).to(tl.float32)
-        heard = (mine[:, None] == theirs[None]) & moves[:, None]
-        say = tl.where(heard, tl.exp2(-distance * nearness), 0.0)
-        total += tl.sum(say, 1)
-        t = r - first
-        now = there & (t >= 0) & (t < rows) & (theirs >= 0)
-        say = say.to(kind)
-        row = off + (t * 2 * GROUPS + g) * DIM
-        a = tl.load(row[:, None] + one[None], mask=now[:, None] & in_p[None], other=0.0)
-        b = tl.load(row[:, None] + two[None], mask=now[:, None] & in_p[None], other=0.0)
-        values = tl.load(
-            row[:, None] + GROUPS * DIM + d[None], mask=now[:, None] & in_d[None], other=0.0
-        )
-        sum_a = tl.dot(say, a, sum_a, input_precision="ieee")
-        sum_b = tl.dot(say, b, sum_b, input_precision="ieee")
-        sum_v = tl.dot(say, values, sum_v, input_precision="ieee")
+    for start in range(tl.program_id(0) * BLOCK_N, context, tl.num_programs(0) * BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        mine = tl.load(chunk + n, mask=n < context, other=-1)
+        moves = mine >= 0
+        low = tl.load(before + tl.maximum(start - far, 0))
+        high = tl.load(before + tl.minimum(start + BLOCK_N + far, context))
+        if tl.max(mine) < 0:
+            high = low
+        total = tl.zeros([BLOCK_N], tl.float32)
+        sum_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        sum_a = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        sum_b = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        sum_rest = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for r0 in range(low, high, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            there = r < high
+            at = tl.load(position + r, mask=there, other=0).to(tl.int32)
+            theirs = tl.load(chunk_of_row + r, mask=there, other=-1)
+            distance = tl.abs(n[:, None] - at[None]).to(tl.float32)
+            heard = (mine[:, None] == theirs[None]) & moves[:, None]
+            say = tl.where(heard, tl.exp2(-distance * nearness), 0.0)
+            total += tl.sum(say, 1)
+            t = r - first
+            now = there & (t >= 0) & (t < rows) & (theirs >= 0)
+            say = say.to(kind)
+            row = off + (t * 2 * GROUPS + g) * DIM
+            a = tl.load(row[:, None] + one[None], mask=now[:, None] & in_p[None], other=0.0)
+            b = tl.load(row[:, None] + two[None], mask=now[:, None] & in_p[None], other=0.0)
+            values = tl.load(
+                row[:, None] + GROUPS * DIM + d[None], mask=now[:, None] & in_d[None], other=0.0
+            )
+            sum_a = tl.dot(say, a, sum_a, input_precision="ieee")
+            sum_b = tl.dot(say, b, sum_b, input_precision="ieee")
+            sum_v = tl.dot(say, values, sum_v, input_precision="ieee")
+            if REST:
+                rest = tl.load(
+                    row[:, None] + d[None], mask=now[:, None] & (in_d & (d >= 2 * PAIRS))[None],
+                    other=0.0,
+                )  # fmt: skip
+                sum_rest = tl.dot(say, rest, sum_rest, input_precision="ieee")
+        share = 1.0 / (1.0 + total)
+        block = tl.load(table + n // SIZE, mask=moves, other=0).to(tl.int64)
+        to_k = k + block * k_block + n % SIZE * k_place + g * k_head
+        to_v = v + block * v_block + n % SIZE * v_place + g * v_head
+        whole = moves[:, None] & in_d[None]
+        where = to_v[:, None] + d[None]
+        was = tl.load(where, mask=whole).to(tl.float32)
+        tl.store(where, (was + sum_v * share[:, None]).to(kind), whole)
         if REST:
-            rest = tl.load(
-                row[:, None] + d[None], mask=now[:, None] & (in_d & (d >= 2 * PAIRS))[None],
-                other=0.0,
-            )  # fmt: skip
-            sum_rest = tl.dot(say, rest, sum_rest, input_precision="ieee")
-    share = 1.0 / (1.0 + total)
-    block = tl.load(table + n // SIZE, mask=moves, other=0).to(tl.int64)
-    to_k = k + block * k_block + n % SIZE * k_place + g * k_head
-    to_v = v + block * v_block + n % SIZE * v_place + g * v_head
-    whole = moves[:, None] & in_d[None]
-    where = to_v[:, None] + d[None]
-    was = tl.load(where, mask=whole).to(tl.float32)
-    tl.store(where, (was + sum_v * share[:, None]).to(kind), whole)
-    if REST:
-        rest = whole & (d >= 2 * PAIRS)[None]
-        where = to_k[:, None] + d[None]
-        was = tl.load(where, mask=rest).to(tl.float32)
-        tl.store(where, (was + sum_rest * share[:, None]).to(kind), rest)
-    some = moves[:, None] & in_p[None]
-    co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)
-    si = tl.load(sin + n[:, None] * PAIRS + p[None], mask=some)
-    a, b = sum_a * share[:, None], sum_b * share[:, None]
-    where = to_k[:, None] + one[None]
-    was = tl.load(where, mask=some).to(tl.float32)
-    tl.store(where, (was + a * co - b * si).to(kind), some)
-    where = to_k[:, None] + two[None]
-    was = tl.load(where, mask=some).to(tl.float32)
-    tl.store(where, (was + b * co + a * si).to(kind), some)
+            rest = whole & (d >= 2 * PAIRS)[None]
+            where = to_k[:, None] + d[None]
+            was = tl.load(where, mask=rest).to(tl.float32)
+            tl.store(where, (was + sum_rest * share[:, None]).to(kind), rest)
+        some = moves[:, None] & in_p[None]
+        co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)
+        si = tl.load(sin + n[:, None] * PAIRS + p[None], mask=some)
+        a, b = sum_a * share[:, None], sum_b * share[:, None]
+        where = to_k[:, None] + one[None]
+        was = tl.load(where, mask=some).to(tl.float32)
+        tl.store(where, (was + a * co - b * si).to(kind), some)
+        where = to_k[:, None] + two[None]
+        was = tl.load(where, mask=some).to(tl.float32)
+        tl.store(where, (was + b * co + a * si).to(kind), some)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.reference import moved, placed, question_attention
@@ -108,7 +109,7 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
     chosen[position_R] = True
     moves = (chunk_N >= 0) & ~chosen
     chunk_N = chunk_N.masked_fill(chosen, -1)
-    before = torch.nn.functional.pad(chosen.cumsum(0), (1, 0)).int()
+    before = F.pad(chosen.cumsum(0), (1, 0)).int()
     k, v = torch.randn(2, 50, groups, dim, device=DEVICE).to(dtype)
     angle = torch.arange(context, device=DEVICE)[:, None] * torch.rand(rotary // 2, device=DEVICE)
     cos, sin = angle.cos(), angle.sin()
@@ -116,10 +117,14 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
     everywhere = torch.arange(context, device=DEVICE)
     old_k, old_v = (x.clone() for x in cache.gather(everywhere))
     twin = cache._replace(k_BSGD=cache.k_BSGD.clone(), v_BSGD=cache.v_BSGD.clone())
-    movers = Movers(chunk_N, position_R, chunk_R, before, reach)
+    pass_2 = torch.tensor([0, 50], dtype=torch.int32, device=DEVICE)
+    reach_1 = torch.tensor([float(reach)], device=DEVICE)
+    movers = Movers(chunk_N, position_R, chunk_R, before, pass_2, reach_1)
     moved(movers, k, v, twin, cos, sin, is_neox=is_neox)
     for some in (slice(0, 21), slice(21, 50)):
-        move(movers, some.start, k[some], v[some], cache, cos, sin, is_neox=is_neox)
+        here = torch.tensor([some.start, some.stop - some.start], device=DEVICE).int()
+        fresh = (F.pad(x[some], (0, 0, 0, 0, 0, 7), value=9.0) for x in (k, v))  # rows to spare
+        move(movers._replace(pass_2=here), *fresh, cache, cos, sin, is_neox=is_neox)
     new_k, new_v = cache.gather(everywhere)
     assert torch.equal(new_k[~moves], old_k[~moves]) and torch.equal(new_v[~moves], old_v[~moves])
     bound = max(2e-3, 2 * TOLERANCE[dtype])  # a say is cut off at 8 reaches
