@@ -17,7 +17,7 @@ from typing import Any
 import plots
 from shapes import Words, opened, parser, size, versions
 
-STAGES = ("tokenize", "locate", "plan", "load", "select", "recompute")
+STAGES = ("tokenize", "locate", "plan", "fetch", "load", "select", "recompute")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ When = Literal["pays", "always"]
 Schedule = Literal["auto", "sync", "async"]
 
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
+REACH = 64  # chosen on the tuning half of docs/quality.md's questions
 PER_CALL = (
     "mode",
     "recompute_ratio",
@@ -43,7 +44,7 @@ class BlendConfig:
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
         reach: tokens over which a recomputed token moves the reused ones around it as it was moved
             itself; 0: they stay as they are. Brings answers nearer to a full prefill's
-            (docs/quality.md); on a GPU without CUDA graphs yet.
+            (docs/quality.md).
         calibration: a file that ``cacheblend calibrate --file`` wrote, for ``auto``; else the one
             it keeps for these weights.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
@@ -68,7 +69,7 @@ class BlendConfig:
     recompute_ratio: float | Literal["auto"] = FIXED_RATIO
     selector: str = "query"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
-    reach: int = 0
+    reach: int = REACH
     calibration: str | None = None
     min_chunk_tokens: int = 32
     ingest_prefix: str | tuple[int, ...] = "auto"

@@ -46,8 +46,9 @@ class BlendReport:
         selector: name of the selector; None where nothing was blended.
         ttft_s: seconds from submitting the request to its first token.
         total_s: seconds to the last token.
-        stages_s: seconds a stage: ``tokenize``, ``locate``, ``plan`` in the caller; ``load``,
-            ``select``, ``recompute`` in the engine (host time).
+        stages_s: seconds a stage: ``tokenize``, ``locate``, ``plan`` in the caller; in the engine
+            ``fetch`` (waiting for the store), ``load`` (to the device, what nothing else hides),
+            ``select`` and ``recompute``, on a GPU by its own clock.
         bytes_loaded: bytes of KV taken from the store, on one rank.
         segments: the prompt from left to right.
     """

@@ -62,6 +62,7 @@ class Blender:
         clock, plan, device = outcome.clock, task.plan, self.handle.device
         yields = task.background and self._alone  # ranks that wait each their own way would part
         loaded = yield from self._from_store(plan, yields)
+        clock.mark("fetch")
         region = Region(task, self._fitting(task, outcome, *loaded))
         outcome.bytes = region.bytes
         lane = self._lanes(region)

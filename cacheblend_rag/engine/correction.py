@@ -5,16 +5,27 @@ recomputed token shows by how much; the reused ones around it are moved as it wa
 farther away it is (our own; docs/quality.md has the measurements).
 
 Shape legend: E tokens of the blended region, N tokens that are moved, R recomputed tokens, T tokens
-of a pass, G KV heads, D head size.
+of a pass, C and S tokens of one chunk among N and R, G KV heads, D head size.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from cacheblend_kernels import nearness
 from cacheblend_rag.engine.lane import Lane, upload
 from cacheblend_rag.engine.rope import Turn
+
+
+class _Chunk(NamedTuple):
+    """Where a chunk's tokens are among those that move (first, last) and those that show how."""
+
+    moved: slice
+    low: int
+    high: int
+    weight_CS: torch.Tensor
 
 
 class Correction:
@@ -29,21 +40,29 @@ class Correction:
     def __init__(
         self, lane: Lane, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int
     ) -> None:
-        chunk_E = upload(lane.region.span_E, lane.device)
         reused_E = candidate_E.clone()
         reused_E[chosen] = False
         self._sources_R = chosen[candidate_E[chosen]]
         self.moved_N = reused_E.nonzero().flatten()
-        self._weight_NR = nearness(
-            self.moved_N,
-            self._sources_R,
-            chunk_E[self.moved_N][:, None] == chunk_E[self._sources_R][None],
-            reach,
-        )
+        self._chunks = [
+            chunk
+            for start, end, *_ in lane.region.spans
+            if (chunk := self._chunk(start, end, reach)) is not None
+        ]
         self._rope, zeros = lane.rope, torch.zeros_like
         self._there = lane.rope.turn(zeros(self.moved_N), self.moved_N)
         self._back = lane.rope.turn(self._sources_R, zeros(self._sources_R))
         self._sums: dict[int, list[torch.Tensor]] = {}  # by layer, of earlier passes
+
+    def _chunk(self, start: int, end: int, reach: int) -> _Chunk | None:
+        """The chunk at prompt tokens [start, end); None where nothing of it moves."""
+        bounds = upload(torch.tensor([start, end]), self.moved_N.device)
+        first, last = torch.searchsorted(self.moved_N, bounds).tolist()
+        low, high = torch.searchsorted(self._sources_R, bounds).tolist()
+        if first == last or low == high:
+            return None
+        moved_C, sources_S = self.moved_N[first:last], self._sources_R[low:high]
+        return _Chunk(slice(first, last), low, high, nearness(moved_C, sources_S, reach))
 
     def move(
         self,
@@ -64,15 +83,21 @@ class Correction:
         here = slice(low, high)
         sources = self._sources_R[here]
         at = torch.searchsorted(tile_T, sources)
-        weight = self._weight_NR[:, here]
         back = Turn(self._back.cos_NP[here], self._back.sin_NP[here])
         off_k, off_v = (
             f[at].float() - r[sources].float() for f, r in zip(fresh, reused, strict=True)
         )
         off_k = self._rope.apply(off_k, back)  # as at position 0, where all compare
-        sums = [torch.einsum("nr,rgd->ngd", weight, off) for off in (off_k, off_v)]
-        if index in self._sums:
-            sums = [a + b for a, b in zip(sums, self._sums[index], strict=True)]
+        sums = self._sums.get(index) or [
+            off.new_zeros(len(self.moved_N), *off.shape[1:]) for off in (off_k, off_v)
+        ]
+        for chunk in self._chunks:
+            first, last = max(chunk.low, low), min(chunk.high, high)
+            if first < last:
+                weight_CS = chunk.weight_CS[:, first - chunk.low : last - chunk.low]
+                for total, off in zip(sums, (off_k, off_v), strict=True):
+                    rows = off[first - low : last - low]
+                    total[chunk.moved] += (weight_CS @ rows.flatten(1)).view(-1, *rows.shape[1:])
         if high < len(self._sources_R):
             self._sums[index] = sums
         moves = self._rope.apply(sums[0], self._there), sums[1]

@@ -141,7 +141,8 @@ class ModelHandle:
         try:
             with override_forward_context(context):
                 self.model(
-                    input_ids=ids_T,
+                    # as vLLM's own: a compiled model does not check the dtype it was compiled for
+                    input_ids=ids_T.int(),
                     positions=positions_T,
                     intermediate_tensors=None,
                     inputs_embeds=None,

@@ -33,7 +33,7 @@ from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.select.query import QuerySelector
 
 _BACKGROUND_TILE = 512  # tokens; fewer would read the weights more often
-_SHARE = 0.9  # of a decode step, for a blend beside it
+_SHARE = 0.6  # of a decode step, for a blend beside it; attention to its context comes on top
 
 
 class KernelsUnusableError(Exception):

@@ -5,9 +5,9 @@
 ``prefix_caching``        plain vLLM with its prefix cache
 ``noise``                 blended at ratio 1: what other batch shapes alone do to answers
 ``reuse``                 naive reuse, ratio 0 (keys are re-rotated)
-``query@0.15``            a selector at a ratio
+``query@0.15``            a selector at a ratio, as it was published: without reach
 ``query:window=33@0.15``  the same with an option of its own; values are JSON or words
-``query@0.15~64``         the same with a reach
+``query@0.15~64``         the same with a reach; of 64 tokens it is what ships
 ``.../none``              any of these behind another ingest prefix
 ========================= ==========================================================================
 
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.config import REACH, BlendConfig
 from cacheblend_rag.errors import ConfigError, DataError
 from cacheblend_rag.prefix import NEUTRAL_TEXT, prompt_head
 
@@ -105,13 +105,14 @@ def parse_selector(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def make_rows(
-    selectors: Iterable[str],
+    selectors: Sequence[str],
     ratios: Sequence[float],
     prefixes: Sequence[str],
     others: Iterable[str] = (),
 ) -> list[Row]:
     """The usual rows: the fixed ones, naive reuse behind every prefix, every selector at every
-    ratio behind the first prefix; then ``others`` by name. ``full`` is always the first.
+    ratio behind the first prefix, that of the default with the default's reach too; then ``others``
+    by name. ``full`` is always the first.
 
     Raises:
         ConfigError: see ``parse_row``.
@@ -121,6 +122,8 @@ def make_rows(
     first, *rest = prefixes
     names = [FULL, "prefix_caching", "noise", "reuse", *(f"reuse/{p}" for p in rest)]
     names += [f"{selector}@{ratio:g}" for selector in selectors for ratio in ratios]
+    if BlendConfig().selector in selectors:
+        names += [f"{BlendConfig().selector}@{ratio:g}~{REACH}" for ratio in ratios]
     return [parse_row(name, first) for name in dict.fromkeys([*names, *others])]
 
 

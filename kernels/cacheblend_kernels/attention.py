@@ -220,19 +220,22 @@ def _attention_kernel(
         values = tl.load(v_at) if FULL_D else tl.load(v_at, mask=in_d[None], other=0.0)
         acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
         most = new
+    # rows far apart in one tile: the earlier ones leave most keys to these steps
+    ahead = tl.load(table + (plain + n) // SIZE, mask=plain + n < end, other=0)
     for start in range(plain, end, BLOCK_N):
         j = start + n
         there = j < end
-        block = tl.load(table + j // SIZE, mask=there, other=0).to(tl.int64)
-        inside = j % SIZE
+        block = ahead if NEAR else ahead.to(tl.int64)
+        inside = n % SIZE if BLOCK_N % SIZE == 0 else j % SIZE
         see = (j[None] <= at[:, None]) & there[None] & live[:, None]
         if WINDOW:
             see = see & (at[:, None] - j[None] < window)
         if KNOWN:
             see = see & (tl.load(known + j, mask=there, other=0) != 0)[None]
-        k_at = k + (block * k_block + inside * k_place)[None] + g * k_head + d[:, None]
-        v_at = v + (block * v_block + inside * v_place)[:, None] + g * v_head + d[None]
+        k_at = (k + g * k_head) + ((block * k_block + inside * k_place)[None] + d[:, None])
+        v_at = (v + g * v_head) + ((block * v_block + inside * v_place)[:, None] + d[None])
         keys = tl.load(k_at, mask=there[None] & in_d[:, None], other=0.0)
+        ahead = tl.load(table + (j + BLOCK_N) // SIZE, mask=j + BLOCK_N < end, other=0)
         values = tl.load(v_at, mask=there[:, None] & in_d[None], other=0.0)
         acc, most, total = _masked(
             queries, acc, most, total, keys, values, see, scale, softcap, SOFTCAP

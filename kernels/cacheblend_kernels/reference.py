@@ -54,17 +54,19 @@ def rerotate(
 def nearness(
     position_N: torch.Tensor,
     position_R: torch.Tensor,
-    same_chunk_NR: torch.Tensor,
     reach: float | torch.Tensor,
+    same_chunk_NR: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How much each of R tokens has to say about each of N: ``exp(-distance / reach)`` within a
-    chunk, over 1 plus their sum, so that few and far ones say little.
+    """How much each of R tokens has to say about each of N: ``exp(-distance / reach)``, over 1 plus
+    their sum, so that few and far ones say little; nothing where they are of different chunks.
 
     Returns:
         float32 [N, R].
     """
     distance_NR = (position_N[:, None] - position_R[None]).abs().float()
-    weight_NR = torch.exp(-distance_NR / reach) * same_chunk_NR
+    weight_NR = torch.exp(-distance_NR / reach)
+    if same_chunk_NR is not None:
+        weight_NR = weight_NR * same_chunk_NR
     return weight_NR / (1 + weight_NR.sum(1, keepdim=True))
 
 
@@ -188,7 +190,7 @@ def moved(
     everywhere_N = torch.arange(len(chunk_N), device=chunk_N.device)
     k_NGD, v_NGD = (old.float() for old in cache.gather(everywhere_N))
     same_NR = (chunk_N[:, None] == movers.chunk_R[None]) & (movers.chunk_R >= 0)
-    weight_NR = nearness(everywhere_N, at_R, same_NR, movers.reach_1)
+    weight_NR = nearness(everywhere_N, at_R, movers.reach_1, same_NR)
     off_k = rerotate(k_RGD.float() - k_NGD[at_R], cos_NP[at_R], -sin_NP[at_R], is_neox=is_neox)
     off_v = v_RGD.float() - v_NGD[at_R]
     sum_k, sum_v = (torch.einsum("nr,rgd->ngd", weight_NR, off) for off in (off_k, off_v))

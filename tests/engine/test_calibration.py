@@ -62,7 +62,7 @@ def test_the_command_chooses_and_keeps(
 ) -> None:
     monkeypatch.delenv("CACHEBLEND_HOME")
     prepare(monkeypatch)
-    few = ("query@0.15", "query@0.15~16")
+    few = ("query@0.15", "query@0.15~64")
     monkeypatch.setattr(choice, "CANDIDATES", few)
     monkeypatch.setattr(calibrate, "CANDIDATES", few)
     data, file = write(tmp_path / "valley.jsonl"), tmp_path / "auto.json"

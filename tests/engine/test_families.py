@@ -10,6 +10,7 @@ from engines import FULL_LOGPROBS, logprobs, plain_engine, selected, start
 from reference import Part, Reference
 from tiny import FAMILIES, REFUSED, Words, make
 
+from cacheblend_rag.config import REACH
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.select import create_selector
 
@@ -39,9 +40,19 @@ PROMPT = IDS + QUESTION
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, tiny_models: Path) -> None:
-    path = make(name, tiny_models)
+    blends_as_the_reference(make(name, tiny_models))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_compiled_and_in_graphs(name: str, tiny_models: Path) -> None:
+    """What a GPU's user gets; the other tests run eagerly."""
+    blends_as_the_reference(make(name, tiny_models), enforce_eager=False)
+
+
+def blends_as_the_reference(path: Path, **engine_args: object) -> None:
     reference = Reference(path, PREFIX)
-    with start(path, prefix=PREFIX) as blend:
+    with start(path, prefix=PREFIX, **engine_args) as blend:
         assert blend.gate.passed, blend.gate.reason
         blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
         plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
@@ -65,10 +76,10 @@ def test_family(name: str, tiny_models: Path) -> None:
             some = blend.generate(PROMPT, recompute_ratio=0.2, selector=selector, **FULL_LOGPROBS)
             rows = selected(blend, some)
             assert set(fresh) < set(rows) and 0 < some.report.tokens_recomputed < 0.25 * len(IDS)
-            agree(some, reference.blend(PARTS, QUESTION, rows, 4))
+            agree(some, reference.blend(PARTS, QUESTION, rows, 4, reach=REACH))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3-scaling", "yarn", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "yarn", "gemma2", "gpt_neox", "cohere", "glm4"])
 def test_reach_equals_the_reference(name: str, tiny_models: Path) -> None:
     path = make(name, tiny_models)
     reference = Reference(path, PREFIX)
@@ -79,8 +90,9 @@ def test_reach_equals_the_reference(name: str, tiny_models: Path) -> None:
             moved = blend.generate(PROMPT, reach=8, **some)
             rows = selected(blend, moved)
             agree(moved, reference.blend(PARTS, QUESTION, rows, 4, reach=8))
-            still = blend.generate(PROMPT, **some)
+            still = blend.generate(PROMPT, reach=0, **some)
             assert selected(blend, still) == rows
+            agree(still, reference.blend(PARTS, QUESTION, rows, 4))
             apart = (logprobs(still) - logprobs(moved)).abs().max()
             assert apart > 1e-3, "reach must change something"
         exact = blend.generate(PROMPT, recompute_ratio=1.0, reach=8, **FULL_LOGPROBS)

@@ -96,11 +96,15 @@ class Reference:
 
     def rotated(self, k: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """Keys [1, G, N, D] rotated by ``by`` positions each, which may be negative."""
-        rope = self.model.model.rotary_emb
-        cos, sin = rope(k, by.abs()[None])
-        sin = torch.where(by < 0, -1.0, 1.0)[:, None] * sin
-        a, b = k.chunk(2, -1)
-        return (k * cos + torch.cat([-b, a], -1) * sin) / rope.attention_scaling
+        frequencies = next(m.inv_freq for m in self.model.modules() if hasattr(m, "inv_freq"))
+        angle = by[:, None].float() * frequencies
+        cos, sin = angle.cos(), angle.sin()
+        turned, rest = k.split([2 * len(frequencies), k.shape[-1] - 2 * len(frequencies)], -1)
+        interleaved = self.model.config.model_type in ("cohere", "glm4")
+        a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+        pair = a * cos - b * sin, b * cos + a * sin
+        turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+        return torch.cat([turned, rest], -1)
 
     @torch.no_grad()
     def blend(

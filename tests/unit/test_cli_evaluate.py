@@ -68,13 +68,14 @@ def test_all_rows_are_asked_and_scored(
     rows = {r["row"]: r for r in own["rows"]}
     assert list(rows) == [
         "full", "prefix_caching", "noise", "reuse", "reuse/none", "query@0.1", "hkvd@0.1",
+        "query@0.1~64",
     ]  # fmt: skip
     assert own["questions"] == 5 and rows["query@0.1"]["quality"] == 1.0
     assert rows["reuse"]["kl"] == 0.375 and rows["reuse"]["top1"] == 0.5
     assert rows["query@0.1"]["ratio"] == pytest.approx(0.1, abs=0.01)
     [engine] = engines
     assert engine.options["logits_processors"] == [answers.PROCESSOR]
-    assert asked(engine).count("keep") == 5 and asked(engine).count("compare") == 30
+    assert asked(engine).count("keep") == 5 and asked(engine).count("compare") == 35
     assert len(set(engine.ingested)) > 12, "six passages behind two prefixes"
     for name in ("summary.json", "summary.md", "recomputed.html", "answers-1of1.jsonl"):
         assert (out / name).stat().st_size > 0

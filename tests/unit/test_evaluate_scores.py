@@ -56,7 +56,7 @@ def test_rows() -> None:
     )
     assert [r.name for r in rows] == [
         "full", "prefix_caching", "noise", "reuse", "reuse/none", "query@0.1", "query@0.15",
-        "hkvd@0.1", "hkvd@0.15", "query:window=33@0.15/head",
+        "hkvd@0.1", "hkvd@0.15", "query@0.1~64", "query@0.15~64", "query:window=33@0.15/head",
     ]  # fmt: skip
     assert [r.prefix for r in rows[-2:]] == ["auto", "head"]
     assert rows[-1].options["selector_options"] == {"window": 33}
