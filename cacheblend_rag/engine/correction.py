@@ -70,8 +70,9 @@ class Correction:
         tile_T: torch.Tensor,
         fresh: tuple[torch.Tensor, torch.Tensor],
         reused: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [N, G, D] of the tokens ``moved_N`` at layer ``index``.
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """K and V [N, G, D] of the tokens ``moved_N`` at layer ``index``; None where this pass, of
+        tokens between and behind chunks, shows nothing of them.
 
         Args:
             tile_T: int64, ascending, the recomputed tokens of this pass; those of earlier passes
@@ -80,6 +81,8 @@ class Correction:
         """
         low = int(torch.searchsorted(self._sources_R, tile_T[0]))
         high = int(torch.searchsorted(self._sources_R, tile_T[-1], right=True))
+        if low == high:
+            return None
         here = slice(low, high)
         sources = self._sources_R[here]
         at = torch.searchsorted(tile_T, sources)

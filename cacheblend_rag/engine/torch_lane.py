@@ -99,8 +99,9 @@ class TorchLane(Lane):
 
     def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         assert self._correction is not None
-        moved_k, moved_v = self._correction.move(index, tile, (k, v), self.layer(index))
-        self.handle.write(index, moved_k, moved_v, self._moved_slots)
+        moved = self._correction.move(index, tile, (k, v), self.layer(index))
+        if moved is not None:
+            self.handle.write(index, *moved, self._moved_slots)
 
 
 class _QuestionPass(Pass):
