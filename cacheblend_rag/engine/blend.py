@@ -148,15 +148,23 @@ class Blender:
         that are too far away or do not come within the time of a prefill.
         """
         keys = list(dict.fromkeys(s.key for s in plan.segments if s.key))
-        far, refusal, patience_s = set[str](), "", _PATIENCE_S
+        refusal, far = self.refusal(plan)
+        patience_s = _PATIENCE_S
         if self.costs is not None and plan.when == "pays":
             patience_s = self.costs.prefill(plan)
-            if fetch_s := self._fetch_seconds(plan):
-                refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
-                self.store.prefetch(fetch_s if refusal else far)  # for the next one who asks
         wanted = [] if refusal else [key for key in keys if key not in far]
         found, late = self.store.get_in_time(wanted, patience_s)
         return refusal, dict(zip(wanted, found, strict=True)), late | far
+
+    def refusal(self, plan: Plan) -> tuple[str, set[str]]:
+        """Why a plan is not worth it, now that the store says what is not in memory; empty if it
+        is. And the chunks that take longer to fetch than to compute.
+        """
+        if self.costs is None or plan.when != "pays" or not (fetch_s := self._fetch_seconds(plan)):
+            return "", set()
+        refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
+        self.store.prefetch(fetch_s if refusal else far)  # for the next one who asks
+        return refusal, far
 
     def _fetch_seconds(self, plan: Plan) -> dict[str, float]:
         """How long the store will take, by its recent speed, for each chunk not in memory."""

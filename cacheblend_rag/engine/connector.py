@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -66,7 +66,14 @@ class _Tracked:
 
 
 class CacheBlendConnector(KVConnectorBase_V1):
-    """Loaded by name (``kv_connector_module_path``); one instance a side."""
+    """Loaded by name (``kv_connector_module_path``); one instance a side.
+
+    Attributes:
+        beside: the blender of the only worker where that lives in the scheduler's process, as
+            vLLM has it for one GPU. What it refuses is then never asked for, which saves a step.
+    """
+
+    beside: ClassVar[Blender | None] = None
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -99,6 +106,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if not tracked.outcome:  # else it resumes after a preemption: its report stays
             tracked.prefix_cached = num_computed_tokens
             tracked.cached_whole = num_computed_tokens >= tracked.plan.end
+        if not tracked.reason and self.beside is not None and not tracked.outcome:
+            tracked.reason, _ = self.beside.refusal(tracked.plan)
         if tracked.reason or num_computed_tokens >= tracked.plan.end:
             return 0, False
         schedule = tracked.plan.schedule

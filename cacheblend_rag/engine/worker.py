@@ -96,7 +96,9 @@ class WorkerExtension:
         store = open_store(store_url, namespace=namespace, tenant=tenant)
         handle, rope, cache = self._cacheblend_parts
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
-        self._connector().blender = Blender(handle, rope, store, self._cacheblend_lanes)
+        blender = Blender(handle, rope, store, self._cacheblend_lanes)
+        self._connector().blender = blender
+        CacheBlendConnector.beside = blender if size == 1 else None
         # a store that is all remote keeps none, and then they last as long as the engine
         self._cacheblend_notes = store if store.keeps_documents else Notes()
         self._cacheblend_ingestor = Ingestor(handle)
@@ -119,7 +121,7 @@ class WorkerExtension:
         connector = self._connector()
         if connector.blender is not None:
             connector.blender.store.close()
-            connector.blender = None
+            connector.blender = CacheBlendConnector.beside = None
 
     @_reporting
     def cacheblend_missing(self, keys: list[str]) -> list[str]:

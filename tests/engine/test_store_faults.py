@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 from cacheblend_rag.costs import Costs
+from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.store import TieredStore
 from cacheblend_rag.store.source import FileSource
 
@@ -200,14 +201,21 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
         assert asked(blend, (*ids, 7)).report.tokens_reused > 0  # nothing was forgotten
 
         # measured on a GPU only; here a rule that a slow disk has to break
-        _forget_memory(blender.store)
         blender.costs = Costs(prefill_s=1e-4, recompute_s=1e-4, load_s=1e-9, blend_s=0.0)
         monkeypatch.setattr(type(blender.store), "bandwidth", 1e5)
-        refused = asked(blend, (*ids, 8))
-        assert not refused.report.blended
-        assert "4 chunks are not in memory, fetching them takes" in refused.report.reason
-        exact = asked(blend, (*ids, 8), mode="off")
-        assert torch.allclose(logprobs(refused), logprobs(exact), atol=2e-4)
+        begun, begin = [], blender.start
+        monkeypatch.setattr(blender, "start", lambda task: begun.append(task) or begin(task))
+        assert CacheBlendConnector.beside is blender
+        for beside, starts, extra in ((blender, 0, 8), (None, 1, 11)):  # None: it is elsewhere
+            monkeypatch.setattr(CacheBlendConnector, "beside", beside)
+            _forget_memory(blender.store)
+            refused = asked(blend, (*ids, extra))
+            assert not refused.report.blended and len(begun) == starts
+            assert "4 chunks are not in memory, fetching them takes" in refused.report.reason
+            exact = asked(blend, (*ids, extra), mode="off")
+            assert torch.allclose(logprobs(refused), logprobs(exact), atol=2e-4)
+            wait_until(lambda: blender.store.fast.stats().chunks == 4)
+        _forget_memory(blender.store)
         assert asked(blend, (*ids, 9), when="always").report.blended
         wait_until(lambda: blender.store.fast.stats().chunks == 4)  # brought for the next one
         assert asked(blend, (*ids, 10)).report.blended
