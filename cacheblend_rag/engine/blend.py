@@ -152,9 +152,14 @@ class Blender:
         patience_s = _PATIENCE_S
         if self.costs is not None and plan.when == "pays":
             patience_s = self.costs.prefill(plan)
-        wanted = [] if refusal else [key for key in keys if key not in far]
+        if refusal:
+            return refusal, {}, far
+        chunks = {key: self._lanes.held(key) for key in keys if key not in far}
+        wanted = [key for key, held in chunks.items() if held is None]
+        for key in chunks.keys() - set(wanted):
+            self.store.touch(key)  # it is in use
         found, late = self.store.get_in_time(wanted, patience_s)
-        return refusal, dict(zip(wanted, found, strict=True)), late | far
+        return refusal, {**chunks, **dict(zip(wanted, found, strict=True))}, late | far
 
     def refusal(self, plan: Plan) -> tuple[str, set[str]]:
         """Why a plan is not worth it, now that the store says what is not in memory; empty if it
@@ -177,7 +182,7 @@ class Blender:
         return {
             s.key: (s.offset + len(s)) * a_token / bandwidth
             for s in plan.segments
-            if s.key and not self.store.in_memory(s.key)
+            if s.key and self._lanes.held(s.key) is None and not self.store.in_memory(s.key)
         }
 
     def _fits(self, chunk: ChunkKV | None, s: Segment, token_ids: Sequence[int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,10 +12,15 @@ from cacheblend_rag.store.base import ChunkKV
 
 @dataclass
 class HotChunk:
-    """A chunk's KV on the GPU, [L, 2, N, H, D]; ``whole`` once all of it is on its way there."""
+    """A chunk whose KV is on the GPU; ``whole`` once all of it is on its way there."""
 
-    kv: torch.Tensor
+    chunk: ChunkKV
     whole: bool = False
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """[L, 2, N, H, D]."""
+        return self.chunk.kv_L2NHD
 
 
 class HotChunks:
@@ -32,6 +37,11 @@ class HotChunks:
             self._held.move_to_end(key)
         return self._held.get(key)
 
+    def whole(self, key: str) -> ChunkKV | None:
+        """The chunk under ``key`` if no other needs to be read for it; from any thread."""
+        held = self._held.get(key)
+        return held.chunk if held is not None and held.whole else None
+
     def room(self, key: str, chunk: ChunkKV) -> HotChunk | None:
         """Memory to fill with ``chunk``, in place of what was unused for longest; None where it is
         larger than the whole cache. Who fills it sets ``whole``.
@@ -40,7 +50,8 @@ class HotChunks:
             return None
         while self.nbytes + chunk.nbytes > self.capacity:
             self.discard(next(iter(self._held)))
-        self._held[key] = HotChunk(torch.empty_like(chunk.kv_L2NHD, device=self._device))
+        there = torch.empty_like(chunk.kv_L2NHD, device=self._device)
+        self._held[key] = HotChunk(replace(chunk, kv_L2NHD=there))
         self.nbytes += chunk.nbytes
         return self._held[key]
 
@@ -48,4 +59,4 @@ class HotChunks:
         """Forget ``key``. Requests that read it keep its memory until they are done."""
         old = self._held.pop(key, None)
         if old is not None:
-            self.nbytes -= old.kv.numel() * old.kv.element_size()
+            self.nbytes -= old.chunk.nbytes

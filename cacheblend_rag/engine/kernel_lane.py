@@ -31,6 +31,7 @@ from cacheblend_rag.engine.lanes import Lanes, Pace
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.select.query import QuerySelector
+from cacheblend_rag.store.base import ChunkKV
 
 _BACKGROUND_TILE = 512  # tokens; fewer would read the weights more often
 _SHARE = 0.6  # of a decode step, for a blend beside it; attention to its context comes on top
@@ -280,6 +281,9 @@ class KernelLanes(Lanes):
             return Pace()
         a_piece = tile[0] / tile[1]
         return Pace(_BACKGROUND_TILE, max(1, int(_SHARE * decoding[0] / a_piece)))
+
+    def held(self, key: str) -> ChunkKV | None:
+        return self._hot.whole(key)
 
     def forget(self, key: str) -> None:
         self._hot.discard(key)

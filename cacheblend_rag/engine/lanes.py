@@ -9,6 +9,7 @@ from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.lane import Lane, Region
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.torch_lane import TorchLane
+from cacheblend_rag.store.base import ChunkKV
 
 
 class Pace(NamedTuple):
@@ -36,6 +37,10 @@ class Lanes:
     def costs(self) -> dict[str, float]:
         """Measured seconds, see ``cacheblend_rag.costs.Costs``; empty where none were measured."""
         return {}
+
+    def held(self, key: str) -> ChunkKV | None:
+        """The chunk, if it is kept beside the store and need not be read there; from any thread."""
+        return None
 
     def forget(self, key: str) -> None:
         """Drop what is kept of a chunk beside the store."""

@@ -221,6 +221,29 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
         assert asked(blend, (*ids, 10)).report.blended
 
 
+def test_a_chunk_kept_beside_the_store_is_not_read(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPU memory keeps them; here they are kept by the test."""
+
+    def never(source: FileSource, target: memoryview) -> None:
+        raise AssertionError("the disk was read")
+
+    with opened(tiny_models, f"{tmp_path}/kv", monkeypatch) as blend:
+        ingest_again(blend)
+        ids = prompts(1)[0]
+        read = asked(blend, ids)
+        blender = get_kv_transfer_group().blender
+        kept = {info.key: blender.store.get(info.key) for info in blender.store.scan()}
+        monkeypatch.setattr(blender._lanes, "held", kept.get)
+        monkeypatch.setattr(FileSource, "read_into", never)
+        again = asked(blend, (*ids, 3))
+        assert again.report.tokens_reused == read.report.tokens_reused > 0
+        blender.costs = Costs(prefill_s=1e-4, recompute_s=1e-4, load_s=1e-9, blend_s=0.0)
+        monkeypatch.setattr(type(blender.store), "bandwidth", 1e5)
+        assert asked(blend, (*ids, 4)).report.blended, "they are near"
+
+
 def _forget_memory(store: TieredStore) -> None:
     for key in [info.key for info in store.fast.scan()]:
         store.fast.discard(key)
