@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from forced import FORCED_KEY
-from shapes import versions
+from shapes import selecting, versions
 from tqdm import tqdm
 
 from cacheblend_rag import BlendConfig, CacheBlend
@@ -88,9 +88,9 @@ def main() -> None:
     modes: dict[str, dict[str, Any]] = {
         "noise": {"recompute_ratio": 1.0},
         "reuse": {"mode": "reuse"},
-        "first_k": {"selector": "first_k"},
-        "hkvd": {"selector": "hkvd"},
-        "query": {"selector": "query"},
+        "first_k": selecting("first_k"),
+        "hkvd": selecting("hkvd"),
+        "query": selecting("query"),
     }
     if args.modes:
         modes = {name: modes[name] for name in args.modes}

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import plots
-from shapes import Words, opened, parser, size, versions
+from shapes import Words, opened, parser, selecting, size, versions
 
 STAGES = ("tokenize", "locate", "plan", "fetch", "load", "select", "recompute")
 
@@ -50,7 +50,7 @@ def measure(blend: Any, words: Words, started: float, args: argparse.Namespace) 
     }
     for ratio in args.ratios:
         for selector in args.selectors:
-            modes[f"{selector} {ratio:g}"] = {"recompute_ratio": ratio, "selector": selector}
+            modes[f"{selector} {ratio:g}"] = {"recompute_ratio": ratio, **selecting(selector)}
     measured: dict[str, list[tuple[float, Any]]] = {name: [] for name in modes}
     for turn in range(args.rounds + 3):  # the first three warm up
         for name, call in modes.items():

@@ -82,6 +82,11 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     return options
 
 
+def selecting(selector: str) -> dict[str, Any]:
+    """Options of a call: the default as it ships, others as they were published: without reach."""
+    return {"selector": selector} if selector == "query" else {"selector": selector, "reach": 0}
+
+
 def size(text: str) -> tuple[int, int]:
     """Chunks and tokens a chunk of an option such as 6x1024."""
     chunks, _, tokens = text.partition("x")

@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 import plots
-from shapes import Words, opened, parser, size, versions
+from shapes import Words, opened, parser, selecting, size, versions
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def modes_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for ratio in args.ratios:
         for selector in args.selectors if ratio else args.selectors[:1]:
             name = f"{selector} {ratio:g}" if ratio else "reuse"
-            modes[name] = {"recompute_ratio": ratio, "selector": selector}
+            modes[name] = {"recompute_ratio": ratio, **selecting(selector)}
             for reach in args.reach if ratio else ():
                 modes[f"{name} ~{reach}"] = {**modes[name], "reach": reach}
     return modes
