@@ -55,10 +55,11 @@ class BlendConfig:
         system_prompt: the system prompt your requests use; the template's default where None.
         when: ``pays`` blends where the measured costs predict a gain over a plain prefill (they are
             measured on a GPU only), ``always`` blends whatever is found.
-        schedule: ``sync`` blends within one engine step, ``async`` one tile a step so that other
+        schedule: ``sync`` blends within one engine step, ``async`` in pieces so that other
             streams keep decoding, ``auto`` is sync only while nothing else runs.
         tile_tokens: most tokens recomputed at once, up to the engine's ``max_num_batched_tokens``;
-            where it is None, all that a step may take, and 256 where others decode meanwhile.
+            where it is None, all that a step may take, and where others decode meanwhile 512, in
+            pieces of a few layers (256 at once without CUDA graphs).
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
             no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.

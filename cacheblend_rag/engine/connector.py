@@ -1,7 +1,7 @@
 """vLLM's KV connector hooks, turned into our calls. No policy: the plan in the request decides.
 
 Scheduler side: claims the plan's region as external tokens and hands the blend to the workers.
-Worker side: runs it before (sync) or between (async, one tile a step) the engine's own forwards.
+Worker side: runs it before (sync) or between (async, in pieces) the engine's own forwards.
 Whatever goes wrong is reported as blocks that failed to load, and vLLM computes them itself.
 """
 
