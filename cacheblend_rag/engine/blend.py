@@ -154,12 +154,13 @@ class Blender:
             patience_s = self.costs.prefill(plan)
         if refusal:
             return refusal, {}, far
-        chunks = {key: self._lanes.held(key) for key in keys if key not in far}
-        wanted = [key for key, held in chunks.items() if held is None]
-        for key in chunks.keys() - set(wanted):
+        near = [key for key in keys if key not in far]
+        held = {key: chunk for key in near if (chunk := self._lanes.held(key)) is not None}
+        for key in held:
             self.store.touch(key)  # it is in use
+        wanted = [key for key in near if key not in held]
         found, late = self.store.get_in_time(wanted, patience_s)
-        return refusal, {**chunks, **dict(zip(wanted, found, strict=True))}, late | far
+        return refusal, {**held, **dict(zip(wanted, found, strict=True))}, late | far
 
     def refusal(self, plan: Plan) -> tuple[str, set[str]]:
         """Why a plan is not worth it, now that the store says what is not in memory; empty if it

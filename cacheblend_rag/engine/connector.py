@@ -106,10 +106,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if not tracked.outcome:  # else it resumes after a preemption: its report stays
             tracked.prefix_cached = num_computed_tokens
             tracked.cached_whole = num_computed_tokens >= tracked.plan.end
-        if not tracked.reason and self.beside is not None and not tracked.outcome:
-            tracked.reason, _ = self.beside.refusal(tracked.plan)
         if tracked.reason or num_computed_tokens >= tracked.plan.end:
             return 0, False
+        if self.beside is not None and not tracked.end:  # once: vLLM asks again while it waits
+            tracked.reason, _ = self.beside.refusal(tracked.plan)
+            if tracked.reason:
+                return 0, False
         schedule = tracked.plan.schedule
         tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
         tracked.end = _claimed(tracked.plan, request.num_prompt_tokens)
@@ -285,5 +287,5 @@ def _claimed(plan: Plan, num_prompt_tokens: int) -> int:
     runs = any(
         s.kind is Kind.FRESH or (plan.ratio and s.kind is not Kind.EXACT) for s in plan.segments
     )
-    rest = num_prompt_tokens - 1 - plan.end
-    return plan.end + rest if runs and rest <= MAX_QUESTION_TOKENS else plan.end
+    last = num_prompt_tokens - 1
+    return last if runs and last - plan.end <= MAX_QUESTION_TOKENS else plan.end

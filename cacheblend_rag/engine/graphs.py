@@ -60,9 +60,6 @@ class CapturedPass:
             self._begin()
         self._last[-1] = index
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def replay(self, before: Before | None = None) -> Iterator[None]:
         """Queue the pass, with a pause behind each graph; ``before`` is called with the last layer
         that the next graph reads.
@@ -115,10 +112,17 @@ class PassGraphs:
         size = view(0, self._length, self._length, 1).k_BSGD.shape[1]
         self._table = torch.zeros(most // size + 2, dtype=torch.int32, device=device)
         self._groups = int(handle.layers[0].num_kv_heads)
-        sizes = (most, most, most, most + 1, 2, 1)
-        kinds = (*(torch.int32, torch.int64), *(torch.int32,) * 3, torch.float32)
+
+        def ones(count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.ones(count, dtype=dtype, device=device)
+
         self._movers = Movers(
-            *(torch.ones(n, dtype=t, device=device) for n, t in zip(sizes, kinds, strict=True))
+            chunk_N=ones(most),
+            position_R=ones(most, torch.int64),
+            chunk_R=ones(most),
+            before_N=ones(most + 1),
+            pass_2=ones(2),
+            reach_1=ones(1, torch.float32),
         )
         self._scores: dict[int, torch.Tensor] = {}
 
@@ -231,14 +235,15 @@ class PassGraphs:
             beside = torch.full_like(spare, NEVER)
             exhaust(self.ask(ids, spare, spare, spare, beside, keep, empty, lambda _: None))
 
-    def seconds(self, kind: str, size: int) -> tuple[float, int] | None:
-        """How long the pass of a padded size runs, without a context, and in how many graphs; None
-        where there is none.
-        """
+    @property
+    def stretches(self) -> int:
+        """Graphs of a pass through all layers."""
+        return -(-self._handle.num_layers // _STRETCH)
+
+    def seconds(self, kind: str, size: int) -> float | None:
+        """How long the pass of a padded size runs, without a context; None where there is none."""
         found = next((p for key, p in self._passes.items() if key[:2] == (kind, size)), None)
-        if found is None:
-            return None
-        return gpu_seconds(lambda: exhaust(found.replay())), len(found)
+        return None if found is None else gpu_seconds(lambda: exhaust(found.replay()))
 
     def _layers(self, most: int) -> Callable[[int], PagedKV]:
         return lambda index: self._view(index, self._table, self._length, most)

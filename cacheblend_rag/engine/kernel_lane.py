@@ -269,8 +269,8 @@ class KernelLanes(Lanes):
         prefill = prefill_seconds(self._handle)
         return {
             "prefill_s": prefill,
-            "recompute_s": max(prefill, select[0] / 1024),
-            "blend_s": ask[0],
+            "recompute_s": max(prefill, select / 1024),
+            "blend_s": ask,
             "load_s": self._staging.seconds_per_byte() * self._kernels.bytes_per_token,
         }
 
@@ -279,8 +279,8 @@ class KernelLanes(Lanes):
         tile = self._graphs.seconds("select", _BACKGROUND_TILE)
         if decoding is None or tile is None:
             return Pace()
-        a_piece = tile[0] / tile[1]
-        return Pace(_BACKGROUND_TILE, max(1, int(_SHARE * decoding[0] / a_piece)))
+        a_piece = tile / self._graphs.stretches
+        return Pace(_BACKGROUND_TILE, max(1, int(_SHARE * decoding / a_piece)))
 
     def held(self, key: str) -> ChunkKV | None:
         return self._hot.whole(key)

@@ -130,7 +130,7 @@ def _off_kernel(
 @triton.jit
 def _move_kernel(
     off, chunk, position, chunk_of_row, before, pass_2, reach_1, table, k, v, cos, sin, length,
-     k_block, k_place, k_head, v_block, v_place, v_head,
+    k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
