@@ -16,7 +16,7 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.lane import Array, Lane, Loaded, Region, upload
 from cacheblend_rag.engine.lanes import Lanes
-from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock, RefusedError
+from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask, Clock, RefusedError
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.select import Evidence, Selector, create_selector
@@ -54,8 +54,9 @@ class Blender:
         """What ``steps`` will fill in."""
         return BlendOutcome(Clock(self.handle.device), task.plan.segments)
 
-    def steps(self, task: BlendTask, outcome: BlendOutcome) -> Iterator[None]:
-        """Blend ``task`` in steps of bounded work; ``outcome`` is filled in on the way.
+    def steps(self, task: BlendTask, outcome: BlendOutcome) -> Iterator[str | None]:
+        """Blend ``task`` in steps of bounded work; ``outcome`` is filled in on the way. ``WAITS``
+        after a step in which its KV has not arrived yet.
 
         After the last step the paged cache holds K and V of [write_from, E) for every layer.
         """
@@ -72,8 +73,11 @@ class Blender:
         budget = min(selector.budget(plan.ratio, weighted), num_candidates)
         chosen, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
         while yields and not lane.bring():
-            yield
+            yield WAITS
         clock.mark("load")
+        if task.background:
+            yield None
+            clock.mark()
 
         if 0 < budget < num_candidates:
             question_E = deviation_E = None
@@ -100,13 +104,13 @@ class Blender:
         lane.place_through(self.handle.num_layers - 1)
         clock.mark("load")
 
-    def _from_store(self, plan: Plan, yields: bool) -> Generator[None, None, _FromStore]:
+    def _from_store(self, plan: Plan, yields: bool) -> Generator[str, None, _FromStore]:
         """What ``_load`` returns; where it ``yields``, it runs beside other steps."""
         if not yields:
             return self._load(plan)
         loading = self._reader.submit(self._load, plan)
         while not loading.done():
-            yield
+            yield WAITS
         return loading.result()
 
     def _fitting(

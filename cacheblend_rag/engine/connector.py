@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, RefusedError
+from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask, RefusedError
 from cacheblend_rag.plan import MAX_QUESTION_TOKENS, PARAMS_KEY, SALT_PREFIX, Kind, Plan
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.cacheblend_rag")
 _KEEP_OUTCOMES = 1024
 _MOST_WAITING = 8  # background blends that hasten one another
+_AHEAD = 1  # background blends whose KV may come while another one computes: it takes GPU memory
 
 
 @dataclass
@@ -65,6 +66,15 @@ class _Tracked:
     outcome: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class _Job:
+    """A background blend under way, on one worker."""
+
+    task: BlendTask
+    steps: Iterator[str | None]
+    waits: bool = True  # its KV is on the way
+
+
 class CacheBlendConnector(KVConnectorBase_V1):
     """Loaded by name (``kv_connector_module_path``); one instance a side.
 
@@ -83,7 +93,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._running: set[str] = set()  # scheduler: served by the step before, not finished
         self.blender: Blender | None = None  # worker: set by WorkerExtension
         self.recent: OrderedDict[str, BlendOutcome] = OrderedDict()  # worker: by the task's name
-        self._jobs: list[tuple[BlendTask, Iterator[None]]] = []  # worker: blends under way
+        self._jobs: list[_Job] = []  # worker: the first one computes
         self._done: list[tuple[str, BlendOutcome]] = []  # worker: not yet reported
         self._failed: dict[str, str] = {}  # worker
         self._failed_blocks: set[int] = set()  # worker
@@ -207,7 +217,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Run this step's sync blends to their end, and of the background blends as many pieces as
         fit beside one step, for each blend that waits: one alone hardly delays who decodes, many
-        must not pile up. Where nobody decodes, as if many waited.
+        must not pile up. Where nobody decodes, as if many waited. The KV of the next one comes
+        meanwhile.
 
         Every tensor parallel rank sees the same metadata in the same steps, so all advance alike.
         """
@@ -216,17 +227,25 @@ class CacheBlendConnector(KVConnectorBase_V1):
         for task in metadata.sync:
             for _ in self._blend(task):
                 pass
-        self._jobs += [(task, self._blend(task)) for task in metadata.background]
+        self._jobs += [_Job(task, self._blend(task)) for task in metadata.background]
         waiting = _MOST_WAITING if metadata.idle else min(len(self._jobs), _MOST_WAITING)
         for _ in range(waiting * (self.blender.pieces if self.blender else 1)):
-            if not self._jobs:
+            if not self._jobs or self._advance(self._jobs[0]):
                 break
-            task, steps = self._jobs[0]
-            if next(steps, self) is self:
-                self._loaded.add(task.request_id)
-                del self._jobs[0]
+        for job in self._jobs[1 : 1 + _AHEAD]:
+            if job.waits:
+                self._advance(job)
 
-    def _blend(self, task: BlendTask) -> Iterator[None]:
+    def _advance(self, job: _Job) -> bool:
+        """Take a blend's next step; whether it has to wait for its KV."""
+        state = next(job.steps, self)
+        job.waits = state is WAITS
+        if state is self:
+            self._loaded.add(job.task.request_id)
+            self._jobs.remove(job)
+        return job.waits
+
+    def _blend(self, task: BlendTask) -> Iterator[str | None]:
         try:
             if self.blender is None:
                 raise RuntimeError("the worker was not bound (collective_rpc 'cacheblend_bind')")

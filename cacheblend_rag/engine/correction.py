@@ -31,6 +31,9 @@ class _Chunk(NamedTuple):
 class Correction:
     """Moves the reused tokens of a request, layer by layer, as its recomputed ones were.
 
+    A pass sees them as it and the passes before it have moved them: those just before its end have
+    not heard all yet.
+
     Args:
         lane: whose region is blended.
         candidate_E: bool, reused tokens that are not exact; chosen: int64 positions, ascending.

@@ -109,6 +109,7 @@ class PassGraphs:
         self._positions, self._slots = rows(NOWHERE), rows(NOWHERE)
         self._asking, self._beside = rows(NOWHERE), rows(NEVER)
         self._length = torch.zeros(1, dtype=torch.int32, device=device)
+        self._count = torch.zeros(1, dtype=torch.int32, device=device)
         size = view(0, self._length, self._length, 1).k_BSGD.shape[1]
         self._table = torch.zeros(most // size + 2, dtype=torch.int32, device=device)
         self._groups = int(handle.layers[0].num_kv_heads)
@@ -155,7 +156,7 @@ class PassGraphs:
             view = self._layers(_MOST_SELECTED)
             moving = Moving(self._movers, self._rerotator)
             positions, slots = self._positions[:size], self._slots[:size]
-            return SelectivePass(self._handle, view, positions, slots, step, moving)
+            return SelectivePass(self._handle, view, positions, slots, self._count, step, moving)
 
         captured = self._captured(("select", size), size, make)
         if captured is None:
@@ -260,6 +261,7 @@ class PassGraphs:
         exhaust(self._under_way)
         self._table[: len(at.table)].copy_(at.table, non_blocking=True)
         self._length.copy_(at.length, non_blocking=True)
+        self._count.fill_(len(ids_T))
         _set_rows(self._ids, ids_T, size, 0)
         _set_rows(self._rope, positions_T.clamp(min=0), size, 0)
         _set_rows(self._positions, positions_T, size, NOWHERE)

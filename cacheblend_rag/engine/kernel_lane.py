@@ -226,7 +226,8 @@ class KernelLane(Lane):
             if (yield from self._graphs.select(ids, tile, slots, movers, view, before)):
                 return
         step = SelectivePass(
-            self.handle, self.view, tile, slots, before=self.place_through,
+            self.handle, self.view, tile, slots, torch.full_like(self._lengths[:1], len(tile)),
+            before=self.place_through,
             moving=None if movers is None else Moving(movers, self.rope),
         )  # fmt: skip
         self.handle.run(step, ids, tile)

@@ -42,6 +42,7 @@ class SelectivePass(Pass):
     Args:
         view: a layer's paged cache.
         positions_T: int64, ascending, then ``NOWHERE``; slots_T: int64 slots of the same.
+        count_1: int32, how many rows have a position.
         before: called with each layer's number before the layer is touched.
         moving: what is done to the tokens around.
     """
@@ -52,11 +53,12 @@ class SelectivePass(Pass):
         view: View,
         positions_T: torch.Tensor,
         slots_T: torch.Tensor,
+        count_1: torch.Tensor,
         before: Callable[[int], None] | None = None,
         moving: Moving | None = None,
     ) -> None:
         self._handle, self._view, self._before, self._moving = handle, view, before, moving
-        self._positions_T, self._slots_T = positions_T, slots_T
+        self._positions_T, self._slots_T, self._count_1 = positions_T, slots_T, count_1
 
     def attend(
         self,
@@ -82,6 +84,7 @@ class SelectivePass(Pass):
             scale=layer.impl.scale,
             softcap=compat.softcap(layer),
             window=compat.sliding_window(layer),
+            count_1=self._count_1,
         )
 
 

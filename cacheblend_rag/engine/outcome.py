@@ -13,6 +13,7 @@ import torch
 from cacheblend_rag.plan import Plan, Segment
 
 T = TypeVar("T")
+WAITS = "waits"  # what a blend yields while its KV is on the way; None after a piece of its work
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 """Attention of queries at scattered positions over the paged cache, and how much each key got.
 
 Shape legend: R query rows, H query heads, G KV heads (H is a multiple of G), D head size,
-N context tokens, X extra tokens that are not in the cache, Z splits of the keys.
+N context tokens, X extra tokens that are not in the cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ _LOG2E = 1.4426950408889634
 _KEYS = 64  # a step
 _PROGRAMS = 384  # enough to fill a GPU; fewer are split along the keys
 _MANY_ROWS = 16384  # rows of a KV head from which larger tiles, which are read less often, pay
+_LAST = 64  # rows; few questions are longer
+_WHOLE, _WITHOUT_LAST, _ONLY_LAST = range(3)  # parts of the rows
 
 
 class Extra(NamedTuple):
@@ -40,12 +42,16 @@ def scattered_attention(
     window: int | None = None,
     known_N: torch.Tensor | None = None,
     extra: Extra | None = None,
+    count_1: torch.Tensor | None = None,
     want_lse: bool = False,
 ) -> torch.Tensor | None:
     """Each row attends to the context tokens, and extra ones, at its own and earlier positions.
 
     Selective recomputation (CacheBlend, section 4.2) needs just this: a causal mask by position,
     not by place in the batch. Query heads that share a KV head are packed into one tile.
+
+    A question behind the context sees all keys and would run on when all other rows are done. So
+    the last rows, where ``count_1`` says which, get a launch of their own that splits the keys.
 
     Args:
         q_RHD: queries; rows of ``[H, D]`` are contiguous.
@@ -56,43 +62,59 @@ def scattered_attention(
         window: tokens a row sees back, itself included.
         known_N: bool [N], context tokens that may be seen; None for all.
         extra: further keys.
+        count_1: int32 on the device, how many rows have a position.
         want_lse: also return log2-sum-exp2 of the logits in base 2, float32 [R, H].
     """
     rows, heads, dim = q_RHD.shape
     _, size, groups, _ = cache.k_BSGD.shape
     share = heads // groups
     num_extra = len(extra.position_X) if extra is not None else 0
-    block_m = 128 if rows * share >= _MANY_ROWS else 64
-    tiles = triton.cdiv(rows * share, block_m)
-    splits = _power(min(_PROGRAMS // (tiles * groups), cache.most // (2 * _KEYS)))
     empty = q_RHD  # a pointer that is never followed
     lse = torch.empty(rows, heads, dtype=torch.float32, device=q_RHD.device)
-    if splits > 1:
-        partial = torch.empty(splits, rows, heads, dim, dtype=torch.float32, device=q_RHD.device)
-        partial_lse = torch.empty(splits, rows, heads, dtype=torch.float32, device=q_RHD.device)
-    else:
-        partial, partial_lse = out_RHD, lse
     k, v = cache.k_BSGD, cache.v_BSGD
     ek, ev = (extra.k_XGD, extra.v_XGD) if extra is not None else (empty, empty)
-    _attention_kernel[(tiles, groups, splits)](
-        q_RHD, position_R, k, v, cache.table, partial, partial_lse,
-        known_N if known_N is not None else empty, ek, ev,
-        extra.position_X if extra is not None else empty,
-        rows, cache.length, num_extra, scale * _LOG2E, softcap * _LOG2E,
-        q_RHD.stride(0), partial.stride(-3), rows * heads * dim, rows * heads,
-        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-        ek.stride(0), ev.stride(0), window or 0,
-        SIZE=size, SHARE=share, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
-        SOFTCAP=softcap > 0, WINDOW=window is not None, KNOWN=known_N is not None,
-        EXTRA=num_extra > 0, BLOCK_M=block_m, BLOCK_N=_KEYS, NEAR=_is_near(k) and _is_near(v),
-        num_warps=8 if block_m == 128 else 4, num_stages=3,
-    )  # fmt: skip
-    if splits > 1:
-        _combine_kernel[(rows * heads,)](
-            partial, partial_lse, out_RHD, lse, rows * heads, out_RHD.stride(0),
-            HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), SPLITS=splits, num_warps=2,
+    count = count_1 if count_1 is not None else empty
+    for part in _parts(rows, share, cache, split=count_1 is not None and window is None):
+        some = min(_LAST, rows) if part == _ONLY_LAST else rows
+        tiles, block_m, splits = _grid(some, share, cache)
+        if splits > 1:
+            partial = torch.empty(splits, some, heads, dim, dtype=lse.dtype, device=lse.device)
+            partial_lse = torch.empty(splits, some, heads, dtype=lse.dtype, device=lse.device)
+        else:
+            partial, partial_lse = out_RHD, lse
+        _attention_kernel[(tiles, groups, splits)](
+            q_RHD, position_R, k, v, cache.table, partial, partial_lse,
+            known_N if known_N is not None else empty, ek, ev,
+            extra.position_X if extra is not None else empty, count,
+            some, cache.length, num_extra, scale * _LOG2E, softcap * _LOG2E,
+            q_RHD.stride(0), partial.stride(-3), some * heads * dim, some * heads,
+            k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
+            ek.stride(0), ev.stride(0), window or 0,
+            SIZE=size, SHARE=share, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
+            SOFTCAP=softcap > 0, WINDOW=window is not None, KNOWN=known_N is not None,
+            EXTRA=num_extra > 0, BLOCK_M=block_m, BLOCK_N=_KEYS, NEAR=_is_near(k) and _is_near(v),
+            PART=part, LAST=_LAST, num_warps=8 if block_m == 128 else 4, num_stages=3,
         )  # fmt: skip
+        if splits > 1:
+            _combine_kernel[(some * heads,)](
+                partial, partial_lse, out_RHD, lse, count, some * heads, out_RHD.stride(0),
+                HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), SPLITS=splits,
+                ONLY_LAST=part == _ONLY_LAST, LAST=_LAST, num_warps=2,
+            )  # fmt: skip
     return lse if want_lse else None
+
+
+def _parts(rows: int, share: int, cache: PagedKV, *, split: bool) -> tuple[int, ...]:
+    """The launches: two where that spreads the last rows over more programs."""
+    last, whole = (_grid(n, share, cache)[2] for n in (min(_LAST, rows), rows))
+    return (_WITHOUT_LAST, _ONLY_LAST) if split and last > whole else (_WHOLE,)
+
+
+def _grid(rows: int, share: int, cache: PagedKV) -> tuple[int, int, int]:
+    """Tiles of rows, rows and heads a tile, splits of the keys."""
+    block_m = 128 if rows * share >= _MANY_ROWS else 64
+    tiles, groups = triton.cdiv(rows * share, block_m), cache.k_BSGD.shape[2]
+    return tiles, block_m, _power(min(_PROGRAMS // (tiles * groups), cache.most // (2 * _KEYS)))
 
 
 def question_scores(
@@ -161,23 +183,30 @@ def _cap(x, softcap):
     ]
 )
 def _attention_kernel(
-    q, position, k, v, table, out, lse, known, extra_k, extra_v, extra_position,
+    q, position, k, v, table, out, lse, known, extra_k, extra_v, extra_position, count,
     rows, length, extra, scale, softcap, q_row, out_row, out_split, lse_split,
     k_block, k_place, k_head, v_block, v_place, v_head, ek_row, ev_row, window,
     SIZE: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KNOWN: tl.constexpr,
     EXTRA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEAR: tl.constexpr,
+    PART: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     splits, context = tl.num_programs(2), tl.load(length)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     g, z = tl.program_id(1), tl.program_id(2)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, head = m // SHARE, g * SHARE + m % SHARE
-    live = row < rows
+    to_row, head = m // SHARE, g * SHARE + m % SHARE
+    live, row = to_row < rows, to_row
+    if PART == 2:  # the last rows: some of those
+        row = to_row + tl.maximum(tl.load(count) - LAST, 0)
+        live = live & (row < tl.load(count))
     d = tl.arange(0, BLOCK_D)
     FULL_D: tl.constexpr = DIM == BLOCK_D
     in_d = d < DIM
     at = tl.load(position + row, mask=live, other=-1).to(tl.int32)
+    if PART == 1:  # all others: those see nothing here
+        at = tl.where(row < tl.load(count) - LAST, at, -1)
+    live = live & (at >= 0)
     queries = tl.load(
         q + row[:, None] * q_row + head[:, None] * DIM + d[None],
         mask=live[:, None] & in_d[None], other=0.0,
@@ -261,12 +290,13 @@ def _attention_kernel(
                     queries, acc, most, total, keys, values, see, scale, softcap, SOFTCAP
                 )
     some = tl.where(total > 0, total, 1.0)
-    result = acc / some[:, None]
-    to = out + z * out_split + row[:, None] * out_row + head[:, None] * DIM + d[None]
-    tl.store(to, result.to(out.dtype.element_ty), mask=live[:, None] & in_d[None])
+    result = tl.where(live[:, None], acc / some[:, None], 0.0)
+    there = to_row < rows
+    to = out + z * out_split + to_row[:, None] * out_row + head[:, None] * DIM + d[None]
+    tl.store(to, result.to(out.dtype.element_ty), mask=there[:, None] & in_d[None])
     tl.store(
-        lse + z * lse_split + row * HEADS + head,
-        tl.where(total > 0, most + tl.log2(some), -float("inf")), mask=live,
+        lse + z * lse_split + to_row * HEADS + head,
+        tl.where(live & (total > 0), most + tl.log2(some), -float("inf")), mask=there,
     )  # fmt: skip
 
 
@@ -288,10 +318,16 @@ def _masked(q, acc, most, total, k, v, see, scale, softcap, SOFTCAP: tl.constexp
 
 @triton.jit(do_not_specialize=["split", "out_row"])
 def _combine_kernel(
-    partial, partial_lse, out, lse, split, out_row,
+    partial, partial_lse, out, lse, count, split, out_row,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    ONLY_LAST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0)  # row and head
+    row = at // HEADS
+    if ONLY_LAST:
+        row += tl.maximum(tl.load(count) - LAST, 0)
+        if row >= tl.load(count):
+            return
     z, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     parts = tl.load(partial_lse + z * split + at)
     most = tl.max(parts, 0)
@@ -304,9 +340,11 @@ def _combine_kernel(
         mask=(d < DIM)[None], other=0.0,
     )  # fmt: skip
     result = tl.sum(values * (weights / some)[:, None], 0)
-    to = out + (at // HEADS).to(tl.int64) * out_row + at % HEADS * DIM + d
+    to = out + row.to(tl.int64) * out_row + at % HEADS * DIM + d
     tl.store(to, result.to(out.dtype.element_ty), mask=d < DIM)
-    tl.store(lse + at, tl.where(total > 0, sure + tl.log2(some), -float("inf")))
+    tl.store(
+        lse + row * HEADS + at % HEADS, tl.where(total > 0, sure + tl.log2(some), -float("inf"))
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "q_row", "lse_row", "score_group", "window"])

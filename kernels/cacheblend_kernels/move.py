@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from cacheblend_kernels.paged import PagedKV
+from cacheblend_kernels.reference import FAR
 
 _TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
-_FAR = 8  # times the reach: there a token's say is below 1/2000
 
 
 class Movers(NamedTuple):
@@ -82,7 +82,7 @@ def move(
     _move_kernel[(_PROGRAMS, groups)](
         off_TX, movers.chunk_N, movers.position_R, movers.chunk_R, movers.before_N, movers.pass_2,
         movers.reach_1, cache.table, k, v, cos_XP, sin_XP, cache.length, *strides, **shape,
-        REST=2 * pairs < dim, BLOCK_N=_TOKENS, BLOCK_R=_ROWS, FAR=_FAR, num_warps=4,
+        REST=2 * pairs < dim, BLOCK_N=_TOKENS, BLOCK_R=_ROWS, FAR=FAR, num_warps=4,
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def _move_kernel(
             at = tl.load(position + r, mask=there, other=0).to(tl.int32)
             theirs = tl.load(chunk_of_row + r, mask=there, other=-1)
             distance = tl.abs(n[:, None] - at[None]).to(tl.float32)
-            heard = (mine[:, None] == theirs[None]) & moves[:, None]
+            heard = (mine[:, None] == theirs[None]) & moves[:, None] & (distance <= FAR * reach)
             say = tl.where(heard, tl.exp2(-distance * nearness), 0.0)
             total += tl.sum(say, 1)
             t = r - first

@@ -16,6 +16,7 @@ from cacheblend_kernels.paged import PagedKV
 if TYPE_CHECKING:
     from cacheblend_kernels.move import Movers
 
+FAR = 4  # times the reach: a token's say would be below 1/50 there, and is nothing
 _LOGITS = 1 << 26  # attention logits held at once, float32
 
 
@@ -58,13 +59,14 @@ def nearness(
     same_chunk_NR: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """How much each of R tokens has to say about each of N: ``exp(-distance / reach)``, over 1 plus
-    their sum, so that few and far ones say little; nothing where they are of different chunks.
+    their sum, so that few and far ones say little; nothing beyond ``FAR`` reaches and where they
+    are of different chunks.
 
     Returns:
         float32 [N, R].
     """
     distance_NR = (position_N[:, None] - position_R[None]).abs().float()
-    weight_NR = torch.exp(-distance_NR / reach)
+    weight_NR = torch.exp(-distance_NR / reach) * (distance_NR <= FAR * reach)
     if same_chunk_NR is not None:
         weight_NR = weight_NR * same_chunk_NR
     return weight_NR / (1 + weight_NR.sum(1, keepdim=True))

@@ -17,6 +17,8 @@ from tiny import VOCAB, Words, make
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 from cacheblend_rag.engine.base import EngineOutput
 from cacheblend_rag.engine.blend import Blender, BlendTask
+from cacheblend_rag.engine.lanes import Lanes, Pace
+from cacheblend_rag.engine.torch_lane import TorchLane
 from cacheblend_rag.errors import (
     ClosedError,
     ConfigError,
@@ -234,6 +236,40 @@ def test_auto_blends_at_once_when_nothing_else_runs(
     background = spy_on_background(blend, monkeypatch)
     assert ask(blend, BLENDS[0], schedule="auto").report.blended
     assert background == []
+
+
+def test_the_kv_of_the_next_blend_comes_while_one_computes(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of no further one: each takes GPU memory."""
+    apart = [alone(blend, ids, reach=0) for ids in BLENDS]
+    log: list[tuple[int, str]] = []
+    bring, recompute = TorchLane.bring, TorchLane.recompute
+    lanes: list[TorchLane] = []
+
+    def slowly(lane: TorchLane) -> bool:
+        if lane not in lanes:
+            lanes.append(lane)
+        log.append((lanes.index(lane), "waits"))
+        there = log.count(log[-1]) > 3
+        return there and bring(lane)
+
+    def noted(lane: TorchLane, tile: Any) -> Any:
+        log.append((lanes.index(lane), "computes"))
+        return recompute(lane, tile)
+
+    monkeypatch.setattr(Lanes, "pace", Pace(tile_tokens=8, pieces=1))
+    monkeypatch.setattr(TorchLane, "bring", slowly)
+    monkeypatch.setattr(TorchLane, "recompute", noted)
+    together = blend.generate(BLENDS, schedule="async", reach=0, **SAMPLING)
+    for one, other in zip(apart, together, strict=True):
+        assert_same(one, other)
+    assert len(lanes) == 3
+    for earlier in (0, 1):
+        done = max(i for i, entry in enumerate(log) if entry == (earlier, "computes"))
+        begun = [number for number, _ in log[:done]]
+        assert earlier + 1 in begun and earlier + 2 not in begun
+        assert (earlier + 1, "computes") not in log[:done]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
