@@ -79,7 +79,7 @@ def _ids(prompt: Prompt, tokenizer: Any) -> Sequence[int]:
     if prompt and isinstance(prompt[0], Mapping):
         text = render_chat(prompt, tokenizer)  # type: ignore[arg-type]
         return list(tokenizer.encode(text, add_special_tokens=False))
-    if not all(isinstance(token, int) for token in prompt):
+    if not all(issubclass(kind, int) for kind in set(map(type, prompt))):
         raise PromptError("a prompt is text, chat messages or token ids; this list is mixed")
     return prompt  # type: ignore[return-value]
 

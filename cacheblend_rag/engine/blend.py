@@ -49,6 +49,17 @@ class Blender:
         self._max_tile = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._alone = get_tensor_model_parallel_world_size() == 1
         self._reader = ThreadPoolExecutor(1, "cacheblend-read")  # for those who must not wait
+        self._expected: tuple[str, _FromStore] | None = None  # by a request's id
+
+    def expect(self, request_id: str, plan: Plan) -> None:
+        """Begin to bring the KV of the blend that comes next, if it can be had at once: vLLM's own
+        preparation of the step takes as long as a good part of that.
+        """
+        keys = {s.key for s in plan.segments if s.key}
+        if all(self._lanes.held(key) is not None or self.store.in_memory(key) for key in keys):
+            self._expected = request_id, self._load(plan)
+            chunks = self._expected[1][1]
+            self._lanes.expect({key: chunk for key, chunk in chunks.items() if chunk})
 
     def start(self, task: BlendTask) -> BlendOutcome:
         """What ``steps`` will fill in."""
@@ -62,7 +73,7 @@ class Blender:
         """
         clock, plan, device = outcome.clock, task.plan, self.handle.device
         yields = task.background and self._alone  # ranks that wait each their own way would part
-        loaded = yield from self._from_store(plan, yields)
+        loaded = yield from self._from_store(task, yields)
         clock.mark("fetch")
         region = Region(task, self._fitting(task, outcome, *loaded))
         outcome.bytes = region.bytes
@@ -104,11 +115,14 @@ class Blender:
         lane.place_through(self.handle.num_layers - 1)
         clock.mark("load")
 
-    def _from_store(self, plan: Plan, yields: bool) -> Generator[str, None, _FromStore]:
+    def _from_store(self, task: BlendTask, yields: bool) -> Generator[str, None, _FromStore]:
         """What ``_load`` returns; where it ``yields``, it runs beside other steps."""
+        expected, self._expected = self._expected, None
+        if expected is not None and expected[0] == task.request_id:
+            return expected[1]
         if not yields:
-            return self._load(plan)
-        loading = self._reader.submit(self._load, plan)
+            return self._load(task.plan)
+        loading = self._reader.submit(self._load, task.plan)
         while not loading.done():
             yield WAITS
         return loading.result()

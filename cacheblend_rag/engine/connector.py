@@ -91,6 +91,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._requests: dict[str, _Tracked] = {}  # scheduler
         self._metadata = BlendMetadata()  # scheduler: for the step being built
         self._running: set[str] = set()  # scheduler: served by the step before, not finished
+        self._expects = False  # scheduler: a blend of the step being built was announced
         self.blender: Blender | None = None  # worker: set by WorkerExtension
         self.recent: OrderedDict[str, BlendOutcome] = OrderedDict()  # worker: by the task's name
         self._jobs: list[_Job] = []  # worker: the first one computes
@@ -124,8 +125,20 @@ class CacheBlendConnector(KVConnectorBase_V1):
                 return 0, False
         schedule = tracked.plan.schedule
         tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
+        if not tracked.end and not tracked.background:
+            self._expect(request.request_id, tracked.plan)
         tracked.end = _claimed(tracked.plan, request.num_prompt_tokens)
         return tracked.end - num_computed_tokens, tracked.background
+
+    def _expect(self, request_id: str, plan: Plan) -> None:
+        """Have the KV of a step's first blend come while the rest of the step is prepared."""
+        if self.beside is None or self._expects:
+            return
+        self._expects = True
+        try:
+            self.beside.expect(request_id, plan)
+        except Exception:  # it comes later then; what is wrong shows where the worker reports it
+            logger.exception("the KV of %s was not brought ahead", request_id)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Blocks were given: the blend goes to the workers with this step."""
@@ -150,6 +163,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> BlendMetadata:
         """This step's blends; also notes whom the engine is serving."""
         metadata, self._metadata = self._metadata, BlendMetadata()
+        self._expects = False
         self._running = set(scheduler_output.num_scheduled_tokens)
         metadata.idle = not self._running
         self._running |= {task.request_id for task in metadata.background}

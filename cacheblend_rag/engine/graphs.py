@@ -10,7 +10,8 @@ Shape legend: T tokens of the pass, padded; N context tokens, padded; G KV heads
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class PassGraphs:
             get_tensor_model_parallel_world_size() == 1 and not config.model_config.enforce_eager
         )
         self._passes: dict[tuple[Any, ...], CapturedPass] = {}
+        self._quickest: dict[int, int] = {}  # for a padded size, the one that takes least
         self._under_way: Iterator[None] = iter(())  # a pass that pauses
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
@@ -144,6 +146,7 @@ class PassGraphs:
         it has yet to be done.
         """
         size = _padded(len(ids_T))
+        size = self._quickest.get(size, size)
         self._fill(at, size, ids_T, positions_T, slots_T)
         if movers is None:
             self._movers.chunk_N.fill_(-1)  # no token moves
@@ -231,6 +234,7 @@ class PassGraphs:
             if not self.takes(size):
                 return
             exhaust(self.select(ids, spare, spare, None, empty, lambda _: None))
+        self._quickest = _quickest({size: self.seconds("select", size) for size in sizes})
         for size in range(_MOST_ASKING, 0, -32):
             ids, spare = none.expand(size), nowhere.expand(size)
             beside = torch.full_like(spare, NEVER)
@@ -301,6 +305,20 @@ class PassGraphs:
         with captured.capture():
             self._handle.run(make(captured.reach), ids, rope)
         return captured
+
+
+def _quickest(seconds: Mapping[int, float | None]) -> dict[int, int]:
+    """For each number of rows the one, as large at least, that takes the least time: libraries of
+    matrix products have sizes that suit them badly.
+    """
+    best: dict[int, int] = {}
+    found, least = 0, math.inf
+    for size in sorted(seconds, reverse=True):
+        took = seconds[size]
+        if took is not None and took <= least:
+            found, least = size, took
+        best[size] = found or size
+    return best
 
 
 def exhaust(steps: Iterator[object]) -> None:

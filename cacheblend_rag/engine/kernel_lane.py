@@ -3,7 +3,7 @@
 Chunk KV travels in groups of layers through a few staging buffers while whatever comes first
 computes; each layer is re-rotated and scattered by one launch just before it is needed. Nothing
 here waits for the GPU, and nothing on the host grows with the context but one index per token.
-Small uploads come before the transfer starts: they would queue behind it.
+Small uploads come before most of the transfer: they queue behind what of it was begun.
 
 Shape legend: E tokens of the blended region, A of its plan, N tokens to place, S source chunks, L
 layers, G KV heads, D head size, T tokens of a pass.
@@ -11,7 +11,7 @@ layers, G KV heads, D head size, T tokens of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -115,12 +115,12 @@ class KernelLane(Lane):
         self._kernels, self._graphs = kernels, graphs
         self._movers: Movers | None = None
         self._recomputed = 0  # tokens, in earlier tiles
-        sources = list({s.key: s.chunk for s in region.spans}.items())
+        sources = {s.key: s.chunk for s in region.spans}
         self._transfer = staging.begin(sources)
         self._table = kernels.table(region.task.blocks, self.device)
         new_E = region.stored_E.copy()
         new_E[: region.write_from] = False
-        number = {key: i for i, (key, _) in enumerate(sources)}
+        number = {key: i for i, key in enumerate(sources)}
         chunk_E = np.zeros(region.end, dtype=np.int64)
         for s in region.spans:
             chunk_E[s.start : s.end] = number[s.key]
@@ -129,7 +129,7 @@ class KernelLane(Lane):
         self._positions_N, old_N, chunk_N, row_N = upload(rows, self.device)
         self._turn = rope.turn(old_N, self._positions_N)
         self._chunk_N, self._row_N = chunk_N.int(), row_N.int()
-        lengths = np.array([[len(chunk.token_ids) for _, chunk in sources]], dtype=np.int64)
+        lengths = np.array([[len(chunk.token_ids) for chunk in sources.values()]], dtype=np.int64)
         table = upload(np.concatenate([self._transfer.address_LS, lengths]), self.device)
         self._address_LS, self._length_S = table[:-1], table[-1]
         self._lengths = upload(np.array([region.end, region.asked], dtype=np.int32), self.device)
@@ -206,7 +206,7 @@ class KernelLane(Lane):
 
     def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
         chosen_E = torch.zeros_like(candidate_E).index_fill_(0, chosen, True)
-        chunk_E = upload(self.region.span_E, self.device).masked_fill(~candidate_E, -1)
+        chunk_E = self.span_E.int().masked_fill(~candidate_E, -1)
         before = torch.zeros(self.region.end + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(chosen_E, 0, dtype=torch.int32, out=before[1:])
         moving_E = chunk_E.masked_fill(chosen_E, -1)
@@ -218,8 +218,8 @@ class KernelLane(Lane):
         ids, slots = self.ids_E[tile], self.slots(tile)
         movers = self._movers
         if movers is not None:
-            here = np.array([self._recomputed, len(tile)], dtype=np.int32)
-            movers = movers._replace(pass_2=upload(here, self.device))
+            movers = movers._replace(pass_2=torch.full_like(movers.pass_2, len(tile)))
+            movers.pass_2[:1].fill_(self._recomputed)
             self._recomputed += len(tile)
         if self._graphs.takes(len(tile)):
             view, before = self.view(0), self.place_through
@@ -262,6 +262,10 @@ class KernelLanes(Lanes):
             self._staging,
             self._graphs,
         )
+
+    def expect(self, sources: Mapping[str, ChunkKV]) -> None:
+        with torch.inference_mode():  # as everything that writes the same memory
+            self._staging.expect(sources)
 
     def costs(self) -> dict[str, float]:
         select, ask = self._graphs.seconds("select", 1024), self._graphs.seconds("ask", 64)

@@ -93,7 +93,8 @@ class Lane(ABC):
         self.region, self.handle, self.rope, self._cache = region, handle, rope, cache
         self.device = handle.device
         self._placed = 0  # layers
-        self.ids_E, self.offset_E = upload(np.stack([region.ids_E, region.offset_E]), self.device)
+        both = np.stack([region.ids_E, region.offset_E, region.span_E])
+        self.ids_E, self.offset_E, self.span_E = upload(both, self.device)
 
     @abstractmethod
     def place_through(self, index: int) -> None:
@@ -131,7 +132,7 @@ class Lane(ABC):
         positions = torch.arange(tile.start, tile.stop)
         blocks = torch.tensor(self.region.task.blocks)
         step = PagedPass(self._cache, blocks, positions, check=check)
-        at = upload(positions, self.device)
+        at = torch.arange(tile.start, tile.stop, device=self.device)
         self.place_through(check)  # starts a transfer, which small uploads must come before
         self.handle.run(step, self.ids_E[at], at)
         assert step.checked is not None

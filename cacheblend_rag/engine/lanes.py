@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from cacheblend_rag.engine.attention import PagedCache
@@ -33,6 +34,9 @@ class Lanes:
 
     def __call__(self, region: Region) -> Lane:
         return TorchLane(region, self._handle, self._rope, self._cache)
+
+    def expect(self, sources: Mapping[str, ChunkKV]) -> None:
+        """Begin to bring the chunks of a request whose lane is not made yet, if that helps."""
 
     def costs(self) -> dict[str, float]:
         """Measured seconds, see ``cacheblend_rag.costs.Costs``; empty where none were measured."""

@@ -5,7 +5,7 @@ Shape legend: L layers, S source chunks, K layers of a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -40,10 +40,31 @@ class Staging:
         self.device, self.num_layers, self.hot = device, num_layers, hot
         self.stream = torch.cuda.Stream(device)
         self._idle: list[Buffers] = []
+        self._expected: tuple[dict[str, ChunkKV], Transfer] | None = None
 
-    def begin(self, sources: Sequence[tuple[str, ChunkKV]]) -> Transfer:
-        """Start to bring all layers of ``sources`` (key and chunk) to the GPU."""
+    def expect(self, sources: Mapping[str, ChunkKV]) -> None:
+        """Start the transfer that ``begin`` will be asked for next; in vain if it is another."""
+        self._forget()
+        self._expected = dict(sources), Transfer(self, sources)
+        self._expected[1].start()
+
+    def begin(self, sources: Mapping[str, ChunkKV]) -> Transfer:
+        """A transfer of all layers of ``sources``, chunks by key, to the GPU."""
+        if self._expected is not None:
+            expected, transfer = self._expected
+            if list(expected) == list(sources) and all(
+                expected[key] is chunk for key, chunk in sources.items()
+            ):
+                self._expected = None
+                return transfer
+        self._forget()
         return Transfer(self, sources)
+
+    def _forget(self) -> None:
+        """Give up the transfer that was expected."""
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            expected[1].give_up()
 
     def seconds_per_byte(self) -> float:
         """Of a copy from pinned memory."""
@@ -76,22 +97,22 @@ class Transfer:
         address_LS: int64, where each layer of each source is, or will be once ``arrive`` returned.
     """
 
-    def __init__(self, staging: Staging, sources: Sequence[tuple[str, ChunkKV]]) -> None:
+    def __init__(self, staging: Staging, sources: Mapping[str, ChunkKV]) -> None:
         self._staging = staging
         self._ready: dict[int, torch.cuda.Event] = {}
         self._hot: list[HotChunk] = []  # kept until the request is done with them
-        self._filling: list[tuple[HotChunk, ChunkKV]] = []
+        self._filling: list[tuple[str, HotChunk, ChunkKV]] = []
         passing: list[tuple[int, ChunkKV]] = []
         num_layers = staging.num_layers
         layers = np.arange(num_layers)
         self.address_LS = np.empty((num_layers, len(sources)), dtype=np.int64)
-        for i, (key, chunk) in enumerate(sources):
+        for i, (key, chunk) in enumerate(sources.items()):
             hot = staging.hot.get(key)
             if hot is None:
                 hot = staging.hot.room(key, chunk)
                 if hot is not None:
                     hot.kv.record_stream(staging.stream)
-                    self._filling.append((hot, chunk))
+                    self._filling.append((key, hot, chunk))
             elif not hot.whole:
                 hot = None  # another request's transfer is not through
             if hot is None:
@@ -101,7 +122,7 @@ class Transfer:
             self.address_LS[:, i] = hot.kv.data_ptr() + layers * (chunk.nbytes // num_layers)
         if self._filling:  # their memory may still be read by what was queued before
             staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
-        moving = [chunk for _, chunk in passing] + [chunk for _, chunk in self._filling]
+        moving = [chunk for _, chunk in passing] + [chunk for _, _, chunk in self._filling]
         a_layer = sum(chunk.nbytes for chunk in moving) // num_layers
         self._group = max(1, min(_GROUP_BYTES // max(1, a_layer), num_layers))
         self._num_groups = -(-num_layers // self._group) if moving else 0
@@ -118,6 +139,16 @@ class Transfer:
             starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
             self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
         self._started = 0
+
+    def start(self) -> None:
+        """Bring as much as there are buffers for."""
+        if self._num_groups:
+            self._reach(0)
+
+    def give_up(self) -> None:
+        """Nothing will be read."""
+        for key, _, _ in self._filling:
+            self._staging.hot.discard(key)
 
     def arrive(self, index: int) -> range:
         """Make the computing stream wait for layer ``index``; returns it and those that come along.
@@ -140,7 +171,7 @@ class Transfer:
             done = torch.cuda.current_stream(self._staging.device).record_event()
             self._buffers.free[layers.start // self._group % _BUFFERS] = done
         if layers.stop == self._staging.num_layers:
-            for hot, _ in self._filling:
+            for _, hot, _ in self._filling:
                 hot.whole = True
             if self._buffers is not None:
                 self._staging.give_back(self._buffers)
@@ -159,7 +190,7 @@ class Transfer:
         first = number * self._group
         last = min(first + self._group, self._staging.num_layers)
         with torch.cuda.stream(stream):
-            for hot, chunk in self._filling:
+            for _, hot, chunk in self._filling:
                 hot.kv[first:last].copy_(chunk.kv_L2NHD[first:last], non_blocking=True)
             if self._buffers is not None:
                 free = self._buffers.free[number % _BUFFERS]

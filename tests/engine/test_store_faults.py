@@ -244,6 +244,39 @@ def test_a_chunk_kept_beside_the_store_is_not_read(
         assert asked(blend, (*ids, 4)).report.blended, "they are near"
 
 
+def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, of what memory has; whatever becomes of it, answers are the same."""
+    with opened(tiny_models, "memory://?capacity=64MiB", monkeypatch) as blend:
+        ingest_again(blend)
+        asking = prompts(3)
+        alone = [asked(blend, ids) for ids in asking]
+        blender = get_kv_transfer_group().blender
+        store, ahead = blender.store, []
+        monkeypatch.setattr(blender._lanes, "expect", ahead.append)
+        reads = store.stats().hits
+        again = asked(blend, (*asking[0], 5))
+        keys = {s.key for s in again.report.segments if s.kind == "reused"}
+        assert len(ahead) == 1 and set(ahead[0]) >= keys and len(keys) > 1
+        assert store.stats().hits - reads == len(ahead[0]), "each chunk is read once"
+
+        ahead.clear()
+        blend._engine._llm.reset_prefix_cache()
+        together = blend.generate(asking, schedule="sync", **FULL_LOGPROBS)
+        assert 1 <= len(ahead) <= 3
+        for one, other in zip(alone, together, strict=True):
+            assert torch.allclose(logprobs(one), logprobs(other), atol=2e-4)
+
+        def fails(sources: object) -> None:
+            raise RuntimeError("no memory left")
+
+        monkeypatch.setattr(blender._lanes, "expect", fails)
+        assert asked(blend, (*asking[0], 6)).report.blended
+        store.discard(next(iter(keys)))
+        assert asked(blend, (*asking[0], 7)).report.blended, "less is there, and not ahead"
+
+
 def _forget_memory(store: TieredStore) -> None:
     for key in [info.key for info in store.fast.scan()]:
         store.fast.discard(key)

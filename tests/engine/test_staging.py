@@ -1,0 +1,78 @@
+"""KV on its way to the GPU: what was begun ahead is used, or given up. Needs a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cacheblend_rag.engine.hot import HotChunks
+from cacheblend_rag.engine.staging import Staging, Transfer
+from cacheblend_rag.store.base import ChunkKV
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU"),
+]
+LAYERS = 6
+
+
+def chunk(tokens: int) -> ChunkKV:
+    kv = torch.randn(LAYERS, 2, tokens, 2, 64).bfloat16().pin_memory()
+    return ChunkKV(tuple(range(tokens)), 0, kv)
+
+
+def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> None:
+    device = torch.device("cuda")
+    a, b, c = chunk(300), chunk(200), chunk(250)
+    for capacity in (0, a.nbytes + b.nbytes):
+        hot = HotChunks(capacity, device)
+        staging = Staging(device, LAYERS, hot)
+        for ahead, wanted in (
+            ({"a": a, "b": b}, {"a": a, "b": b}),
+            ({"a": a}, {"a": a, "b": b}),
+            ({"c": c, "b": b}, {"b": b, "c": c}),
+            ({"a": a}, {"a": chunk(300)}),
+        ):
+            hot.discard("a")
+            staging.expect(ahead)
+            assert staging._expected is not None
+            begun = staging._expected[1]
+            transfer = staging.begin(wanted)
+            same = [*ahead.items()] == [*wanted.items()]
+            assert (transfer is begun) == same and staging._expected is None
+            assert staging.begin(wanted) is not transfer, "it is another request's"
+            for key in (*ahead, *wanted):
+                hot.discard(key)
+            assert arrived(transfer, wanted)
+        staging.expect({"a": a})
+        staging.expect({"b": b})
+        assert hot.get("a") is None, "what was given up does not stay half filled"
+
+
+def arrived(transfer: Transfer, wanted: dict[str, ChunkKV]) -> bool:
+    """Whether each layer is at its address when it is said to be there."""
+    at = 0
+    while at < LAYERS:
+        layers = transfer.arrive(at)
+        torch.cuda.current_stream().synchronize()
+        for index in layers:
+            for address, of in zip(
+                transfer.address_LS[index],
+                wanted.values(),
+                strict=True,
+            ):
+                expected = of.kv_L2NHD[index]
+                if not torch.equal(_read(int(address), expected), expected):
+                    return False
+        transfer.used(layers)
+        at = layers.stop
+    return True
+
+
+def _read(address: int, like: torch.Tensor) -> torch.Tensor:
+    """Device memory at ``address``, as a tensor on the host."""
+    interface = {"shape": (like.nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+    there = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device="cuda")
+    return there.cpu().view(like.dtype).view(like.shape)
