@@ -36,6 +36,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--prefixes", nargs="+", default=["auto", "none"], metavar="P")
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="more rows by name")
     parser.add_argument("--only-rows", nargs="+", metavar="ROW", help="these and full, no others")
+    parser.add_argument(
+        "--cut", type=positive, metavar="WORDS", help="cut passages into chunks of so many words"
+    )
     parser.add_argument("--split", choices=["tune", "report", "all"], default="all")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="mark recomputed tokens")
 
@@ -100,6 +103,9 @@ def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[
         split=getattr(args, "split", "all"),
         shard=args.shard,
     )
+    cut = getattr(args, "cut", None)
+    if cut is not None:
+        questions = [question.cut(cut) for question in questions]
     config = BlendConfig(
         system_prompt=system_prompt(questions[0].kind),
         ingest_prefix="none",  # rows bring their own
@@ -115,6 +121,7 @@ def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[
             "device": blend.info.device,
             "prefix": rows[0].prefix,
             "max_tokens": args.max_tokens,
+            "cut": cut,
             "vllm": blend.info.vllm_version,
             "version": __version__,
         }
