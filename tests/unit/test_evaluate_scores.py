@@ -112,6 +112,17 @@ def answer(number: int, row: str, text: str = "Rome", **changes: Any) -> Answer:
     return Answer(id=str(number), row=row, text=text, **values)
 
 
+def test_passages_are_cut_into_pieces_of_a_document() -> None:
+    whole = question(1, passages=("T\na b c  d e\nf g", "h i j k", "l"))
+    cut = whole.cut(4)
+    assert cut.passages == ("T\na b c", "d e\nf g", "h i j k", "l")
+    assert cut.before == (None, "T\na b c  ", None, None)
+    assert (cut.id, cut.half) == (whole.id, whole.half)
+    assert whole.cut(3).passages[:3] == ("T\na b", "c  d e", "f g")
+    assert whole.cut(7).passages == whole.passages, "one word is less than half a piece"
+    assert whole.cut(1).passages == tuple("TabcdefghijkL".replace("L", "l"))
+
+
 def write(path: Path, numbers: range, settings: dict[str, Any] = SETTINGS) -> Path:
     """Half of the answers of `query` are wrong, all of `hkvd`; the latter have twice the KL."""
     with ResultFile(path, settings) as file:
