@@ -1,7 +1,9 @@
 """Content keys: what a chunk's KV depends on, and nothing else.
 
 A key never depends on the prompt a chunk was first seen in, so reuse does not decay over time, and
-changed text, another model, ingest prefix or tenant is simply another key.
+changed text, another model, ingest prefix or tenant is simply another key. With the ingest prefix
+``document`` it does not depend on the document either, which the KV does: a prompt that contains
+the chunk does not say where it is from, and must find it.
 """
 
 from __future__ import annotations

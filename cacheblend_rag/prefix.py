@@ -14,7 +14,7 @@ from typing import Any
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError
 
-BEFORE_CHARS = 4096  # of what stands before a chunk; 240 tokens have fewer in any language
+BEFORE_CHARS = 4096  # of what stands before a chunk; the neutral text, as many tokens, has 1,175
 _MARK = "\ue000context\ue000"  # private use: no template alters it
 
 NEUTRAL_TEXT = """\

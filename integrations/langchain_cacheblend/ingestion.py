@@ -18,7 +18,9 @@ from langchain_cacheblend.settings import EngineSettings
 class CacheBlendIngestion(BaseDocumentTransformer):
     """Put it after the splitter: documents pass unchanged, and their KV is computed.
 
-    What is stored already is skipped, so it costs little to run it again.
+    What is stored already is skipped, so it costs little to run it again. With the engine's
+    ``ingest_prefix="document"``, each document is computed behind what precedes it in its source:
+    those of one ``source`` (and ``page``), by ``start_index``, else as they are given.
 
     Args:
         llm: the model that will answer, or a running engine.

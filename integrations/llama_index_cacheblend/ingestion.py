@@ -24,7 +24,8 @@ class CacheBlendIngestion(TransformComponent):
 
     What is computed is what a prompt will contain: the node's text with its metadata, as LlamaIndex
     writes it for an LLM. It is computed in this process, also for a pipeline with ``num_workers``,
-    and once: what is stored is skipped.
+    and once: what is stored is skipped. With the engine's ``ingest_prefix="document"``, each node
+    is computed behind what precedes it in its document, as far as the nodes beside it tell.
 
     Args:
         llm: the LLM that will answer, or a running engine.

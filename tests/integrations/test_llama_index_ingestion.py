@@ -221,6 +221,9 @@ def test_identity_names_settings_model_and_store(
         with CacheBlendLLM(model=str(MODEL), blend_config=config) as llm:
             seen.add(CacheBlendIngestion(llm).to_dict()["identity"])
     assert len(seen) == 2  # the same store has the same name in another session, a new one has not
+    config = BlendConfig(store=f"file://{folder}", ingest_prefix="document")
+    with CacheBlendLLM(model=str(MODEL), blend_config=config) as llm:
+        assert CacheBlendIngestion(llm).to_dict()["identity"] not in seen
 
 
 def test_docstore_upserts_compute_only_what_changed(
