@@ -52,9 +52,9 @@ class BlendConfig:
         ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
             and ``system_prompt`` put before the context, then neutral text), ``head`` (the same
             without the neutral text), ``document`` (the head, then the last tokens of what stands
-            before the chunk in its own document, as many as the neutral text has; the text itself
-            fills up where less is known, see ``CacheBlend.ingest``), ``bos`` (the BOS token, if
-            the model has one), ``none``, or a sequence of token ids.
+            before the chunk in its own document, as many as the neutral text has, which fills up
+            where less is known; see ``CacheBlend.ingest``), ``bos`` (the BOS token, if the model
+            has one), ``none``, or a sequence of token ids.
         system_prompt: the system prompt your requests use; the template's default where None.
         when: ``pays`` blends where the measured costs predict a gain over a plain prefill (they are
             measured on a GPU only), ``always`` blends whatever is found.

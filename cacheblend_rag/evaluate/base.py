@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,11 +38,16 @@ class Question:
     kind: Kind = "qa"
     before: tuple[str | None, ...] = ()
 
-    def cut(self, words: int) -> Question:
+    def cut(self, words: int, *, scatter: bool = False) -> Question:
         """The same over pieces of so many words, the passage that they are of being their document.
         A rest of less than half of that stays with the piece before it.
+
+        ``scatter`` leaves half of the pieces out and mixes the others, as a retriever would: what a
+        piece was computed behind is then seldom what stands before it in the prompt.
         """
         pieces = [piece for passage in self.passages for piece in _pieces(passage, words)]
+        if scatter:
+            pieces = random.Random(self.id).sample(pieces, (len(pieces) + 1) // 2)
         texts, before = zip(*pieces, strict=True)
         return replace(self, passages=texts, before=before)
 

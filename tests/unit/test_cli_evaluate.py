@@ -186,6 +186,7 @@ def test_what_the_user_got_wrong(
     assert "not a result" in refused(capsys, "--report", data)
     assert "no answers-" in refused(capsys, "--report", tmp_path)
     assert "selector is 'qery'" in refused(capsys, "--data", data, "--selectors", "qery")
+    assert "with --cut" in refused(capsys, "--data", data, "--scatter")
     assert "ingest prefix" in refused(capsys, "--data", data, "--prefixes", "nothing")
     for wrong in (["--shard", "3/2"], ["--engine-arg", "eager"], ["--ratios", "15"]):
         with pytest.raises(SystemExit, match="2"):
