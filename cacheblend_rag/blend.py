@@ -21,12 +21,12 @@ from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
 from cacheblend_rag.errors import ClosedError, ConfigError, EmptyTextError, PromptError
-from cacheblend_rag.ingest import Chunk, IngestReport
+from cacheblend_rag.ingest import Before, Chunk, IngestReport
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex, Match
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
-from cacheblend_rag.prefix import ingest_prefix, prompt_head
+from cacheblend_rag.prefix import document_context, ingest_prefix, prompt_head
 from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
 from cacheblend_rag.report import make_report
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
@@ -97,12 +97,25 @@ class CacheBlend:
     # ---- ingestion -----------------------------------------------------------------------------
 
     def ingest(
-        self, texts: str | Sequence[str | Sequence[int]], *, progress: bool = True
+        self,
+        texts: str | Sequence[str | Sequence[int]],
+        *,
+        before: str | Sequence[Before] | None = None,
+        progress: bool = True,
     ) -> IngestReport:
-        """Compute and store the KV of chunks: texts, or token ids. What is stored already is
-        skipped, so an interrupted or repeated ingestion costs only look-ups.
+        """Compute and store the KV of chunks. What is stored already is skipped, so an interrupted
+        or repeated ingestion costs only look-ups.
+
+        Args:
+            texts: the chunks, or their token ids.
+            before: of each, what stands before it in its own document (text or token ids, the last
+                of which are taken), or None; for ``ingest_prefix="document"``. It is no part of a
+                chunk's key: of equal chunks, the KV of the first that was stored stays.
+            progress: a bar while KV is computed.
 
         Raises:
+            ConfigError: ``before`` with another ingest prefix.
+            PromptError: ``before`` is not one for each text.
             EmptyTextError: a text of white space only.
             PromptTooLongError: a chunk that fits no prompt.
             StoreError: the store can't be written; what was stored so far stays.
@@ -110,14 +123,19 @@ class CacheBlend:
         self._check_open()
         start = time.perf_counter()
         given = [texts] if isinstance(texts, str) else list(texts)
+        known = ingest.for_each(given, before, self.config.ingest_prefix)
         if not self.gate.passed:
             return IngestReport(chunks=len(given), reason=self.gate.reason)
         chunks = [self._chunk(text) for text in given]
-        long_enough = [c for c in chunks if len(c.token_ids) >= self.config.min_chunk_tokens]
+        least = self.config.min_chunk_tokens
+        long_enough = [c for c in chunks if len(c.token_ids) >= least]
         new = ingest.distinct(long_enough)
         todo = self._missing(new)
+        if before is not None:
+            first = dict(zip((c.key for c in reversed(chunks)), reversed(known), strict=True))
+            todo = self._in_context(todo, first)
         stored = self._compute(todo, progress)
-        self._index.add_many(new)
+        self._index.add_many((c.key, c.token_ids) for c in new)
         return IngestReport(
             chunks=len(given),
             computed=len(todo),
@@ -127,7 +145,7 @@ class CacheBlend:
             tokens=sum(len(c.token_ids) for c in todo),
             bytes=stored,
             seconds=time.perf_counter() - start,
-            keys=[c.key if c in long_enough else "" for c in chunks],
+            keys=[c.key if len(c.token_ids) >= least else "" for c in chunks],
         )
 
     def prefetch(self, texts: str | Sequence[str | Sequence[int]]) -> None:
@@ -214,8 +232,7 @@ class CacheBlend:
         self._check_open()
         other = copy.copy(self)
         other.config, other._index = config, ChunkIndex()
-        prefix = ingest_prefix(config, self.tokenizer, max_model_len=self.info.max_model_len)
-        other._space = KeySpace(self.info.fingerprint, prefix, config.namespace)
+        other._space = self._key_space(config)
         other._head = other._store_head() if self.gate.passed else None
         return other
 
@@ -321,7 +338,7 @@ class CacheBlend:
             ids,
             matches,
             config,
-            prefix_ids=self._space.prefix_ids,
+            prefix_ids=self._space.shared_prefix,
             block_size=self.info.block_size,
             head=self._head,
             costs=self._costs,
@@ -382,6 +399,18 @@ class CacheBlend:
         ingest.check_length(chunk, len(self._space.prefix_ids), self.info.max_model_len)
         return chunk
 
+    def _in_context(self, chunks: Sequence[Chunk], before: Mapping[str, Before]) -> list[Chunk]:
+        """The chunks, each with what stands before it in its document, by key."""
+        head = prompt_head(self.config, self.tokenizer)
+        neutral = self._space.prefix_ids[len(head) :]
+        placed = []
+        for chunk in chunks:
+            context = document_context(before[chunk.key], neutral, self.tokenizer)
+            if context:
+                self._check_vocabulary(context)
+            placed.append(chunk._replace(context=context))
+        return placed
+
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
         """A token id without an embedding would end the engine."""
         low, high = min(ids), max(ids)
@@ -394,11 +423,15 @@ class CacheBlend:
 
     def _missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks that not every rank has stored."""
-        absent: set[str] = set()
+        absent, present = set[str](), set[str]()
         keys = [c.key for c in chunks]
         for i in range(0, len(keys), 1000):
             for of_rank in self._engine.rpc("cacheblend_missing", keys[i : i + 1000]):
                 absent.update(of_rank)
+                present.update(set(keys[i : i + 1000]).difference(of_rank))
+        if self._space.by_document and (parts := absent & present):
+            # what is left of them may have been computed behind another document
+            self._engine.rpc("cacheblend_forget", list(parts))
         return [c for c in chunks if c.key in absent]
 
     def _compute(self, chunks: Sequence[Chunk], progress: bool) -> int:
@@ -414,15 +447,21 @@ class CacheBlend:
 
     def _ingest(self, chunks: Sequence[Chunk], prefix_ids: tuple[int, ...]) -> int:
         keys, ids = [c.key for c in chunks], [list(c.token_ids) for c in chunks]
-        return sum(self._engine.rpc("cacheblend_ingest", keys, ids, list(prefix_ids)))
+        contexts = [list(c.context) for c in chunks]
+        shared = list(prefix_ids[: len(prefix_ids) - len(contexts[0])])
+        return sum(self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts))
+
+    def _key_space(self, config: BlendConfig) -> KeySpace:
+        prefix = ingest_prefix(config, self.tokenizer, max_model_len=self.info.max_model_len)
+        by_document = config.ingest_prefix == "document"
+        return KeySpace(self.info.fingerprint, prefix, config.namespace, by_document)
 
     def _open_gate(self) -> GateReport:
         """Check the model, open the store, and prove ratio 1 on a probe prompt."""
         report = gate.check_layers(self.info)
         if not report.passed:
             return report
-        prefix = ingest_prefix(self.config, self.tokenizer, max_model_len=self.info.max_model_len)
-        self._space = self._space._replace(prefix_ids=prefix)
+        self._space = self._key_space(self.config)
         ranks = self._engine.rpc(
             "cacheblend_bind",
             self.config.store,
@@ -443,7 +482,7 @@ class CacheBlend:
         ids = prompt_head(self.config, self.tokenizer)
         if len(ids) < 2:
             return None
-        key = self._space._replace(prefix_ids=()).key(ids)
+        key = self._space._replace(prefix_ids=(), by_document=False).key(ids)
         if any(self._engine.rpc("cacheblend_missing", [key])):
             self._ingest([Chunk(key, ids)], ())
         return Head(key, ids)
@@ -459,7 +498,7 @@ class CacheBlend:
             ids := head + chunk + question,
             [match],
             self.config.for_call({"mode": "blend", "recompute_ratio": 1.0}),
-            prefix_ids=self._space.prefix_ids,
+            prefix_ids=self._space.shared_prefix,
             block_size=self.info.block_size,
         )
         assert isinstance(plan, Plan)
@@ -489,7 +528,7 @@ class CacheBlend:
         ids = prompts[0][1]
         chunk = Chunk(self._space.key(ids), ids)
         self._ingest([chunk], self._space.prefix_ids)
-        self._index.add_many([chunk])
+        self._index.add(chunk.key, chunk.token_ids)
         plain, blended = {"mode": "full"}, {"mode": "blend", "when": "always", "schedule": "sync"}
         taken: dict[str, list[float]] = {"full": [], "blend": []}
         plan: Plan | NoPlan = NoPlan("not timed")
@@ -551,14 +590,16 @@ def several(prompts: object) -> list[Prompt]:
     return list(prompts)
 
 
-def ours(space: KeySpace, ranks: Sequence[Sequence[Sequence[Any]]]) -> Iterator[Chunk]:
-    """Of what the ranks' stores hold, the chunks of this key space that all of them have."""
+def ours(
+    space: KeySpace, ranks: Sequence[Sequence[Sequence[Any]]]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Keys and token ids of the chunks of this key space that all ranks' stores hold."""
     everywhere = set.intersection(*({row[0] for row in rank} for rank in ranks))
     for key, raw, base in ranks[0]:
         if key in everywhere and base == len(space.prefix_ids):
             ids = tuple(array("i", raw))
             if space.key(ids) == key:
-                yield Chunk(key, ids)
+                yield key, ids
 
 
 def _with_id(plan: Plan | NoPlan, request_id: str) -> dict[str, Any] | None:

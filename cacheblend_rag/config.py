@@ -18,6 +18,7 @@ Schedule = Literal["auto", "sync", "async"]
 
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
 REACH = 64  # chosen on the tuning half of docs/quality.md's questions
+PREFIXES = ("auto", "head", "document", "bos", "none")
 PER_CALL = (
     "mode",
     "recompute_ratio",
@@ -50,8 +51,10 @@ class BlendConfig:
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
         ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
             and ``system_prompt`` put before the context, then neutral text), ``head`` (the same
-            without the neutral text), ``bos`` (the BOS token, if the model has one), ``none``,
-            or a sequence of token ids.
+            without the neutral text), ``document`` (the head, then the last tokens of what stands
+            before the chunk in its own document, as many as the neutral text has, which fills up
+            where less is known; see ``CacheBlend.ingest``), ``bos`` (the BOS token, if the model
+            has one), ``none``, or a sequence of token ids.
         system_prompt: the system prompt your requests use; the template's default where None.
         when: ``pays`` blends where the measured costs predict a gain over a plain prefill (they are
             measured on a GPU only), ``always`` blends whatever is found.
@@ -94,7 +97,7 @@ class BlendConfig:
         if self.tile_tokens is not None and self.tile_tokens < 1:
             raise ConfigError("tile_tokens must be positive, or None for the engine's own limit")
         if isinstance(self.ingest_prefix, str):
-            _one_of("ingest_prefix", self.ingest_prefix, ("auto", "head", "bos", "none"))
+            _one_of("ingest_prefix", self.ingest_prefix, PREFIXES)
         else:
             object.__setattr__(self, "ingest_prefix", tuple(int(t) for t in self.ingest_prefix))
         if self.gpu_cache is not None:

@@ -6,14 +6,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cacheblend_rag.errors import PromptTooLongError
+from cacheblend_rag.errors import ConfigError, PromptError, PromptTooLongError
+
+Before = str | Sequence[int] | None  # what stands before a chunk: text, token ids, or unknown
 
 
 class Chunk(NamedTuple):
-    """Token ids of a chunk and the key they give."""
+    """Token ids of a chunk, the key they give, and what stands before it in its document."""
 
     key: str
     token_ids: tuple[int, ...]
+    context: tuple[int, ...] = ()  # takes the place of as many last tokens of the ingest prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +53,44 @@ def distinct(chunks: Iterable[Chunk]) -> list[Chunk]:
     return list({chunk.key: chunk for chunk in chunks}.values())
 
 
+def for_each(
+    texts: Sequence[object], before: str | Sequence[Before] | None, ingest_prefix: object
+) -> Sequence[Before]:
+    """``before`` as given to ``CacheBlend.ingest``, one for each of ``texts``.
+
+    Raises:
+        ConfigError: it was given, and ``ingest_prefix`` has no use for it.
+        PromptError: it is not one for each.
+    """
+    if before is None:
+        return [None] * len(texts)
+    if ingest_prefix != "document":
+        raise ConfigError(
+            f"before was given, but with ingest_prefix={ingest_prefix!r} no chunk is computed "
+            "behind its document: set BlendConfig(ingest_prefix='document'), or leave before out"
+        )
+    given = [before] if isinstance(before, str) else list(before)
+    if len(given) != len(texts):
+        raise PromptError(
+            f"before has {len(given)} texts for {len(texts)} chunks; give one for each, None where "
+            "nothing is known"
+        )
+    return given
+
+
 def batches(chunks: Sequence[Chunk], max_tokens: int) -> Iterator[list[Chunk]]:
-    """Consecutive chunks of at most ``max_tokens`` together; a longer one goes alone."""
+    """Chunks of at most ``max_tokens`` together, their contexts included; a longer one goes alone.
+    Those of a batch share what they are computed behind, up to their contexts.
+    """
     batch: list[Chunk] = []
     size = 0
-    for chunk in chunks:
-        if batch and size + len(chunk.token_ids) > max_tokens:
+    for chunk in sorted(chunks, key=lambda c: len(c.context)):
+        tokens = len(chunk.context) + len(chunk.token_ids)
+        if batch and (size + tokens > max_tokens or len(chunk.context) != len(batch[0].context)):
             yield batch
             batch, size = [], 0
         batch.append(chunk)
-        size += len(chunk.token_ids)
+        size += tokens
     if batch:
         yield batch
 

@@ -1,7 +1,9 @@
 """Content keys: what a chunk's KV depends on, and nothing else.
 
 A key never depends on the prompt a chunk was first seen in, so reuse does not decay over time, and
-changed text, another model, ingest prefix or tenant is simply another key.
+changed text, another model, ingest prefix or tenant is simply another key. With the ingest prefix
+``document`` it does not depend on the document either, which the KV does: a prompt that contains
+the chunk does not say where it is from, and must find it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,20 @@ class KeySpace(NamedTuple):
         fingerprint: of the loaded weights, dtype and layout, from the engine.
         prefix_ids: the ingest prefix.
         namespace: tenant salt.
+        by_document: chunks stand behind what comes before them in their own documents, in place of
+            the end of ``prefix_ids``. Which documents these are is no part of the key: a prompt
+            does not say.
     """
 
     fingerprint: str
     prefix_ids: tuple[int, ...]
     namespace: str = ""
+    by_document: bool = False
+
+    @property
+    def shared_prefix(self) -> tuple[int, ...] | None:
+        """What every chunk was computed behind; None where that differs from chunk to chunk."""
+        return None if self.by_document else self.prefix_ids
 
     def key(self, token_ids: Sequence[int]) -> str:
         """64 hexadecimal digits for a chunk of these token ids."""
@@ -35,7 +46,8 @@ class KeySpace(NamedTuple):
 def chunk_key(space: KeySpace, token_ids: Sequence[int]) -> str:
     """sha256 over the key space and the chunk's token ids."""
     digest = hashlib.sha256()
-    head = f"cacheblend/{FORMAT}/{space.fingerprint}/{len(space.prefix_ids)}/"
+    kind = "document/" if space.by_document else ""  # no fingerprint: those are hexadecimal
+    head = f"cacheblend/{FORMAT}/{kind}{space.fingerprint}/{len(space.prefix_ids)}/"
     digest.update(head.encode())
     digest.update(hashlib.sha256(space.namespace.encode()).digest())
     digest.update(array("q", space.prefix_ids).tobytes())

@@ -185,7 +185,7 @@ def make_plan(
     matches: Sequence[Match],
     config: BlendConfig,
     *,
-    prefix_ids: Sequence[int],
+    prefix_ids: Sequence[int] | None,
     block_size: int,
     head: Head | None = None,
     costs: Costs | None = None,
@@ -196,7 +196,8 @@ def make_plan(
         token_ids: the whole prompt.
         matches: disjoint and sorted, from ``ChunkIndex.locate``.
         config: mode, ratio and selector of this request.
-        prefix_ids: the ingest prefix the chunks were computed behind.
+        prefix_ids: the ingest prefix the chunks were computed behind; None where each has its own,
+            which may be another than the prompt's: then no chunk is exact.
         block_size: tokens a block of the paged cache.
         head: the prompts' usual first tokens, stored at position 0.
         costs: what was measured; None where nothing was: then every plan is worth it.
@@ -207,7 +208,7 @@ def make_plan(
         return NoPlan("no stored chunk found in the prompt")
     question_start = matches[-1].end
     end = min(question_start, len(token_ids) - 1) // block_size * block_size
-    segments = tuple(_segments(token_ids, matches, end, tuple(prefix_ids)))
+    segments = tuple(_segments(token_ids, matches, end, prefix_ids))
     segments = _with_head(segments, token_ids, head)
     if not any(s.kind is not Kind.FRESH for s in segments):
         return NoPlan(f"the matched chunks fill no block of {block_size} tokens")
@@ -230,7 +231,7 @@ def make_plan(
 
 
 def _segments(
-    token_ids: Sequence[int], matches: Sequence[Match], end: int, prefix: tuple[int, ...]
+    token_ids: Sequence[int], matches: Sequence[Match], end: int, prefix: Sequence[int] | None
 ) -> list[Segment]:
     segments: list[Segment] = []
     at = 0
@@ -260,10 +261,12 @@ def _with_head(
     return (Segment(0, size, head.key, 0, Kind.EXACT), *rest, *segments[1:])
 
 
-def _kind(token_ids: Sequence[int], match: Match, prefix: tuple[int, ...]) -> Kind:
+def _kind(token_ids: Sequence[int], match: Match, prefix: Sequence[int] | None) -> Kind:
     if match.offset > BOUNDARY_TOKENS:
         return Kind.HEAD_CUT
+    if prefix is None:
+        return Kind.REUSE
     in_place = match.offset == 0 and match.start == len(prefix)
-    if in_place and tuple(token_ids[: match.start]) == prefix:
+    if in_place and tuple(token_ids[: match.start]) == tuple(prefix):
         return Kind.EXACT
     return Kind.REUSE

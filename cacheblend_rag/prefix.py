@@ -1,16 +1,20 @@
 """The ingest prefix: the tokens a chunk is computed behind, whose own KV is dropped again.
 
 A chunk computed all alone starts with an attention sink it will not have in a prompt. Behind the
-head of a real prompt, and some neutral text, its KV is closer to what a full prefill gives.
+head of a real prompt, and some neutral text, its KV is closer to what a full prefill gives. With
+``document``, what stands before the chunk in its own document takes the neutral text's place, token
+for token, so that every chunk starts at the same position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError
 
+BEFORE_CHARS = 4096  # of what stands before a chunk; the neutral text, as many tokens, has 1,175
 _MARK = "\ue000context\ue000"  # private use: no template alters it
 
 NEUTRAL_TEXT = """\
@@ -38,12 +42,18 @@ def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) ->
     """Token ids of the ingest prefix that ``config`` asks for.
 
     ``auto`` leaves the neutral text out where the prefix would take more than an eighth of the
-    model's context.
+    model's context. That of ``document`` is what a chunk without one is computed behind.
 
     Raises:
-        ConfigError: the prefix fills half of the context or more.
+        ConfigError: the prefix fills half of the context or more, or ``document`` was asked for
+            without a tokenizer.
     """
     kind = config.ingest_prefix
+    if kind == "document" and tokenizer is None:
+        raise ConfigError(
+            "ingest_prefix='document' needs a tokenizer, and this engine was started with "
+            "skip_tokenizer_init; leave that out, or choose another ingest_prefix"
+        )
     if not isinstance(kind, str):
         ids = kind
     elif kind == "none" or tokenizer is None:
@@ -53,7 +63,7 @@ def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) ->
     else:
         ids = prompt_head(config, tokenizer)
         whole = ids + tuple(tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False))
-        if kind == "auto" and len(whole) <= max_model_len // 8:
+        if kind == "document" or (kind == "auto" and len(whole) <= max_model_len // 8):
             ids = whole
     if len(ids) * 2 >= max_model_len:
         raise ConfigError(
@@ -61,6 +71,24 @@ def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) ->
             "more; shorten ingest_prefix or system_prompt"
         )
     return ids
+
+
+def document_context(
+    before: str | Sequence[int] | None, neutral_ids: Sequence[int], tokenizer: Any
+) -> tuple[int, ...]:
+    """Token ids that stand in for ``neutral_ids``, as many of them: the last ones of ``before``,
+    behind the end of the neutral text where they are fewer. Empty where nothing is known.
+
+    A text ends in a blank line here, whatever it ends in: a chunk's own tokens are those of a text
+    at the beginning of a line.
+    """
+    if before is None or not len(before) or (isinstance(before, str) and not before.strip()):
+        return ()
+    if isinstance(before, str):
+        text = before.rstrip()[-BEFORE_CHARS:] + "\n\n"
+        before = tokenizer.encode(text, add_special_tokens=False)
+    ids = tuple(int(token) for token in before)
+    return (*neutral_ids[len(ids) :], *ids)[-len(neutral_ids) :]
 
 
 def prompt_head(config: BlendConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -163,18 +163,41 @@ class SharedEngine:
         """
         blend = self.blend()
         space = blend.key_space
-        parts = [*map(str, space), blend.config.store, _birth(blend.config.store) or self._name]
+        # the last field apart: where it is not set, names stay what they were before there was one
+        parts = [*map(str, space[:-1]), *["document"] * space.by_document]
+        parts += [blend.config.store, _birth(blend.config.store) or self._name]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     # ---- documents -----------------------------------------------------------------------------
 
+    @property
+    def by_document(self) -> bool:
+        """Whether ``ingest`` has a use for what stands before each text."""
+        return self.config.ingest_prefix == "document"
+
     def ingest(
-        self, texts: Sequence[str], documents: Sequence[str | None], *, progress: bool
+        self,
+        texts: Sequence[str],
+        documents: Sequence[str | None],
+        before: Sequence[str | None] | None = None,
+        *,
+        progress: bool,
     ) -> IngestReport:
-        """Compute chunks, and note which document each belongs to; empty texts are passed over."""
-        rows = [(t, d) for t, d in zip(texts, documents, strict=True) if t.strip()]
+        """Compute chunks, and note which document each belongs to; empty texts are passed over.
+
+        Args:
+            texts: the chunks.
+            documents: what each is forgotten by.
+            before: see ``CacheBlend.ingest``.
+            progress: a bar while KV is computed.
+        """
+        rows = [(i, d) for i, d in enumerate(documents) if texts[i].strip()]
         blend = self.blend()
-        report = blend.ingest([text for text, _ in rows], progress=progress)
+        report = blend.ingest(
+            [texts[i] for i, _ in rows],
+            before=None if before is None else [before[i] for i, _ in rows],
+            progress=progress,
+        )
         owned: dict[str, list[str]] = {}
         for (_, document), key in zip(rows, report.keys, strict=False):
             if document is not None and key:

@@ -36,6 +36,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--prefixes", nargs="+", default=["auto", "none"], metavar="P")
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="more rows by name")
     parser.add_argument("--only-rows", nargs="+", metavar="ROW", help="these and full, no others")
+    parser.add_argument(
+        "--cut", type=positive, metavar="WORDS", help="cut passages into chunks of so many words"
+    )
+    parser.add_argument(
+        "--scatter", action="store_true", help="with --cut: half of these chunks, in random order"
+    )
     parser.add_argument("--split", choices=["tune", "report", "all"], default="all")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="mark recomputed tokens")
 
@@ -100,6 +106,11 @@ def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[
         split=getattr(args, "split", "all"),
         shard=args.shard,
     )
+    cut, scatter = getattr(args, "cut", None), getattr(args, "scatter", False)
+    if cut is not None:
+        questions = [question.cut(cut, scatter=scatter) for question in questions]
+    elif scatter:
+        raise ConfigError("--scatter is about the pieces of passages: say with --cut how long")
     config = BlendConfig(
         system_prompt=system_prompt(questions[0].kind),
         ingest_prefix="none",  # rows bring their own
@@ -115,6 +126,8 @@ def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[
             "device": blend.info.device,
             "prefix": rows[0].prefix,
             "max_tokens": args.max_tokens,
+            "cut": cut,
+            "scatter": scatter or None,  # as in results from before there was such a thing
             "vllm": blend.info.vllm_version,
             "version": __version__,
         }

@@ -1,4 +1,5 @@
-"""Computing the KV of chunks: each alone behind the ingest prefix, many in one forward.
+"""Computing the KV of chunks: each alone behind the ingest prefix, or behind its head and what the
+chunk's own document has before it; many in one forward.
 
 Shape legend: T tokens of the pass, N tokens of a chunk, S prefix tokens, L layers, G KV heads,
 H query heads, D head size.
@@ -152,25 +153,35 @@ class Ingestor:
         self._prefix: list[LayerKV] = []
 
     def compute(
-        self, chunks: Sequence[tuple[int, ...]], prefix_ids: tuple[int, ...]
+        self,
+        chunks: Sequence[Sequence[int]],
+        prefix_ids: Sequence[int],
+        contexts: Sequence[Sequence[int]],
     ) -> list[ChunkKV]:
-        """KV of each chunk behind ``prefix_ids``, on the CPU; the prefix's own KV is dropped."""
-        self._run_prefix(prefix_ids)
-        base = len(prefix_ids)
-        ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
+        """KV of each chunk behind ``prefix_ids`` and its own context, which may be empty, on the
+        CPU; that of prefix and contexts is dropped.
+        """
+        self._run_prefix(tuple(prefix_ids))
+        first = len(prefix_ids)
+        sequences = [(*c, *chunk) for c, chunk in zip(contexts, chunks, strict=True)]
+        ends = list(itertools.accumulate(map(len, sequences)))
         spans = list(zip([0, *ends], ends, strict=False))
-        host = _Host(spans, self._handle)
+        kept = [(b - len(chunk), b) for chunk, b in zip(chunks, ends, strict=True)]
+        host = _Host(kept, self._handle)
         step = IsolatedPass(
             spans,
             self._handle.num_layers,
             prefix=self._prefix,
-            first_position=base,
+            first_position=first,
             keep=host.copy,
         )
-        ids = [token for chunk in chunks for token in chunk]
-        positions = [base + i for chunk in chunks for i in range(len(chunk))]
+        ids = [token for sequence in sequences for token in sequence]
+        positions = [first + i for sequence in sequences for i in range(len(sequence))]
         self._run(step, ids, positions)
-        return [ChunkKV(chunk, base, kv) for chunk, kv in zip(chunks, host.arrived(), strict=True)]
+        return [
+            ChunkKV(tuple(chunk), first + len(context), kv)
+            for chunk, context, kv in zip(chunks, contexts, host.arrived(), strict=True)
+        ]
 
     def _run_prefix(self, prefix_ids: tuple[int, ...]) -> None:
         if prefix_ids == self._prefix_ids:
@@ -189,8 +200,8 @@ class Ingestor:
 
 
 class _Host:
-    """Host memory for the KV of spans, [L, 2, N, G, D] each; pinned, and filled by a stream of its
-    own beside the forward, where it comes from a GPU.
+    """Host memory for the KV of spans of the pass's tokens, [L, 2, N, G, D] each; pinned, and
+    filled by a stream of its own beside the forward, where it comes from a GPU.
     """
 
     def __init__(self, spans: Sequence[Span], handle: ModelHandle) -> None:

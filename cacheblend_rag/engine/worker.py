@@ -131,13 +131,17 @@ class WorkerExtension:
 
     @_reporting
     def cacheblend_ingest(
-        self, keys: list[str], chunks: list[list[int]], prefix_ids: list[int]
+        self,
+        keys: list[str],
+        chunks: list[list[int]],
+        prefix_ids: list[int],
+        contexts: list[list[int]],
     ) -> int:
-        """Compute chunks behind ``prefix_ids`` and store them under ``keys``; returns the bytes."""
+        """Compute chunks, each behind ``prefix_ids`` and its own context, and store them under
+        ``keys``; returns the bytes.
+        """
         store = self._blender().store
-        computed = self._cacheblend_ingestor.compute(
-            [tuple(chunk) for chunk in chunks], tuple(prefix_ids)
-        )
+        computed = self._cacheblend_ingestor.compute(chunks, prefix_ids, contexts)
         for key, chunk in zip(keys, computed, strict=True):
             store.put(key, chunk)
         return sum(chunk.nbytes for chunk in computed)

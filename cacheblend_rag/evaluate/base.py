@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from cacheblend_rag.errors import DataError
@@ -23,6 +26,8 @@ class Question:
         question: what is asked: of kind ``fewshot`` the input that follows the examples.
         answers: any of them is right; empty where none is known.
         passages: in the order of the prompt.
+        before: of each passage, what stands before it in its own document, or None; empty where
+            every passage is a document.
     """
 
     set: str
@@ -31,11 +36,34 @@ class Question:
     answers: tuple[str, ...]
     passages: tuple[str, ...]
     kind: Kind = "qa"
+    before: tuple[str | None, ...] = ()
+
+    def cut(self, words: int, *, scatter: bool = False) -> Question:
+        """The same over pieces of so many words, the passage that they are of being their document.
+        A rest of less than half of that stays with the piece before it.
+
+        ``scatter`` leaves half of the pieces out and mixes the others, as a retriever would: what a
+        piece was computed behind is then seldom what stands before it in the prompt.
+        """
+        pieces = [piece for passage in self.passages for piece in _pieces(passage, words)]
+        if scatter:
+            pieces = random.Random(self.id).sample(pieces, (len(pieces) + 1) // 2)
+        texts, before = zip(*pieces, strict=True)
+        return replace(self, passages=texts, before=before)
 
     @property
     def half(self) -> str:
         """``tune`` or ``report``: by a hash of the id alone, so it never changes."""
         return "tune" if hashlib.sha256(self.id.encode()).digest()[0] % 2 else "report"
+
+
+def _pieces(passage: str, words: int) -> Iterator[tuple[str, str | None]]:
+    """Each piece of a passage, and what stands before it."""
+    starts = [word.start() for word in re.finditer(r"\S+", passage)]
+    last = len(starts) - max(1, words // 2)
+    cuts = [starts[i] for i in range(words, last + 1, words)]
+    for start, end in itertools.pairwise([0, *cuts, len(passage)]):
+        yield passage[start:end].strip(), passage[:start] or None
 
 
 class Reader(ABC):

@@ -11,8 +11,9 @@
 ``.../none``              any of these behind another ingest prefix
 ========================= ==========================================================================
 
-An ingest prefix is ``auto``, ``head``, ``bos``, ``none``, ``neutral:N`` (the head, then N tokens
-of neutral text), or ``company:N`` (the head, then N tokens of other passages of the same set).
+An ingest prefix is ``auto``, ``head``, ``document`` (other than ``auto`` only for cut passages),
+``bos``, ``none``, ``neutral:N`` (the head, then N tokens of neutral text), or ``company:N`` (the
+head, then N tokens of other passages of the same set).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cacheblend_rag.config import REACH, BlendConfig
+from cacheblend_rag.config import PREFIXES, REACH, BlendConfig
 from cacheblend_rag.errors import ConfigError, DataError
 from cacheblend_rag.prefix import NEUTRAL_TEXT, prompt_head
 
@@ -35,7 +36,6 @@ _FIXED: dict[str, dict[str, Any]] = {
     "noise": {"recompute_ratio": 1.0},
     "reuse": {"mode": "reuse"},
 }
-_PREFIXES = ("auto", "head", "bos", "none")
 _SIZED = re.compile(r"(neutral|company):(\d+)")
 
 
@@ -129,9 +129,9 @@ def make_rows(
 
 def check_prefix(name: str) -> None:
     """Raise ConfigError where there is no such ingest prefix."""
-    if name not in _PREFIXES and not _SIZED.fullmatch(name):
+    if name not in PREFIXES and not _SIZED.fullmatch(name):
         raise ConfigError(
-            f"ingest prefix {name!r} is unknown: write {', '.join(_PREFIXES)}, neutral:N "
+            f"ingest prefix {name!r} is unknown: write {', '.join(PREFIXES)}, neutral:N "
             "or company:N"
         )
 

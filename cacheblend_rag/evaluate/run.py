@@ -8,6 +8,7 @@ prefill's answer, so that the comparison covers every token of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -83,12 +84,15 @@ class Evaluation:
         from cacheblend_rag.engine import answers
 
         kind = questions[0].kind
-        chunks = list(dict.fromkeys(p for q in questions for p in q.passages))
+        before = _before(questions)
+        chunks = list(before)
         prompts = [messages(q) for q in questions]
         rows = [r for r in self.rows if not all(file.results.has(q, r.name) for q in questions)]
         fronts = {r.prefix: self._front(questions[0], r.prefix) for r in rows if r.blends}
-        for front in fronts.values():
-            self._stored_bytes += front.ingest(chunks, progress=False).bytes
+        for prefix, front in fronts.items():
+            known = list(before.values()) if prefix == "document" else None
+            stored = front.ingest(chunks, before=known, progress=False)
+            self._stored_bytes += stored.bytes
             self._stored.append((front, chunks))
         sampling = {
             "temperature": 0.0,
@@ -200,6 +204,18 @@ class Evaluation:
             ],
             selected=selected,
         )
+
+
+def _before(questions: Sequence[Question]) -> dict[str, str | None]:
+    """The passages, each once, and what stands before them in the document they are first found
+    in.
+    """
+    found: dict[str, str | None] = {}
+    for question in questions:
+        before = question.before or itertools.repeat(None)
+        for passage, text in zip(question.passages, before, strict=False):
+            found.setdefault(passage, text)
+    return found
 
 
 def _groups(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:

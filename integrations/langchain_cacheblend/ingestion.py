@@ -10,6 +10,7 @@ from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.prompts import BasePromptTemplate, format_document
 
 from cacheblend_rag import CacheBlend, IngestReport
+from cacheblend_rag.document import Piece, texts_before
 from cacheblend_rag.shared import SharedEngine
 from langchain_cacheblend.settings import EngineSettings
 
@@ -17,7 +18,9 @@ from langchain_cacheblend.settings import EngineSettings
 class CacheBlendIngestion(BaseDocumentTransformer):
     """Put it after the splitter: documents pass unchanged, and their KV is computed.
 
-    What is stored already is skipped, so it costs little to run it again.
+    What is stored already is skipped, so it costs little to run it again. With the engine's
+    ``ingest_prefix="document"``, each document is computed behind what precedes it in its source:
+    those of one ``source`` (and ``page``), by ``start_index``, else as they are given.
 
     Args:
         llm: the model that will answer, or a running engine.
@@ -58,10 +61,21 @@ class CacheBlendIngestion(BaseDocumentTransformer):
         """
         names = [document.id for document in documents] if ids is None else ids
         texts = [self.text_of(document) for document in documents]
-        return self.engine.ingest(texts, names, progress=self.show_progress)
+        before = texts_before(list(map(_piece, documents))) if self.engine.by_document else None
+        return self.engine.ingest(texts, names, before, progress=self.show_progress)
 
     def text_of(self, document: Document) -> str:
         """The text of a document as prompts will contain it."""
         if self.document_prompt is None:
             return document.page_content
         return format_document(document, self.document_prompt)
+
+
+def _piece(document: Document) -> Piece:
+    """A document as a piece of its source. Loaders of PDF files bring a document a page, and what a
+    splitter makes of it counts from the page's start.
+    """
+    source, page = document.metadata.get("source"), document.metadata.get("page")
+    start = document.metadata.get("start_index")
+    whole = None if source is None else (str(source), page)
+    return Piece(document.page_content, whole, start if isinstance(start, int) else None)

@@ -13,6 +13,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 
 from cacheblend_rag import CacheBlend, IngestReport, PromptError
+from cacheblend_rag.document import Piece, texts_before
 from cacheblend_rag.shared import SharedEngine
 from llama_index_cacheblend import relay
 from llama_index_cacheblend.llm import CacheBlendLLM
@@ -23,7 +24,8 @@ class CacheBlendIngestion(TransformComponent):
 
     What is computed is what a prompt will contain: the node's text with its metadata, as LlamaIndex
     writes it for an LLM. It is computed in this process, also for a pipeline with ``num_workers``,
-    and once: what is stored is skipped.
+    and once: what is stored is skipped. With the engine's ``ingest_prefix="document"``, each node
+    is computed behind what precedes it in its document, as far as the nodes beside it tell.
 
     Args:
         llm: the LLM that will answer, or a running engine.
@@ -66,11 +68,11 @@ class CacheBlendIngestion(TransformComponent):
     # ---- as a transformation -------------------------------------------------------------------
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        texts, documents = [self.text_of(n) for n in nodes], [document_of(n) for n in nodes]
+        batch = self._batch(nodes)
         if self._address is not None:
-            relay.send(self._address, texts, documents)
+            relay.send(self._address, batch)
         else:
-            self._ingest(texts, documents)
+            self._ingest(batch)
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -92,8 +94,7 @@ class CacheBlendIngestion(TransformComponent):
 
     def ingest(self, nodes: Iterable[BaseNode]) -> IngestReport:
         """Compute the KV of nodes that go through no pipeline; says what was done."""
-        nodes = list(nodes)
-        return self._ingest([self.text_of(n) for n in nodes], [document_of(n) for n in nodes])
+        return self._ingest(self._batch(list(nodes)))
 
     def backfill(self, index: BaseIndex[Any]) -> IngestReport:
         """Compute what is missing of an index that was built before, or without this.
@@ -138,8 +139,17 @@ class CacheBlendIngestion(TransformComponent):
         texts = [self.text_of(node) for node in docstore.docs.values()]
         return self._engine.blend().retain(text for text in texts if text)
 
-    def _ingest(self, texts: Sequence[str], documents: Sequence[str | None]) -> IngestReport:
-        return self._engine.ingest(texts, documents, progress=self.show_progress)
+    def _batch(self, nodes: Sequence[BaseNode]) -> relay.Batch:
+        # what stands in place of a node's text (a window of sentences, say) has no place of its own
+        placed = self._engine.by_document and self.metadata_key is None
+        return relay.Batch(
+            [self.text_of(node) for node in nodes],
+            [document_of(node) for node in nodes],
+            texts_before_nodes(nodes) if placed else None,
+        )
+
+    def _ingest(self, batch: relay.Batch) -> IngestReport:
+        return self._engine.ingest(*batch, progress=self.show_progress)
 
     # ---- copies and worker processes -----------------------------------------------------------
 
@@ -177,6 +187,40 @@ def _revive(
 def document_of(node: BaseNode) -> str:
     """What a node's chunk is forgotten by: its document, or itself where it has none."""
     return node.ref_doc_id or node.node_id
+
+
+def texts_before_nodes(nodes: Sequence[BaseNode]) -> list[str | None]:
+    """Of each node, what stands before it in its document, as far as the others tell; None where
+    nothing does. They are ordered by where they start in it, or by what each follows.
+    """
+    ordered = _by_previous(nodes)
+    before = texts_before([_piece(node) for node in ordered])
+    found = {node.node_id: text for node, text in zip(ordered, before, strict=True)}
+    return [found[node.node_id] for node in nodes]
+
+
+def _piece(node: BaseNode) -> Piece:
+    # nodes cut out of another node count from its start
+    document = (node.ref_doc_id, node.parent_node and node.parent_node.node_id)
+    return Piece(
+        node.get_content(metadata_mode=MetadataMode.NONE),
+        document if node.ref_doc_id else None,
+        getattr(node, "start_char_idx", None),
+    )
+
+
+def _by_previous(nodes: Sequence[BaseNode]) -> list[BaseNode]:
+    """Each node behind the one it follows, where that is among them, and otherwise as given."""
+    waiting = {node.node_id: node for node in nodes}
+    ordered: list[BaseNode] = []
+    for node in nodes:
+        chain: list[BaseNode] = []
+        at = waiting.pop(node.node_id, None)
+        while at is not None:
+            chain.append(at)
+            at = waiting.pop(at.prev_node.node_id, None) if at.prev_node else None
+        ordered += reversed(chain)
+    return ordered
 
 
 def _nodes_of(index: BaseIndex[Any]) -> list[BaseNode]:

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 from cacheblend_rag import CacheBlendError, EngineError, errors
 
-Ingest = Callable[[Sequence[str], Sequence[str | None]], Any]
+
+class Batch(NamedTuple):
+    """What is ingested at once: see ``SharedEngine.ingest``."""
+
+    texts: Sequence[str]
+    documents: Sequence[str | None]
+    before: Sequence[str | None] | None
+
+
+Ingest = Callable[[Batch], Any]
 
 
 class Relay:
@@ -43,9 +52,9 @@ class Relay:
 
     def _serve(self, connection: Connection[Any, Any]) -> None:
         with connection:
-            texts, documents = connection.recv()
+            batch = connection.recv()
             try:
-                self._ingest(texts, documents)
+                self._ingest(batch)
             except CacheBlendError as error:
                 connection.send(_Failed(type(error).__name__, str(error)))
             else:
@@ -57,8 +66,8 @@ class _Failed(NamedTuple):
     message: str
 
 
-def send(address: Any, texts: Sequence[str], documents: Sequence[str | None]) -> None:
-    """The worker's side: have ``texts`` ingested; returns when they are.
+def send(address: Any, batch: Batch) -> None:
+    """The worker's side: have ``batch`` ingested; returns when they are.
 
     Raises:
         CacheBlendError: what ingestion raised there.
@@ -66,7 +75,7 @@ def send(address: Any, texts: Sequence[str], documents: Sequence[str | None]) ->
     """
     try:
         with Client(address, authkey=_authkey()) as connection:
-            connection.send((list(texts), list(documents)))
+            connection.send(batch)
             failed = connection.recv()
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise EngineError(

@@ -42,6 +42,7 @@ class FakeEngine(Engine):
         self.answers: list[str] = []  # of the next requests, before `answer`
         self.requests: list[EngineRequest] = []
         self.ingested: list[str] = []
+        self.behind: dict[str, tuple[int, ...]] = {}  # by key, what it was computed behind
         self.prefetched: list[str] = []
         self.stored: set[str] = set()
         self.notes = Notes()
@@ -68,7 +69,9 @@ class FakeEngine(Engine):
                 return [[]]
             case "missing", [keys]:
                 return [[key for key in keys if key not in self.stored]]
-            case "ingest", [keys, chunks, _]:
+            case "ingest", [keys, chunks, prefix, contexts]:
+                for key, context in zip(keys, contexts, strict=True):
+                    self.behind[key] = (*prefix, *context)
                 self.stored.update(keys)
                 self.ingested += keys
                 return [sum(map(len, chunks))]

@@ -14,8 +14,10 @@ from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_core.prompts import PromptTemplate
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
+from langchain_text_splitters import RecursiveCharacterTextSplitter
 
-from cacheblend_rag import ConfigError
+from cacheblend_rag import BlendConfig, ConfigError
+from cacheblend_rag.prefix import NEUTRAL_TEXT
 from langchain_cacheblend import (
     CacheBlendIngestion,
     CacheBlendVectorStore,
@@ -67,6 +69,26 @@ def test_text_is_what_the_chain_writes(engines: list[FakeEngine]) -> None:
     prompt = PromptTemplate.from_template("{source}: {page_content}")
     made = CacheBlendIngestion(llm.blend, document_prompt=prompt)
     assert made.text_of(documents("a")[0]).startswith("a: The story of a.")
+
+
+def test_documents_are_computed_behind_what_precedes_them(engines: list[FakeEngine]) -> None:
+    """Of one source, by where they start in it; text that two of them share stands once."""
+    config = BlendConfig(ingest_prefix="document")
+    llm = ChatCacheBlend(model=str(MODEL), blend_config=config)
+    text = " ".join(f"Sentence {n} is about rivers and clocks." for n in range(20))
+    splitter = RecursiveCharacterTextSplitter(
+        chunk_size=320, chunk_overlap=80, add_start_index=True, separators=[" "]
+    )
+    given = splitter.create_documents([text], [{"source": "a"}])
+    alone = Document(page_content="Nothing else is known of this. " * 8)
+    ingestion = CacheBlendIngestion(llm, show_progress=False)
+    report = ingestion.ingest([*reversed(given), alone])
+    [engine] = engines
+    for document, key in zip([*reversed(given), alone], report.keys, strict=True):
+        start = document.metadata.get("start_index", 0)
+        behind = engine.tokenizer.decode(engine.behind[key])
+        assert behind.endswith(text[:start].rstrip()[-300:] + "\n\n" if start else NEUTRAL_TEXT)
+    assert len({len(engine.behind[key]) for key in report.keys}) == 1
 
 
 def test_what_is_retrieved_is_brought_nearer(

@@ -14,14 +14,22 @@ from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.schema import BaseNode, MetadataMode, TextNode
+from llama_index.core.schema import (
+    BaseNode,
+    MetadataMode,
+    NodeRelationship,
+    RelatedNodeInfo,
+    TextNode,
+)
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, SimpleVectorStore
 from llama_index.vector_stores.faiss import FaissVectorStore
 from llama_matrix import EMBED, documents, split
 
 from cacheblend_rag import BlendConfig, PromptError, PromptTooLongError
+from cacheblend_rag.prefix import NEUTRAL_TEXT
 from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM, CacheBlendVectorStore
+from llama_index_cacheblend.ingestion import texts_before_nodes
 
 SPLITTER = SentenceSplitter(chunk_size=256, chunk_overlap=0)
 
@@ -81,6 +89,75 @@ def test_empty_nodes_are_passed_over_and_too_long_ones_named(hook: CacheBlendIng
     assert hook(nodes) is nodes
     with pytest.raises(PromptTooLongError, match="smaller chunks"):
         hook([TextNode(text="word " * 3000)])
+
+
+# --- what stands before a node in its document ----------------------------------------------------
+
+
+@pytest.fixture
+def by_document(engines: list[FakeEngine]) -> CacheBlendIngestion:
+    config = BlendConfig(ingest_prefix="document")
+    return CacheBlendIngestion(CacheBlendLLM(str(MODEL), blend_config=config), show_progress=False)
+
+
+def text_behind(engine: FakeEngine, key: str) -> str:
+    return str(engine.tokenizer.decode(engine.behind[key]))
+
+
+@pytest.mark.parametrize("overlap", [0, 40])
+def test_nodes_are_computed_behind_what_precedes_them(
+    by_document: CacheBlendIngestion, engines: list[FakeEngine], overlap: int
+) -> None:
+    splitter = SentenceSplitter(chunk_size=128, chunk_overlap=overlap)
+    nodes = splitter.get_nodes_from_documents(documents())
+    whole = {document.doc_id: document.text for document in documents()}
+    report = by_document.ingest(list(reversed(nodes)))
+    seen = 0
+    for node, key in zip(reversed(nodes), report.keys, strict=True):
+        assert isinstance(node, TextNode) and node.start_char_idx is not None
+        before = whole[node.ref_doc_id][: node.start_char_idx].split()  # type: ignore[index]
+        behind = text_behind(engines[0], key)
+        if before:
+            seen += 1
+            assert behind.split()[-60:] == before[-60:] or len(before) < 60
+        else:
+            assert behind.endswith(NEUTRAL_TEXT)
+    assert seen > 3
+
+
+def test_nodes_without_a_place_stand_behind_those_they_follow() -> None:
+    source = RelatedNodeInfo(node_id="d")
+    nodes = [TextNode(id_=name, text=name) for name in "abc"]
+    for node, previous in zip(nodes, [None, *nodes], strict=False):
+        node.relationships[NodeRelationship.SOURCE] = source
+        if previous:
+            node.relationships[NodeRelationship.PREVIOUS] = previous.as_related_node_info()
+    a, b, c = nodes
+    assert texts_before_nodes([c, a, b]) == ["a\n\nb\n\n", None, "a\n\n"]
+    assert texts_before_nodes([c, a]) == [None, "c\n\n"], "the one between is missing"
+    del b.relationships[NodeRelationship.PREVIOUS]
+    assert texts_before_nodes([a, b, TextNode(text="alone")]) == [None, "a\n\n", None]
+    b.relationships[NodeRelationship.PARENT] = a.as_related_node_info()
+    assert texts_before_nodes([a, b]) == [None, None], "cut out of another node"
+
+
+def test_windows_have_no_place(by_document: CacheBlendIngestion, engines: list[FakeEngine]) -> None:
+    windowed = CacheBlendIngestion(by_document._engine, metadata_key="k", show_progress=False)
+    nodes = split(128)[:2]
+    for number, node in enumerate(nodes):
+        node.metadata["k"] = f"{number} " + "A sentence and those around it. " * 8
+    for key in windowed.ingest(nodes).keys:
+        assert text_behind(engines[0], key).endswith(NEUTRAL_TEXT)
+
+
+@pytest.mark.filterwarnings("ignore:Removing unpickleable")
+def test_worker_processes_send_what_precedes_nodes(
+    by_document: CacheBlendIngestion, engines: list[FakeEngine]
+) -> None:
+    pipeline(by_document).run(documents=documents(), num_workers=2)
+    engine = engines[0]
+    behind = [text_behind(engine, key) for key in engine.ingested]
+    assert sum(not text.endswith(NEUTRAL_TEXT) for text in behind) > 3
 
 
 # --- pipelines ------------------------------------------------------------------------------------
@@ -144,6 +221,9 @@ def test_identity_names_settings_model_and_store(
         with CacheBlendLLM(model=str(MODEL), blend_config=config) as llm:
             seen.add(CacheBlendIngestion(llm).to_dict()["identity"])
     assert len(seen) == 2  # the same store has the same name in another session, a new one has not
+    config = BlendConfig(store=f"file://{folder}", ingest_prefix="document")
+    with CacheBlendLLM(model=str(MODEL), blend_config=config) as llm:
+        assert CacheBlendIngestion(llm).to_dict()["identity"] not in seen
 
 
 def test_docstore_upserts_compute_only_what_changed(

@@ -159,6 +159,24 @@ def test_long_questions_are_skipped_and_counted(
     assert (got["sets"][0]["questions"], got["sets"][0]["skipped"]) == (5, 1)
 
 
+def test_pieces_of_passages_stand_behind_one_another(
+    engines: Sequence[FakeEngine], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["--only-rows", "reuse", "reuse/document"]
+    common = [MODEL, "--data", data, *rows, "--limit", 1, "--out", tmp_path / "out"]
+    got = run(capsys, *common, "--cut", 30)
+    assert got["settings"]["cut"] == 30
+    engine, tokenizer = engines[0], engines[0].tokenizer
+    behind = [tokenizer.decode(ids) for ids in engine.behind.values()]
+    pieces = [text for text in behind if text.endswith("be kept. A\n\n")]
+    assert len(pieces) == 1, "both passages go on alike: the first is taken"
+    assert len({len(engine.behind[key]) for key in engine.ingested}) == 2, "the head, and the rest"
+    assert "cut is None, was 30" in refused(capsys, *common)
+    run(capsys, *common[:-1], tmp_path / "whole")
+    other = [tmp_path / "out", tmp_path / "whole"]
+    assert "other settings (cut" in refused(capsys, "--report", *other)
+
+
 def test_what_the_user_got_wrong(
     engines: Sequence[FakeEngine], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +186,7 @@ def test_what_the_user_got_wrong(
     assert "not a result" in refused(capsys, "--report", data)
     assert "no answers-" in refused(capsys, "--report", tmp_path)
     assert "selector is 'qery'" in refused(capsys, "--data", data, "--selectors", "qery")
+    assert "with --cut" in refused(capsys, "--data", data, "--scatter")
     assert "ingest prefix" in refused(capsys, "--data", data, "--prefixes", "nothing")
     for wrong in (["--shard", "3/2"], ["--engine-arg", "eager"], ["--ratios", "15"]):
         with pytest.raises(SystemExit, match="2"):

@@ -112,6 +112,27 @@ def answer(number: int, row: str, text: str = "Rome", **changes: Any) -> Answer:
     return Answer(id=str(number), row=row, text=text, **values)
 
 
+def test_passages_are_cut_into_pieces_of_a_document() -> None:
+    whole = question(1, passages=("T\na b c  d e\nf g", "h i j k", "l"))
+    cut = whole.cut(4)
+    assert cut.passages == ("T\na b c", "d e\nf g", "h i j k", "l")
+    assert cut.before == (None, "T\na b c  ", None, None)
+    assert (cut.id, cut.half) == (whole.id, whole.half)
+    assert whole.cut(3).passages[:3] == ("T\na b", "c  d e", "f g")
+    assert whole.cut(7).passages == whole.passages, "one word is less than half a piece"
+    assert whole.cut(1).passages == tuple("Tabcdefghijkl")
+
+
+def test_pieces_are_scattered_with_what_precedes_them() -> None:
+    whole = question(1, passages=("a b c d e f g h", "i j"))
+    cut = whole.cut(1, scatter=True)
+    assert cut == whole.cut(1, scatter=True), "the same at every run"
+    assert len(cut.passages) == 5 and list(cut.passages) != sorted(cut.passages)
+    for piece, before in zip(cut.passages, cut.before, strict=True):
+        known = "" if before is None else before
+        assert any(passage.startswith(known + piece) for passage in whole.passages)
+
+
 def write(path: Path, numbers: range, settings: dict[str, Any] = SETTINGS) -> Path:
     """Half of the answers of `query` are wrong, all of `hkvd`; the latter have twice the KL."""
     with ResultFile(path, settings) as file:

@@ -18,7 +18,7 @@ IDS = tuple(range(1000, 1300))
 def plan(
     matches: list[Match],
     *,
-    prefix: tuple[int, ...] = (),
+    prefix: tuple[int, ...] | None = (),
     ids: tuple[int, ...] = IDS,
     **options: Any,
 ) -> Plan | NoPlan:
@@ -64,7 +64,7 @@ def test_no_plan_says_why(matches: list[Match], options: dict[str, Any], reason:
 def test_exact_only_behind_its_own_prefix_at_its_own_place() -> None:
     prefix = IDS[:20]
 
-    def kind(m: Match, p: tuple[int, ...]) -> Kind:
+    def kind(m: Match, p: tuple[int, ...] | None) -> Kind:
         made = plan([m], prefix=p)
         assert isinstance(made, Plan)
         return made.segments[-1].kind
@@ -75,6 +75,9 @@ def test_exact_only_behind_its_own_prefix_at_its_own_place() -> None:
     assert kind(match(20, 100, offset=4), prefix) is Kind.REUSE
     assert kind(match(20, 100, offset=40), prefix) is Kind.HEAD_CUT
     assert kind(match(0, 100), ()) is Kind.EXACT
+    for start in (0, 20):  # each chunk has a prefix of its own: it may be any
+        assert kind(match(start, 100), None) is Kind.REUSE
+    assert kind(match(20, 100, offset=40), None) is Kind.HEAD_CUT
 
 
 def test_the_stored_head_is_exact_where_the_prompt_starts_with_it() -> None:

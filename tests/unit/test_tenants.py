@@ -53,10 +53,11 @@ class StoringEngine(FakeEngine):
                 return [[[c.key, array("i", c.token_ids).tobytes(), c.base] for c in held]]
             case "missing", [keys]:
                 return [[key for key in keys if not self.store.contains(key)]]
-            case "ingest", [keys, chunks, prefix]:
-                for key, ids in zip(keys, chunks, strict=True):
+            case "ingest", [keys, chunks, prefix, contexts]:
+                for key, ids, context in zip(keys, chunks, contexts, strict=True):
                     kv_L2NHD = chunk_of(1, num_tokens=len(ids)).kv_L2NHD
-                    self.store.put(key, ChunkKV(tuple(ids), len(prefix), kv_L2NHD))
+                    base = len(prefix) + len(context)
+                    self.store.put(key, ChunkKV(tuple(ids), base, kv_L2NHD))
                 return [1]
             case "forget", [keys]:
                 for key in keys:
