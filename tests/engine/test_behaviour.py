@@ -64,7 +64,6 @@ def blend(
     """One engine at a time in this process, all chunks stored on disk."""
     store = tmp_path_factory.mktemp("store")
     config = BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}")
-    torch.set_num_threads(1)  # two threads that wait for each other cost more than they save
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -18,7 +18,11 @@ from cacheblend_rag.cli import calibrate
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.evaluate import calibrate as choice
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("in_process"),
+]
 
 words = Words(41)
 CHUNK = words(90)
@@ -65,7 +69,7 @@ def test_the_command_chooses_and_keeps(
     few = ("query@0.15", "query@0.15~64")
     monkeypatch.setattr(choice, "CANDIDATES", few)
     monkeypatch.setattr(calibrate, "CANDIDATES", few)
-    data, file = write(tmp_path / "valley.jsonl"), tmp_path / "auto.json"
+    data, file = write(tmp_path / "valley.jsonl", passages=2), tmp_path / "auto.json"
     given = ["--data", str(data), "--out", str(tmp_path / "out"), "--file", str(file), "--json"]
     more = [
         "--limit",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from engines import FULL_LOGPROBS, logprobs, plain_engine, selected, start
+from engines import FULL_LOGPROBS, logprobs, selected, start
 from reference import Part, Reference
-from tiny import FAMILIES, REFUSED, Words, make
+from tiny import FAMILIES, Words, make
 
+from cacheblend_rag import CacheBlend
 from cacheblend_rag.config import REACH
-from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.select import create_selector
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_process")]
+pytestmark = pytest.mark.vllm
 
 # On a GPU, kernels round by batch shape
 EXACT = 1e-3 if torch.cuda.is_available() else 1e-4
@@ -38,70 +40,95 @@ IDS = tuple(t for p in PARTS for t in p.ids)
 PROMPT = IDS + QUESTION
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_family(name: str, tiny_models: Path) -> None:
-    blends_as_the_reference(make(name, tiny_models))
+class Family(NamedTuple):
+    """An engine that has stored the chunks, and the reference over the same weights."""
+
+    blend: CacheBlend
+    reference: Reference
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family]:
+    """One family's engine at a time in this process, for all tests of that family."""
+    name, _, compiled = request.param.partition(" ")
+    path = make(name, tiny_models)
+    reference = Reference(path, PREFIX)
+    options = {"enforce_eager": False} if compiled else {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        with start(path, prefix=PREFIX, **options) as blend:
+            assert blend.gate.passed, blend.gate.reason
+            blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
+            yield Family(blend, reference)
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(family: Family) -> None:
+    """No test is answered from what an earlier one left in vLLM's prefix cache."""
+    core = family.blend._engine._llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+    assert core.scheduler.reset_prefix_cache()
+
+
+def of(*names: str, compiled: bool = False) -> pytest.MarkDecorator:
+    params = [f"{name} compiled" if compiled else name for name in names]
+    return pytest.mark.parametrize("family", params, indirect=True)
+
+
+@of(*FAMILIES)
+def test_family(family: Family) -> None:
+    blends_as_the_reference(*family)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
-def test_compiled_and_in_graphs(name: str, tiny_models: Path) -> None:
+@of("llama", "qwen3", "gemma2", compiled=True)
+def test_compiled_and_in_graphs(family: Family) -> None:
     """What a GPU's user gets; the other tests run eagerly."""
-    blends_as_the_reference(make(name, tiny_models), enforce_eager=False)
+    blends_as_the_reference(*family)
 
 
-def blends_as_the_reference(path: Path, **engine_args: object) -> None:
-    reference = Reference(path, PREFIX)
-    with start(path, prefix=PREFIX, **engine_args) as blend:
-        assert blend.gate.passed, blend.gate.reason
-        blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
-        plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
-        exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)
-        assert exact.report.blended, exact.report.reason
-        assert exact.report.tokens_reused == 0
-        assert exact.token_ids == plain.token_ids
-        torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
+def blends_as_the_reference(blend: CacheBlend, reference: Reference) -> None:
+    plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
+    exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)
+    assert exact.report.blended, exact.report.reason
+    assert exact.report.tokens_reused == 0
+    assert exact.token_ids == plain.token_ids
+    torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
 
-        naive = blend.generate(PROMPT, mode="reuse", **FULL_LOGPROBS)
-        assert naive.report.blended, naive.report.reason
-        assert naive.report.tokens_recomputed == 0
-        fresh = [
-            i for i, is_stored in enumerate(p.stored for p in PARTS for _ in p.ids) if not is_stored
-        ]
-        assert selected(blend, naive) == fresh
-        agree(naive, reference.blend(PARTS, QUESTION, fresh, 4))
-        assert (logprobs(naive) - logprobs(plain)).abs().max() > 1e-2, "reuse must differ from full"
+    naive = blend.generate(PROMPT, mode="reuse", **FULL_LOGPROBS)
+    assert naive.report.blended, naive.report.reason
+    assert naive.report.tokens_recomputed == 0
+    fresh = [
+        i for i, is_stored in enumerate(p.stored for p in PARTS for _ in p.ids) if not is_stored
+    ]
+    assert selected(blend, naive) == fresh
+    agree(naive, reference.blend(PARTS, QUESTION, fresh, 4))
+    assert (logprobs(naive) - logprobs(plain)).abs().max() > 1e-2, "reuse must differ from full"
 
-        for selector in ("query", "hkvd"):
-            some = blend.generate(PROMPT, recompute_ratio=0.2, selector=selector, **FULL_LOGPROBS)
-            rows = selected(blend, some)
-            assert set(fresh) < set(rows) and 0 < some.report.tokens_recomputed < 0.25 * len(IDS)
-            agree(some, reference.blend(PARTS, QUESTION, rows, 4, reach=REACH))
+    for selector in ("query", "hkvd"):
+        some = blend.generate(PROMPT, recompute_ratio=0.2, selector=selector, **FULL_LOGPROBS)
+        rows = selected(blend, some)
+        assert set(fresh) < set(rows) and 0 < some.report.tokens_recomputed < 0.25 * len(IDS)
+        agree(some, reference.blend(PARTS, QUESTION, rows, 4, reach=REACH))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "stablelm"])  # test_family has the default's
-def test_reach_equals_the_reference(name: str, tiny_models: Path) -> None:
-    path = make(name, tiny_models)
-    reference = Reference(path, PREFIX)
-    with start(path, prefix=PREFIX) as blend:
-        blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
-        for selector in ("query", "hkvd"):
-            some = {"recompute_ratio": 0.2, "selector": selector, **FULL_LOGPROBS}
-            moved = blend.generate(PROMPT, reach=8, **some)
-            rows = selected(blend, moved)
-            agree(moved, reference.blend(PARTS, QUESTION, rows, 4, reach=8))
-            still = blend.generate(PROMPT, reach=0, **some)
-            assert selected(blend, still) == rows
-            agree(still, reference.blend(PARTS, QUESTION, rows, 4))
-            apart = (logprobs(still) - logprobs(moved)).abs().max()
-            assert apart > 1e-3, "reach must change something"
-        exact = blend.generate(PROMPT, recompute_ratio=1.0, reach=8, **FULL_LOGPROBS)
-        plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
-        torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
-        naive, reused = (
-            blend.generate(PROMPT, mode="reuse", reach=r, **FULL_LOGPROBS) for r in (8, 0)
-        )
-        torch.testing.assert_close(logprobs(naive), logprobs(reused), atol=0, rtol=0)
+@of("llama", "gemma2", "stablelm")  # test_family has the default's
+def test_reach_equals_the_reference(family: Family) -> None:
+    blend, reference = family
+    for selector in ("query", "hkvd"):
+        some = {"recompute_ratio": 0.2, "selector": selector, **FULL_LOGPROBS}
+        moved = blend.generate(PROMPT, reach=8, **some)
+        rows = selected(blend, moved)
+        agree(moved, reference.blend(PARTS, QUESTION, rows, 4, reach=8))
+        still = blend.generate(PROMPT, reach=0, **some)
+        assert selected(blend, still) == rows
+        agree(still, reference.blend(PARTS, QUESTION, rows, 4))
+        apart = (logprobs(still) - logprobs(moved)).abs().max()
+        assert apart > 1e-3, "reach must change something"
+    exact = blend.generate(PROMPT, recompute_ratio=1.0, reach=8, **FULL_LOGPROBS)
+    plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
+    torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
+    naive, reused = (blend.generate(PROMPT, mode="reuse", reach=r, **FULL_LOGPROBS) for r in (8, 0))
+    torch.testing.assert_close(logprobs(naive), logprobs(reused), atol=0, rtol=0)
 
 
 def agree(result, answer) -> None:  # type: ignore[no-untyped-def]
@@ -109,14 +136,11 @@ def agree(result, answer) -> None:  # type: ignore[no-untyped-def]
     torch.testing.assert_close(logprobs(result), answer.logprobs, atol=2 * EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
-def test_query_scores_equal_the_reference(name: str, tiny_models: Path) -> None:
-    path = make(name, tiny_models)
-    reference = Reference(path, PREFIX)
-    with start(path, prefix=PREFIX) as blend:
-        blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
-        result = blend.generate(PROMPT, recompute_ratio=0.2, **FULL_LOGPROBS)
-        rows = selected(blend, result)
+@of("llama", "gemma2", "qwen3")
+def test_query_scores_equal_the_reference(family: Family) -> None:
+    blend, reference = family
+    result = blend.generate(PROMPT, recompute_ratio=0.2, **FULL_LOGPROBS)
+    rows = selected(blend, result)
     selector = create_selector("query")
     scores = reference.question_scores(PARTS, QUESTION, selector.layer_range(4))  # type: ignore[attr-defined]
     stored = torch.tensor([p.stored for p in PARTS for _ in p.ids])
@@ -126,27 +150,3 @@ def test_query_scores_equal_the_reference(name: str, tiny_models: Path) -> None:
     expected = set(smooth.topk(count).indices.tolist())
     chosen = set(rows) - set((~stored).nonzero().flatten().tolist())
     assert chosen == expected
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_family_answers_exactly(name: str, tiny_models: Path) -> None:
-    path = make(name, tiny_models)
-    dtype = "float32" if name == "gemma3" else "bfloat16"  # all that vLLM's CPU kernels take
-    options = {"prefix": PREFIX, "block_size": None, "dtype": dtype}
-    try:
-        with plain_engine(path, dtype) as plain:
-            expected = plain(PROMPT)
-    except Exception as error:
-        with pytest.raises(CacheBlendError):
-            start(path, **options)
-        torch.set_default_dtype(torch.float32)  # vLLM's failed loading leaves the model's behind
-        pytest.skip(f"this vLLM can't serve it without us either: {error}")
-    with start(path, **options) as blend:
-        assert not blend.gate.passed
-        report = blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
-        assert report.computed == 0 and report.reason == blend.gate.reason != ""
-        result = blend.generate(PROMPT, **FULL_LOGPROBS)
-        assert not result.report.blended and result.report.reason == blend.gate.reason
-        got = logprobs(result)
-    assert result.token_ids == expected.tokens
-    torch.testing.assert_close(got, expected.logprobs, atol=0, rtol=0)

@@ -37,7 +37,6 @@ TIMEOUT = 0.3
 
 
 def opened(models: Path, store: str, patch: pytest.MonkeyPatch, namespace: str = "") -> CacheBlend:
-    torch.set_num_threads(1)
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     config = BlendConfig(ingest_prefix=PREFIX, store=store, namespace=namespace)

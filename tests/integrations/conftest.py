@@ -32,8 +32,9 @@ def real() -> Iterator[CacheBlend]:
         model = embedded_model(progress=False)
     except ModelError as error:
         pytest.skip(f"the embedded model can't be had here: {error}")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # unlike tiny models
+        patch.setenv("OMP_NUM_THREADS", str(max(1, min(4, cores))))  # unlike tiny models
         # float32: the same answer in every batch
         blend = CacheBlend(model, dtype="float32", max_model_len=4096, block_size=32)
     with blend:

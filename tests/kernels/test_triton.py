@@ -46,7 +46,7 @@ SHAPES = [
     Shape(77, 9, 6, 2, 32, 16),
     Shape(150, 33, 14, 2, 64, 48),  # blocks that a step of keys does not divide into
     Shape(333, 40, 4, 4, 80, 128),
-    Shape(700, 70, 8, 2, 128, 16),
+    Shape(700, 70, 4, 2, 128, 16),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
