@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from cacheblend_rag.plan import Plan
 
-_MARGIN = 0.97  # of the plain prefill's time; a blend predicted above it is not worth its error
+_MARGIN = 0.85  # of the plain prefill's time; predictions of short prompts are off by as much
 _ALL_NEAR: Mapping[str, float] = MappingProxyType({})
 
 

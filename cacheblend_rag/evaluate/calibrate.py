@@ -9,14 +9,14 @@ from cacheblend_rag.errors import DataError
 from cacheblend_rag.evaluate.summary import RowSummary, SetSummary
 
 _RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-_COVERAGES = (0.5, 0.6, 0.7, 0.8)
+_COVERAGES = (0.4, 0.5, 0.6, 0.7)
 
 CANDIDATES = tuple(
     f"{row}{reach}"
     for reach in ("", f"~{REACH}")
     for row in (
         *(f"query@{ratio:g}" for ratio in _RATIOS),
-        *(f"query:coverage={share:g}@0.5" for share in _COVERAGES),
+        *(f"query:coverage={share:g}:first_share=0@0.5" for share in _COVERAGES),
     )
 )
 

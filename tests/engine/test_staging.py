@@ -11,10 +11,7 @@ from cacheblend_rag.engine.hot import HotChunks
 from cacheblend_rag.engine.staging import Staging, Transfer
 from cacheblend_rag.store.base import ChunkKV
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU"),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
 LAYERS = 6
 
 

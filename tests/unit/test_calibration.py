@@ -87,8 +87,18 @@ def test_auto_is_the_calibration_or_the_default() -> None:
 
 # --- the choice -----------------------------------------------------------------------------------
 
-FLIPS = {"query@0.05": 5, "query@0.15": 2, "query@0.3~64": 1, "query:coverage=0.6@0.5": 2}
-SHARES = {"query@0.05": 5, "query@0.15": 15, "query@0.3~64": 30, "query:coverage=0.6@0.5": 12}
+FLIPS = {
+    "query@0.05": 5,
+    "query@0.15": 2,
+    "query@0.3~64": 1,
+    "query:coverage=0.6:first_share=0@0.5": 2,
+}
+SHARES = {
+    "query@0.05": 5,
+    "query@0.15": 15,
+    "query@0.3~64": 30,
+    "query:coverage=0.6:first_share=0@0.5": 12,
+}
 
 
 def summary(tmp_path: Path, sets: tuple[str, ...] = ("s",), kind: str = "qa") -> list[SetSummary]:
@@ -119,7 +129,7 @@ def test_the_cheapest_row_that_keeps_to_it_is_chosen(tmp_path: Path) -> None:
     assert set(FLIPS) <= set(CANDIDATES)
     together = pooled(summary(tmp_path))
     assert choose(together, 0.5) == "query@0.05"
-    assert choose(together, 0.2) == "query:coverage=0.6@0.5"
+    assert choose(together, 0.2) == "query:coverage=0.6:first_share=0@0.5"
     assert choose(together, 0.1) == "query@0.3~64"
     with pytest.raises(DataError, match=r"the best, query@0.3~64, changes 10%.*mode='full'"):
         choose(together, 0.05)

@@ -58,17 +58,18 @@ def test_query_is_content_with_what_covers_its_attention() -> None:
     attention = torch.tensor([0.0, 0, 5, 0, 9, 3, 1.5, 0.5, 0])  # 9 is fresh: no candidate
     found = evidence(question_N=attention, budget=4)
     for coverage, count in ((0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (1.0, 4)):
-        selector = create_selector("query", {"window": 1, "coverage": coverage})
+        options = {"window": 1, "coverage": coverage, "first_share": 0.0}
+        selector = create_selector("query", options)
         picked = selector.choose(found, selector.score(found))
         assert picked.tolist() == [2, 5, 6, 7][:count], coverage
     tight = evidence(question_N=attention, budget=1)
-    selector = create_selector("query", {"window": 1, "coverage": 0.9})
+    selector = create_selector("query", {"window": 1, "coverage": 0.9, "first_share": 0.0})
     assert selector.choose(tight, selector.score(tight)).tolist() == [2]
 
 
 def test_query_layers() -> None:
     selector = create_selector("query")
-    assert list(selector.layer_range(32)) == list(range(10, 24))  # type: ignore[attr-defined]
+    assert list(selector.layer_range(32)) == list(range(16, 24))  # type: ignore[attr-defined]
     assert list(selector.layer_range(1)) == [0]  # type: ignore[attr-defined]
 
 
