@@ -185,7 +185,7 @@ def _weights(parts: Sequence[Part], selected: Sequence[int], reach: int) -> torc
     for token, chunk in enumerate(chunk_of):
         if parts[chunk].stored and token not in selected:
             for column, other in enumerate(selected):
-                if chunk_of[other] == chunk:
+                if chunk_of[other] == chunk and abs(token - other) <= 4 * reach:
                     weights[token, column] = math.exp(-abs(token - other) / reach)
             weights[token] /= 1 + weights[token].sum()
     return weights

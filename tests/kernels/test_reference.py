@@ -10,6 +10,7 @@ import torch
 from cacheblend_kernels import (
     key_deviation,
     masked_attention,
+    nearness,
     question_attention,
     rerotate,
     window_average,
@@ -106,3 +107,16 @@ def test_window_average(window: int) -> None:
     padded = [0.0] * half + score.tolist() + [0.0] * half
     expected = [sum(padded[i : i + window]) / window for i in range(20)]
     torch.testing.assert_close(window_average(score, window), torch.tensor(expected))
+
+
+def test_nearness_ends_at_four_reaches_and_between_chunks() -> None:
+    at = torch.tensor([10, 50, 51])
+    sources = torch.tensor([12, 30])
+    weight = nearness(at, sources, 10)
+    near, far = math.exp(-0.2), math.exp(-2)
+    expected = torch.tensor([[near, far], [math.exp(-3.8), far], [math.exp(-3.9), math.exp(-2.1)]])
+    torch.testing.assert_close(weight, expected / (1 + expected.sum(1, keepdim=True)))
+    beyond = nearness(torch.tensor([52, 53]), sources, 10)
+    assert beyond[0, 0] > 0 and beyond[1, 0] == 0, "40 tokens are heard, 41 are not"
+    alone = nearness(at, sources, 10, torch.tensor([[True, False]] * 3))
+    torch.testing.assert_close(alone[0], torch.tensor([near / (1 + near), 0.0]))
