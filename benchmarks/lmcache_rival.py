@@ -7,8 +7,8 @@
 **LMCache 0.5.3 cannot blend on stock vLLM 0.26**: nobody hands its blender the model, and its
 kernel for one layer's KV does not know vLLM's layout. What runs is LMCache plus our ``shim``, no
 setup that its authors support: say so beside every figure. The shim's copies are plain torch, two
-kernels a layer where a native one would be one. **It has not yet been run on a GPU**, only on a CPU
-stand-in: ``results/lmcache_attempt_2026-11-25.md``.
+kernels a layer where a native one would be one. Figures of an H100:
+``results/latency_ahead_h100_2026-11-25.md``.
 
 It needs this project's environment with vLLM 0.26 and torch 2.11, which LMCache's binaries load on;
 without ``--no-deps`` pip replaces packages of vLLM's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from cacheblend_rag.errors import MissingExtraError
 from cacheblend_rag.evaluate.rows import FULL
 from cacheblend_rag.evaluate.summary import RowSummary, SetSummary
+
+_RATIO = re.compile(r"@[0-9.]+")  # rows that differ in nothing else make a line
 
 
 def plot(summary: SetSummary, folder: Path) -> list[Path]:
@@ -66,11 +69,7 @@ def _over_ratio(axis: Any, rows: Sequence[RowSummary], name: str, label: str) ->
         if r.row == FULL:
             axis.axhline(value, color="black", linewidth=0.8, label="full prefill")
         elif r.ratio is not None and r.row != "noise":
-            selector, _, rest = r.row.partition("@")
-            prefix = rest.partition("/")[2]
-            lines.setdefault(f"{selector}/{prefix}" if prefix else selector, []).append(
-                (r.ratio, value)
-            )
+            lines.setdefault(_RATIO.sub("", r.row), []).append((r.ratio, value))
     for line, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=line)
     axis.set(xlabel="share recomputed", ylabel=label)
