@@ -55,7 +55,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(7 * columns, 4.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[len(panels) :]:
+        spare.remove()
     for axis, one in zip(axes, panels, strict=False):
         (_draw_bars if "bars" in one else _draw_lines)(axis, one)
         axis.legend(fontsize="small")
