@@ -139,9 +139,10 @@ def agree(result, answer) -> None:  # type: ignore[no-untyped-def]
 @of("llama", "gemma2", "qwen3")
 def test_query_scores_equal_the_reference(family: Family) -> None:
     blend, reference = family
-    result = blend.generate(PROMPT, recompute_ratio=0.2, **FULL_LOGPROBS)
+    options = {"layers": (0.25, 0.75), "first_share": 0.0}
+    result = blend.generate(PROMPT, recompute_ratio=0.2, selector_options=options, **FULL_LOGPROBS)
     rows = selected(blend, result)
-    selector = create_selector("query")
+    selector = create_selector("query", options)
     scores = reference.question_scores(PARTS, QUESTION, selector.layer_range(4))  # type: ignore[attr-defined]
     stored = torch.tensor([p.stored for p in PARTS for _ in p.ids])
     smooth = torch.nn.functional.avg_pool1d((scores * stored)[None, None], 9, 1, 4)[0, 0]
