@@ -166,7 +166,7 @@ class Blender:
         that are too far away or do not come within the time of a prefill.
         """
         keys = list(dict.fromkeys(s.key for s in plan.segments if s.key))
-        refusal, far = self.refusal(plan)
+        refusal, far = self.consider(plan)
         patience_s = _PATIENCE_S
         if self.costs is not None and plan.when == "pays":
             patience_s = self.costs.prefill(plan)
@@ -180,14 +180,17 @@ class Blender:
         found, late = self.store.get_in_time(wanted, patience_s)
         return refusal, {**held, **dict(zip(wanted, found, strict=True))}, late | far
 
-    def refusal(self, plan: Plan) -> tuple[str, set[str]]:
+    def consider(self, plan: Plan) -> tuple[str, set[str]]:
         """Why a plan is not worth it, now that the store says what is not in memory; empty if it
-        is. And the chunks that take longer to fetch than to compute.
+        is. And the chunks that take longer to fetch than to compute. What is not waited for is
+        brought to memory for the next one who asks.
         """
-        if self.costs is None or plan.when != "pays" or not (fetch_s := self._fetch_seconds(plan)):
-            return "", set()
-        refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
-        self.store.prefetch(fetch_s if refusal else far)  # for the next one who asks
+        refusal, far = "", set[str]()
+        if self.costs is not None and plan.when == "pays":
+            fetch_s = self._fetch_seconds(plan)
+            if fetch_s:
+                refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
+                self.store.prefetch(fetch_s if refusal else far)
         return refusal, far
 
     def _fetch_seconds(self, plan: Plan) -> dict[str, float]:

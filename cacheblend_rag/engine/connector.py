@@ -120,7 +120,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if tracked.reason or num_computed_tokens >= tracked.plan.end:
             return 0, False
         if self.beside is not None and not tracked.end:  # once: vLLM asks again while it waits
-            tracked.reason, _ = self.beside.refusal(tracked.plan)
+            tracked.reason, _ = self.beside.consider(tracked.plan)
             if tracked.reason:
                 return 0, False
         schedule = tracked.plan.schedule
