@@ -57,8 +57,8 @@ class Blender:
         """
         keys = {s.key for s in plan.segments if s.key}
         if all(self._lanes.held(key) is not None or self.store.in_memory(key) for key in keys):
-            self._expected = request_id, self._load(plan)
-            chunks = self._expected[1][1]
+            chunks, late = self._fetch(plan, set())  # all is near: nothing to consider
+            self._expected = request_id, ("", chunks, late)
             self._lanes.expect({key: chunk for key, chunk in chunks.items() if chunk})
 
     def start(self, task: BlendTask) -> BlendOutcome:
@@ -165,20 +165,27 @@ class Blender:
         """Why it is not worth it on this rank, or else the chunks by key, and the keys of those
         that are too far away or do not come within the time of a prefill.
         """
-        keys = list(dict.fromkeys(s.key for s in plan.segments if s.key))
         refusal, far = self.consider(plan)
+        if refusal:
+            return refusal, {}, far
+        chunks, late = self._fetch(plan, far)
+        return "", chunks, late | far
+
+    def _fetch(self, plan: Plan, far: set[str]) -> tuple[dict[str, ChunkKV | None], set[str]]:
+        """The chunks of ``plan`` that are not ``far`` by key, and the keys of those that do not
+        come within the time of a prefill.
+        """
         patience_s = _PATIENCE_S
         if self.costs is not None and plan.when == "pays":
             patience_s = self.costs.prefill(plan)
-        if refusal:
-            return refusal, {}, far
+        keys = dict.fromkeys(s.key for s in plan.segments if s.key)
         near = [key for key in keys if key not in far]
         held = {key: chunk for key in near if (chunk := self._lanes.held(key)) is not None}
         for key in held:
             self.store.touch(key)  # it is in use
         wanted = [key for key in near if key not in held]
         found, late = self.store.get_in_time(wanted, patience_s)
-        return refusal, {**held, **dict(zip(wanted, found, strict=True))}, late | far
+        return {**held, **dict(zip(wanted, found, strict=True))}, late
 
     def consider(self, plan: Plan) -> tuple[str, set[str]]:
         """Why a plan is not worth it, now that the store says what is not in memory; empty if it

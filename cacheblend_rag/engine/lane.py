@@ -93,8 +93,8 @@ class Lane(ABC):
         self.region, self.handle, self.rope, self._cache = region, handle, rope, cache
         self.device = handle.device
         self._placed = 0  # layers
-        both = np.stack([region.ids_E, region.offset_E, region.span_E])
-        self.ids_E, self.offset_E, self.span_E = upload(both, self.device)
+        rows = np.stack([region.ids_E, region.offset_E, region.span_E])
+        self.ids_E, self.offset_E, self.span_E = upload(rows, self.device)
 
     @abstractmethod
     def place_through(self, index: int) -> None:

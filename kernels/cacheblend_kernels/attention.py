@@ -93,7 +93,8 @@ def scattered_attention(
             SIZE=size, SHARE=share, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
             SOFTCAP=softcap > 0, WINDOW=window is not None, KNOWN=known_N is not None,
             EXTRA=num_extra > 0, BLOCK_M=block_m, BLOCK_N=_KEYS, NEAR=_is_near(k) and _is_near(v),
-            PART=part, LAST=_LAST, num_warps=8 if block_m == 128 else 4, num_stages=3,
+            WITHOUT_LAST=part == _WITHOUT_LAST, ONLY_LAST=part == _ONLY_LAST, LAST=_LAST,
+            num_warps=8 if block_m == 128 else 4, num_stages=3,
         )  # fmt: skip
         if splits > 1:
             _combine_kernel[(some * heads,)](
@@ -189,7 +190,7 @@ def _attention_kernel(
     SIZE: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KNOWN: tl.constexpr,
     EXTRA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEAR: tl.constexpr,
-    PART: tl.constexpr, LAST: tl.constexpr,
+    WITHOUT_LAST: tl.constexpr, ONLY_LAST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     splits, context = tl.num_programs(2), tl.load(length)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
@@ -197,14 +198,14 @@ def _attention_kernel(
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     to_row, head = m // SHARE, g * SHARE + m % SHARE
     live, row = to_row < rows, to_row
-    if PART == 2:  # the last rows: some of those
+    if ONLY_LAST:
         row = to_row + tl.maximum(tl.load(count) - LAST, 0)
         live = live & (row < tl.load(count))
     d = tl.arange(0, BLOCK_D)
     FULL_D: tl.constexpr = DIM == BLOCK_D
     in_d = d < DIM
     at = tl.load(position + row, mask=live, other=-1).to(tl.int32)
-    if PART == 1:  # all others: those see nothing here
+    if WITHOUT_LAST:  # they see nothing in this launch
         at = tl.where(row < tl.load(count) - LAST, at, -1)
     live = live & (at >= 0)
     queries = tl.load(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import logprobs, selected, start
+from engines import logprobs, selected, start_in_process
 from tiny import VOCAB, Words, make
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
@@ -64,12 +64,10 @@ def blend(
     """One engine at a time in this process, all chunks stored on disk."""
     store = tmp_path_factory.mktemp("store")
     config = BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        with start(make("llama", tiny_models), config=config, **ENGINES[request.param]) as opened:
-            assert opened.gate.passed == (request.param != "lora"), opened.gate.reason
-            yield opened
+    options = ENGINES[request.param]
+    with start_in_process(make("llama", tiny_models), config=config, **options) as opened:
+        assert opened.gate.passed == (request.param != "lora"), opened.gate.reason
+        yield opened
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import GREEDY, logprobs, start
+from engines import GREEDY, logprobs, start_in_process
 from tiny import VOCAB, Words, make
 
 from cacheblend_rag import CacheBlend
@@ -27,17 +27,14 @@ SAMPLING: dict[str, Any] = {**GREEDY, "max_tokens": STEPS, "logprobs": -1}
 
 @pytest.fixture(scope="module")
 def blend(tiny_models: Path) -> Iterator[CacheBlend]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        with start(
-            make("llama", tiny_models),
-            logits_processors=[answers.PROCESSOR],
-            max_num_batched_tokens=64,  # prompts come in parts
-        ) as opened:
-            assert opened.gate.passed, opened.gate.reason
-            opened.ingest(CHUNKS, progress=False)
-            yield opened
+    with start_in_process(
+        make("llama", tiny_models),
+        logits_processors=[answers.PROCESSOR],
+        max_num_batched_tokens=64,  # prompts come in parts
+    ) as opened:
+        assert opened.gate.passed, opened.gate.reason
+        opened.ingest(CHUNKS, progress=False)
+        yield opened
 
 
 def ask(blend: CacheBlend, wish: str | None, **options: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engines import FULL_LOGPROBS, logprobs, selected, start
+from engines import FULL_LOGPROBS, logprobs, selected, start_in_process
 from reference import Part, Reference
 from tiny import FAMILIES, Words, make
 
@@ -54,12 +54,10 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
     path = make(name, tiny_models)
     reference = Reference(path, PREFIX)
     options = {"enforce_eager": False} if compiled else {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with start(path, prefix=PREFIX, **options) as blend:
-            assert blend.gate.passed, blend.gate.reason
-            blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
-            yield Family(blend, reference)
+    with start_in_process(path, prefix=PREFIX, **options) as blend:
+        assert blend.gate.passed, blend.gate.reason
+        blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
+        yield Family(blend, reference)
 
 
 @pytest.fixture(autouse=True)

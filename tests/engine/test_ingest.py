@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import start
+from engines import FLASH_DTYPE, start_in_process
 from tiny import Words, make
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -26,13 +26,9 @@ PREFIX = words(6)
 
 @pytest.fixture(scope="module")
 def blend(tiny_models: Path) -> Iterator[CacheBlend]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        config = BlendConfig(ingest_prefix=PREFIX)
-        with start(make("llama", tiny_models), config=config, dtype=dtype) as opened:
-            yield opened
+    config = BlendConfig(ingest_prefix=PREFIX)
+    with start_in_process(make("llama", tiny_models), config=config, dtype=FLASH_DTYPE) as opened:
+        yield opened
 
 
 def stored(blend: CacheBlend, prefix: object, chunks: Sequence[tuple[int, ...]] = CHUNKS) -> Any:

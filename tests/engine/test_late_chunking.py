@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import FULL_LOGPROBS, logprobs, start
+from engines import FLASH_DTYPE, FULL_LOGPROBS, logprobs, start_in_process
 from reference import Reference
 from tiny import VOCAB, Words, make
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -46,14 +46,11 @@ def model(tiny_models: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(model: Path) -> Iterator[CacheBlend]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        config = BlendConfig(ingest_prefix=(), when="always")
-        with start(model, config=config, dtype=dtype, max_num_batched_tokens=512) as engine:
-            engine.tokenizer = Letters()
-            yield engine
+    config = BlendConfig(ingest_prefix=(), when="always")
+    options: dict[str, Any] = {"dtype": FLASH_DTYPE, "max_num_batched_tokens": 512}
+    with start_in_process(model, config=config, **options) as engine:
+        engine.tokenizer = Letters()
+        yield engine
 
 
 @pytest.fixture

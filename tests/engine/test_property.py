@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import logprobs, start
+from engines import logprobs, start_in_process
 from tiny import VOCAB, make
 
 from cacheblend_rag import BlendResult, CacheBlend
@@ -24,13 +24,10 @@ Ids = tuple[int, ...]
 
 @pytest.fixture(scope="module")
 def blend(tiny_models: Path) -> Iterator[CacheBlend]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": BATCH}
-        with start(make("llama", tiny_models), prefix=(7, 9, 11), **options) as opened:
-            assert opened.gate.passed
-            yield opened
+    options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": BATCH}
+    with start_in_process(make("llama", tiny_models), prefix=(7, 9, 11), **options) as opened:
+        assert opened.gate.passed
+        yield opened
 
 
 class Draw:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from tiny import VOCAB
 
@@ -26,6 +27,7 @@ SHARE: dict[str, Any] = (
     if torch.cuda.is_available()
     else {"num_gpu_blocks_override": 512}  # so they are called on a CPU too
 )
+FLASH_DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"  # FlashAttention has no other
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 FULL_LOGPROBS: dict[str, Any] = {**GREEDY, "logprobs": -1}
 
@@ -46,6 +48,16 @@ def start(
         **changes,
     }
     return CacheBlend(path, config=config, engine=engine, **options)
+
+
+@contextlib.contextmanager
+def start_in_process(path: Path, **options: Any) -> Iterator[CacheBlend]:
+    """``start`` in this process, where a test can look inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        with start(path, **options) as opened:
+            yield opened
 
 
 def freeze_what_is_imported() -> None:
