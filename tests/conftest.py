@@ -24,6 +24,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, tests of what is to hold anywhere are tests of the GPU."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("anywhere"):
+                item.add_marker("gpu")
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where tiny models are made, each once a session."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engines import FULL_LOGPROBS, logprobs, selected, start_in_process
+from engines import EXACT, FULL_LOGPROBS, logprobs, selected, start_in_process
 from reference import Part, Reference
 from tiny import FAMILIES, Words, make
 
@@ -16,10 +16,7 @@ from cacheblend_rag import CacheBlend
 from cacheblend_rag.config import REACH
 from cacheblend_rag.select import create_selector
 
-pytestmark = pytest.mark.vllm
-
-# On a GPU, kernels round by batch shape
-EXACT = 1e-3 if torch.cuda.is_available() else 1e-4
+pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
 
 words = Words(1)
 PREFIX, HEAD, GLUE, QUESTION = words(4), words(9), words(3), words(40)

@@ -18,6 +18,8 @@ from cacheblend_kernels.attention import Extra, _parts, question_scores, scatter
 from cacheblend_kernels.move import Movers, move
 from cacheblend_kernels.place import Sources, place
 
+pytestmark = pytest.mark.anywhere
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
