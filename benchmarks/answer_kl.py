@@ -134,7 +134,7 @@ def measure(
             )
             assert list(got.token_ids) == said, "the forced answer was not given"
             # questions over the same passages share the plans that don't depend on the question
-            assert got.report.blended or got.report.tokens_prefix_cached, got.report.reason
+            assert got.report.blended or got.report.tokens_prefix_cached, got.report.detail
             row[name] = divergence(expected, distributions(got, vocab))
             row[f"{name} ttft"] = got.report.ttft_s
         rows.append(row)

@@ -78,7 +78,7 @@ def row(blend: Any, words: Words, number: int, each: int, rounds: int) -> None:
     full, ours = (statistics.median(times[name]) for name in ("full", "blend"))
     print(
         f"{number} x {each:5}: full {1e3 * full:7.1f} ms, ours {1e3 * ours:7.1f} ms, ours/full "
-        f"{ours / full:.3f}; {'blended' if report.blended else report.reason}",
+        f"{ours / full:.3f}; {'blended' if report.blended else report.detail}",
         flush=True,
     )
 

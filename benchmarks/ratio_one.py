@@ -42,7 +42,7 @@ def main() -> None:
         max_model_len=2048, logits_processors=["forced:ForcedTokens"],
     )  # fmt: skip
     with blend:
-        assert blend.gate.passed, blend.gate.reason
+        assert blend.gate.passed, blend.gate.detail
         print(
             f"{versions(blend)}, {blend.info.model}, {args.dtype}, {args.prompts} prompts of "
             f"4 x {args.chunk_tokens} tokens, {time.strftime('%Y-%m-%d')}"
@@ -81,7 +81,7 @@ def compare(blend: CacheBlend, args: argparse.Namespace) -> None:
         "plain, in a batch": batch(blend, prompts, said, common),
         "ratio 1": [say(i, recompute_ratio=1.0) for i in range(len(prompts))],
     }
-    assert all(r.report.blended for r in rows["ratio 1"]), rows["ratio 1"][0].report.reason
+    assert all(r.report.blended for r in rows["ratio 1"]), rows["ratio 1"][0].report.detail
     print(f"{'':22}{'mean |d log p|':>16}{'worst':>10}")
     for name, results in rows.items():
         apart = [d for r, other in zip(alone, results, strict=True) for d in distances(r, other)]

@@ -131,7 +131,7 @@ def opened(
             max_model_len=tokens + 2048,
             **options,
         ) as blend:
-            assert blend.gate.passed, blend.gate.reason
+            assert blend.gate.passed, blend.gate.detail
             yield blend, words
 
 

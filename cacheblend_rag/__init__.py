@@ -19,6 +19,7 @@ from cacheblend_rag.errors import (
     StoreError,
 )
 from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import BlendReport, SegmentReport
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream
 
@@ -42,6 +43,7 @@ __all__ = [
     "ModelError",
     "PromptError",
     "PromptTooLongError",
+    "Reason",
     "SegmentReport",
     "StoreError",
     "__version__",

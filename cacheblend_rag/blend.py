@@ -28,6 +28,7 @@ from cacheblend_rag.models import resolve_model
 from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
 from cacheblend_rag.prefix import document_context, ingest_prefix, prompt_head
 from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
+from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import make_report
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
 from cacheblend_rag.store.url import parse_size
@@ -125,7 +126,7 @@ class CacheBlend:
         given = [texts] if isinstance(texts, str) else list(texts)
         known = ingest.for_each(given, before, self.config.ingest_prefix)
         if not self.gate.passed:
-            return IngestReport(chunks=len(given), reason=self.gate.reason)
+            return IngestReport(chunks=len(given), reason=self.gate.reason, detail=self.gate.detail)
         chunks = [self._chunk(text) for text in given]
         least = self.config.min_chunk_tokens
         long_enough = [c for c in chunks if len(c.token_ids) >= least]
@@ -333,7 +334,8 @@ class CacheBlend:
         self, ids: tuple[int, ...], matches: Sequence[Any], config: BlendConfig
     ) -> Plan | NoPlan:
         if not self.gate.passed and config.mode not in ("off", "full"):
-            return NoPlan(self.gate.reason)
+            assert self.gate.reason is not None
+            return NoPlan(self.gate.reason, self.gate.detail)
         return make_plan(
             ids,
             matches,
@@ -509,7 +511,7 @@ class CacheBlend:
                 params=_with_id(p, "gate"),
                 cache_salt=_salt(p, ids, "full", f"gate-{uuid.uuid4().hex}"),
             )
-            for p in (NoPlan("the gate's plain prefill"), plan)
+            for p in (NoPlan(Reason.MODE, "the gate's plain prefill"), plan)
         ]
         plain, blended = (self._engine.generate([r])[0][0] for r in requests)
         self._engine.rpc("cacheblend_forget", [key])
@@ -531,7 +533,7 @@ class CacheBlend:
         self._index.add(chunk.key, chunk.token_ids)
         plain, blended = {"mode": "full"}, {"mode": "blend", "when": "always", "schedule": "sync"}
         taken: dict[str, list[float]] = {"full": [], "blend": []}
-        plan: Plan | NoPlan = NoPlan("not timed")
+        plan: Plan | NoPlan = NoPlan(Reason.MODE, "not timed")
         for parts in prompts:
             for options in (plain, blended):
                 start = time.perf_counter()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from cacheblend_rag.reason import Reason, Why
+
 if TYPE_CHECKING:
     from cacheblend_rag.plan import Plan
 
@@ -65,16 +67,17 @@ class Costs(NamedTuple):
         predicted = self.blend(plan) - self.prefill(plan)
         return self._replace(blend_s=max(0.0, self.blend_s + blended_s - plain_s - predicted))
 
-    def refusal(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> str:
-        """Why ``plan`` is not worth it; empty if it is. ``fetch_s`` is that of ``too_far``."""
+    def refusal(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> Why | None:
+        """Why ``plan`` is not worth it; None if it is. ``fetch_s`` is that of ``too_far``."""
         blended, plain = self.blend(plan, fetch_s), self.prefill(plan)
         if blended < _MARGIN * plain:
-            return ""
+            return None
         far = ""
         if fetch_s:
             wait = 1e3 * sum(fetch_s.values())
             far = f"; {len(fetch_s)} chunks are not in memory, fetching them takes {wait:.0f} ms"
-        return (
+        return Why(
+            Reason.PREFILL_AS_QUICK,
             f"a plain prefill is as quick here: {1e3 * plain:.1f} ms predicted for {plan.end} "
-            f"tokens, a blend {1e3 * blended:.1f} ms{far} (when='always' blends all the same)"
+            f"tokens, a blend {1e3 * blended:.1f} ms{far} (when='always' blends all the same)",
         )

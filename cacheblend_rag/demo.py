@@ -211,7 +211,7 @@ def _verdict(outcome: Outcome) -> str:
         f"{report.tokens_reused} reused, {report.tokens_recomputed} recomputed, "
         f"{report.tokens_fresh} fresh of {report.tokens_total} tokens"
         if report.blended
-        else f"not blended: {escape(report.reason)}"
+        else f"not blended: {escape(report.detail)}"
     )
     return (
         f"  [dim]blend:[/dim] first token [bold]{outcome.speedup('blend'):.1f}×[/bold] sooner than "

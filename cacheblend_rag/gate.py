@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cacheblend_rag.engine.base import EngineInfo, GateReport, LayerCheck
+from cacheblend_rag.reason import Reason
 
 Distribution = Mapping[int, float]  # token id -> log-probability, the likeliest ones
 
@@ -25,18 +26,19 @@ def check_layers(info: EngineInfo) -> GateReport:
     """Judge what the workers found when they moved keys: one row a layer and shift."""
     bound = tolerance(info.dtype)
     if info.refusal:
-        return GateReport(passed=False, reason=info.refusal, tolerance=bound)
+        return GateReport(passed=False, **info.refusal._asdict(), tolerance=bound)
     checks = [_layer_check(row, bound[0]) for row in info.extra.get("checks", ())]
     bad = [c for c in checks if not c.ok]
-    reason = ""
+    reason, detail = None, ""
     if bad:
         worst = max(bad, key=lambda c: max(c.key_error, c.value_error))
-        reason = (
+        reason = Reason.MOVED_KEYS_DIFFER
+        detail = (
             f"{len({c.layer for c in bad})} layers have keys or values that depend on position in "
             f"another way than RoPE (layer {worst.layer}: error {worst.key_error:.3g} of keys, "
             f"{worst.value_error:.3g} of values, {bound[0]:g} allowed)"
         )
-    return GateReport(passed=not bad, reason=reason, layers=checks, tolerance=bound)
+    return GateReport(passed=not bad, reason=reason, detail=detail, layers=checks, tolerance=bound)
 
 
 def check_prefill(
@@ -45,17 +47,20 @@ def check_prefill(
     """Judge ratio 1 against a plain prefill of the same prompt."""
     error = total_variation(plain, blended)
     bound = report.tolerance[1]
-    reason = ""
+    reason, detail = None, ""
     if not blended_at_all:
-        reason = "the probe prompt was not blended by the engine"
+        reason = Reason.PROBE_NOT_BLENDED
+        detail = "the probe prompt was not blended by the engine"
     elif not error <= bound:
-        reason = (
+        reason = Reason.RATIO_ONE_DIFFERS
+        detail = (
             f"recomputing every token does not give the plain prefill's distribution (total "
             f"variation distance {error:.3g}, {bound:g} allowed)"
         )
     return GateReport(
         passed=not reason,
         reason=reason,
+        detail=detail,
         layers=report.layers,
         prefill_error=error,
         tolerance=report.tolerance,

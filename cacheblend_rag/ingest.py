@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cacheblend_rag.errors import ConfigError, PromptError, PromptTooLongError
+from cacheblend_rag.reason import Reason
 
 Before = str | Sequence[int] | None  # what stands before a chunk: text, token ids, or unknown
 
@@ -32,7 +33,8 @@ class IngestReport:
         tokens: computed now, without the prefix.
         bytes: of KV stored now, over all ranks.
         seconds: of the whole call.
-        reason: why nothing was computed, where the model is served without blending.
+        reason: why nothing was computed, where the model is served without blending; None else.
+        detail: the same as a sentence.
         keys: key of each text, in order; empty string where it was too short.
     """
 
@@ -44,7 +46,8 @@ class IngestReport:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    reason: str = ""
+    reason: Reason | None = None
+    detail: str = ""
     keys: Sequence[str] = ()
 
 

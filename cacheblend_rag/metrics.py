@@ -2,7 +2,7 @@
 happens. The store counts for itself, in the engine's process: ``cacheblend_rag.store.metrics``.
 
 ================================= ======= ========================================================
-``cacheblend_requests_total``     reason  requests: ``blended``, or why not
+``cacheblend_requests_total``     reason  requests: ``blended``, or the ``Reason`` why not
 ``cacheblend_tokens_total``       served  prompt tokens: reused, recomputed, fresh, prefix_cached
 ``cacheblend_recompute_ratio``            histogram: share of the chunks' tokens that was recomputed
 ``cacheblend_ttft_seconds``       blended histogram of the time to the first token
@@ -11,7 +11,6 @@ happens. The store counts for itself, in the engine's process: ``cacheblend_rag.
 
 from __future__ import annotations
 
-import re
 import time
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from cacheblend_rag.store.metrics import tracer
 
 _RATIOS = (0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30)
-_PARTICULARS = re.compile(r"[:;(]|\s*\d")
 _SERVED = ("reused", "recomputed", "fresh", "prefix_cached")
 
 
@@ -46,17 +44,12 @@ def _instruments() -> _Instruments | None:
     )
 
 
-def kind(report: BlendReport) -> str:
-    """``blended``, or the reason why not without its particulars: one of a few."""
-    return "blended" if report.blended else _PARTICULARS.split(report.reason, maxsplit=1)[0]
-
-
 def observe(report: BlendReport) -> None:
     """Count a request that was just answered, and make it a span."""
     in_chunks = report.tokens_reused + report.tokens_recomputed
     ratio = report.tokens_recomputed / in_chunks if in_chunks else None
     if (instruments := _instruments()) is not None:
-        instruments.requests.labels(kind(report)).inc()
+        instruments.requests.labels(report.reason or "blended").inc()
         for served in _SERVED:
             instruments.tokens.labels(served).inc(getattr(report, f"tokens_{served}"))
         if ratio is not None:
@@ -75,7 +68,8 @@ def _attributes(report: BlendReport, ratio: float | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "mode": report.mode,
         "blended": report.blended,
-        "reason": report.reason,
+        "reason": report.reason or "",
+        "detail": report.detail,
         "ttft_s": report.ttft_s,
         "bytes_loaded": report.bytes_loaded,
     }

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from cacheblend_rag.config import BlendConfig, Schedule, When
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
+from cacheblend_rag.reason import Reason
 from cacheblend_rag.select import create_selector
 
 FORMAT = 2
@@ -177,7 +178,8 @@ class Head(NamedTuple):
 class NoPlan(NamedTuple):
     """The request is served as a plain, exact prefill, for this reason."""
 
-    reason: str
+    reason: Reason
+    detail: str
 
 
 def make_plan(
@@ -203,15 +205,16 @@ def make_plan(
         costs: what was measured; None where nothing was: then every plan is worth it.
     """
     if config.mode in ("off", "full"):
-        return NoPlan(f"mode is {config.mode!r}")
+        return NoPlan(Reason.MODE, f"mode is {config.mode!r}")
     if not matches:
-        return NoPlan("no stored chunk found in the prompt")
+        return NoPlan(Reason.NO_CHUNK_FOUND, "no stored chunk found in the prompt")
     question_start = matches[-1].end
     end = min(question_start, len(token_ids) - 1) // block_size * block_size
     segments = tuple(_segments(token_ids, matches, end, prefix_ids))
     segments = _with_head(segments, token_ids, head)
     if not any(s.kind is not Kind.FRESH for s in segments):
-        return NoPlan(f"the matched chunks fill no block of {block_size} tokens")
+        detail = f"the matched chunks fill no block of {block_size} tokens"
+        return NoPlan(Reason.NO_WHOLE_BLOCK, detail)
     assert config.recompute_ratio != "auto"  # resolved before
     plan = Plan(
         segments=segments,
@@ -226,7 +229,7 @@ def make_plan(
     )
     if costs is not None and plan.when == "pays":
         refusal = costs.refusal(plan)
-        return NoPlan(refusal) if refusal else plan
+        return NoPlan(*refusal) if refusal else plan
     return plan
 
 

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from cacheblend_rag.plan import Kind, NoPlan, Plan, Segment
+from cacheblend_rag.reason import Reason, Why
 
 _COMPUTED = ("fresh", "missing", "late")
-_REASONS = {
+_DETAILS = {
     Kind.FRESH: "no stored chunk covers these tokens",
     Kind.REUSE: "stored KV, keys re-rotated",
     Kind.EXACT: "stored KV at its own position behind its own prefix: exact",
@@ -24,7 +25,7 @@ class SegmentReport(NamedTuple):
     end: int
     kind: str  # reused | fresh | missing | late | prefix_cached
     tokens_recomputed: int  # of a reused segment
-    reason: str
+    detail: str  # why, as a sentence
     key: str = ""
 
 
@@ -37,7 +38,8 @@ class BlendReport:
     Attributes:
         mode: the request's mode.
         blended: whether stored KV was used.
-        reason: why not, where it was not.
+        reason: why not, where it was not; None where it was.
+        detail: the same as a sentence, with the particulars.
         tokens_reused: served from stored KV without being recomputed.
         tokens_recomputed: of chunks found in the prompt, recomputed against the fused KV.
         tokens_fresh: computed because nothing stored covers them (glue, question, missing chunks).
@@ -55,8 +57,9 @@ class BlendReport:
 
     mode: str
     blended: bool
-    reason: str
     tokens_total: int
+    reason: Reason | None = None
+    detail: str = ""
     tokens_reused: int = 0
     tokens_recomputed: int = 0
     tokens_fresh: int = 0
@@ -94,8 +97,8 @@ def make_report(
     """Merge the plan with what the engine says it did.
 
     Args:
-        engine: ``reason`` (why it did not blend, or empty), ``prefix_cached``, and, of a blend,
-            ``recomputed`` per segment, ``missing`` and ``late`` segment numbers, ``seconds``,
+        engine: ``prefix_cached``, and, where it did not blend, ``reason`` and ``detail``; of a
+            blend ``recomputed`` per segment, ``missing`` and ``late`` segment numbers, ``seconds``,
             ``bytes``.
     """
     cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
@@ -108,14 +111,12 @@ def make_report(
         "stages_s": {**stages_s, **engine.get("seconds", {})},
     }
     if isinstance(plan, NoPlan) or "recomputed" not in engine:
-        if isinstance(plan, NoPlan):
-            reason = plan.reason
-        else:
-            reason = engine.get("reason") or "the engine did not say what it did"
-        rest = [SegmentReport(cached, tokens_total, "fresh", 0, reason)]
+        reason, detail = plan if isinstance(plan, NoPlan) else _why(engine)
+        rest = [SegmentReport(cached, tokens_total, "fresh", 0, detail)]
         return BlendReport(
             blended=False,
             reason=reason,
+            detail=detail,
             tokens_fresh=tokens_total - cached,
             segments=_cached_segment(cached) + rest,
             **common,
@@ -131,7 +132,6 @@ def make_report(
     segments = _cached_segment(cached) + segments + [tail]
     return BlendReport(
         blended=True,
-        reason="",
         tokens_reused=sum(
             s.end - s.start - s.tokens_recomputed for s in segments if s.kind == "reused"
         ),
@@ -148,12 +148,19 @@ def make_report(
 def _cached_segment(cached: int) -> list[SegmentReport]:
     if not cached:
         return []
-    reason = "the same prompt head was computed before: vLLM's prefix cache"
-    return [SegmentReport(0, cached, "prefix_cached", 0, reason)]
+    detail = "the same prompt head was computed before: vLLM's prefix cache"
+    return [SegmentReport(0, cached, "prefix_cached", 0, detail)]
+
+
+def _why(engine: Mapping[str, Any]) -> Why:
+    """Why the engine did not blend."""
+    if engine.get("reason"):
+        return Why(Reason(engine["reason"]), engine["detail"])
+    return Why(Reason.NOT_REPORTED, "the engine did not say what it did")
 
 
 def _absence(engine: Mapping[str, Any], number: int) -> tuple[str, str] | None:
-    """Kind and reason of a segment whose chunk was not used."""
+    """Kind and detail of a segment whose chunk was not used."""
     if number in engine.get("late", ()):
         return "late", "the store would have taken longer with this chunk than computing it"
     if number in engine["missing"]:
@@ -168,8 +175,8 @@ def _segment(
     if start >= s.end:
         return None
     if absence is not None:
-        kind, reason = absence
-        return SegmentReport(start, s.end, kind, 0, reason, s.key)
+        kind, detail = absence
+        return SegmentReport(start, s.end, kind, 0, detail, s.key)
     if s.kind is Kind.FRESH:
-        return SegmentReport(start, s.end, "fresh", 0, _REASONS[s.kind])
-    return SegmentReport(start, s.end, "reused", recomputed, _REASONS[s.kind], s.key)
+        return SegmentReport(start, s.end, "fresh", 0, _DETAILS[s.kind])
+    return SegmentReport(start, s.end, "reused", recomputed, _DETAILS[s.kind], s.key)

@@ -31,7 +31,7 @@ def main() -> None:
         print(f"\n\n{report.tokens_reused} of {report.tokens_total} prompt tokens were reused,")
         print(f"{report.tokens_recomputed} recomputed; first token after {report.ttft_s:.2f} s.")
         for segment in report.segments:
-            print(f"  {segment.start:4} to {segment.end:4}  {segment.kind}: {segment.reason}")
+            print(f"  {segment.start:4} to {segment.end:4}  {segment.kind}: {segment.detail}")
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file

@@ -40,7 +40,7 @@ def _demo(args: argparse.Namespace, screen: Screen) -> Done:
         passages = split(documents, demo.CHUNK_TOKENS, blend.tokenizer)
         report = store_kv(blend, passages, screen)
         if report.reason:
-            return Done(REFUSED, {"reason": report.reason})
+            return Done(REFUSED, {"reason": report.reason, "detail": report.detail})
         retriever = Retriever(passages, folder=index_of(home))
         outcomes = demo.run(blend, retriever, questions, screen.out)
         versions, info = demo.versions(blend), blend.info

@@ -106,7 +106,7 @@ def store_kv(blend: CacheBlend, passages: Sequence[Passage], screen: Screen) -> 
     """Ingest passages and say how it went."""
     report = blend.ingest([passage.text for passage in passages])
     if report.reason:
-        line = f"[red]No KV was stored: {escape(report.reason)}.[/red] Answers stay exact."
+        line = f"[red]No KV was stored: {escape(report.detail)}.[/red] Answers stay exact."
     elif report.computed == 0:
         line = f"Nothing new to compute: {report.present} of {report.chunks} passages were stored."
     else:
@@ -170,7 +170,7 @@ def _segments_table(report: BlendReport) -> Table:
     table = Table("prompt tokens", "served", "recomputed", "because", title="Prompt")
     for s in report.segments:
         recomputed = str(s.tokens_recomputed) if s.kind == "reused" else ""
-        table.add_row(f"{s.start} to {s.end}", s.kind, recomputed, escape(s.reason))
+        table.add_row(f"{s.start} to {s.end}", s.kind, recomputed, escape(s.detail))
     return table
 
 
@@ -182,7 +182,7 @@ def _report_table(report: BlendReport) -> Table:
         table.add_row("ratio, selector", f"{report.recompute_ratio:g}, {report.selector}")
         table.add_row("KV loaded", megabytes(report.bytes_loaded))
     else:
-        table.add_row("not blended", escape(report.reason))
+        table.add_row("not blended", escape(report.detail))
     table.add_row("first token", milliseconds(report.ttft_s))
     for stage, seconds in report.stages_s.items():
         table.add_row(f"  {stage}", milliseconds(seconds))

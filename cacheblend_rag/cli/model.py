@@ -35,7 +35,7 @@ def _check(args: argparse.Namespace, screen: Screen) -> Done:
     verdict = (
         f"[green]passed[/green]: {escape(info.model)} blends exactly in {info.dtype}."
         if report.passed
-        else f"[red]refused[/red]: {escape(report.reason)}. It is served without blending."
+        else f"[red]refused[/red]: {escape(report.detail)}. It is served without blending."
     )
     screen.out.print(verdict, highlight=False, soft_wrap=True)
     if calibration is not None:

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from cacheblend_kernels import masked_attention
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, Pass, UnsupportedModelError
+from cacheblend_rag.reason import Reason
 
 
 def visible(q_pos_R: torch.Tensor, k_pos_N: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -143,7 +144,8 @@ def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list
     """
     if len(attn_groups) != 1:
         raise UnsupportedModelError(
-            f"{len(attn_groups)} KV cache groups; blending needs one block table for all layers"
+            Reason.KV_GROUPS,
+            f"{len(attn_groups)} KV cache groups; blending needs one block table for all layers",
         )
     own = copy.copy(handle.config)
     own.compilation_config = copy.copy(own.compilation_config)

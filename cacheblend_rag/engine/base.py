@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cacheblend_rag.reason import Reason, Why
+
 WORKER_ERROR = "cacheblend_error"  # key of an RPC result that is an error of ours: its class name
 
 
@@ -61,7 +63,7 @@ class GateReport:
 
     Attributes:
         passed: blending is on.
-        reason: why not, if it is off.
+        reason: why not, if it is off; ``detail``: the same as a sentence.
         layers: the self-check of every layer (empty where the model was refused before).
         prefill_error: total variation distance between the next-token distributions of ratio 1
             and of a plain prefill; None where it was not measured.
@@ -69,7 +71,8 @@ class GateReport:
     """
 
     passed: bool
-    reason: str = ""
+    reason: Reason | None = None
+    detail: str = ""
     layers: Sequence[LayerCheck] = ()
     prefill_error: float | None = None
     tolerance: tuple[float, float] = (0.0, 0.0)
@@ -88,7 +91,7 @@ class EngineInfo:
     max_num_batched_tokens: int
     vocab_size: int
     fingerprint: str = ""
-    refusal: str = ""  # why this model can't be blended; empty: it can, so far
+    refusal: Why | None = None  # why this model can't be blended; None: it can, so far
     kv_bytes_per_token: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -16,9 +16,10 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.lane import Array, Lane, Loaded, Region, upload
 from cacheblend_rag.engine.lanes import Lanes
-from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask, Clock, RefusedError
+from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.plan import Kind, Plan, Segment
+from cacheblend_rag.reason import Reason, RefusedError, Why
 from cacheblend_rag.select import Evidence, Selector, create_selector
 from cacheblend_rag.select.hkvd import HKVDSelector
 from cacheblend_rag.select.query import QuerySelector
@@ -27,7 +28,7 @@ from cacheblend_rag.store.base import ChunkKV, KVStore
 _PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
 
 # why a blend is refused, else the chunks by key, and the keys of those that come too late
-_FromStore = tuple[str, dict[str, ChunkKV | None], set[str]]
+_FromStore = tuple[Why | None, dict[str, ChunkKV | None], set[str]]
 
 
 class Blender:
@@ -58,7 +59,7 @@ class Blender:
         keys = {s.key for s in plan.segments if s.key}
         if all(self._lanes.held(key) is not None or self.store.in_memory(key) for key in keys):
             chunks, late = self._fetch(plan, set())  # all is near: nothing to consider
-            self._expected = request_id, ("", chunks, late)
+            self._expected = request_id, (None, chunks, late)
             self._lanes.expect({key: chunk for key, chunk in chunks.items() if chunk})
 
     def start(self, task: BlendTask) -> BlendOutcome:
@@ -131,7 +132,7 @@ class Blender:
         self,
         task: BlendTask,
         outcome: BlendOutcome,
-        refusal: str,
+        refusal: Why | None,
         chunks: Mapping[str, ChunkKV | None],
         late: set[str],
     ) -> list[Loaded]:
@@ -151,7 +152,8 @@ class Blender:
             mine = torch.tensor(votes, dtype=torch.float32, device=self.handle.device)
             votes = [vote > 0 for vote in get_tp_group().all_reduce(mine).tolist()]
         if votes[-1]:
-            raise RefusedError(refusal or "another rank's store is too slow")
+            too_slow = Why(Reason.PREFILL_AS_QUICK, "another rank's store is too slow")
+            raise RefusedError(*(refusal or too_slow))
         absent, are_late = votes[: len(segments)], votes[len(segments) : -1]
         outcome.missing = [i for i, gone in enumerate(absent) if gone]
         outcome.late = [i for i, is_late in enumerate(are_late) if is_late]
@@ -169,7 +171,7 @@ class Blender:
         if refusal:
             return refusal, {}, far
         chunks, late = self._fetch(plan, far)
-        return "", chunks, late | far
+        return None, chunks, late | far
 
     def _fetch(self, plan: Plan, far: set[str]) -> tuple[dict[str, ChunkKV | None], set[str]]:
         """The chunks of ``plan`` that are not ``far`` by key, and the keys of those that do not
@@ -187,12 +189,12 @@ class Blender:
         found, late = self.store.get_in_time(wanted, patience_s)
         return {**held, **dict(zip(wanted, found, strict=True))}, late
 
-    def consider(self, plan: Plan) -> tuple[str, set[str]]:
-        """Why a plan is not worth it, now that the store says what is not in memory; empty if it
+    def consider(self, plan: Plan) -> tuple[Why | None, set[str]]:
+        """Why a plan is not worth it, now that the store says what is not in memory; None if it
         is. And the chunks that take longer to fetch than to compute. What is not waited for is
         brought to memory for the next one who asks.
         """
-        refusal, far = "", set[str]()
+        refusal, far = None, set[str]()
         if self.costs is not None and plan.when == "pays":
             fetch_s = self._fetch_seconds(plan)
             if fetch_s:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_rag.errors import EngineMissingError
+from cacheblend_rag.reason import Reason, Why
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -58,41 +59,63 @@ def refusals() -> tuple[type[Exception], ...]:
     return (TypeError, ValueError, getattr(exceptions, "VLLMClientError", ValueError))
 
 
-def model_refusal(model: ModelConfig) -> str:
-    """Why this architecture can't be blended exactly; empty if nothing speaks against it.
+def model_refusal(model: ModelConfig) -> Why | None:
+    """Why this architecture can't be blended exactly; None if nothing speaks against it.
 
     Asked before the engine starts: some of these can't even start with a KV connector.
     """
     if getattr(model, "is_attention_free", False):
-        return "the model has no attention, hence no per-token KV cache to reuse"
+        return Why(
+            Reason.NO_ATTENTION, "the model has no attention, hence no per-token KV cache to reuse"
+        )
     if getattr(model, "is_hybrid", False):
-        return "the model mixes attention with recurrent layers, which have no per-token KV cache"
+        return Why(
+            Reason.HYBRID,
+            "the model mixes attention with recurrent layers, which have no per-token KV cache",
+        )
     if getattr(model, "use_mla", False):
-        return "the model uses multi-head latent attention (MLA), whose cache we can't re-rotate"
+        return Why(
+            Reason.MLA,
+            "the model uses multi-head latent attention (MLA), whose cache we can't re-rotate",
+        )
     if getattr(model, "is_encoder_decoder", False):
-        return "the model is an encoder-decoder"
+        return Why(Reason.ENCODER_DECODER, "the model is an encoder-decoder")
     if getattr(model, "runner_type", "generate") != "generate":
-        return "the model does not generate text"
+        return Why(Reason.NOT_GENERATIVE, "the model does not generate text")
     if getattr(model, "uses_mrope", False):
-        return "the model uses multi-dimensional RoPE (M-RoPE)"
-    return ""
+        return Why(Reason.MROPE, "the model uses multi-dimensional RoPE (M-RoPE)")
+    return None
 
 
-def engine_refusal(config: VllmConfig) -> str:
-    """Why this engine configuration can't blend exactly; empty if it can."""
+def engine_refusal(config: VllmConfig) -> Why | None:
+    """Why this engine configuration can't blend exactly; None if it can."""
     parallel = config.parallel_config
     if config.lora_config is not None:
-        return "LoRA is on: a blend's own passes would use the adapters of the batch beside it"
+        return Why(
+            Reason.LORA,
+            "LoRA is on: a blend's own passes would use the adapters of the batch beside it",
+        )
     if config.speculative_config is not None:
-        return "speculative decoding is on: the draft model would not see the blended KV"
+        return Why(
+            Reason.SPECULATIVE_DECODING,
+            "speculative decoding is on: the draft model would not see the blended KV",
+        )
     if parallel.pipeline_parallel_size > 1:
-        return "pipeline parallelism is on: selected tokens would need their own send and receive"
+        return Why(
+            Reason.PIPELINE_PARALLEL,
+            "pipeline parallelism is on: selected tokens would need their own send and receive",
+        )
     if parallel.data_parallel_size > 1:
-        return "data parallelism is on: start one engine a replica instead"
+        return Why(
+            Reason.DATA_PARALLEL, "data parallelism is on: start one engine a replica instead"
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
-            return "context parallelism is on: a rank does not hold all of a sequence's KV"
-    return ""
+            return Why(
+                Reason.CONTEXT_PARALLEL,
+                "context parallelism is on: a rank does not hold all of a sequence's KV",
+            )
+    return None
 
 
 def sliding_window(layer: Any) -> int | None:

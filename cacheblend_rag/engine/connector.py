@@ -19,13 +19,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask, RefusedError
+from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask
 from cacheblend_rag.plan import MAX_QUESTION_TOKENS, PARAMS_KEY, SALT_PREFIX, Kind, Plan
+from cacheblend_rag.reason import Reason, RefusedError, Why
 
 if TYPE_CHECKING:
     from cacheblend_rag.engine.blend import Blender
 
 logger = init_logger("vllm.cacheblend_rag")
+_IDENTICAL = Why(Reason.IDENTICAL_PLAN, "an identical plan was blended before: vLLM's prefix cache")
 _KEEP_OUTCOMES = 1024
 _MOST_WAITING = 8  # background blends that hasten one another
 _AHEAD = 1  # background blends whose KV may come while another one computes: it takes GPU memory
@@ -45,7 +47,7 @@ class BlendResults(KVConnectorWorkerMetadata):
     """Workers to scheduler: outcomes by request, as plain data, and why blends failed."""
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Why] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
@@ -58,7 +60,7 @@ class _Tracked:
     """What the scheduler side knows of an unfinished request that carries a plan."""
 
     plan: Plan | None
-    reason: str = ""  # why it is not blended (any more)
+    refusal: Why | None = None  # why it is not blended (any more)
     end: int = 0  # positions below it are the blend's, once it is asked for
     background: bool = False
     cached_whole: bool = False  # an identical plan's blocks were all found
@@ -96,7 +98,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self.recent: OrderedDict[str, BlendOutcome] = OrderedDict()  # worker: by the task's name
         self._jobs: list[_Job] = []  # worker: the first one computes
         self._done: list[tuple[str, BlendOutcome]] = []  # worker: not yet reported
-        self._failed: dict[str, str] = {}  # worker
+        self._failed: dict[str, Why] = {}  # worker
         self._failed_blocks: set[int] = set()  # worker
         self._loaded: set[str] = set()  # worker: background blends that ended
 
@@ -117,11 +119,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if not tracked.outcome:  # else it resumes after a preemption: its report stays
             tracked.prefix_cached = num_computed_tokens
             tracked.cached_whole = num_computed_tokens >= tracked.plan.end
-        if tracked.reason or num_computed_tokens >= tracked.plan.end:
+        if tracked.refusal or num_computed_tokens >= tracked.plan.end:
             return 0, False
         if self.beside is not None and not tracked.end:  # once: vLLM asks again while it waits
-            tracked.reason, _ = self.beside.consider(tracked.plan)
-            if tracked.reason:
+            tracked.refusal, _ = self.beside.consider(tracked.plan)
+            if tracked.refusal:
                 return 0, False
         schedule = tracked.plan.schedule
         tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
@@ -178,9 +180,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
             tracked = self._requests.get(request_id)
             if tracked is not None and not tracked.outcome:
                 tracked.outcome = outcome
-        for request_id, reason in results.failed.items():
+        for request_id, refusal in results.failed.items():
             if request_id in self._requests:
-                self._requests[request_id].reason = reason
+                self._requests[request_id].refusal = refusal
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -191,10 +193,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if tracked is None:
             return False, None
         report: dict[str, Any] = {"prefix_cached": tracked.prefix_cached}
-        if tracked.reason:
-            report["reason"] = tracked.reason
+        if tracked.refusal:
+            report |= tracked.refusal._asdict()
         elif tracked.cached_whole:
-            report["reason"] = "an identical plan was blended before: vLLM's prefix cache"
+            report |= _IDENTICAL._asdict()
         else:
             report |= tracked.outcome or {"pending": True}
         return False, {PARAMS_KEY: report}
@@ -211,19 +213,22 @@ class CacheBlendConnector(KVConnectorBase_V1):
         try:
             plan = Plan.from_params(request.kv_transfer_params)
         except ValueError as error:
-            return _Tracked(None, str(error))
+            return _refused(None, Reason.MALFORMED_PLAN, str(error))
         assert plan is not None
         sampling = request.sampling_params
         if plan.end >= request.num_prompt_tokens:
-            return _Tracked(plan, "the plan leaves vLLM no token to compute")
+            return _refused(plan, Reason.NO_TOKEN_LEFT, "the plan leaves vLLM no token to compute")
         if request.cache_salt != plan.salt(request.prompt_token_ids):
-            return _Tracked(plan, f"cache_salt is not the plan's own ({SALT_PREFIX}...)")
+            detail = f"cache_salt is not the plan's own ({SALT_PREFIX}...)"
+            return _refused(plan, Reason.WRONG_SALT, detail)
         if request.lora_request is not None:
-            return _Tracked(plan, "the request uses a LoRA adapter")
+            return _refused(plan, Reason.LORA, "the request uses a LoRA adapter")
         if request.has_encoder_inputs:
-            return _Tracked(plan, "the prompt contains images or other encoder inputs")
+            detail = "the prompt contains images or other encoder inputs"
+            return _refused(plan, Reason.ENCODER_INPUTS, detail)
         if sampling is not None and sampling.prompt_logprobs is not None:
-            return _Tracked(plan, "prompt_logprobs needs every prompt token computed")
+            detail = "prompt_logprobs needs every prompt token computed"
+            return _refused(plan, Reason.PROMPT_LOGPROBS, detail)
         return _Tracked(plan)
 
     # ---- worker side ---------------------------------------------------------------------------
@@ -266,21 +271,21 @@ class CacheBlendConnector(KVConnectorBase_V1):
             outcome = self.blender.start(task)
             yield from self.blender.steps(task, outcome)
         except RefusedError as refusal:
-            self._leave_to_vllm(task, str(refusal))
+            self._leave_to_vllm(task, refusal.why)
             return
         except Exception as error:  # any failure here costs time only: vLLM recomputes the blocks
             logger.exception("blend of %s failed; its blocks are recomputed", task.request_id)
-            reason = f"blending failed, computed exactly: {type(error).__name__}: {error}"
-            self._leave_to_vllm(task, reason)
+            detail = f"blending failed, computed exactly: {type(error).__name__}: {error}"
+            self._leave_to_vllm(task, Why(Reason.BLEND_FAILED, detail))
             return
         self._done.append((task.request_id, outcome))
         self.recent[task.name] = outcome
         while len(self.recent) > _KEEP_OUTCOMES:
             self.recent.popitem(last=False)
 
-    def _leave_to_vllm(self, task: BlendTask, reason: str) -> None:
+    def _leave_to_vllm(self, task: BlendTask, why: Why) -> None:
         self._failed_blocks |= set(task.blocks[task.write_from // self._block_size :])
-        self._failed[task.request_id] = reason
+        self._failed[task.request_id] = why
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Background blends that ended, well or not."""
@@ -310,6 +315,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Nothing to wait for."""
+
+
+def _refused(plan: Plan | None, reason: Reason, detail: str) -> _Tracked:
+    return _Tracked(plan, Why(reason, detail))
 
 
 def _claimed(plan: Plan, num_prompt_tokens: int) -> int:

@@ -17,12 +17,14 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from cacheblend_rag.reason import Reason, RefusedError
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-class UnsupportedModelError(Exception):
-    """The model can't be blended exactly; the message says why. Reported, never raised to users."""
+class UnsupportedModelError(RefusedError):
+    """The model can't be blended exactly. Reported, never raised to users."""
 
 
 class _StopForward(Exception):
@@ -109,7 +111,7 @@ class ModelHandle:
         for layer in self._attention.values():
             _check_layer(layer)
         if not self._attention:
-            raise UnsupportedModelError("the model has no attention layers")
+            raise UnsupportedModelError(Reason.NO_ATTENTION, "the model has no attention layers")
         self.layers = list(self._attention.values())
 
     @property
@@ -162,16 +164,19 @@ class ModelHandle:
 
 def _check_layer(layer: Any) -> None:
     if type(layer) is not Attention:
-        raise UnsupportedModelError(f"attention layers of type {type(layer).__name__}")
+        detail = f"attention layers of type {type(layer).__name__}"
+        raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
     if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
-        raise UnsupportedModelError("layers share KV with one another")
+        raise UnsupportedModelError(Reason.SHARED_KV, "layers share KV with one another")
     impl = layer.impl
     if getattr(impl, "alibi_slopes", None) is not None:
-        raise UnsupportedModelError("ALiBi positions: keys can't be moved by rotation")
+        raise UnsupportedModelError(
+            Reason.ALIBI, "ALiBi positions: keys can't be moved by rotation"
+        )
     if getattr(impl, "sinks", None) is not None or getattr(layer, "has_sink", False):
-        raise UnsupportedModelError("attention sinks as parameters")
+        raise UnsupportedModelError(Reason.ATTENTION_SINKS, "attention sinks as parameters")
     if str(getattr(layer, "attn_type", "decoder")) not in ("decoder", "AttentionType.DECODER"):
-        raise UnsupportedModelError("attention that is not causal")
+        raise UnsupportedModelError(Reason.NOT_CAUSAL, "attention that is not causal")
     if not hasattr(impl, "do_kv_cache_update"):
-        name = type(impl).__name__
-        raise UnsupportedModelError(f"attention backend {name} does not expose its cache update")
+        detail = f"attention backend {type(impl).__name__} does not expose its cache update"
+        raise UnsupportedModelError(Reason.ATTENTION_BACKEND, detail)

@@ -42,10 +42,6 @@ class BlendTask:
     background: bool = False
 
 
-class RefusedError(Exception):
-    """A blend that is not worth it, for the reason in the message."""
-
-
 class Clock:
     """Seconds a stage: by the host's clock, on a GPU by its own events, for which nothing waits."""
 

@@ -9,6 +9,7 @@ import torch
 
 from cacheblend_kernels import rerotate
 from cacheblend_rag.engine.forward import UnsupportedModelError
+from cacheblend_rag.reason import Reason
 
 
 class Turn(NamedTuple):
@@ -58,12 +59,13 @@ class Rerotator:
 def _the_only_table(model: Any, max_positions: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
     tables = [_table(m, max_positions) for m in model.modules() if _is_rope(m)]
     if not tables:
-        raise UnsupportedModelError("no rotary position embedding (RoPE) found")
+        raise UnsupportedModelError(Reason.NO_ROPE, "no rotary position embedding (RoPE) found")
     cos, sin, is_neox = tables[0]
     for other_cos, other_sin, other_neox in tables[1:]:
         same = other_cos.shape == cos.shape and other_neox == is_neox
         if not same or not torch.equal(other_cos, cos) or not torch.equal(other_sin, sin):
-            raise UnsupportedModelError("layers rotate by different RoPE tables")
+            detail = "layers rotate by different RoPE tables"
+            raise UnsupportedModelError(Reason.ROPE_TABLES, detail)
     return cos, sin, is_neox
 
 
@@ -80,8 +82,8 @@ def _table(module: Any, max_positions: int) -> tuple[torch.Tensor, torch.Tensor,
         try:
             table = module._compute_cos_sin_cache().float().cpu()
         except TypeError as error:  # LongRoPE: two tables, switched by the sequence's length
-            name = type(module).__name__
-            raise UnsupportedModelError(f"{name} has more than one table") from error
+            detail = f"{type(module).__name__} has more than one table"
+            raise UnsupportedModelError(Reason.ROPE_TABLES, detail) from error
         cos, sin = table.chunk(2, dim=-1)
         return cos, sin, bool(getattr(module, "is_neox_style", True))
     # a Hugging Face module, under vLLM's Transformers backend

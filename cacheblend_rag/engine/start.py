@@ -18,6 +18,7 @@ from cacheblend_rag.errors import (
     EngineError,
     ModelError,
 )
+from cacheblend_rag.reason import Reason, Why
 
 _OURS = ("kv_transfer_config", "worker_extension_cls")
 
@@ -26,7 +27,7 @@ class Prepared(NamedTuple):
     """Arguments for vLLM, and what is known before it starts."""
 
     engine_args: Any
-    refusal: str
+    refusal: Why | None
     version: str
 
 
@@ -89,9 +90,10 @@ def _defaults() -> dict[str, Any]:
     return options
 
 
-def _model_refusal(kind: Any, model: str, options: Mapping[str, Any]) -> str:
+def _model_refusal(kind: Any, model: str, options: Mapping[str, Any]) -> Why | None:
     if options.get("speculative_config") is not None:
-        return "speculative decoding is on: the draft model would not see the blended KV"
+        detail = "speculative decoding is on: the draft model would not see the blended KV"
+        return Why(Reason.SPECULATIVE_DECODING, detail)
     with naming_failures(model):
         return compat.model_refusal(kind(model=model, **options).create_model_config())
 
@@ -173,7 +175,7 @@ def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]])
     model, scheduler = config.model_config, config.scheduler_config
     refusal = prepared.refusal or compat.engine_refusal(config)
     facts = [] if refusal else inspect()
-    refusal = refusal or next((f["refusal"] for f in facts if f["refusal"]), "")
+    refusal = refusal or next((_why(*f["refusal"]) for f in facts if "refusal" in f), None)
     return EngineInfo(
         model=str(model.model),
         vllm_version=prepared.version,
@@ -188,6 +190,10 @@ def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]])
         kv_bytes_per_token=sum(f.get("kv_bytes_per_token", 0) for f in facts),
         extra={"checks": [row for f in facts for row in f.get("checks", [])]},
     )
+
+
+def _why(reason: str, detail: str) -> Why:
+    return Why(Reason(reason), detail)
 
 
 def _joint(fingerprints: list[str]) -> str:

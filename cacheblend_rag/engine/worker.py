@@ -62,7 +62,7 @@ class WorkerExtension:
     def cacheblend_inspect(self) -> dict[str, Any]:
         """Fingerprint of what was loaded on this rank, and why it can't be blended, if so."""
         model = self.get_model()
-        facts: dict[str, Any] = {"fingerprint": fingerprint(model, self.vllm_config), "refusal": ""}
+        facts: dict[str, Any] = {"fingerprint": fingerprint(model, self.vllm_config)}
         try:
             handle = ModelHandle(model, self.vllm_config, self.device)
             max_len = self.vllm_config.model_config.max_model_len
@@ -79,7 +79,7 @@ class WorkerExtension:
             )
             facts["checks"] = moved_errors(handle, rope, min(max_len, rope.positions))
         except UnsupportedModelError as error:
-            facts["refusal"] = str(error)
+            facts["refusal"] = list(error.why)
         return facts
 
     @_reporting

@@ -48,7 +48,7 @@ class Evaluation:
         if not self.blend.gate.passed:
             raise ModelError(
                 f"there is nothing to evaluate: this model is not blended, as "
-                f"{self.blend.gate.reason}"
+                f"{self.blend.gate.detail}"
             )
         if not self.rows or self.rows[0].name != FULL:
             self.rows = [parse_row(FULL), *(r for r in self.rows if r.name != FULL)]
@@ -195,7 +195,7 @@ class Evaluation:
             tokens_recomputed=report.tokens_recomputed if known else None,
             tokens_cached=report.tokens_prefix_cached,
             blended=report.blended,
-            reason=report.reason if row.blends else "",
+            reason=(report.reason or "") if row.blends else "",
             ttft_s=report.ttft_s if self.group == 1 else None,
             chunks=[
                 [s.end - s.start, s.tokens_recomputed]

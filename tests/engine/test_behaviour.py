@@ -28,6 +28,7 @@ from cacheblend_rag.errors import (
     PromptTooLongError,
 )
 from cacheblend_rag.plan import PARAMS_KEY, Kind, Plan
+from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import SegmentReport
 from cacheblend_rag.select.query import QuerySelector
 
@@ -68,7 +69,7 @@ def blend(
     config = BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}")
     options = ENGINES[request.param]
     with start_in_process(make("llama", tiny_models), config=config, **options) as opened:
-        assert opened.gate.passed == (request.param != "lora"), opened.gate.reason
+        assert opened.gate.passed == (request.param != "lora"), opened.gate.detail
         yield opened
 
 
@@ -131,12 +132,12 @@ def check_report(result: BlendResult) -> None:
     assert parts == r.tokens_total == len(result.prompt_token_ids)
     at = 0
     for s in r.segments:
-        assert s.start == at and s.end >= s.start and s.reason
+        assert s.start == at and s.end >= s.start and s.detail
         assert 0 <= s.tokens_recomputed <= s.end - s.start
         at = s.end
     assert at == r.tokens_total
     assert 0 < r.ttft_s <= r.total_s
-    assert r.blended != bool(r.reason)
+    assert r.blended == (r.reason is None) and r.blended == (not r.detail)
     assert (r.selector is not None) == (r.recompute_ratio is not None) == r.blended
     if r.blended:
         assert {"tokenize", "locate", "plan", "load", "select"} <= set(r.stages_s)
@@ -325,7 +326,7 @@ def test_a_repeated_blend_hits_the_prefix_cache(blend: CacheBlend, schedule: str
     again = ask(blend, BLENDS[0], schedule=schedule)
     end = planned(blend, BLENDS[0]).end
     assert again.report.tokens_prefix_cached == end
-    assert "identical plan" in again.report.reason and not again.report.blended
+    assert "identical plan" in again.report.detail and not again.report.blended
     assert kinds(again) == ["prefix_cached", "fresh"]
     assert_same(first, again)
 
@@ -382,7 +383,7 @@ def test_a_plan_without_its_own_salt_is_served_exactly(blend: CacheBlend, salt: 
     pieces = by_hand(blend, request)
     result = blend._finish(prepared, pieces, pieces[0].at - 1)
     check_report(result)
-    assert not result.report.blended and "cache_salt" in result.report.reason
+    assert not result.report.blended and "cache_salt" in result.report.detail
     assert_same(plain, result)
 
 
@@ -400,7 +401,7 @@ def test_a_malformed_plan_is_served_exactly(blend: CacheBlend, plan: Any) -> Non
     prepared = blend._prepare(BLENDS[0], SAMPLING)
     pieces = by_hand(blend, dataclasses.replace(prepared.request, params={PARAMS_KEY: plan}))
     result = blend._finish(prepared, pieces, pieces[0].at - 1)
-    assert not result.report.blended and "plan" in result.report.reason
+    assert not result.report.blended and "plan" in result.report.detail
     assert_same(plain, result)
 
 
@@ -423,7 +424,7 @@ def test_a_damaged_plan_is_served_exactly(blend: CacheBlend, change: dict[str, A
     assert prepared.request.params is not None
     params = {PARAMS_KEY: {**prepared.request.params[PARAMS_KEY], **change}}
     pieces = by_hand(blend, dataclasses.replace(prepared.request, params=params))
-    assert pieces[-1].engine["reason"]
+    assert pieces[-1].engine["reason"] == Reason.MALFORMED_PLAN and pieces[-1].engine["detail"]
 
 
 def by_hand(blend: CacheBlend, request: Any) -> list[EngineOutput]:
@@ -451,8 +452,8 @@ def test_a_failing_blend_is_computed_exactly(
         assert_same(one, other)
     report = batch[0].report
     assert not report.blended and report.tokens_fresh == len(BLENDS[0])
-    assert "blending failed" in report.reason
-    assert ("bound" if place == "unbound" else "broken on purpose") in report.reason
+    assert "blending failed" in report.detail
+    assert ("bound" if place == "unbound" else "broken on purpose") in report.detail
     assert_same(good, alone(blend, BLENDS[0], recompute_ratio=0.4, schedule=schedule))
 
 
@@ -534,7 +535,7 @@ def test_a_lost_chunk_is_computed_afresh(
         result = alone(blend, ids, schedule=schedule, **options)
         assert result.report.blended
         [missing] = of_kind(result, "missing")
-        assert (missing.start, missing.end) == (78, 178) and "afresh" in missing.reason
+        assert (missing.start, missing.end) == (78, 178) and "afresh" in missing.detail
         assert missing.key == key_of(blend, "d") == result.report.missing_keys[0]
         assert set(range(78, 178)) <= set(selected(blend, result))
         if ratio is not None:
@@ -561,7 +562,7 @@ def test_forget_and_ingest(blend: CacheBlend) -> None:
     ids = prompt([words(5), "a", words(12)])
     blend.forget([CHUNKS["a"], words(50)])
     result = alone(blend, ids)
-    assert not result.report.blended and "no stored chunk" in result.report.reason
+    assert not result.report.blended and "no stored chunk" in result.report.detail
     again = blend.ingest([CHUNKS["a"], CHUNKS["a"], CHUNKS["b"], words(20)], progress=False)
     assert (again.computed, again.repeated, again.present, again.too_short) == (1, 1, 1, 1)
     assert again.keys[:3] == [key_of(blend, n) for n in "aab"] and again.keys[3] == ""
@@ -575,7 +576,7 @@ def test_forget_and_ingest(blend: CacheBlend) -> None:
 def test_prompt_logprobs_are_served_without_blending(blend: CacheBlend, count: int) -> None:
     plain = alone(blend, BLENDS[0], mode="off")
     result = alone(blend, BLENDS[0], prompt_logprobs=count)
-    assert not result.report.blended and "prompt_logprobs" in result.report.reason
+    assert not result.report.blended and "prompt_logprobs" in result.report.detail
     assert_same(plain, result)
 
 
@@ -597,16 +598,16 @@ def admitted(blend: CacheBlend, ids: tuple[int, ...], **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"has_encoder_inputs": True}, "images"),
-        ({"lora_request": SimpleNamespace(lora_int_id=1)}, "LoRA"),
-        ({"num_prompt_tokens": 160}, "no token"),
-        ({"cache_salt": "other"}, "cache_salt"),
-        ({}, ""),
+        ({"has_encoder_inputs": True}, Reason.ENCODER_INPUTS),
+        ({"lora_request": SimpleNamespace(lora_int_id=1)}, Reason.LORA),
+        ({"num_prompt_tokens": 160}, Reason.NO_TOKEN_LEFT),
+        ({"cache_salt": "other"}, Reason.WRONG_SALT),
+        ({}, None),
     ],
 )
-def test_admission(blend: CacheBlend, changes: dict[str, Any], reason: str) -> None:
-    tracked = admitted(blend, BLENDS[0], **changes)
-    assert reason in tracked.reason and bool(tracked.reason) == bool(reason)
+def test_admission(blend: CacheBlend, changes: dict[str, Any], reason: Reason | None) -> None:
+    refusal = admitted(blend, BLENDS[0], **changes).refusal
+    assert (refusal.reason if refusal else None) is reason
 
 
 # ---- 8. options ----------------------------------------------------------------------------------
@@ -776,7 +777,7 @@ def test_a_chunk_in_its_own_place_is_exact(blend: CacheBlend) -> None:
     for ratio in (0.15, 1.0):
         result = alone(blend, ids, recompute_ratio=ratio)
         assert not set(range(4, 74)) & set(selected(blend, result))
-        assert "exact" in result.report.segments[1].reason
+        assert "exact" in result.report.segments[1].detail
     ids = PREFIX + CHUNKS["a"] + words(20)
     plain, reused = alone(blend, ids, mode="full"), alone(blend, ids, mode="reuse")
     assert reused.report.tokens_reused == 60 and reused.report.tokens_recomputed == 0
@@ -790,7 +791,7 @@ def test_a_repeated_prefix_of_other_tokens_is_not_exact(blend: CacheBlend) -> No
 
 def test_what_fills_no_block_is_not_blended(blend: CacheBlend) -> None:
     result = alone(blend, words(32) + CHUNKS["c"][:32])
-    assert not result.report.blended and "block" in result.report.reason
+    assert not result.report.blended and "block" in result.report.detail
 
 
 # ---- 3. partial hits -----------------------------------------------------------------------------
@@ -833,7 +834,7 @@ def test_the_rest_of_a_partial_hit_fails(
     evict(blend, 4)
     break_blending(blend, monkeypatch, "middle")
     part = ask(blend, ids, recompute_ratio=1.0, schedule=schedule)
-    assert "blending failed" in part.report.reason
+    assert "blending failed" in part.report.detail
     assert_same(plain, part)
 
 
@@ -940,7 +941,7 @@ def test_lora_requests_are_served_without_blending(blend: CacheBlend, tmp_path: 
     for request in (None, adapted):
         plain = alone(blend, BLENDS[0], mode="full", lora_request=request)
         result = alone(blend, BLENDS[0], lora_request=request)
-        assert not result.report.blended and "LoRA" in result.report.reason
+        assert not result.report.blended and "LoRA" in result.report.detail
         assert_same(plain, result)
     assert differs(plain, alone(blend, BLENDS[0])), "the adapter must do something"
 

@@ -32,7 +32,7 @@ def blend(tiny_models: Path) -> Iterator[CacheBlend]:
         logits_processors=[answers.PROCESSOR],
         max_num_batched_tokens=64,  # prompts come in parts
     ) as opened:
-        assert opened.gate.passed, opened.gate.reason
+        assert opened.gate.passed, opened.gate.detail
         opened.ingest(CHUNKS, progress=False)
         yield opened
 

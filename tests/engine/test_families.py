@@ -52,7 +52,7 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
     reference = Reference(path, PREFIX)
     options = {"enforce_eager": False} if compiled else {}
     with start_in_process(path, prefix=PREFIX, **options) as blend:
-        assert blend.gate.passed, blend.gate.reason
+        assert blend.gate.passed, blend.gate.detail
         blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
         yield Family(blend, reference)
 
@@ -84,13 +84,13 @@ def test_compiled_and_in_graphs(family: Family) -> None:
 def blends_as_the_reference(blend: CacheBlend, reference: Reference) -> None:
     plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
     exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)
-    assert exact.report.blended, exact.report.reason
+    assert exact.report.blended, exact.report.detail
     assert exact.report.tokens_reused == 0
     assert exact.token_ids == plain.token_ids
     torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
 
     naive = blend.generate(PROMPT, mode="reuse", **FULL_LOGPROBS)
-    assert naive.report.blended, naive.report.reason
+    assert naive.report.blended, naive.report.detail
     assert naive.report.tokens_recomputed == 0
     fresh = [
         i for i, is_stored in enumerate(p.stored for p in PARTS for _ in p.ids) if not is_stored

@@ -153,7 +153,7 @@ def test_the_serving_engine_takes_up_the_store(known: Known, model: Path) -> Non
 def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with open_apart(model, tmp_path, **options) as blend:
-        assert blend.gate.passed, blend.gate.reason
+        assert blend.gate.passed, blend.gate.detail
         assert blend.ingest(CHUNKS, progress=False).computed == len(CHUNKS)
         assert len(blend.stats()) == 2
         assert_same_answers(blend, known)

@@ -83,7 +83,7 @@ def serve(model: Path) -> CacheBlend:
 @pytest.fixture(scope="module")
 def blend(model: Path) -> Iterator[CacheBlend]:
     with serve(model) as opened:
-        assert opened.gate.passed, opened.gate.reason
+        assert opened.gate.passed, opened.gate.detail
         yield opened
 
 

@@ -90,7 +90,7 @@ def test_redis_killed_hung_and_back(
 ) -> None:
     counts = {"answers": 0, "missing": 0, "healthy": 0}
     with opened(tiny_models, f"{server.url}?timeout={TIMEOUT}", monkeypatch) as blend:
-        assert blend.gate.passed, blend.gate.reason
+        assert blend.gate.passed, blend.gate.detail
         assert ingest_again(blend) == len(CHUNKS)
         good = asked(blend, prompts(1)[0])
         counts["healthy"] += good.report.blended
@@ -210,7 +210,7 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
             _forget_memory(blender.store)
             refused = asked(blend, (*ids, extra))
             assert not refused.report.blended and len(begun) == starts
-            assert "4 chunks are not in memory, fetching them takes" in refused.report.reason
+            assert "4 chunks are not in memory, fetching them takes" in refused.report.detail
             exact = asked(blend, (*ids, extra), mode="off")
             assert torch.allclose(logprobs(refused), logprobs(exact), atol=2e-4)
             wait_until(lambda: blender.store.fast.stats().chunks == 4)

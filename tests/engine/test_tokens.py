@@ -78,7 +78,7 @@ def test_ids_are_the_same_in_every_mode_and_chunks_are_found(blend: CacheBlend) 
     for result in results:
         assert result.prompt_token_ids == tuple(output.prompt_token_ids)
     report = results[1].report
-    assert report.blended, report.reason
+    assert report.blended, report.detail
     in_chunks = sum(len(blend.tokenizer.encode(t.strip())) for t in texts)
     tail = blend.info.block_size + 8  # computed by vLLM, less than a block
     found = report.tokens_reused + report.tokens_recomputed

@@ -18,6 +18,7 @@ from cacheblend_rag.calibration import Calibration
 from cacheblend_rag.engine.base import EngineInfo, EngineOutput, GateReport, LayerCheck
 from cacheblend_rag.errors import EngineError, StoreError
 from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import BlendReport, SegmentReport
 from cacheblend_rag.result import BlendResult, BlendStream, make_result
 from cacheblend_rag.retrieval import MANIFEST, Document, Passage
@@ -43,7 +44,8 @@ class FakeBlend:
         check = LayerCheck(0, 37, 1e-4, 2e-4, not self.refusal)
         self.gate = GateReport(
             passed=not self.refusal,
-            reason=self.refusal,
+            reason=Reason.HYBRID if self.refusal else None,
+            detail=self.refusal,
             layers=[check, check._replace(shift=8000)],
             prefill_error=None if self.refusal else 1e-5,
             tolerance=(2e-3, 1e-3),
@@ -70,7 +72,7 @@ class FakeBlend:
 
     def ingest(self, texts: Sequence[str]) -> IngestReport:
         if self.refusal:
-            return IngestReport(chunks=len(texts), reason=self.refusal)
+            return IngestReport(chunks=len(texts), reason=Reason.HYBRID, detail=self.refusal)
         new = [text for text in texts if text not in self.stored]
         self.stored.update(new)
         return IngestReport(
@@ -100,14 +102,17 @@ class FakeBlend:
 
 def a_report(mode: str, blended: bool) -> BlendReport:
     if not blended or mode == "full":
-        reason = "no stored chunk found in the prompt"
         return BlendReport(
-            mode=mode, blended=False, reason=reason, tokens_total=100, tokens_fresh=100
+            mode=mode,
+            blended=False,
+            reason=Reason.NO_CHUNK_FOUND,
+            detail="no stored chunk found in the prompt",
+            tokens_total=100,
+            tokens_fresh=100,
         )
     return BlendReport(
         mode=mode,
         blended=True,
-        reason="",
         tokens_total=100,
         tokens_reused=70,
         tokens_recomputed=10,
@@ -331,7 +336,7 @@ def test_a_refused_model_stores_nothing_and_says_why(
     fake.refusal = REFUSAL
     assert cli.main(["ingest", str(documents), "--json"]) == 3
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["report"]["reason"] == REFUSAL
+    assert json.loads(captured.out)["report"]["reason"] == "hybrid"
     assert REFUSAL in captured.err
 
 

@@ -9,6 +9,7 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
 from cacheblend_rag.plan import Kind, NoPlan, Plan, Segment, make_plan
+from cacheblend_rag.reason import Reason
 
 # an 8B model on an H100: what `cacheblend_costs` measured there, rounded
 H100 = Costs(prefill_s=24e-6, recompute_s=22e-6, load_s=2.6e-6, blend_s=14e-3)
@@ -27,7 +28,7 @@ def test_long_contexts_are_blended_and_short_ones_are_not() -> None:
     costs = H100._replace(blend_s=25e-3)
     assert isinstance(plan(6, costs), Plan)
     refused = plan(1, costs)
-    assert isinstance(refused, NoPlan) and "plain prefill" in refused.reason
+    assert isinstance(refused, NoPlan) and refused.reason is Reason.PREFILL_AS_QUICK
 
 
 def test_slow_loading_refuses_what_fast_loading_does_not() -> None:
@@ -80,29 +81,31 @@ def far_plan(ratio: float = 0.15) -> Plan:
 
 def test_a_disk_slower_than_a_prefill_is_refused_with_the_reason() -> None:
     slow = fetch_s(6, 0.5e9)  # 268 ms a chunk that a prefill computes in 25 ms
-    assert H100.refusal(far_plan()) == ""
+    assert H100.refusal(far_plan()) is None
     assert H100.too_far(far_plan(), slow) == slow.keys()
-    reason = H100.refusal(far_plan(), slow)
-    assert "6 chunks are not in memory, fetching them takes 1611 ms" in reason
-    assert "147.5 ms predicted" in reason
+    refusal = H100.refusal(far_plan(), slow)
+    assert refusal is not None and refusal.reason is Reason.PREFILL_AS_QUICK
+    assert "6 chunks are not in memory, fetching them takes 1611 ms" in refusal.detail
+    assert "147.5 ms predicted" in refusal.detail
 
 
 def test_a_fast_disk_is_worth_it() -> None:
     fast = fetch_s(6, 20e9)  # 6.7 ms a chunk
-    assert H100.refusal(far_plan(), fast) == ""
+    assert H100.refusal(far_plan(), fast) is None
     assert H100.too_far(far_plan(), fast) == set()
 
 
 def test_fetching_adds_to_what_a_blend_costs() -> None:
     near_the_edge = fetch_s(6, 7.1e9)  # 19 ms a chunk, less than it takes to compute
     assert H100.too_far(far_plan(), near_the_edge) == set()
-    assert "fetching them takes" in H100.refusal(far_plan(), near_the_edge)
+    refusal = H100.refusal(far_plan(), near_the_edge)
+    assert refusal is not None and "fetching them takes" in refusal.detail
 
 
 def test_only_what_is_far_is_computed() -> None:
     one = dict(list(fetch_s(6, 0.5e9).items())[:1])
     assert H100.too_far(far_plan(), one) == one.keys()
-    assert H100.refusal(far_plan(), one) == ""  # five chunks in memory are still worth it
+    assert H100.refusal(far_plan(), one) is None  # five chunks in memory are still worth it
 
 
 def test_the_more_is_recomputed_the_less_is_worth_fetching() -> None:

@@ -10,6 +10,7 @@ import pytest
 from cacheblend_rag import BlendConfig
 from cacheblend_rag.locate import Match
 from cacheblend_rag.plan import Head, Kind, NoPlan, Plan, Segment, make_plan
+from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import make_report
 
 IDS = tuple(range(1000, 1300))
@@ -48,17 +49,19 @@ def test_one_token_is_left_to_vllm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("matches", "options", "reason"),
+    ("matches", "options", "reason", "detail"),
     [
-        ([], {}, "no stored chunk"),
-        ([match(0, 100)], {"mode": "off"}, "'off'"),
-        ([match(0, 100)], {"mode": "full"}, "'full'"),
-        ([match(0, 15)], {}, "no block"),
+        ([], {}, Reason.NO_CHUNK_FOUND, "no stored chunk"),
+        ([match(0, 100)], {"mode": "off"}, Reason.MODE, "'off'"),
+        ([match(0, 100)], {"mode": "full"}, Reason.MODE, "'full'"),
+        ([match(0, 15)], {}, Reason.NO_WHOLE_BLOCK, "no block"),
     ],
 )
-def test_no_plan_says_why(matches: list[Match], options: dict[str, Any], reason: str) -> None:
+def test_no_plan_says_why(
+    matches: list[Match], options: dict[str, Any], reason: Reason, detail: str
+) -> None:
     made = plan(matches, **options)
-    assert isinstance(made, NoPlan) and reason in made.reason
+    assert isinstance(made, NoPlan) and made.reason is reason and detail in made.detail
 
 
 def test_exact_only_behind_its_own_prefix_at_its_own_place() -> None:
@@ -183,6 +186,6 @@ def test_a_chunk_that_came_too_late_is_not_forgotten() -> None:
         made, engine, mode="blend", tokens_total=300, ttft_s=1.0, total_s=2.0, stages_s={}
     )
     assert [s.kind for s in report.segments] == ["fresh", "missing", "late", "fresh"]
-    assert "longer" in report.segments[2].reason
+    assert "longer" in report.segments[2].detail
     assert report.missing_keys == ("a",)
     assert report.tokens_fresh == 300

@@ -1,0 +1,109 @@
+"""Why a request, or a whole model, is served without blending."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Reason(StrEnum):
+    """One of a few, for programs; the sentence with the particulars is the ``detail`` beside it."""
+
+    # what the caller or the plan decides
+    MODE = "mode"
+    """The request's mode reuses nothing."""
+    NO_CHUNK_FOUND = "no_chunk_found"
+    """The prompt holds no chunk that is known to be stored."""
+    NO_WHOLE_BLOCK = "no_whole_block"
+    """The chunks found fill no block of the paged cache."""
+    PREFILL_AS_QUICK = "prefill_as_quick"
+    """A plain prefill is predicted to take no longer than a blend."""
+
+    # what the engine finds when it comes to the request
+    IDENTICAL_PLAN = "identical_plan"
+    """The KV of an identical blend is still in vLLM's prefix cache."""
+    CHUNKS_MISSING = "chunks_missing"
+    """The store had none of the chunks, or none in time."""
+    BLEND_FAILED = "blend_failed"
+    """The blend failed, and the prompt was computed exactly."""
+    MALFORMED_PLAN = "malformed_plan"
+    """The request's plan cannot be read."""
+    NO_TOKEN_LEFT = "no_token_left"
+    """The plan leaves vLLM no token to compute."""
+    WRONG_SALT = "wrong_salt"
+    """The request's cache salt is not that of its plan."""
+    LORA = "lora"
+    """The engine or the request uses LoRA adapters."""
+    ENCODER_INPUTS = "encoder_inputs"
+    """The prompt holds images or other inputs of an encoder."""
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    """The request asks for log-probabilities of the prompt, which need all of it computed."""
+    NOT_REPORTED = "not_reported"
+    """The engine did not say what it did."""
+
+    # how the engine was started
+    SPECULATIVE_DECODING = "speculative_decoding"
+    """A draft model would not see the blended KV."""
+    PIPELINE_PARALLEL = "pipeline_parallel"
+    """Layers are spread over several workers."""
+    DATA_PARALLEL = "data_parallel"
+    """One engine has several replicas."""
+    CONTEXT_PARALLEL = "context_parallel"
+    """A worker does not hold all of a sequence's KV."""
+    ATTENTION_BACKEND = "attention_backend"
+    """The attention backend does not let KV be written."""
+
+    # what the model is
+    NO_ATTENTION = "no_attention"
+    """The model has no attention layers."""
+    HYBRID = "hybrid"
+    """The model mixes attention with recurrent layers."""
+    MLA = "mla"
+    """The model uses multi-head latent attention."""
+    ENCODER_DECODER = "encoder_decoder"
+    """The model has an encoder and a decoder."""
+    NOT_GENERATIVE = "not_generative"
+    """The model generates no text."""
+    MROPE = "mrope"
+    """The model's positions have several dimensions."""
+    NO_ROPE = "no_rope"
+    """The model, or a layer of it, does not rotate its keys by position."""
+    ROPE_TABLES = "rope_tables"
+    """The model's keys are rotated by more than one table."""
+    ALIBI = "alibi"
+    """The model's attention is biased by distance."""
+    ATTENTION_LAYER = "attention_layer"
+    """The model has attention layers of a class we do not know."""
+    SHARED_KV = "shared_kv"
+    """Layers of the model share KV with one another."""
+    ATTENTION_SINKS = "attention_sinks"
+    """The model's attention has sinks as parameters."""
+    NOT_CAUSAL = "not_causal"
+    """The model's attention looks ahead."""
+    SLIDING_WINDOW = "sliding_window"
+    """The model's sliding window is shorter than what would be blended."""
+    KV_GROUPS = "kv_groups"
+    """The model's layers need more than one block table."""
+
+    # what the gate measured
+    MOVED_KEYS_DIFFER = "moved_keys_differ"
+    """Moved keys or values are not those computed there."""
+    PROBE_NOT_BLENDED = "probe_not_blended"
+    """The engine did not blend the probe prompt."""
+    RATIO_ONE_DIFFERS = "ratio_one_differs"
+    """Recomputing every token does not give the plain prefill."""
+
+
+class Why(NamedTuple):
+    """A reason and the sentence that says it, with its particulars."""
+
+    reason: Reason
+    detail: str
+
+
+class RefusedError(Exception):
+    """A blend that cannot be exact, or is not worth it."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.why = Why(reason, detail)
