@@ -123,7 +123,7 @@ class CacheBlend:
         """
         self._check_open()
         start = time.perf_counter()
-        given = [texts] if isinstance(texts, str) else list(texts)
+        given = ingest.as_list(texts)
         known = ingest.for_each(given, before, self.config.ingest_prefix)
         if not self.gate.passed:
             return IngestReport(chunks=len(given), reason=self.gate.reason, detail=self.gate.detail)
@@ -154,7 +154,7 @@ class CacheBlend:
         contain them. Texts that are not stored are passed over.
         """
         self._check_open()
-        given = [texts] if isinstance(texts, str) else list(texts)
+        given = ingest.as_list(texts)
         keys = [key for text in given if (key := self._chunk(text).key) in self._index]
         if self.gate.passed and keys:
             self._engine.rpc("cacheblend_prefetch", keys)
@@ -162,7 +162,7 @@ class CacheBlend:
     def forget(self, texts: str | Sequence[str | Sequence[int]]) -> None:
         """Drop chunks from the store and the index; absent ones are ignored."""
         self._check_open()
-        given = [texts] if isinstance(texts, str) else list(texts)
+        given = ingest.as_list(texts)
         self.forget_keys(self._chunk(text).key for text in given)
 
     def forget_keys(self, keys: Iterable[str]) -> int:

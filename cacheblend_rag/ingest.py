@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cacheblend_rag.errors import ConfigError, PromptError, PromptTooLongError
 from cacheblend_rag.reason import Reason
@@ -54,6 +54,21 @@ class IngestReport:
 def distinct(chunks: Iterable[Chunk]) -> list[Chunk]:
     """Each key once, in order."""
     return list({chunk.key: chunk for chunk in chunks}.values())
+
+
+def as_list(texts: object) -> list[Any]:
+    """Chunks as given to ``CacheBlend.ingest``: one text, or several texts or token ids.
+
+    Raises:
+        PromptError: something else.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, bytes | bytearray | Mapping) or not isinstance(texts, Iterable):
+        raise PromptError(
+            f"pass a text, or a list of texts or of token ids, not {type(texts).__name__}"
+        )
+    return list(texts)
 
 
 def for_each(

@@ -13,6 +13,7 @@ from typing import Any
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.token_ids import token_ids
 
 BEFORE_CHARS = 4096  # of what stands before a chunk; the neutral text, as many tokens, has 1,175
 _MARK = "\ue000context\ue000"  # private use: no template alters it
@@ -87,7 +88,7 @@ def document_context(
     if isinstance(before, str):
         text = before.rstrip()[-BEFORE_CHARS:] + "\n\n"
         before = tokenizer.encode(text, add_special_tokens=False)
-    ids = tuple(int(token) for token in before)
+    ids = token_ids(before)
     return (*neutral_ids[len(ids) :], *ids)[-len(neutral_ids) :]
 
 

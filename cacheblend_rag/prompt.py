@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from cacheblend_rag.errors import EmptyTextError, PromptError, PromptTooLongError
+from cacheblend_rag.token_ids import are_token_ids, token_ids
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
@@ -15,9 +16,9 @@ def is_prompt(value: object) -> TypeGuard[Prompt]:
     """Whether ``value`` is one prompt (text, token ids or chat messages), not several."""
     if isinstance(value, str):
         return True
-    if not isinstance(value, Sequence) or not value:
-        return False
-    return isinstance(value[0], int | Mapping)
+    return are_token_ids(value) or (
+        isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)
+    )
 
 
 def tokenize(prompt: Prompt, tokenizer: Any, *, max_model_len: int) -> tuple[int, ...]:
@@ -63,7 +64,7 @@ def tokenize_chunk(chunk: str | Sequence[int], tokenizer: Any) -> tuple[int, ...
         EmptyTextError: nothing but white space.
     """
     if not isinstance(chunk, str):
-        ids = tuple(int(token) for token in chunk)
+        ids = token_ids(chunk)
     else:
         ids = tuple(_need(tokenizer).encode(chunk.strip(), add_special_tokens=False))
     if not ids:
@@ -74,14 +75,10 @@ def tokenize_chunk(chunk: str | Sequence[int], tokenizer: Any) -> tuple[int, ...
 def _ids(prompt: Prompt, tokenizer: Any) -> Sequence[int]:
     if isinstance(prompt, str):
         return list(_need(tokenizer).encode(prompt)) if prompt else []
-    if not isinstance(prompt, Sequence):
-        raise PromptError(f"a prompt is text, chat messages or token ids, not {type(prompt)}")
-    if prompt and isinstance(prompt[0], Mapping):
+    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         text = render_chat(prompt, tokenizer)  # type: ignore[arg-type]
         return list(tokenizer.encode(text, add_special_tokens=False))
-    if not all(issubclass(kind, int) for kind in set(map(type, prompt))):
-        raise PromptError("a prompt is text, chat messages or token ids; this list is mixed")
-    return prompt  # type: ignore[return-value]
+    return token_ids(prompt)
 
 
 def _need(tokenizer: Any) -> Any:
