@@ -95,6 +95,6 @@ def _read(path: Path) -> Calibration:
         resolved(BlendConfig(recompute_ratio="auto"), found)  # raises ConfigError
     except OSError as error:
         raise ConfigError(f"the calibration {path} cannot be read: {error}. {_FIX}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is no calibration ({error!r}). {_FIX}") from error
     return found

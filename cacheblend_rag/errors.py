@@ -2,17 +2,20 @@
 
 CacheBlendError
 ├── ConfigError            an option has a wrong name or value
-├── PromptError            a prompt cannot be served as it is (also a ValueError)
+├── PromptError            a prompt cannot be served as it is
 │   ├── EmptyTextError     nothing to tokenise
 │   └── PromptTooLongError prompt or chunk longer than the model's context
 ├── ModelError             model folder missing, hub not reachable, architecture unsupported
-├── DataError              evaluation data or results cannot be used (also a ValueError)
+├── DataError              evaluation data or results cannot be used
 ├── StoreError             the store folder or URL cannot be used
 ├── EngineError            the engine failed
 │   ├── EngineMissingError vLLM is absent or of an unsupported version
 │   ├── EngineDeadError    the engine process ended; start a new one
 │   └── ClosedError        used after close()
 └── MissingExtraError      an optional dependency is not installed
+
+None of them is also a builtin exception: frameworks take a model's ValueError for an answer that
+can't be parsed, and go on without it.
 
 A missing or corrupt cache entry is never an error: its tokens are recomputed, as the report says.
 """
@@ -24,11 +27,11 @@ class CacheBlendError(Exception):
     """Base of every exception this library raises."""
 
 
-class ConfigError(CacheBlendError, ValueError):
+class ConfigError(CacheBlendError):
     """An option has a wrong name or value."""
 
 
-class PromptError(CacheBlendError, ValueError):
+class PromptError(CacheBlendError):
     """A prompt or chunk cannot be served as it is."""
 
 
@@ -44,7 +47,7 @@ class ModelError(CacheBlendError):
     """The model cannot be found or loaded."""
 
 
-class DataError(CacheBlendError, ValueError):
+class DataError(CacheBlendError):
     """A file of questions or of results is not what it should be."""
 
 
@@ -52,11 +55,11 @@ class StoreError(CacheBlendError):
     """The chunk store cannot be opened or written."""
 
 
-class EngineError(CacheBlendError, RuntimeError):
+class EngineError(CacheBlendError):
     """The engine failed."""
 
 
-class EngineMissingError(EngineError, ImportError):
+class EngineMissingError(EngineError):
     """vLLM is absent or of a version we do not support."""
 
 
@@ -68,7 +71,7 @@ class ClosedError(EngineError):
     """The object was used after close()."""
 
 
-class MissingExtraError(CacheBlendError, ImportError):
+class MissingExtraError(CacheBlendError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:

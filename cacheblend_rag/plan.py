@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from cacheblend_rag.config import BlendConfig, Schedule, When
 from cacheblend_rag.costs import Costs
+from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.locate import Match
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.select import create_selector
@@ -139,7 +140,10 @@ class Plan:
             raise ValueError("malformed plan: empty, or ratio or question out of range")
         if self.reach < 0:
             raise ValueError(f"malformed plan: reach {self.reach}")
-        create_selector(self.selector, self.selector_options)
+        try:
+            create_selector(self.selector, self.selector_options)
+        except ConfigError as error:
+            raise ValueError(f"malformed plan: {error}") from error
 
     def question_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """The tokens whose attention may choose what is recomputed.

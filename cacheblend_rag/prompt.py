@@ -66,18 +66,37 @@ def tokenize_chunk(chunk: str | Sequence[int], tokenizer: Any) -> tuple[int, ...
     if not isinstance(chunk, str):
         ids = token_ids(chunk)
     else:
-        ids = tuple(_need(tokenizer).encode(chunk.strip(), add_special_tokens=False))
+        ids = tuple(_need(tokenizer).encode(checked(chunk).strip(), add_special_tokens=False))
     if not ids:
         raise EmptyTextError("a chunk is empty; leave empty texts out of ingest()")
     return ids
 
 
+def checked(text: str) -> str:
+    """``text`` itself, which tokenizers can take.
+
+    Raises:
+        PromptError: half of a character, as in names of files that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.start]
+        raise PromptError(
+            f"character {error.start}, after {near!r}, is a lone surrogate "
+            f"({text[error.start]!a}), which no tokenizer takes. It is half of a character, or a "
+            "byte of a file name that is not UTF-8; replace it: "
+            "text.encode(errors='replace').decode()"
+        ) from error
+    return text
+
+
 def _ids(prompt: Prompt, tokenizer: Any) -> Sequence[int]:
     if isinstance(prompt, str):
-        return list(_need(tokenizer).encode(prompt)) if prompt else []
+        return list(_need(tokenizer).encode(checked(prompt))) if prompt else []
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         text = render_chat(prompt, tokenizer)  # type: ignore[arg-type]
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return list(tokenizer.encode(checked(text), add_special_tokens=False))
     return token_ids(prompt)
 
 

@@ -293,7 +293,7 @@ def test_a_model_that_is_not_there() -> None:
     llm = CacheBlendLLM(model="/no/such/folder")
     with pytest.raises(ModelError, match="no model folder"):
         llm.complete("Hello")
-    with pytest.raises(ValueError, match="name a model"):
+    with pytest.raises(ConfigError, match="name a model"):
         CacheBlendLLM()
 
 

@@ -98,7 +98,7 @@ def read_file(path: Path, *, seed: int = 7) -> list[Question]:
         )
     try:
         questions = list(reader.read(records, path.name.split(".")[0], seed))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{path} looks like {reader.name} data, but a record is not: {error!r}"
         ) from error
