@@ -344,6 +344,7 @@ class CacheBlend:
             block_size=self.info.block_size,
             head=self._head,
             costs=self._costs,
+            longest=self.gate.max_tokens,
         )
 
     def _finish(
@@ -490,18 +491,19 @@ class CacheBlend:
         return Head(key, ids)
 
     def _probe(self, report: GateReport) -> GateReport:
-        head, chunk, question = gate.probe_ids(self.info)
-        if len(head + chunk + question) >= self.info.max_model_len:
-            return report  # the context has no room for a block and a question: nothing to blend
+        probe = gate.probe(self.info)
+        if probe is None:
+            return report
+        ids, chunk = probe.ids, probe.chunk
         key = self._space.key(chunk)
         self._ingest([Chunk(key, chunk)], self._space.prefix_ids)
-        match = Match(len(head), len(head + chunk), key, 0, len(chunk))
         plan = make_plan(
-            ids := head + chunk + question,
-            [match],
+            ids,
+            [Match(start, start + len(chunk), key, 0, len(chunk)) for start in probe.starts],
             self.config.for_call({"mode": "blend", "recompute_ratio": 1.0}),
             prefix_ids=self._space.shared_prefix,
             block_size=self.info.block_size,
+            longest=report.max_tokens,
         )
         assert isinstance(plan, Plan)
         requests = [
@@ -517,7 +519,8 @@ class CacheBlend:
         self._engine.rpc("cacheblend_forget", [key])
         assert plain.logprobs is not None and blended.logprobs is not None
         done = "reason" not in blended.engine
-        return gate.check_prefill(report, plain.logprobs[0], blended.logprobs[0], done)
+        report = gate.check_prefill(report, plain.logprobs[0], blended.logprobs[0], done)
+        return gate.within_what_was_proved(report, self.info, len(ids))
 
     def _measure_costs(self) -> Costs | None:
         """What the workers measured, corrected by requests from end to end; None on a CPU."""

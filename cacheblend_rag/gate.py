@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from cacheblend_rag.engine.base import EngineInfo, GateReport, LayerCheck
 from cacheblend_rag.reason import Reason
@@ -15,6 +16,7 @@ Distribution = Mapping[int, float]  # token id -> log-probability, the likeliest
 # of half precision stays well below, a wrong rotation or a wrong fusion is near 1.
 _TOLERANCE = {"float32": (2e-3, 1e-3)}
 _HALF_TOLERANCE = (0.15, 0.1)
+_LONGEST_ON_CPU = 1024  # tokens of a window that the probe exceeds; a real model takes seconds
 
 
 def tolerance(dtype: str) -> tuple[float, float]:
@@ -28,6 +30,7 @@ def check_layers(info: EngineInfo) -> GateReport:
     if info.refusal:
         return GateReport(passed=False, **info.refusal._asdict(), tolerance=bound)
     checks = [_layer_check(row, bound[0]) for row in info.extra.get("checks", ())]
+    assert checks, "the workers checked no layer"
     bad = [c for c in checks if not c.ok]
     reason, detail = None, ""
     if bad:
@@ -38,14 +41,21 @@ def check_layers(info: EngineInfo) -> GateReport:
             f"another way than RoPE (layer {worst.layer}: error {worst.key_error:.3g} of keys, "
             f"{worst.value_error:.3g} of values, {bound[0]:g} allowed)"
         )
-    return GateReport(passed=not bad, reason=reason, detail=detail, layers=checks, tolerance=bound)
+    return GateReport(
+        passed=not bad,
+        reason=reason,
+        detail=detail,
+        layers=checks,
+        tolerance=bound,
+        max_tokens=info.longest_blend,
+    )
 
 
 def check_prefill(
     report: GateReport, plain: Distribution, blended: Distribution, blended_at_all: bool
 ) -> GateReport:
     """Judge ratio 1 against a plain prefill of the same prompt."""
-    error = total_variation(plain, blended)
+    error = total_variation(plain, blended) if plain else math.nan
     bound = report.tolerance[1]
     reason, detail = None, ""
     if not blended_at_all:
@@ -57,14 +67,7 @@ def check_prefill(
             f"recomputing every token does not give the plain prefill's distribution (total "
             f"variation distance {error:.3g}, {bound:g} allowed)"
         )
-    return GateReport(
-        passed=not reason,
-        reason=reason,
-        detail=detail,
-        layers=report.layers,
-        prefill_error=error,
-        tolerance=report.tolerance,
-    )
+    return replace(report, passed=not reason, reason=reason, detail=detail, prefill_error=error)
 
 
 def total_variation(p: Distribution, q: Distribution) -> float:
@@ -75,10 +78,47 @@ def total_variation(p: Distribution, q: Distribution) -> float:
     )
 
 
-def probe_ids(info: EngineInfo) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Token ids of the probe prompt's head, chunk and question; the same at every start."""
+class Probe(NamedTuple):
+    """The probe prompt: a head, a chunk as many times as it takes, a question."""
+
+    head: tuple[int, ...]
+    chunk: tuple[int, ...]
+    times: int
+    question: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The whole prompt."""
+        return self.head + self.chunk * self.times + self.question
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the chunk stands."""
+        return [len(self.head) + i * len(self.chunk) for i in range(self.times)]
+
+
+def probe(info: EngineInfo) -> Probe | None:
+    """The same at every start: longer than any sliding window, where the context has room for that
+    and the device computes it in seconds. None where a block and a question do not fit.
+    """
     words = _words(info, seed=20)
-    return words(5), words(2 * info.block_size + 32), words(24)
+    head, chunk, question = words(5), words(2 * info.block_size + 32), words(24)
+    room = (info.max_model_len - 1 - len(head + question)) // len(chunk)
+    window = info.window or 0
+    long = window if info.device != "cpu" or window <= _LONGEST_ON_CPU else 0
+    times = long // len(chunk) + 2 if long else 1
+    return Probe(head, chunk, min(times, room), question) if room else None
+
+
+def within_what_was_proved(report: GateReport, info: EngineInfo, tokens: int) -> GateReport:
+    """``report`` of a probe of so many ``tokens``: what is longer than a sliding window is blended
+    only if the probe was.
+    """
+    window = info.window
+    if window is None or tokens > window + 1 or window >= info.max_model_len:
+        return report
+    bound = window if report.max_tokens is None else min(window, report.max_tokens)
+    return replace(report, max_tokens=bound)
 
 
 def timing_ids(

@@ -195,6 +195,7 @@ def make_plan(
     block_size: int,
     head: Head | None = None,
     costs: Costs | None = None,
+    longest: int | None = None,
 ) -> Plan | NoPlan:
     """Decide what of a prompt is reused.
 
@@ -207,6 +208,7 @@ def make_plan(
         block_size: tokens a block of the paged cache.
         head: the prompts' usual first tokens, stored at position 0.
         costs: what was measured; None where nothing was: then every plan is worth it.
+        longest: tokens that a blend may cover; None for all. vLLM computes what lies behind them.
     """
     if config.mode in ("off", "full"):
         return NoPlan(Reason.MODE, f"mode is {config.mode!r}")
@@ -214,9 +216,16 @@ def make_plan(
         return NoPlan(Reason.NO_CHUNK_FOUND, "no stored chunk found in the prompt")
     question_start = matches[-1].end
     end = min(question_start, len(token_ids) - 1) // block_size * block_size
+    cut = longest is not None and end > longest
+    if longest is not None and cut:
+        # what comes behind asks, as if it stood there: a window would hide the tokens from it
+        question_start = end = longest // block_size * block_size
     segments = tuple(_segments(token_ids, matches, end, prefix_ids))
     segments = _with_head(segments, token_ids, head)
-    if not any(s.kind is not Kind.FRESH for s in segments):
+    if cut and all(s.kind is Kind.FRESH for s in segments):
+        detail = f"a sliding window bounds a blend to {longest} tokens, which hold no stored chunk"
+        return NoPlan(Reason.SLIDING_WINDOW, detail)
+    if all(s.kind is Kind.FRESH for s in segments):
         detail = f"the matched chunks fill no block of {block_size} tokens"
         return NoPlan(Reason.NO_WHOLE_BLOCK, detail)
     assert config.recompute_ratio != "auto"  # resolved before

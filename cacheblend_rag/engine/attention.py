@@ -46,13 +46,16 @@ class PagedCache:
 
     def __init__(self, handle: ModelHandle, attn_groups: Any) -> None:
         self.handle = handle
-        self.block_size = int(handle.config.cache_config.block_size)
         self._builders = _own_builders(attn_groups, handle)
+        # not the configured size: vLLM may give layers with a window another one
+        self.block_size = int(attn_groups[0][0].kv_cache_spec.block_size)
 
     def slots(self, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """int64 slots of ``positions`` on the device; both arguments on the CPU."""
         size = self.block_size
-        return (blocks[positions // size] * size + positions % size).to(self.handle.device)
+        block = blocks[positions // size]
+        assert bool(block.all()), "these are slots of the null block, which all requests share"
+        return (block * size + positions % size).to(self.handle.device)
 
     def metadata(
         self, blocks: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor

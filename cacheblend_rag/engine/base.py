@@ -68,6 +68,8 @@ class GateReport:
         prefill_error: total variation distance between the next-token distributions of ratio 1
             and of a plain prefill; None where it was not measured.
         tolerance: what the layer errors and the prefill error were held against.
+        max_tokens: how many of a prompt's first tokens a blend may cover; None: all. A sliding
+            window that all layers have bounds it, or one that is too long to be checked here.
     """
 
     passed: bool
@@ -76,6 +78,7 @@ class GateReport:
     layers: Sequence[LayerCheck] = ()
     prefill_error: float | None = None
     tolerance: tuple[float, float] = (0.0, 0.0)
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,8 @@ class EngineInfo:
     fingerprint: str = ""
     refusal: Why | None = None  # why this model can't be blended; None: it can, so far
     kv_bytes_per_token: int = 0
+    window: int | None = None  # the largest sliding window of a layer
+    longest_blend: int | None = None  # tokens; None: no limit
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -128,6 +128,22 @@ def sliding_window(layer: Any) -> int | None:
     return int(window) if window is not None and int(window) > 0 else None
 
 
+def longest_blend(kv_cache_config: Any) -> int | None:
+    """How many of a prompt's first tokens a blend may cover; None for all.
+
+    Where all layers have the same sliding window, vLLM's ``SlidingWindowManager`` keeps no block
+    that lies before the window of the first token behind what we claim: in its place stands the
+    null block, which all requests share. (Where windows differ, all layers keep everything.)
+    """
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    one = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
+    if not isinstance(one, SlidingWindowSpec):
+        return None
+    return int(one.sliding_window - 1 + one.block_size - 1)
+
+
 def softcap(layer: Any) -> float:
     """Cap on the attention logits; 0 for none."""
     return float(getattr(layer.impl, "logits_soft_cap", None) or 0.0)

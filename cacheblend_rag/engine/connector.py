@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
+from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask
 from cacheblend_rag.plan import MAX_QUESTION_TOKENS, PARAMS_KEY, SALT_PREFIX, Kind, Plan
 from cacheblend_rag.reason import Reason, RefusedError, Why
@@ -90,6 +91,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._block_size = int(vllm_config.cache_config.block_size)
+        self._longest = compat.longest_blend(kv_cache_config)
         self._requests: dict[str, _Tracked] = {}  # scheduler
         self._metadata = BlendMetadata()  # scheduler: for the step being built
         self._running: set[str] = set()  # scheduler: served by the step before, not finished
@@ -129,7 +131,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
         if not tracked.end and not tracked.background:
             self._expect(request.request_id, tracked.plan)
-        tracked.end = _claimed(tracked.plan, request.num_prompt_tokens)
+        tracked.end = _claimed(tracked.plan, request.num_prompt_tokens, self._longest)
         return tracked.end - num_computed_tokens, tracked.background
 
     def _expect(self, request_id: str, plan: Plan) -> None:
@@ -221,6 +223,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if request.cache_salt != plan.salt(request.prompt_token_ids):
             detail = f"cache_salt is not the plan's own ({SALT_PREFIX}...)"
             return _refused(plan, Reason.WRONG_SALT, detail)
+        if self._longest is not None and plan.end > self._longest:
+            detail = f"vLLM keeps {self._longest} tokens for this model's sliding window"
+            return _refused(plan, Reason.SLIDING_WINDOW, f"{detail}, the plan covers {plan.end}")
         if request.lora_request is not None:
             return _refused(plan, Reason.LORA, "the request uses a LoRA adapter")
         if request.has_encoder_inputs:
@@ -321,7 +326,7 @@ def _refused(plan: Plan | None, reason: Reason, detail: str) -> _Tracked:
     return _Tracked(plan, Why(reason, detail))
 
 
-def _claimed(plan: Plan, num_prompt_tokens: int) -> int:
+def _claimed(plan: Plan, num_prompt_tokens: int, longest: int | None) -> int:
     """The end of what a blend computes: all but the prompt's last token, so that vLLM's own step is
     one of decoding, by its CUDA graphs and beside others that decode. Tokens behind the plan's end
     join a pass that runs anyway; where none does, or they are many, they are left to vLLM.
@@ -330,4 +335,5 @@ def _claimed(plan: Plan, num_prompt_tokens: int) -> int:
         s.kind is Kind.FRESH or (plan.ratio and s.kind is not Kind.EXACT) for s in plan.segments
     )
     last = num_prompt_tokens - 1
-    return last if runs and last - plan.end <= MAX_QUESTION_TOKENS else plan.end
+    fits = longest is None or last <= longest
+    return last if runs and fits and last - plan.end <= MAX_QUESTION_TOKENS else plan.end

@@ -52,9 +52,9 @@ class KernelCache:
         KernelsUnusableError: a cache of another layout or dtype than the kernels know.
     """
 
-    def __init__(self, handle: ModelHandle) -> None:
+    def __init__(self, handle: ModelHandle, block_size: int) -> None:
         dtype = handle.config.model_config.dtype
-        self._block_size = int(handle.config.cache_config.block_size)
+        self._block_size = block_size
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, layer in enumerate(handle.layers):
             cache = layer.kv_cache
@@ -78,6 +78,7 @@ class KernelCache:
 
     def table(self, blocks: Sequence[int], device: torch.device) -> torch.Tensor:
         """int32 block table for the kernels, whose blocks may be smaller than the scheduler's."""
+        assert all(blocks), "a blend would write into the null block, which all requests share"
         parts = self._block_size // self._views[0][0].shape[1]
         table = np.array(blocks, dtype=np.int32)[:, None] * parts
         return upload((table + np.arange(parts, dtype=np.int32)).ravel(), device)
@@ -245,7 +246,7 @@ class KernelLanes(Lanes):
         self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, gpu_cache: int
     ) -> None:
         super().__init__(handle, rope, cache, "")
-        self._kernels = KernelCache(handle)
+        self._kernels = KernelCache(handle, cache.block_size)
         self._hot = HotChunks(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
         self._graphs = PassGraphs(handle, rope, self._kernels.view)

@@ -188,6 +188,8 @@ def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]])
         fingerprint=_joint([f["fingerprint"] for f in facts]),
         refusal=refusal,
         kv_bytes_per_token=sum(f.get("kv_bytes_per_token", 0) for f in facts),
+        window=facts[0].get("window") if facts else None,
+        longest_blend=facts[0].get("longest_blend") if facts else None,
         extra={"checks": [row for f in facts for row in f.get("checks", [])]},
     )
 

@@ -16,7 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.engine import answers
+from cacheblend_rag.engine import answers, compat
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import WORKER_ERROR
 from cacheblend_rag.engine.blend import Blender
@@ -77,6 +77,9 @@ class WorkerExtension:
             facts["kv_bytes_per_token"] = (
                 2 * handle.num_layers * layer.num_kv_heads * layer.head_size * dtype.itemsize
             )
+            windows = [w for layer in handle.layers if (w := compat.sliding_window(layer))]
+            facts["window"] = max(windows, default=None)
+            facts["longest_blend"] = compat.longest_blend(self.model_runner.kv_cache_config)
             facts["checks"] = moved_errors(handle, rope, min(max_len, rope.positions))
         except UnsupportedModelError as error:
             facts["refusal"] = list(error.why)

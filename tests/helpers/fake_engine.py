@@ -60,6 +60,7 @@ class FakeEngine(Engine):
             max_num_batched_tokens=2048,
             vocab_size=len(self.tokenizer),
             fingerprint="fake",
+            extra={"checks": [[0, 37, 0.0, 0.0]]},
         )
 
     def rpc(self, method: str, *args: Any) -> list[Any]:

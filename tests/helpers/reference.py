@@ -120,13 +120,11 @@ class Reference:
         fused = self.reused(parts)
         if selected:
             at = torch.tensor(list(selected))
-            hidden = at[:, None] < torch.arange(len(ids))[None]
-            mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
             moving = (self, _weights(parts, selected, reach)) if reach else None
             self.model(
                 torch.tensor([[ids[i] for i in selected]]),
                 position_ids=at[None],
-                attention_mask=mask[None, None],
+                attention_mask=self._masks(at, len(ids)),
                 past_key_values=_Scatter().fill(fused, at, moving),
             )
         return self._decode(self._cache(fused), [*question], len(ids), steps)
@@ -146,16 +144,26 @@ class Reference:
         end, asked = len(ids), len(question)
         at = torch.tensor([*rows, *range(end, end + asked)])
         grown = [[torch.nn.functional.pad(t, (0, 0, 0, asked)) for t in kv] for kv in fused]
-        hidden = at[:, None] < torch.arange(end + asked)[None]
-        mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
         out = self.model(
             torch.tensor([[*[ids[i] for i in rows], *question]]),
             position_ids=at[None],
-            attention_mask=mask[None, None],
+            attention_mask=self._masks(at, end + asked),
             past_key_values=_Scatter().fill(grown, at),
             output_attentions=True,
         )
         return sum(out.attentions[i][0, :, len(rows) :, :end].sum((0, 1)) for i in layers)
+
+    def _masks(self, at: torch.Tensor, count: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What queries at positions ``at`` see of the first ``count`` keys, by kind of layer."""
+        config = self.model.config
+        full = _mask(at, count, count)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not getattr(config, "sliding_window", None):
+            return full
+        sliding = _mask(at, count, config.sliding_window)
+        if "full_attention" not in kinds:
+            return sliding
+        return {"full_attention": full, "sliding_attention": sliding}
 
     @staticmethod
     def _cache(fused: list[list[torch.Tensor]]) -> DynamicCache:
@@ -176,6 +184,13 @@ class Reference:
             ids = [int(logprobs[-1].argmax())]
             tokens += ids
         return Answer(tokens, torch.stack(logprobs))
+
+
+def _mask(at: torch.Tensor, count: int, window: int) -> torch.Tensor:
+    distance = at[:, None] - torch.arange(count)[None]
+    hidden = (distance < 0) | (distance >= window)
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    return mask[None, None]
 
 
 def _weights(parts: Sequence[Part], selected: Sequence[int], reach: int) -> torch.Tensor:

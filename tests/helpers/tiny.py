@@ -60,6 +60,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "glm4": ("glm4", {"head_dim": 32, "pad_token_id": 0}),
     "stablelm": ("stablelm", {}),
+    "starcoder2": ("starcoder2", {}),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     # six layers: five local ones and the first global one

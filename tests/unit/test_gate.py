@@ -1,0 +1,135 @@
+"""The gate's judgements, on numbers by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cacheblend_rag import gate
+from cacheblend_rag.engine import EngineInfo, GateReport
+from cacheblend_rag.reason import Reason, Why
+
+LAYERS, PREFILL = gate.tolerance("float32")
+NAN = math.nan
+ROW = [0, 37, 0.0, 0.0]
+SURE = {7: 0.0}
+EVEN = {7: math.log(0.5), 8: math.log(0.5)}
+
+
+def info(*checks: list[Any], **changes: Any) -> EngineInfo:
+    facts: dict[str, Any] = {
+        "model": "m", "vllm_version": "0", "dtype": "float32", "device": "cpu", "block_size": 32,
+        "max_model_len": 8192, "max_num_batched_tokens": 2048, "vocab_size": 512,
+        "extra": {"checks": list(checks) or [ROW]},
+    }  # fmt: skip
+    return EngineInfo(**{**facts, **changes})
+
+
+@pytest.mark.parametrize("row", [ROW, [3, 37, LAYERS, 0.0], [3, 900, 0.0, LAYERS]])
+def test_errors_within_the_tolerance_pass(row: list[Any]) -> None:
+    report = gate.check_layers(info(ROW, row))
+    assert report.passed and report.reason is None and not report.detail
+    assert [check.layer for check in report.layers] == [0, row[0]]
+
+
+@pytest.mark.parametrize("bad", [1.01 * LAYERS, 1.4, math.inf, NAN])
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_one_layer_that_differs_is_enough(bad: float, what: str) -> None:
+    errors = [bad, 0.0] if what == "keys" else [0.0, bad]
+    report = gate.check_layers(info(ROW, [1, 37, *errors], [2, 37, 0.0, 0.0]))
+    assert not report.passed and report.reason is Reason.MOVED_KEYS_DIFFER
+    assert "layer 1" in report.detail and f"{bad:.3g} of {what}" in report.detail
+    assert [check.ok for check in report.layers] == [True, False, True]
+
+
+def test_half_precision_may_round() -> None:
+    row = [0, 37, 0.1, 0.1]
+    assert not gate.check_layers(info(row)).passed
+    assert gate.check_layers(info(row, dtype="bfloat16")).passed
+    assert not gate.check_layers(info([0, 37, 0.16, 0.0], dtype="bfloat16")).passed
+
+
+def test_a_model_refused_before_stays_refused() -> None:
+    report = gate.check_layers(info(refusal=Why(Reason.MLA, "latent")))
+    assert (report.passed, report.reason, report.detail) == (False, Reason.MLA, "latent")
+
+
+def test_nothing_passes_unchecked() -> None:
+    with pytest.raises(AssertionError):
+        gate.check_layers(info(extra={}))
+
+
+OPEN = GateReport(passed=True, tolerance=(LAYERS, PREFILL), max_tokens=96)
+
+
+def test_the_same_distribution_passes() -> None:
+    report = gate.check_prefill(OPEN, EVEN, dict(EVEN), True)
+    assert report.passed and report.prefill_error == 0.0 and report.max_tokens == 96
+    near = {7: math.log(0.5 + 0.9 * PREFILL), 8: math.log(0.5 - 0.9 * PREFILL)}
+    assert gate.check_prefill(OPEN, EVEN, near, True).passed
+
+
+@pytest.mark.parametrize(
+    "blended",
+    [
+        SURE,
+        {9: 0.0},
+        {7: math.log(0.5 + 1.1 * PREFILL), 8: math.log(0.5 - 1.1 * PREFILL)},
+        {7: NAN, 8: NAN},
+        {7: math.log(0.5), 8: NAN},
+        {},
+    ],
+)
+def test_another_distribution_is_refused(blended: dict[int, float]) -> None:
+    report = gate.check_prefill(OPEN, EVEN, blended, True)
+    assert not report.passed and report.reason is Reason.RATIO_ONE_DIFFERS
+    assert "recomputing every token" in report.detail
+
+
+@pytest.mark.parametrize("nothing", [{}, {7: NAN}])
+def test_two_answers_that_say_nothing_are_not_alike(nothing: dict[int, float]) -> None:
+    assert not gate.check_prefill(OPEN, nothing, dict(nothing), True).passed
+
+
+def test_a_probe_that_was_not_blended_proves_nothing() -> None:
+    report = gate.check_prefill(OPEN, EVEN, EVEN, False)
+    assert not report.passed and report.reason is Reason.PROBE_NOT_BLENDED
+
+
+# ---- sliding windows -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+@pytest.mark.parametrize(("device", "window"), [("cpu", 64), ("cpu", 1024), ("cuda", 4096)])
+def test_the_probe_is_longer_than_a_window(device: str, window: int, block_size: int) -> None:
+    engine = info(device=device, window=window, block_size=block_size, max_model_len=32768)
+    probe = gate.probe(engine)
+    assert probe is not None
+    blocks = (len(probe.ids) - len(probe.question)) // block_size
+    assert blocks * block_size > window + 1, "what is blended must be, too"
+    assert all(probe.ids[s : s + len(probe.chunk)] == probe.chunk for s in probe.starts)
+    assert gate.within_what_was_proved(OPEN, engine, len(probe.ids)) == OPEN
+
+
+def test_what_no_probe_was_long_enough_for_is_not_blended() -> None:
+    engine = info(window=4096, max_model_len=8192)
+    probe = gate.probe(engine)
+    assert probe is not None and len(probe.ids) < 200, "on a CPU this would take minutes"
+    proved = gate.within_what_was_proved(replace(OPEN, max_tokens=None), engine, len(probe.ids))
+    assert proved.max_tokens == 4096
+    proved = gate.within_what_was_proved(replace(OPEN, max_tokens=500), engine, len(probe.ids))
+    assert proved.max_tokens == 500
+    short = info(window=4096, max_model_len=4096)  # no prompt is longer
+    assert gate.within_what_was_proved(OPEN, short, len(probe.ids)) == OPEN
+
+
+def test_the_probe_fits_the_context() -> None:
+    for longest in (126, 127, 400, 1000):
+        engine = info(window=512, max_model_len=longest)
+        probe = gate.probe(engine)
+        assert (probe is None) is (longest < 126)
+        assert probe is None or len(probe.ids) < longest
+    assert gate.probe(info(max_model_len=125)) is None
