@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from engines import start
-from tiny import VOCAB, Words, make
+from tiny import VOCAB, WORDS, Words, make_with_tokenizer
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 from cacheblend_rag.errors import (
@@ -32,9 +32,6 @@ LONG: dict[str, Any] = {**SAMPLING, "max_tokens": 900}
 # long enough that all are under way together, however late a busy machine starts a thread
 SEEN_TOGETHER: dict[str, Any] = {**SAMPLING, "max_tokens": 300}
 
-SPECIAL = ("<bos>", "<eos>", "<unk>")
-WORDS = [*SPECIAL, *(f"w{i}" for i in range(3, VOCAB))]
-
 words = Words(21)
 PREFIX = words(4)
 CHUNKS = [words(n) for n in (70, 100, 64, 150, 90, 120)]
@@ -47,19 +44,7 @@ SHORT = words(30)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a tokenizer: token i is the word ``w<i>``, but for the special ones."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    path = make("llama", tmp_path_factory.mktemp("with-tokenizer"))
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, SPECIAL[2]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    bos, eos, unk = SPECIAL
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos
-    ).save_pretrained(path)
-    return path
+    return make_with_tokenizer("llama", tmp_path_factory.mktemp("with-tokenizer"))
 
 
 def serve(model: Path) -> CacheBlend:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 VOCAB = 512
+SPECIAL = ("<bos>", "<eos>", "<unk>")
+WORDS = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCAB))]
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 256,
@@ -111,6 +113,22 @@ def make(name: str, folder: Path, **changes: Any) -> Path:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**_COMMON, **differs, **changes})
         AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+    return path
+
+
+def make_with_tokenizer(name: str, folder: Path, **changes: Any) -> Path:
+    """``make``, and a tokenizer: token i is the word ``w<i>``, but for the special ones."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    path = make(name, folder, **changes)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, SPECIAL[2]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    bos, eos, unk = SPECIAL
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos
+    ).save_pretrained(path)
     return path
 
 
