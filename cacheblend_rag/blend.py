@@ -353,7 +353,7 @@ class CacheBlend:
         last, waited = pieces[-1], sum(prepared.stages_s.values())
         report = make_report(
             prepared.plan,
-            self._engine_part(prepared, pieces),
+            self._engine_part(prepared.plan, prepared.request_id, pieces),
             mode=prepared.mode,
             tokens_total=len(prepared.request.token_ids),
             ttft_s=pieces[0].at - start + waited,
@@ -368,13 +368,16 @@ class CacheBlend:
         return make_result(prepared.request.token_ids, pieces, report, prepared.request_id)
 
     def _engine_part(
-        self, prepared: _Prepared, pieces: Sequence[EngineOutput]
+        self, plan: Plan | NoPlan, request_id: str, pieces: Sequence[EngineOutput]
     ) -> Mapping[str, Any]:
-        """What the engine says it did."""
+        """What the engine says it did. The last piece does not tell where the request ended in the
+        very step of its blend, and where the front end ended it, as at a stop string.
+        """
         engine = pieces[-1].engine
-        if engine.get("pending"):  # it ended in the very step of its blend
-            return {**engine, **self._engine.rpc("cacheblend_outcome", prepared.request_id)[0]}
-        return engine
+        if isinstance(plan, NoPlan) or "recomputed" in engine or "reason" in engine:
+            return engine
+        outcome: Mapping[str, Any] = self._engine.rpc("cacheblend_outcome", request_id)[0]
+        return outcome
 
     # ---- options -------------------------------------------------------------------------------
 
@@ -518,7 +521,7 @@ class CacheBlend:
         plain, blended = (self._engine.generate([r])[0][0] for r in requests)
         self._engine.rpc("cacheblend_forget", [key])
         assert plain.logprobs is not None and blended.logprobs is not None
-        done = "reason" not in blended.engine
+        done = "recomputed" in self._engine_part(plan, "gate", [blended])
         report = gate.check_prefill(report, plain.logprobs[0], blended.logprobs[0], done)
         return gate.within_what_was_proved(report, self.info, len(ids))
 
@@ -544,7 +547,8 @@ class CacheBlend:
                 pieces = self._engine.generate([prepared.request])[0]
                 seconds = time.perf_counter() - start
                 # the store's speed is known apart
-                fetched = self._engine_part(prepared, pieces).get("seconds", {}).get("fetch", 0.0)
+                done = self._engine_part(prepared.plan, prepared.request_id, pieces)
+                fetched = done.get("seconds", {}).get("fetch", 0.0)
                 taken[options["mode"]].append(seconds - fetched)
             plan = prepared.plan
         self.forget_keys([chunk.key])

@@ -37,7 +37,7 @@ class BlendReport:
 
     Attributes:
         mode: the request's mode.
-        blended: whether stored KV was used.
+        blended: whether stored KV was used for this request.
         reason: why not, where it was not; None where it was.
         detail: the same as a sentence, with the particulars.
         tokens_reused: served from stored KV without being recomputed.
@@ -111,38 +111,59 @@ def make_report(
         "stages_s": {**stages_s, **engine.get("seconds", {})},
     }
     if isinstance(plan, NoPlan) or "recomputed" not in engine:
-        reason, detail = plan if isinstance(plan, NoPlan) else _why(engine)
-        rest = [SegmentReport(cached, tokens_total, "fresh", 0, detail)]
-        return BlendReport(
-            blended=False,
-            reason=reason,
-            detail=detail,
-            tokens_fresh=tokens_total - cached,
-            segments=_cached_segment(cached) + rest,
-            **common,
-        )
-    segments = [
-        report
-        for i, s in enumerate(plan.segments)
-        if (report := _segment(s, engine["recomputed"][i], _absence(engine, i), cached))
-    ]
-    tail = SegmentReport(
-        plan.end, tokens_total, "fresh", 0, "the question, and less than a block before it"
-    )
-    segments = _cached_segment(cached) + segments + [tail]
+        why = Why(*plan) if isinstance(plan, NoPlan) else _why(engine)
+        rest = SegmentReport(cached, tokens_total, "fresh", 0, why.detail)
+        return _not_blended(why, [*_cached_segment(cached), rest], common)
+    segments = [*_cached_segment(cached), *_segments(plan, engine, cached, tokens_total)]
+    if not any(s.kind == "reused" for s in segments):
+        return _not_blended(_why_nothing_was_reused(segments), segments, common)
     return BlendReport(
         blended=True,
         tokens_reused=sum(
             s.end - s.start - s.tokens_recomputed for s in segments if s.kind == "reused"
         ),
         tokens_recomputed=sum(s.tokens_recomputed for s in segments),
-        tokens_fresh=sum(s.end - s.start for s in segments if s.kind in _COMPUTED),
+        tokens_fresh=_tokens_fresh(segments),
         recompute_ratio=plan.ratio,
         selector=plan.selector,
         bytes_loaded=int(engine["bytes"]),
         segments=segments,
         **common,
     )
+
+
+def _not_blended(
+    why: Why, segments: Sequence[SegmentReport], common: Mapping[str, Any]
+) -> BlendReport:
+    fresh = _tokens_fresh(segments)
+    return BlendReport(
+        blended=False, **why._asdict(), tokens_fresh=fresh, segments=segments, **common
+    )
+
+
+def _tokens_fresh(segments: Sequence[SegmentReport]) -> int:
+    return sum(s.end - s.start for s in segments if s.kind in _COMPUTED)
+
+
+def _why_nothing_was_reused(segments: Sequence[SegmentReport]) -> Why:
+    absent = [s for s in segments if s.kind in ("missing", "late")]
+    if absent:
+        detail = f"none of the {len(absent)} stored chunks could be had; see the segments"
+        return Why(Reason.CHUNKS_MISSING, detail)
+    return Why(Reason.IDENTICAL_PLAN, "what was reused is in vLLM's prefix cache already")
+
+
+def _segments(
+    plan: Plan, engine: Mapping[str, Any], cached: int, tokens_total: int
+) -> list[SegmentReport]:
+    """Of a blend, behind what vLLM had cached."""
+    planned = [
+        report
+        for i, s in enumerate(plan.segments)
+        if (report := _segment(s, engine["recomputed"][i], _absence(engine, i), cached))
+    ]
+    detail = "the question, and less than a block before it"
+    return [*planned, SegmentReport(plan.end, tokens_total, "fresh", 0, detail)]
 
 
 def _cached_segment(cached: int) -> list[SegmentReport]:

@@ -64,7 +64,7 @@ class Blender:
 
     def start(self, task: BlendTask) -> BlendOutcome:
         """What ``steps`` will fill in."""
-        return BlendOutcome(Clock(self.handle.device), task.plan.segments)
+        return BlendOutcome(Clock(self.handle.device), task.plan.segments, task.write_from)
 
     def steps(self, task: BlendTask, outcome: BlendOutcome) -> Iterator[str | None]:
         """Blend ``task`` in steps of bounded work; ``outcome`` is filled in on the way. ``WAITS``

@@ -8,7 +8,7 @@ Whatever goes wrong is reported as blocks that failed to load, and vLLM computes
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +40,7 @@ class BlendMetadata(KVConnectorMetadata):
 
     sync: list[BlendTask] = field(default_factory=list)
     background: list[BlendTask] = field(default_factory=list)
+    plain: dict[str, dict[str, Any]] = field(default_factory=dict)  # reports of what is not blended
     idle: bool = False  # the engine computes nothing in this step
 
 
@@ -67,6 +68,14 @@ class _Tracked:
     cached_whole: bool = False  # an identical plan's blocks were all found
     prefix_cached: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
+
+    def report(self) -> dict[str, Any]:
+        """See ``report.make_report``; not whole before the outcome is there."""
+        if self.refusal:
+            done: Mapping[str, Any] = self.refusal._asdict()
+        else:
+            done = _IDENTICAL._asdict() if self.cached_whole else self.outcome
+        return {**done, "prefix_cached": self.prefix_cached}
 
 
 @dataclass(eq=False)
@@ -97,7 +106,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._running: set[str] = set()  # scheduler: served by the step before, not finished
         self._expects = False  # scheduler: a blend of the step being built was announced
         self.blender: Blender | None = None  # worker: set by WorkerExtension
-        self.recent: OrderedDict[str, BlendOutcome] = OrderedDict()  # worker: by the task's name
+        # worker: what was done, by the caller's name of the request
+        self.recent: OrderedDict[str, BlendOutcome | dict[str, Any]] = OrderedDict()
         self._jobs: list[_Job] = []  # worker: the first one computes
         self._done: list[tuple[str, BlendOutcome]] = []  # worker: not yet reported
         self._failed: dict[str, Why] = {}  # worker
@@ -116,23 +126,30 @@ class CacheBlendConnector(KVConnectorBase_V1):
     ) -> tuple[int | None, bool]:
         """How many tokens past the local hit we bring, and whether between steps."""
         tracked = self._track(request)
-        if tracked is None or tracked.plan is None:
+        if tracked is None:
             return 0, False
+        if tracked.plan is None:
+            return self._not_blended(request, tracked)
         if not tracked.outcome:  # else it resumes after a preemption: its report stays
             tracked.prefix_cached = num_computed_tokens
             tracked.cached_whole = num_computed_tokens >= tracked.plan.end
         if tracked.refusal or num_computed_tokens >= tracked.plan.end:
-            return 0, False
+            return self._not_blended(request, tracked)
         if self.beside is not None and not tracked.end:  # once: vLLM asks again while it waits
             tracked.refusal, _ = self.beside.consider(tracked.plan)
             if tracked.refusal:
-                return 0, False
+                return self._not_blended(request, tracked)
         schedule = tracked.plan.schedule
         tracked.background = schedule == "async" or (schedule == "auto" and bool(self._running))
         if not tracked.end and not tracked.background:
             self._expect(request.request_id, tracked.plan)
         tracked.end = _claimed(tracked.plan, request.num_prompt_tokens, self._longest)
         return tracked.end - num_computed_tokens, tracked.background
+
+    def _not_blended(self, request: Any, tracked: _Tracked) -> tuple[int, bool]:
+        """The workers keep its report: its last output never leaves where the front end ends it."""
+        self._metadata.plain[_name(request)] = tracked.report()
+        return 0, False
 
     def _expect(self, request_id: str, plan: Plan) -> None:
         """Have the KV of a step's first blend come while the rest of the step is prepared."""
@@ -153,7 +170,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         num_blocks = -(-end // self._block_size)
         task = BlendTask(
             request_id=request.request_id,
-            name=request.kv_transfer_params[PARAMS_KEY].get("request_id", request.request_id),
+            name=_name(request),
             end=end,
             token_ids=tuple(ids[:end]),
             question=plan.question_ids(ids),
@@ -194,14 +211,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
             return False, None
-        report: dict[str, Any] = {"prefix_cached": tracked.prefix_cached}
-        if tracked.refusal:
-            report |= tracked.refusal._asdict()
-        elif tracked.cached_whole:
-            report |= _IDENTICAL._asdict()
-        else:
-            report |= tracked.outcome or {"pending": True}
-        return False, {PARAMS_KEY: report}
+        return False, {PARAMS_KEY: tracked.report()}
 
     def _track(self, request: Any) -> _Tracked | None:
         if request.request_id not in self._requests:
@@ -248,6 +258,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, BlendMetadata)
+        for name, report in metadata.plain.items():
+            if name not in self.recent:
+                self._remember(name, report)
         for task in metadata.sync:
             for _ in self._blend(task):
                 pass
@@ -284,13 +297,17 @@ class CacheBlendConnector(KVConnectorBase_V1):
             self._leave_to_vllm(task, Why(Reason.BLEND_FAILED, detail))
             return
         self._done.append((task.request_id, outcome))
-        self.recent[task.name] = outcome
-        while len(self.recent) > _KEEP_OUTCOMES:
-            self.recent.popitem(last=False)
+        self._remember(task.name, outcome)
 
     def _leave_to_vllm(self, task: BlendTask, why: Why) -> None:
         self._failed_blocks |= set(task.blocks[task.write_from // self._block_size :])
         self._failed[task.request_id] = why
+        self._remember(task.name, {**why._asdict(), "prefix_cached": task.write_from})
+
+    def _remember(self, name: str, done: BlendOutcome | dict[str, Any]) -> None:
+        self.recent[name] = done
+        while len(self.recent) > _KEEP_OUTCOMES:
+            self.recent.popitem(last=False)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Background blends that ended, well or not."""
@@ -320,6 +337,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Nothing to wait for."""
+
+
+def _name(request: Any) -> str:
+    """The caller's name of a request that carries a plan, which may be malformed."""
+    data = request.kv_transfer_params[PARAMS_KEY]
+    name = data.get("request_id") if isinstance(data, Mapping) else None
+    return str(name or request.request_id)
 
 
 def _refused(plan: Plan | None, reason: Reason, detail: str) -> _Tracked:

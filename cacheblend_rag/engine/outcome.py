@@ -107,6 +107,7 @@ class BlendOutcome:
     Attributes:
         segments: the plan's; missing: numbers of those whose chunk this engine did not have; late:
             of those of them that the store may have, but not soon enough.
+        prefix_cached: positions below it were in vLLM's prefix cache.
         bytes: of stored KV used.
         chosen: int64 positions computed, ascending, on the host; on a GPU they arrive there with
             the clock's last mark.
@@ -114,6 +115,7 @@ class BlendOutcome:
 
     clock: Clock
     segments: Sequence[Segment]
+    prefix_cached: int = 0
     missing: list[int] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
     bytes: int = 0
@@ -138,6 +140,7 @@ class BlendOutcome:
         reused = [bool(s.key) and i not in self.missing for i, s in enumerate(self.segments)]
         return {
             "recomputed": [n if kept else 0 for n, kept in zip(counts, reused, strict=True)],
+            "prefix_cached": self.prefix_cached,
             "missing": self.missing,
             "late": self.late,
             "seconds": seconds,

@@ -24,6 +24,7 @@ from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.ingest import Ingestor
 from cacheblend_rag.engine.lanes import open_lanes
+from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.errors import CacheBlendError
@@ -184,12 +185,12 @@ class WorkerExtension:
         return dict(self._blender().store.stats()._asdict())
 
     def cacheblend_outcome(self, name: str, positions: bool = False) -> dict[str, Any]:
-        """What was done for a request that ended in the step of its blend (then the final output
-        could not carry it); with ``positions``, the recomputed positions too.
+        """What was done for a request whose last output could not carry it: it ended in the step of
+        its blend, or the front end ended it. With ``positions``, the recomputed positions too.
         """
-        outcome = self._connector().recent.get(name)
-        if outcome is None:
-            return {}
+        outcome = self._connector().recent.get(name, {})
+        if not isinstance(outcome, BlendOutcome):
+            return outcome
         return {**outcome.to_dict(), **({"selected": outcome.positions()} if positions else {})}
 
     def cacheblend_compared(self, prompts: list[str]) -> list[list[tuple[float, bool]]]:

@@ -135,10 +135,8 @@ def test_a_refusal_is_told(blend: CacheBlend) -> None:
     assert figures(reports[0]) == figures(reports[1])
 
 
+@pytest.mark.parametrize("blend", ["batch"], indirect=True)  # its worker is in this process
 def test_a_failure_is_told(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(blend._engine, "_llm"):
-        pytest.skip("the serving engine's worker can't be broken from here")
-
     def broken(*_: Any) -> Iterator[None]:
         raise RuntimeError("broken on purpose")
         yield

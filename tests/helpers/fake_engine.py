@@ -18,7 +18,7 @@ from cacheblend_rag.engine import Engine, EngineInfo, EngineOutput, EngineReques
 from cacheblend_rag.engine.start import sampling_names, sampling_params
 from cacheblend_rag.errors import ClosedError
 from cacheblend_rag.models import cache_home
-from cacheblend_rag.plan import Plan
+from cacheblend_rag.plan import PARAMS_KEY, Plan
 from cacheblend_rag.store.base import document_id
 from cacheblend_rag.store.notes import Notes
 
@@ -46,6 +46,7 @@ class FakeEngine(Engine):
         self.prefetched: list[str] = []
         self.stored: set[str] = set()
         self.notes = Notes()
+        self.outcomes: dict[str, dict[str, Any]] = {}  # of requests that a stop string ended
         self.closed = False
         self.aborted = 0
         self.sampling_names = sampling_names()
@@ -99,6 +100,8 @@ class FakeEngine(Engine):
                 return [None]
             case "outcome", [_, True]:
                 return [{"selected": [3, 4]}]
+            case "outcome", [name]:
+                return [self.outcomes.get(name, {})]
             case "store_stats", _:
                 return [{"chunks": len(self.stored)}]
         raise AssertionError(f"no such call: {method}")
@@ -138,6 +141,9 @@ class FakeEngine(Engine):
         wanted = request.sampling.get("logprobs") is not None
         plan = Plan.from_params(request.params)
         engine = {} if plan is None else _outcome(plan)
+        if request.params is not None and stop:  # vLLM finds these in its front end
+            self.outcomes[request.params[PARAMS_KEY]["request_id"]] = engine
+            engine = {"prefix_cached": len(request.token_ids) - 1}
         return [
             EngineOutput(
                 text=word,
