@@ -12,9 +12,9 @@ happens. The store counts for itself, in the engine's process: ``cacheblend_rag.
 from __future__ import annotations
 
 import time
-from functools import cache
 from typing import Any, NamedTuple
 
+from cacheblend_rag.once import once
 from cacheblend_rag.report import BlendReport
 from cacheblend_rag.store.metrics import tracer
 
@@ -30,7 +30,7 @@ class _Instruments(NamedTuple):
     ttft: Any
 
 
-@cache
+@once
 def _instruments() -> _Instruments | None:
     try:
         from prometheus_client import Counter, Histogram

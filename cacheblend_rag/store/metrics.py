@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
+
+from cacheblend_rag.once import once
 
 _BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 
@@ -28,7 +29,7 @@ class _Instruments(NamedTuple):
     seconds: Any
 
 
-@cache
+@once
 def _instruments() -> _Instruments | None:
     try:
         from prometheus_client import Counter, Histogram
@@ -42,7 +43,7 @@ def _instruments() -> _Instruments | None:
     )
 
 
-@cache
+@once
 def tracer() -> Any:
     """OpenTelemetry's tracer of ours; None where it is not installed."""
     try:
