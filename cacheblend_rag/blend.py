@@ -9,6 +9,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,14 @@ from cacheblend_rag import calibration, gate, ingest, metrics
 from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
-from cacheblend_rag.errors import ClosedError, ConfigError, EmptyTextError, PromptError
-from cacheblend_rag.ingest import Before, Chunk, IngestReport
+from cacheblend_rag.errors import (
+    CacheBlendError,
+    ClosedError,
+    ConfigError,
+    EmptyTextError,
+    PromptError,
+)
+from cacheblend_rag.ingest import Before, Chunk, IngestReport, Owners
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex, Match
 from cacheblend_rag.models import resolve_model
@@ -102,51 +109,59 @@ class CacheBlend:
         texts: str | Sequence[str | Sequence[int]],
         *,
         before: str | Sequence[Before] | None = None,
+        documents: str | Sequence[str | None] | None = None,
         progress: bool = True,
     ) -> IngestReport:
         """Compute and store the KV of chunks. What is stored already is skipped, so an interrupted
-        or repeated ingestion costs only look-ups.
+        or repeated ingestion costs only look-ups. Texts that are too short or too long for their KV
+        to be used are passed over, and counted.
 
         Args:
             texts: the chunks, or their token ids.
             before: of each, what stands before it in its own document (text or token ids, the last
                 of which are taken), or None; for ``ingest_prefix="document"``. It is no part of a
                 chunk's key: of equal chunks, the KV of the first that was stored stays.
+            documents: of each, the document (any text) that it belongs to, or None; noted as
+                ``label`` does, as soon as it is stored.
             progress: a bar while KV is computed.
 
         Raises:
             ConfigError: ``before`` with another ingest prefix.
-            PromptError: ``before`` is not one for each text.
-            EmptyTextError: a text of white space only.
-            PromptTooLongError: a chunk that fits no prompt.
-            StoreError: the store can't be written; what was stored so far stays.
+            PromptError: something that is no text, named by its number; ``before`` or
+                ``documents`` not one for each text. Nothing was computed then.
+            EmptyTextError: a text of white space only; as above.
+            StoreError: the store can't be written; what was stored so far stays, and is used.
         """
         self._check_open()
         start = time.perf_counter()
         given = ingest.as_list(texts)
         known = ingest.for_each(given, before, self.config.ingest_prefix)
+        names = ingest.one_for_each(given, documents, "documents")
         if not self.gate.passed:
             return IngestReport(chunks=len(given), reason=self.gate.reason, detail=self.gate.detail)
-        chunks = [self._chunk(text) for text in given]
-        least = self.config.min_chunk_tokens
-        long_enough = [c for c in chunks if len(c.token_ids) >= least]
-        new = ingest.distinct(long_enough)
+        chunks = self._numbered(given)
+        most = self.info.max_model_len - len(self._space.prefix_ids)
+        sorted_out = ingest.by_length(chunks, self.config.min_chunk_tokens, most)
+        new = ingest.distinct(sorted_out.useful)
         todo = self._missing(new)
         if before is not None:
-            first = dict(zip((c.key for c in reversed(chunks)), reversed(known), strict=True))
-            todo = self._in_context(todo, first)
-        stored = self._compute(todo, progress)
-        self._index.add_many((c.key, c.token_ids) for c in new)
+            todo = self._in_context(todo, chunks, known)
+        owners = ingest.owners(chunks, names)
+        absent = {c.key for c in todo}
+        self._note([c for c in new if c.key not in absent], owners)
+        stored = self._compute(todo, owners, progress)
+        useful = {c.key for c in new}
         return IngestReport(
             chunks=len(given),
             computed=len(todo),
             present=len(new) - len(todo),
-            repeated=len(long_enough) - len(new),
-            too_short=len(chunks) - len(long_enough),
+            repeated=len(sorted_out.useful) - len(new),
+            too_short=sorted_out.too_short,
+            too_long=sorted_out.too_long,
             tokens=sum(len(c.token_ids) for c in todo),
             bytes=stored,
             seconds=time.perf_counter() - start,
-            keys=[c.key if len(c.token_ids) >= least else "" for c in chunks],
+            keys=[c.key if c.key in useful else "" for c in chunks],
         )
 
     def prefetch(self, texts: str | Sequence[str | Sequence[int]]) -> None:
@@ -154,16 +169,14 @@ class CacheBlend:
         contain them. Texts that are not stored are passed over.
         """
         self._check_open()
-        given = ingest.as_list(texts)
-        keys = [key for text in given if (key := self._chunk(text).key) in self._index]
+        keys = [c.key for c in self._numbered(ingest.as_list(texts)) if c.key in self._index]
         if self.gate.passed and keys:
             self._engine.rpc("cacheblend_prefetch", keys)
 
     def forget(self, texts: str | Sequence[str | Sequence[int]]) -> None:
         """Drop chunks from the store and the index; absent ones are ignored."""
         self._check_open()
-        given = ingest.as_list(texts)
-        self.forget_keys(self._chunk(text).key for text in given)
+        self.forget_keys(c.key for c in self._numbered(ingest.as_list(texts)))
 
     def forget_keys(self, keys: Iterable[str]) -> int:
         """``forget`` chunks by the keys that ``IngestReport`` and reports name; returns how many
@@ -182,7 +195,7 @@ class CacheBlend:
         """The key that ``ingest`` stores a chunk under.
 
         Raises:
-            EmptyTextError, PromptTooLongError: as ``ingest`` does.
+            PromptError, EmptyTextError: as ``ingest`` does.
         """
         return self._chunk(text).key
 
@@ -222,7 +235,7 @@ class CacheBlend:
         many were forgotten. Chunks that another process stored since this one started stay.
         """
         self._check_open()
-        kept = {self._chunk(text).key for text in texts}
+        kept = {c.key for c in self._numbered(ingest.as_list(texts))}
         return self.forget_keys(self._index.keys() - kept)
 
     def beside(self, config: BlendConfig) -> CacheBlend:
@@ -401,19 +414,30 @@ class CacheBlend:
     def _chunk(self, text: str | Sequence[int]) -> Chunk:
         ids = tokenize_chunk(text, self.tokenizer)
         self._check_vocabulary(ids)
-        chunk = Chunk(self._space.key(ids), ids)
-        ingest.check_length(chunk, len(self._space.prefix_ids), self.info.max_model_len)
-        return chunk
+        return Chunk(self._space.key(ids), ids)
 
-    def _in_context(self, chunks: Sequence[Chunk], before: Mapping[str, Before]) -> list[Chunk]:
-        """The chunks, each with what stands before it in its document, by key."""
+    def _numbered(self, texts: Sequence[str | Sequence[int]]) -> list[Chunk]:
+        """The chunks of all texts; what is wrong with one is said with its number."""
+        chunks = []
+        for number, text in enumerate(texts, 1):
+            with ingest.naming(f"text {number} of {len(texts)}"):
+                chunks.append(self._chunk(text))
+        return chunks
+
+    def _in_context(
+        self, todo: Sequence[Chunk], chunks: Sequence[Chunk], before: Sequence[Before]
+    ) -> list[Chunk]:
+        """Those to do among ``chunks``, each with what stands before it in its document."""
         head = prompt_head(self.config, self.tokenizer)
         neutral = self._space.prefix_ids[len(head) :]
+        first = {chunk.key: i for i, chunk in reversed(list(enumerate(chunks)))}
         placed = []
-        for chunk in chunks:
-            context = document_context(before[chunk.key], neutral, self.tokenizer)
-            if context:
-                self._check_vocabulary(context)
+        for chunk in todo:
+            number = first[chunk.key]
+            with ingest.naming(f"before, text {number + 1} of {len(before)}"):
+                context = document_context(before[number], neutral, self.tokenizer)
+                if context:
+                    self._check_vocabulary(context)
             placed.append(chunk._replace(context=context))
         return placed
 
@@ -440,16 +464,33 @@ class CacheBlend:
             self._engine.rpc("cacheblend_forget", list(parts))
         return [c for c in chunks if c.key in absent]
 
-    def _compute(self, chunks: Sequence[Chunk], progress: bool) -> int:
+    def _compute(self, chunks: Sequence[Chunk], owners: Owners, progress: bool) -> int:
         """Prefill and store; returns the bytes stored, over all ranks."""
         prefix, stored = self._space.prefix_ids, 0
         with tqdm(
             total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
         ) as bar:
             for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
-                stored += self._ingest(batch, prefix)
+                try:
+                    stored += self._ingest(batch, prefix)
+                except BaseException:
+                    self._note_stored(batch, owners)
+                    raise
+                self._note(batch, owners)
                 bar.update(len(batch))
         return stored
+
+    def _note(self, chunks: Sequence[Chunk], owners: Owners) -> None:
+        """From here on these chunks are found in prompts, and forgotten with their documents."""
+        self._index.add_many((c.key, c.token_ids) for c in chunks)
+        self.label(ingest.by_document(chunks, owners))
+
+    def _note_stored(self, batch: Sequence[Chunk], owners: Owners) -> None:
+        """``_note`` those of a batch that were stored before it failed."""
+        with suppress(CacheBlendError):  # what failed may fail here too, and is raised in any case
+            ranks = self._engine.rpc("cacheblend_missing", [c.key for c in batch])
+            absent = set(itertools.chain.from_iterable(ranks))
+            self._note([c for c in batch if c.key not in absent], owners)
 
     def _ingest(self, chunks: Sequence[Chunk], prefix_ids: tuple[int, ...]) -> int:
         keys, ids = [c.key for c in chunks], [list(c.token_ids) for c in chunks]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from cacheblend_rag.errors import ConfigError, PromptError, PromptTooLongError
+from cacheblend_rag.errors import ConfigError, PromptError
 from cacheblend_rag.reason import Reason
 
+Owners = Mapping[str, Sequence[str]]  # documents by the key of a chunk of theirs
 Before = str | Sequence[int] | None  # what stands before a chunk: text, token ids, or unknown
+
+
+T = TypeVar("T")
 
 
 class Chunk(NamedTuple):
@@ -25,17 +30,18 @@ class IngestReport:
     """What an ingestion did.
 
     Attributes:
-        chunks: texts given; the four counts below add up to it.
+        chunks: texts given; the five counts below add up to it.
         computed: prefilled and stored now.
         present: in the store before.
         repeated: given more than once.
         too_short: below ``min_chunk_tokens``: never reused, so not stored.
+        too_long: more tokens than fit a prompt: never reused, so not stored.
         tokens: computed now, without the prefix.
         bytes: of KV stored now, over all ranks.
         seconds: of the whole call.
         reason: why nothing was computed, where the model is served without blending; None else.
         detail: the same as a sentence.
-        keys: key of each text, in order; empty string where it was too short.
+        keys: key of each text, in order; empty string where it was too short or too long.
     """
 
     chunks: int
@@ -43,6 +49,7 @@ class IngestReport:
     present: int = 0
     repeated: int = 0
     too_short: int = 0
+    too_long: int = 0
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
@@ -87,13 +94,26 @@ def for_each(
             f"before was given, but with ingest_prefix={ingest_prefix!r} no chunk is computed "
             "behind its document: set BlendConfig(ingest_prefix='document'), or leave before out"
         )
-    given = [before] if isinstance(before, str) else list(before)
-    if len(given) != len(texts):
+    return one_for_each(texts, before, "before")
+
+
+def one_for_each(
+    texts: Sequence[object], given: str | Sequence[T | None] | None, name: str
+) -> Sequence[T | None]:
+    """What was given as ``name``, one for each of ``texts``.
+
+    Raises:
+        PromptError: it is not one for each.
+    """
+    if given is None:
+        return [None] * len(texts)
+    rows: list[Any] = [given] if isinstance(given, str) else list(given)
+    if len(rows) != len(texts):
         raise PromptError(
-            f"before has {len(given)} texts for {len(texts)} chunks; give one for each, None where "
+            f"{name} has {len(rows)} texts for {len(texts)} chunks; give one for each, None where "
             "nothing is known"
         )
-    return given
+    return rows
 
 
 def batches(chunks: Sequence[Chunk], max_tokens: int) -> Iterator[list[Chunk]]:
@@ -113,12 +133,48 @@ def batches(chunks: Sequence[Chunk], max_tokens: int) -> Iterator[list[Chunk]]:
         yield batch
 
 
-def check_length(chunk: Chunk, prefix_tokens: int, max_model_len: int) -> None:
-    """Raise PromptTooLongError for a chunk that fits no prompt behind the ingest prefix."""
-    room = max_model_len - prefix_tokens
-    if len(chunk.token_ids) > room:
-        raise PromptTooLongError(
-            f"a chunk has {len(chunk.token_ids)} tokens; behind the ingest prefix of "
-            f"{prefix_tokens} the model's context of {max_model_len} has room for {room}. "
-            "Split documents into smaller chunks"
-        )
+class ByLength(NamedTuple):
+    """Chunks worth storing, and how many are not."""
+
+    useful: list[Chunk]
+    too_short: int
+    too_long: int
+
+
+def by_length(chunks: Sequence[Chunk], least: int, most: int) -> ByLength:
+    """Tell chunks by their tokens: fewer than ``least`` are never reused, more than ``most`` fit no
+    prompt behind the ingest prefix.
+    """
+    sizes = [len(chunk.token_ids) for chunk in chunks]
+    return ByLength(
+        [c for c, size in zip(chunks, sizes, strict=True) if least <= size <= most],
+        sum(size < least for size in sizes),
+        sum(size > most and size >= least for size in sizes),
+    )
+
+
+@contextmanager
+def naming(which: str) -> Iterator[None]:
+    """Say of an error which text it is about."""
+    try:
+        yield
+    except PromptError as error:
+        raise type(error)(f"{which}: {error}") from error
+
+
+def owners(chunks: Sequence[Chunk], documents: Sequence[str | None]) -> Owners:
+    """The documents that each chunk belongs to, by its key."""
+    found: dict[str, list[str]] = {}
+    for chunk, document in zip(chunks, documents, strict=True):
+        if document is not None:
+            found.setdefault(chunk.key, []).append(document)
+    return found
+
+
+def by_document(chunks: Iterable[Chunk], owners: Owners) -> dict[str, list[str]]:
+    """The keys of ``chunks`` by the documents they belong to."""
+    found: dict[str, list[str]] = {}
+    for chunk in chunks:
+        for document in owners.get(chunk.key, ()):
+            found.setdefault(document, []).append(chunk.key)
+    return found

@@ -12,6 +12,7 @@ import hashlib
 import os
 import threading
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -196,13 +197,15 @@ class SharedEngine:
         report = blend.ingest(
             [texts[i] for i, _ in rows],
             before=None if before is None else [before[i] for i, _ in rows],
+            documents=[document for _, document in rows],
             progress=progress,
         )
-        owned: dict[str, list[str]] = {}
-        for (_, document), key in zip(rows, report.keys, strict=False):
-            if document is not None and key:
-                owned.setdefault(document, []).append(key)
-        blend.label(owned)
+        if report.too_long:  # frameworks drop the report
+            warnings.warn(
+                f"{report.too_long} of {report.chunks} texts have more tokens than fit a prompt of "
+                f"{self.model}, so no KV was stored for them. Split documents into smaller chunks",
+                stacklevel=2,
+            )
         return report
 
     def prefetch(self, texts: Sequence[str]) -> None:

@@ -118,6 +118,8 @@ def store_kv(blend: CacheBlend, passages: Sequence[Passage], screen: Screen) -> 
     screen.out.print(line, highlight=False, soft_wrap=True)
     if report.too_short:
         screen.out.print(f"{report.too_short} passages are too short to be worth storing.")
+    if report.too_long:
+        screen.out.print(f"{report.too_long} passages are too long for any prompt: not stored.")
     return report
 
 

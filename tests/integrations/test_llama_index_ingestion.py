@@ -26,7 +26,7 @@ from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, Simp
 from llama_index.vector_stores.faiss import FaissVectorStore
 from llama_matrix import EMBED, documents, split
 
-from cacheblend_rag import BlendConfig, PromptError, PromptTooLongError
+from cacheblend_rag import BlendConfig, PromptError, StoreError
 from cacheblend_rag.prefix import NEUTRAL_TEXT
 from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM, CacheBlendVectorStore
 from llama_index_cacheblend.ingestion import texts_before_nodes
@@ -87,7 +87,7 @@ def test_the_stripped_text_with_metadata_is_computed(hook: CacheBlendIngestion) 
 def test_empty_nodes_are_passed_over_and_too_long_ones_named(hook: CacheBlendIngestion) -> None:
     nodes = [TextNode(text=" "), *split()[:1]]
     assert hook(nodes) is nodes
-    with pytest.raises(PromptTooLongError, match="smaller chunks"):
+    with pytest.warns(UserWarning, match="smaller chunks"):
         hook([TextNode(text="word " * 3000)])
 
 
@@ -177,11 +177,16 @@ def test_worker_processes_have_it_computed_here(
     assert store() == len(made)
 
 
-def test_errors_of_worker_processes_are_ours(hook: CacheBlendIngestion) -> None:
-    long = [Document(text="word " * 3000), Document(text="word " * 3001)]
+def test_errors_of_worker_processes_are_ours(
+    hook: CacheBlendIngestion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(hook._engine.blend(), "_ingest", full)
     alone = IngestionPipeline(transformations=[hook])
-    with pytest.raises(PromptTooLongError, match="smaller chunks"):
-        alone.run(documents=long, num_workers=2)
+    with pytest.raises(StoreError, match="full"):
+        alone.run(documents=documents(), num_workers=2)
 
 
 def test_ingestion_cache_is_hit_only_for_the_same_model_and_store(

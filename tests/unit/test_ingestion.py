@@ -1,0 +1,144 @@
+"""What an ingestion that fails midway leaves behind, and what becomes of unusable texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from fake_engine import fake_blend, sent
+
+from cacheblend_rag import (
+    BlendConfig,
+    CacheBlend,
+    EmptyTextError,
+    PromptError,
+    StoreError,
+)
+from cacheblend_rag.shared import SharedEngine
+
+TEXTS = [f"Passage {i}: " + f"the ship number {i} sailed on day {i}. " * 40 for i in range(20)]
+NAMES = [f"document {i}" for i in range(20)]
+SURROGATE = "caf\udce9.pdf " + "and words " * 40
+LONG = "word " * 9000
+
+
+@pytest.fixture
+def blend(monkeypatch: pytest.MonkeyPatch) -> CacheBlend:
+    return fake_blend(monkeypatch)
+
+
+def fail_after(
+    blend: CacheBlend, patch: pytest.MonkeyPatch, chunks: int, error: BaseException
+) -> None:
+    """The store takes that many chunks, also of a batch that it does not take as a whole."""
+    engine: Any = blend.engine
+    rpc = engine.rpc
+
+    def failing(method: str, *args: Any) -> list[Any]:
+        if method != "cacheblend_ingest":
+            return list(rpc(method, *args))
+        room = chunks - len(engine.stored) + before
+        done = list(rpc(method, *(a[:room] if isinstance(a, list) else a for a in args)))
+        if len(args[0]) > room:
+            raise error
+        return done
+
+    before = len(engine.stored)
+    patch.setattr(engine, "rpc", failing)
+
+
+@pytest.mark.parametrize("error", [StoreError("the disk is full"), KeyboardInterrupt()], ids=type)
+@pytest.mark.parametrize("chunks", [0, 1, 7, 14])
+def test_what_was_stored_before_a_failure_is_used(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, chunks: int, error: BaseException
+) -> None:
+    blend.ingest(TEXTS[-1], progress=False)
+    with monkeypatch.context() as patch:
+        fail_after(blend, patch, chunks, error)
+        with pytest.raises(type(error)):
+            blend.ingest(TEXTS, documents=NAMES, progress=False)
+    stored = {blend.key(text) for text in TEXTS} & blend.engine.stored  # type: ignore[attr-defined]
+    assert len(stored) == chunks + 1
+    assert stored == blend._index.keys()
+    documents = {name for name, text in zip(NAMES, TEXTS, strict=True) if blend.key(text) in stored}
+    assert blend.labelled(NAMES) == documents
+    if chunks:
+        assert blend.generate(TEXTS[0] + TEXTS[-1] + "Which day?").report.blended
+    assert blend.ingest(TEXTS, progress=False).computed == len(TEXTS) - chunks - 1
+
+
+def test_adapters_leave_the_same_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SharedEngine.around(blend := fake_blend(monkeypatch))
+    with monkeypatch.context() as patch:
+        fail_after(blend, patch, 7, StoreError("the disk is full"))
+        with pytest.raises(StoreError):
+            shared.ingest(TEXTS, NAMES, progress=False)
+    assert len(shared.labelled(NAMES)) == 7 == len(blend._index)
+    assert shared.forget(shared.labelled(NAMES)) == 7
+    assert not {blend.key(text) for text in TEXTS} & blend.engine.stored  # type: ignore[attr-defined]
+
+
+def test_documents_are_noted_with_their_chunks(blend: CacheBlend) -> None:
+    report = blend.ingest([*TEXTS[:2], TEXTS[0]], documents=["a", None, "b"], progress=False)
+    assert (report.computed, report.repeated) == (2, 1)
+    assert blend.labelled(["a", "b", "c"]) == {"a", "b"}
+    assert blend.forget_documents(["a"]) == 0  # b has it as well
+    assert blend.forget_documents(["b"]) == 1
+    blend.ingest(TEXTS[1], documents="c", progress=False)  # it is stored already
+    assert blend.forget_documents(["c"]) == 1
+    with pytest.raises(PromptError, match="documents has 1 texts for 2 chunks"):
+        blend.ingest(TEXTS[:2], documents=["a"], progress=False)
+
+
+def test_too_long_ones_are_counted_and_the_others_computed(blend: CacheBlend) -> None:
+    report = blend.ingest([TEXTS[0], LONG, "short", TEXTS[1]], progress=False)
+    assert (report.chunks, report.computed, report.too_long, report.too_short) == (4, 2, 1, 1)
+    assert report.keys == [blend.key(TEXTS[0]), "", "", blend.key(TEXTS[1])]
+    assert blend.key(LONG) not in blend._index
+    blend.forget(LONG)  # it is not there
+    blend.prefetch(LONG)
+    assert blend.retain([LONG, TEXTS[0]]) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (SURROGATE, PromptError, "surrogate"),
+        ("  \n", EmptyTextError, "empty"),
+        (b"bytes", PromptError, "decode"),
+        ([1, 2.5], PromptError, "2.5"),
+        ([10**9] * 40, PromptError, "vocabulary"),
+        (None, PromptError, "NoneType"),
+    ],
+    ids=repr,
+)
+def test_a_bad_text_is_named_before_anything_is_computed(
+    blend: CacheBlend, bad: Any, error: type[Exception], message: str
+) -> None:
+    uses: list[Callable[[], object]] = [
+        lambda: blend.ingest([*TEXTS[:2], bad], progress=False),
+        lambda: blend.forget([*TEXTS[:2], bad]),
+        lambda: blend.prefetch([*TEXTS[:2], bad]),
+        lambda: blend.retain([*TEXTS[:2], bad]),
+    ]
+    for use in uses:
+        with pytest.raises(error, match=f"text 3 of 3: .*{message}"):
+            use()
+    assert not sent(blend) and len(blend._index) == 0
+
+
+def test_what_stands_before_a_bad_text_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    blend = fake_blend(monkeypatch, config=BlendConfig(ingest_prefix="document"))
+    with pytest.raises(PromptError, match=r"before, text 2 of 2: .*2\.5"):
+        blend.ingest(TEXTS[:2], before=["a title", [2.5]], progress=False)
+    assert len(blend._index) == 0
+
+
+def test_adapters_warn_of_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SharedEngine.around(fake_blend(monkeypatch))
+    with pytest.warns(UserWarning, match=r"1 of 2 texts .* smaller chunks"):
+        report = shared.ingest([TEXTS[0], LONG], NAMES[:2], progress=False)
+    assert report.computed == 1 and shared.labelled(NAMES) == {NAMES[0]}
