@@ -84,7 +84,7 @@ def main() -> None:
     store = MemoryStore(1 << 40)
     for key, kv_L2NHD in zip(keys, loose, strict=True):
         store.put(key, ChunkKV(tuple(range(args.tokens)), 0, kv_L2NHD))
-    held = [chunk for chunk in store.get_many(keys) if chunk is not None]
+    held = [chunk for chunk in store.get_many(keys).chunks if chunk is not None]
     is_locked = all(chunk.kv_L2NHD.is_pinned() for chunk in held) if has_gpu else False
     print(f"{len(held)} chunks in the memory tier, page-locked: {'yes' if is_locked else 'no'}")
 
@@ -96,7 +96,7 @@ def main() -> None:
         whole.copy_(plain, non_blocking=True)
 
     def from_store() -> None:
-        found = [chunk.kv_L2NHD for chunk in store.get_many(keys) if chunk is not None]
+        found = [chunk.kv_L2NHD for chunk in store.get_many(keys).chunks if chunk is not None]
         copy_by_layers(found, targets)
 
     rivals = {PLAIN: from_plain, TIER: from_store, LOOSE: lambda: copy_by_layers(loose, targets)}

@@ -27,6 +27,7 @@ from cacheblend_rag.errors import (
     ConfigError,
     EmptyTextError,
     PromptError,
+    UnavailableError,
 )
 from cacheblend_rag.ingest import Before, Chunk, IngestReport, Owners
 from cacheblend_rag.keys import KeySpace
@@ -149,7 +150,7 @@ class CacheBlend:
         owners = ingest.owners(chunks, names)
         absent = {c.key for c in todo}
         self._note([c for c in new if c.key not in absent], owners)
-        stored = self._compute(todo, owners, progress)
+        stored, not_stored = self._compute(todo, owners, progress)
         useful = {c.key for c in new}
         return IngestReport(
             chunks=len(given),
@@ -158,6 +159,7 @@ class CacheBlend:
             repeated=len(sorted_out.useful) - len(new),
             too_short=sorted_out.too_short,
             too_long=sorted_out.too_long,
+            not_stored=not_stored,
             tokens=sum(len(c.token_ids) for c in todo),
             bytes=stored,
             seconds=time.perf_counter() - start,
@@ -464,21 +466,26 @@ class CacheBlend:
             self._engine.rpc("cacheblend_forget", list(parts))
         return [c for c in chunks if c.key in absent]
 
-    def _compute(self, chunks: Sequence[Chunk], owners: Owners, progress: bool) -> int:
-        """Prefill and store; returns the bytes stored, over all ranks."""
-        prefix, stored = self._space.prefix_ids, 0
+    def _compute(
+        self, chunks: Sequence[Chunk], owners: Owners, progress: bool
+    ) -> tuple[int, dict[str, str]]:
+        """Prefill and store; the bytes stored, over all ranks, and why what key was not stored."""
+        prefix, stored, not_stored = self._space.prefix_ids, 0, dict[str, str]()
         with tqdm(
             total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
         ) as bar:
             for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
                 try:
-                    stored += self._ingest(batch, prefix)
+                    ranks = self._ingest(batch, prefix)
                 except BaseException:
                     self._note_stored(batch, owners)
                     raise
                 self._note(batch, owners)
+                for nbytes, refused in ranks:
+                    stored += nbytes
+                    not_stored |= refused
                 bar.update(len(batch))
-        return stored
+        return stored, not_stored
 
     def _note(self, chunks: Sequence[Chunk], owners: Owners) -> None:
         """From here on these chunks are found in prompts, and forgotten with their documents."""
@@ -492,11 +499,14 @@ class CacheBlend:
             absent = set(itertools.chain.from_iterable(ranks))
             self._note([c for c in batch if c.key not in absent], owners)
 
-    def _ingest(self, chunks: Sequence[Chunk], prefix_ids: tuple[int, ...]) -> int:
+    def _ingest(
+        self, chunks: Sequence[Chunk], prefix_ids: tuple[int, ...]
+    ) -> list[tuple[int, dict[str, str]]]:
+        """Of each rank: the bytes stored, and why what key was not stored."""
         keys, ids = [c.key for c in chunks], [list(c.token_ids) for c in chunks]
         contexts = [list(c.context) for c in chunks]
         shared = list(prefix_ids[: len(prefix_ids) - len(contexts[0])])
-        return sum(self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts))
+        return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts)
 
     def _key_space(self, config: BlendConfig) -> KeySpace:
         prefix = ingest_prefix(config, self.tokenizer, max_model_len=self.info.max_model_len)
@@ -560,7 +570,8 @@ class CacheBlend:
             for p in (NoPlan(Reason.MODE, "the gate's plain prefill"), plan)
         ]
         plain, blended = (self._engine.generate([r])[0][0] for r in requests)
-        self._engine.rpc("cacheblend_forget", [key])
+        with suppress(UnavailableError):  # the store keeps the probe then
+            self._engine.rpc("cacheblend_forget", [key])
         assert plain.logprobs is not None and blended.logprobs is not None
         done = "recomputed" in self._engine_part(plan, "gate", [blended])
         report = gate.check_prefill(report, plain.logprobs[0], blended.logprobs[0], done)
@@ -592,7 +603,8 @@ class CacheBlend:
                 fetched = done.get("seconds", {}).get("fetch", 0.0)
                 taken[options["mode"]].append(seconds - fetched)
             plan = prepared.plan
-        self.forget_keys([chunk.key])
+        with suppress(UnavailableError):
+            self.forget_keys([chunk.key])
         if isinstance(plan, Plan):
             costs = costs.corrected(plan, *(statistics.median(taken[mode]) for mode in taken))
             self._engine.rpc("cacheblend_correct_costs", costs.blend_s)

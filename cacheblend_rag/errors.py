@@ -8,6 +8,7 @@ CacheBlendError
 ├── ModelError             model folder missing, hub not reachable, architecture unsupported
 ├── DataError              evaluation data or results cannot be used
 ├── StoreError             the store folder or URL cannot be used
+│   └── UnavailableError   it cannot be asked just now: what it holds may still be there
 ├── EngineError            the engine failed
 │   ├── EngineMissingError vLLM is absent or of an unsupported version
 │   ├── EngineDeadError    the engine process ended; start a new one
@@ -53,6 +54,10 @@ class DataError(CacheBlendError):
 
 class StoreError(CacheBlendError):
     """The chunk store cannot be opened or written."""
+
+
+class UnavailableError(StoreError):
+    """The chunk store cannot be asked just now; what it holds may still be there."""
 
 
 class EngineError(CacheBlendError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from cacheblend_rag.errors import ConfigError, PromptError
@@ -31,11 +31,12 @@ class IngestReport:
 
     Attributes:
         chunks: texts given; the five counts below add up to it.
-        computed: prefilled and stored now.
+        computed: prefilled now, and stored but for those in ``not_stored``.
         present: in the store before.
         repeated: given more than once.
         too_short: below ``min_chunk_tokens``: never reused, so not stored.
         too_long: more tokens than fit a prompt: never reused, so not stored.
+        not_stored: why the store did not keep a chunk that was computed, by its key.
         tokens: computed now, without the prefix.
         bytes: of KV stored now, over all ranks.
         seconds: of the whole call.
@@ -50,6 +51,7 @@ class IngestReport:
     repeated: int = 0
     too_short: int = 0
     too_long: int = 0
+    not_stored: Mapping[str, str] = field(default_factory=dict)
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0

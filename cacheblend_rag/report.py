@@ -98,7 +98,8 @@ def make_report(
 
     Args:
         engine: ``prefix_cached``, and, where it did not blend, ``reason`` and ``detail``; of a
-            blend ``recomputed`` per segment, ``missing`` and ``late`` segment numbers, ``seconds``,
+            blend ``recomputed`` per segment, ``missing``, ``late`` and ``unavailable`` segment
+            numbers, ``seconds``,
             ``bytes``.
     """
     cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
@@ -184,6 +185,8 @@ def _absence(engine: Mapping[str, Any], number: int) -> tuple[str, str] | None:
     """Kind and detail of a segment whose chunk was not used."""
     if number in engine.get("late", ()):
         return "late", "the store would have taken longer with this chunk than computing it"
+    if number in engine.get("unavailable", ()):
+        return "late", "the store could not be asked for this chunk: computed afresh"
     if number in engine["missing"]:
         return "missing", "the store no longer has this chunk, or it was damaged: computed afresh"
     return None

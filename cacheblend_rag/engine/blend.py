@@ -6,7 +6,9 @@ Shape legend: E tokens of the blended region.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +29,14 @@ from cacheblend_rag.store.base import ChunkKV, KVStore
 
 _PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
 
-# why a blend is refused, else the chunks by key, and the keys of those that come too late
-_FromStore = tuple[Why | None, dict[str, ChunkKV | None], set[str]]
+
+class _FromStore(NamedTuple):
+    """What a plan's chunks came to, on this rank."""
+
+    refusal: Why | None  # of the whole blend
+    chunks: Mapping[str, ChunkKV | None]  # by key
+    late: AbstractSet[str] = frozenset()  # keys of those that come too late
+    unavailable: AbstractSet[str] = frozenset()  # keys for which the store could not be asked
 
 
 class Blender:
@@ -58,9 +66,9 @@ class Blender:
         """
         keys = {s.key for s in plan.segments if s.key}
         if all(self._lanes.held(key) is not None or self.store.in_memory(key) for key in keys):
-            chunks, late = self._fetch(plan, set())  # all is near: nothing to consider
-            self._expected = request_id, (None, chunks, late)
-            self._lanes.expect({key: chunk for key, chunk in chunks.items() if chunk})
+            found = self._fetch(plan, set())  # all is near: nothing to consider
+            self._expected = request_id, found
+            self._lanes.expect({key: chunk for key, chunk in found.chunks.items() if chunk})
 
     def start(self, task: BlendTask) -> BlendOutcome:
         """What ``steps`` will fill in."""
@@ -76,7 +84,7 @@ class Blender:
         yields = task.background and self._alone  # ranks that wait each their own way would part
         loaded = yield from self._from_store(task, yields)
         clock.mark("fetch")
-        region = Region(task, self._fitting(task, outcome, *loaded))
+        region = Region(task, self._fitting(task, outcome, loaded))
         outcome.bytes = region.bytes
         lane = self._lanes(region)
         must_E, candidate_E, weighted = _duties(task, region.stored_E, outcome.missing)
@@ -132,21 +140,23 @@ class Blender:
         self,
         task: BlendTask,
         outcome: BlendOutcome,
-        refusal: Why | None,
-        chunks: Mapping[str, ChunkKV | None],
-        late: set[str],
+        loaded: _FromStore,
     ) -> list[Loaded]:
         """The stored chunks of a plan. One that is absent, damaged, not what the prompt says or
-        not there in time on any rank is missing on all: its tokens are computed afresh.
+        not there in time on any rank is missing on all: its tokens are computed afresh. What one
+        rank knows to be gone is gone, whatever keeps the others from asking.
 
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
+        refusal, chunks, late, unavailable = loaded
         segments = task.plan.segments
-        absent = [
+        unused = [
             bool(s.key) and not self._fits(chunks.get(s.key), s, task.token_ids) for s in segments
         ]
-        votes = [*absent, *(s.key in late for s in segments), bool(refusal)]
+        away, is_late = late | unavailable, [s.key in late for s in segments]
+        is_gone = [gone and s.key not in away for gone, s in zip(unused, segments, strict=True)]
+        votes = [*unused, *is_gone, *is_late, bool(refusal)]
         if not self._alone:
             # float: vLLM's all-reduce between CPU processes takes no integers
             mine = torch.tensor(votes, dtype=torch.float32, device=self.handle.device)
@@ -154,13 +164,15 @@ class Blender:
         if votes[-1]:
             too_slow = Why(Reason.PREFILL_AS_QUICK, "another rank's store is too slow")
             raise RefusedError(*(refusal or too_slow))
-        absent, are_late = votes[: len(segments)], votes[len(segments) : -1]
-        outcome.missing = [i for i, gone in enumerate(absent) if gone]
-        outcome.late = [i for i, is_late in enumerate(are_late) if is_late]
+        n = len(segments)
+        unused, is_gone, is_late = votes[:n], votes[n : 2 * n], votes[2 * n : -1]
+        outcome.missing = [i for i in range(n) if unused[i]]
+        outcome.late = [i for i in outcome.missing if is_late[i] and not is_gone[i]]
+        outcome.unavailable = [i for i in outcome.missing if not (is_late[i] or is_gone[i])]
         return [
             Loaded(s.start, s.end, s.offset, s.key, chunk)
-            for s, gone in zip(segments, absent, strict=True)
-            if s.key and not gone and (chunk := chunks[s.key]) is not None
+            for s, is_unused in zip(segments, unused, strict=True)
+            if s.key and not is_unused and (chunk := chunks[s.key]) is not None
         ]
 
     def _load(self, plan: Plan) -> _FromStore:
@@ -169,14 +181,11 @@ class Blender:
         """
         refusal, far = self.consider(plan)
         if refusal:
-            return refusal, {}, far
-        chunks, late = self._fetch(plan, far)
-        return None, chunks, late | far
+            return _FromStore(refusal, {}, far)
+        return self._fetch(plan, far)
 
-    def _fetch(self, plan: Plan, far: set[str]) -> tuple[dict[str, ChunkKV | None], set[str]]:
-        """The chunks of ``plan`` that are not ``far`` by key, and the keys of those that do not
-        come within the time of a prefill.
-        """
+    def _fetch(self, plan: Plan, far: set[str]) -> _FromStore:
+        """The chunks of ``plan`` that are not ``far`` and come within the time of a prefill."""
         patience_s = _PATIENCE_S
         if self.costs is not None and plan.when == "pays":
             patience_s = self.costs.prefill(plan)
@@ -186,8 +195,9 @@ class Blender:
         for key in held:
             self.store.touch(key)  # it is in use
         wanted = [key for key in near if key not in held]
-        found, late = self.store.get_in_time(wanted, patience_s)
-        return {**held, **dict(zip(wanted, found, strict=True))}, late
+        found = self.store.get_in_time(wanted, patience_s)
+        chunks = {**held, **dict(zip(wanted, found.chunks, strict=True))}
+        return _FromStore(None, chunks, found.late | far, found.unavailable)
 
     def consider(self, plan: Plan) -> tuple[Why | None, set[str]]:
         """Why a plan is not worth it, now that the store says what is not in memory; None if it

@@ -106,7 +106,8 @@ class BlendOutcome:
 
     Attributes:
         segments: the plan's; missing: numbers of those whose chunk this engine did not have; late:
-            of those of them that the store may have, but not soon enough.
+            of those of them that the store may have, but not soon enough; unavailable: of those of
+            them for which it could not be asked.
         prefix_cached: positions below it were in vLLM's prefix cache.
         bytes: of stored KV used.
         chosen: int64 positions computed, ascending, on the host; on a GPU they arrive there with
@@ -118,6 +119,7 @@ class BlendOutcome:
     prefix_cached: int = 0
     missing: list[int] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
+    unavailable: list[int] = field(default_factory=list)
     bytes: int = 0
     chosen: torch.Tensor | None = None
 
@@ -143,6 +145,7 @@ class BlendOutcome:
             "prefix_cached": self.prefix_cached,
             "missing": self.missing,
             "late": self.late,
+            "unavailable": self.unavailable,
             "seconds": seconds,
             "bytes": self.bytes,
         }

@@ -5,10 +5,11 @@ Arguments and results are plain lists, strings, numbers and bytes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +28,9 @@ from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.selfcheck import moved_errors
-from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.errors import CacheBlendError, UnavailableError
 from cacheblend_rag.store import KVStore, open_store
-from cacheblend_rag.store.base import document_id
+from cacheblend_rag.store.base import ask, document_id
 from cacheblend_rag.store.notes import Notes
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class WorkerExtension:
         # a store that is all remote keeps none, and then they last as long as the engine
         self._cacheblend_notes = store if store.keeps_documents else Notes()
         self._cacheblend_ingestor = Ingestor(handle)
-        return [[c.key, array("i", c.token_ids).tobytes(), c.base] for c in store.scan()]
+        return list(_rows(store))
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
@@ -129,9 +130,9 @@ class WorkerExtension:
 
     @_reporting
     def cacheblend_missing(self, keys: list[str]) -> list[str]:
-        """Which of ``keys`` this rank's store does not hold."""
+        """Which of ``keys`` this rank's store does not hold, as far as it can be asked."""
         store = self._blender().store
-        return [key for key in keys if not store.contains(key)]
+        return [key for key in keys if ask(store.contains, key) is not True]
 
     @_reporting
     def cacheblend_ingest(
@@ -140,15 +141,19 @@ class WorkerExtension:
         chunks: list[list[int]],
         prefix_ids: list[int],
         contexts: list[list[int]],
-    ) -> int:
+    ) -> tuple[int, dict[str, str]]:
         """Compute chunks, each behind ``prefix_ids`` and its own context, and store them under
-        ``keys``; returns the bytes.
+        ``keys``; returns the bytes stored, and why what key was not stored.
         """
         store = self._blender().store
         computed = self._cacheblend_ingestor.compute(chunks, prefix_ids, contexts)
-        for key, chunk in zip(keys, computed, strict=True):
-            store.put(key, chunk)
-        return sum(chunk.nbytes for chunk in computed)
+        refused = {
+            key: why
+            for key, chunk in zip(keys, computed, strict=True)
+            if (why := store.put(key, chunk))
+        }
+        kept = (c.nbytes for key, c in zip(keys, computed, strict=True) if key not in refused)
+        return sum(kept), refused
 
     def cacheblend_prefetch(self, keys: list[str]) -> None:
         """Start bringing ``keys`` nearer, where the store has tiers."""
@@ -156,10 +161,13 @@ class WorkerExtension:
 
     @_reporting
     def cacheblend_forget(self, keys: list[str]) -> None:
-        """Drop ``keys`` from the store."""
+        """Drop ``keys`` from the store, and what is kept of them beside it."""
         for key in keys:
-            self._blender().store.discard(key)
             self._cacheblend_lanes.forget(key)
+        store = self._blender().store
+        answers = [ask(store.discard, key) for key in keys]  # one that fails must not keep others
+        if failed := [answer for answer in answers if answer is not None]:
+            raise failed[0]
 
     @_reporting
     def cacheblend_label(self, documents: list[tuple[str, list[str]]]) -> None:
@@ -210,6 +218,13 @@ class WorkerExtension:
         blender = self._connector().blender
         assert blender is not None
         return blender
+
+
+def _rows(store: KVStore) -> Iterator[list[Any]]:
+    """What the front door has to know of each chunk, as far as the store can be asked."""
+    with contextlib.suppress(UnavailableError):
+        for info in store.scan():
+            yield [info.key, array("i", info.token_ids).tobytes(), info.base]
 
 
 def fingerprint(model: Any, config: VllmConfig) -> str:

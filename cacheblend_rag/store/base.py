@@ -8,16 +8,23 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+
+from cacheblend_rag.errors import UnavailableError
+from cacheblend_rag.store.parallel import Late
 
 if TYPE_CHECKING:
     import torch
 
 _KEY = re.compile("[0-9a-f]{64}")
+_Answer = TypeVar("_Answer")
+
+NO_ROOM = "it is too large, or less worth keeping than what it would push out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,21 +68,37 @@ class StoreStats(NamedTuple):
     evictions: int
     corrupt: int  # entries that failed their check and were set aside
     late: int = 0  # loads that did not end in time
+    unavailable: int = 0  # loads for which the store could not be asked
 
 
 class Found(NamedTuple):
     """What a store had in time."""
 
-    chunks: list[ChunkKV | None]  # in the order asked for; None: absent, damaged or late
-    late: set[str]  # keys of those that may still be there
+    chunks: list[ChunkKV | None]  # in the order asked for; None: absent, or one of the following
+    late: AbstractSet[str] = frozenset()  # keys of those that did not come in time
+    unavailable: AbstractSet[str] = frozenset()  # keys for which the store could not be asked
+
+    @classmethod
+    def of(
+        cls, keys: Sequence[str], answers: Sequence[ChunkKV | UnavailableError | Late | None]
+    ) -> Found:
+        """From an answer for each key."""
+        both = list(zip(keys, answers, strict=True))
+        return cls(
+            [answer if isinstance(answer, ChunkKV) else None for answer in answers],
+            {key for key, answer in both if isinstance(answer, Late)},
+            {key for key, answer in both if isinstance(answer, UnavailableError)},
+        )
 
 
 class KVStore(ABC):
     """Chunk KV by content key. A store may forget at any time; it never returns wrong KV.
 
     Promises:
-        * ``get`` returns what ``put`` was given under that key, or None: absent, evicted or damaged
-          entries are all None. A damaged entry is counted and set aside so it can be put again.
+        * ``get`` returns what ``put`` was given under that key, or None where the store knows that
+          it has nothing intact: absent, evicted or damaged. A damaged entry is counted and set
+          aside so it can be put again. Where the store can't be asked (a network or a disk fails),
+          ``get`` and ``contains`` raise UnavailableError: that says nothing of the chunk.
         * ``put`` is idempotent and atomic: a reader or a crash sees the whole chunk or nothing.
         * All methods may be called from several threads.
         * A key is 64 lowercase hexadecimal digits (see ``keys.py``); others raise ValueError.
@@ -83,22 +106,31 @@ class KVStore(ABC):
 
     @abstractmethod
     def contains(self, key: str) -> bool:
-        """Whether ``get`` would probably succeed; cheap, and never reads the KV."""
+        """Whether ``get`` would probably succeed; cheap, and never reads the KV. Of tiers, whether
+        the last one has it: what only a faster one has will not last.
+
+        Raises:
+            UnavailableError: the store cannot be asked.
+        """
 
     @abstractmethod
     def get(self, key: str) -> ChunkKV | None:
-        """The chunk under ``key``, checked; None when there is none that is intact."""
+        """The chunk under ``key``, checked; None when there is none that is intact.
 
-    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
+        Raises:
+            UnavailableError: the store cannot be asked.
+        """
+
+    def get_many(self, keys: Sequence[str]) -> Found:
         """``get`` of each key, in order; at once where waiting for one need not hold up others."""
-        return [self.get(key) for key in keys]
+        return Found.of(keys, [ask(self.get, key) for key in keys])
 
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
         """``get_many`` that returns after ``within_s`` seconds whatever a disk or a network does.
 
         While a load that came too late is still under way, no other is begun.
         """
-        return Found(self.get_many(keys), set())  # those that can wait override it
+        return self.get_many(keys)  # those that can wait override it
 
     def in_memory(self, key: str) -> bool:
         """Whether ``get`` would wait for no disk and no network. Waits for none itself."""
@@ -115,8 +147,8 @@ class KVStore(ABC):
         return None
 
     @abstractmethod
-    def put(self, key: str, chunk: ChunkKV) -> None:
-        """Keep ``chunk`` under ``key``; may evict others.
+    def put(self, key: str, chunk: ChunkKV) -> str:
+        """Keep ``chunk`` under ``key``; may evict others. Returns why it is not kept, or "".
 
         Raises:
             StoreError: it cannot be written (disk full, permission), with the fix in the message.
@@ -124,11 +156,19 @@ class KVStore(ABC):
 
     @abstractmethod
     def discard(self, key: str) -> None:
-        """Forget ``key``; does nothing where it is absent."""
+        """Forget ``key``; does nothing where it is absent.
+
+        Raises:
+            UnavailableError: the store cannot be asked; the chunk may still be there.
+        """
 
     @abstractmethod
     def scan(self) -> Iterator[ChunkInfo]:
-        """Every chunk held, for building an index at start. Skips entries it cannot read."""
+        """Every chunk held, for building an index at start. Skips entries it cannot read.
+
+        Raises:
+            UnavailableError: the store cannot be asked, or no further.
+        """
 
     def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
         """``scan`` but for the chunks of these keys, where that spares a remote store work."""
@@ -197,6 +237,14 @@ class KVStore(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def ask(question: Callable[[str], _Answer], key: str) -> _Answer | UnavailableError:
+    """The answer of a store's method, or that it cannot be asked."""
+    try:
+        return question(key)
+    except UnavailableError as error:
+        return error
 
 
 def document_id(document: str) -> str:

@@ -6,14 +6,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import Literal
 
+from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store import metrics
-from cacheblend_rag.store.base import ChunkKV, Found, StoreStats
-from cacheblend_rag.store.parallel import Late, Readers
+from cacheblend_rag.store.base import ChunkKV, Found, StoreStats, ask
+from cacheblend_rag.store.parallel import Readers
 
-Event = Literal["hits", "misses", "evictions", "corrupt", "late"]
+Event = Literal["hits", "misses", "evictions", "corrupt", "late", "unavailable"]
 
 _RECENT = 0.2  # weight of one measurement
 _STALE_S = 60.0  # an older one says nothing of the next load
@@ -103,7 +105,11 @@ class EventCounts:
         started = time.perf_counter()
         span = metrics.span("cacheblend.store.get", tier=self.tier)
         with span as attributes, self._meter.loading() as load:
-            yield load
+            try:
+                yield load
+            except UnavailableError:
+                self.add("unavailable")
+                raise
             nbytes = 0 if load.chunk is None else load.chunk.nbytes
             attributes |= {"hit": load.chunk is not None, "bytes": nbytes}
         self.add("misses" if load.chunk is None else "hits")
@@ -122,6 +128,7 @@ class EventCounts:
             evictions=events["evictions"],
             corrupt=events["corrupt"],
             late=events["late"],
+            unavailable=events["unavailable"],
         )
 
 
@@ -133,7 +140,7 @@ def found_within(
     counts: EventCounts,
 ) -> Found:
     """``get`` of all keys at once, and what of it came in time."""
-    found = readers.map_within(get, keys, within_s)
-    late = {key for key, chunk in zip(keys, found, strict=True) if isinstance(chunk, Late)}
-    counts.add("late", len(late))
-    return Found([None if isinstance(chunk, Late) else chunk for chunk in found], late)
+    answers = readers.map_within(partial(ask, get), keys, within_s)
+    found = Found.of(keys, answers)
+    counts.add("late", len(found.late))
+    return found

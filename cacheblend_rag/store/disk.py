@@ -19,15 +19,19 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
+from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store.base import (
+    NO_ROOM,
     ChunkInfo,
     ChunkKV,
     Found,
     KVStore,
     StoreStats,
+    ask,
     check_key,
     document_id,
 )
@@ -98,7 +102,13 @@ class DiskStore(KVStore):
             self._counts.add("evictions", self._catalog.trim(self._limits)[self.namespace])
 
     def contains(self, key: str) -> bool:
-        return os.path.isfile(self._path(key))
+        path = self._path(key)
+        try:
+            return stat.S_ISREG(os.stat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise self._unreadable(error) from error
 
     def get(self, key: str) -> ChunkKV | None:
         path = self._path(key)
@@ -106,20 +116,22 @@ class DiskStore(KVStore):
             load.chunk = self._read(key, path)
         return load.chunk
 
-    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
-        return self._readers.map(self.get, keys)
+    def get_many(self, keys: Sequence[str]) -> Found:
+        return Found.of(keys, self._readers.map(partial(ask, self.get), keys))
 
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
         return found_within(self._readers, self.get, keys, within_s, self._counts)
 
-    def put(self, key: str, chunk: ChunkKV) -> None:
+    def put(self, key: str, chunk: ChunkKV) -> str:
         path = self._path(key)
         sizes = possible_sizes(key, chunk, self._encoding)
         with explained(self._folder):
             if (kept := self._kept_bytes(path, sizes)) is not None:
                 if not self._catalog.index.use(self.namespace, bytes.fromhex(key)):
                     self._catalog.note(_info(key, chunk), kept)
-            elif self._has_room(key, chunk, max(sizes)):
+            elif not self._has_room(key, chunk, max(sizes)):
+                return NO_ROOM
+            else:
                 make_folder(path.parent)
                 with atomic_file(path) as descriptor:
                     nbytes = 0
@@ -129,6 +141,7 @@ class DiskStore(KVStore):
                     _mark_used(descriptor)
                 self._catalog.note(_info(key, chunk), nbytes)
                 self._counts.wrote(chunk.nbytes)
+        return ""
 
     @property
     def bandwidth(self) -> float | None:
@@ -194,7 +207,8 @@ class DiskStore(KVStore):
         """Read every chunk of the namespace; whether each is intact. Damaged ones are set aside."""
         for key in self._catalog.all_keys():
             path = self._path(key)
-            is_intact = self._read(key, path, is_use=False) is not None
+            read = ask(lambda key, path=path: self._read(key, path, is_use=False), key)  # type: ignore[misc]
+            is_intact = isinstance(read, ChunkKV)
             if is_intact or _is_damaged(path):
                 yield key, is_intact
 
@@ -254,13 +268,16 @@ class DiskStore(KVStore):
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            # Not the chunk's fault (permission, open files), so it stays where it is.
-            problem = f"Chunks in {self._folder} cannot be read ({error.strerror})"
-            warnings.warn(f"{problem}; they are recomputed.", RuntimeWarning, stacklevel=3)
-            return None
+            raise self._unreadable(error) from error
         if chunk is not None and is_use:
             self._catalog.note_use(key)
         return chunk
+
+    def _unreadable(self, error: OSError) -> UnavailableError:
+        """Not the chunk's fault (permission, open files), so it stays where it is."""
+        problem = f"Chunks in {self._folder} cannot be read ({error.strerror})"
+        warnings.warn(f"{problem}; they are recomputed.", RuntimeWarning, stacklevel=4)
+        return UnavailableError(f"{problem}. Check the disk and who may read there.")
 
     def _read_open(self, key: str, path: Path, descriptor: int) -> ChunkKV | None:
         try:

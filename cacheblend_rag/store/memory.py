@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from threading import Lock
 
 from cacheblend_rag.store.base import (
+    NO_ROOM,
     ChunkInfo,
     ChunkKV,
     KVStore,
@@ -55,7 +56,7 @@ class MemoryStore(KVStore):
     def in_memory(self, key: str) -> bool:
         return self.contains(key)
 
-    def put(self, key: str, chunk: ChunkKV) -> None:
+    def put(self, key: str, chunk: ChunkKV) -> str:
         check_key(key)
         cost = recompute_cost(len(chunk.token_ids))
         if chunk.nbytes <= self._capacity and not self.contains(key):
@@ -68,6 +69,7 @@ class MemoryStore(KVStore):
                     del self._chunks[victim]
         self._counts.add("evictions", 1 if evicted is None else len(evicted))
         self._counts.wrote(chunk.nbytes)
+        return NO_ROOM if evicted is None else ""
 
     def discard(self, key: str) -> None:
         check_key(key)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
-from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats
+from cacheblend_rag.errors import StoreError, UnavailableError
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats, ask
 from cacheblend_rag.store.counts import EventCounts, Meter, found_within
 from cacheblend_rag.store.parallel import Readers
 
 _READERS = 8
 _PREFETCHERS = 4
+_Answer = TypeVar("_Answer")
 _BACKLOG = 1000  # chunks to be brought, and uses that the slow tier is to be told of
 
 
@@ -23,7 +26,7 @@ class TieredStore(KVStore):
     Nest it for more than two tiers. ``stats()`` describes the pair as one store:
 
     * hits: found in either tier; misses: found in neither.
-    * corrupt, late: of both tiers.
+    * corrupt, late: of both tiers; unavailable: of ``slow``.
     * evictions: of ``slow``, since a chunk that only leaves ``fast`` is not forgotten.
     * chunks and nbytes: of the tier that holds more, because the other one holds copies.
 
@@ -38,26 +41,29 @@ class TieredStore(KVStore):
         self._meter, self._counts = Meter(), EventCounts("tiers")
 
     def contains(self, key: str) -> bool:
-        return self.fast.contains(key) or self.slow.contains(key)
+        there = ask(self.slow.contains, key)
+        if isinstance(there, UnavailableError) and self.fast.contains(key):
+            return True
+        return _answered(there)
 
     def get(self, key: str) -> ChunkKV | None:
-        chunk = self.fast.get(key)
-        if chunk is not None:
+        near = ask(self.fast.get, key)
+        if isinstance(near, ChunkKV):
             self.slow.touch(key)  # or the most wanted chunks would be the first to leave it
-            return chunk
-        return self._bring(key)
+            return near
+        return self._bring(key) or _answered(near)
 
-    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
-        found, missing = self._near(keys)
-        found |= zip(missing, self._reading.map(self._bring, missing), strict=True)
-        return [found[key] for key in keys]
+    def get_many(self, keys: Sequence[str]) -> Found:
+        return self._with_near(
+            keys, lambda far: Found.of(far, self._reading.map(partial(ask, self._bring), far))
+        )
 
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
-        found, missing = self._near(keys)
         # what comes too late is promoted all the same: the next one who asks has it at once
-        chunks, late = found_within(self._reading, self._bring, missing, within_s, self._counts)
-        found |= zip(missing, chunks, strict=True)
-        return Found([found[key] for key in keys], late)
+        return self._with_near(
+            keys,
+            lambda far: found_within(self._reading, self._bring, far, within_s, self._counts),
+        )
 
     def in_memory(self, key: str) -> bool:
         return self.fast.in_memory(key) or self.slow.in_memory(key)
@@ -71,15 +77,17 @@ class TieredStore(KVStore):
     def bandwidth(self) -> float | None:
         return self._meter.bandwidth
 
-    def put(self, key: str, chunk: ChunkKV) -> None:
+    def put(self, key: str, chunk: ChunkKV) -> str:
         # Fast first: a chunk that the slow tier cannot write is still served from the fast one.
         self.fast.put(key, chunk)
-        self.slow.put(key, chunk)
+        return self.slow.put(key, chunk)
 
     def discard(self, key: str) -> None:
         # Slow first: otherwise a reader could promote the chunk again between the two.
-        self.slow.discard(key)
-        self.fast.discard(key)
+        try:
+            self.slow.discard(key)
+        finally:
+            self.fast.discard(key)
 
     def touch(self, key: str) -> None:
         self.fast.touch(key)
@@ -126,6 +134,7 @@ class TieredStore(KVStore):
             evictions=slow.evictions,
             corrupt=fast.corrupt + slow.corrupt,
             late=fast.late + slow.late + self._counts.stats(chunks=0, nbytes=0).late,
+            unavailable=slow.unavailable,
         )
 
     def close(self) -> None:
@@ -134,15 +143,25 @@ class TieredStore(KVStore):
         self.fast.close()
         self.slow.close()
 
-    def _near(self, keys: Sequence[str]) -> tuple[dict[str, ChunkKV | None], list[str]]:
-        """What is in the fast tier, and the other keys."""
-        found = {key: self.fast.get(key) for key in keys}
-        hits = [key for key, chunk in found.items() if chunk is not None]
+    def _with_near(self, keys: Sequence[str], get: Callable[[list[str]], Found]) -> Found:
+        """What the fast tier has, and what ``get`` finds of the rest."""
+        near = {key: ask(self.fast.get, key) for key in keys}
+        hits = {key: chunk for key, chunk in near.items() if isinstance(chunk, ChunkKV)}
         # Told by a thread of its own, or a disk that hangs would hold up hits in memory.
         self._untold.extend(hits)
         if hits and not self._telling.backlog:
             self._telling.start(self._tell, [None])
-        return found, [key for key, chunk in found.items() if chunk is None]
+        far = [key for key in near if key not in hits]
+        found = get(far)
+        chunks = {**hits, **dict(zip(far, found.chunks, strict=True))}
+        unasked = {
+            key
+            for key, answer in near.items()
+            if isinstance(answer, UnavailableError) and chunks[key] is None
+        }
+        return Found(
+            [chunks[key] for key in keys], found.late, (found.unavailable | unasked) - found.late
+        )
 
     def _tell(self, _: None) -> None:
         while self._untold:
@@ -156,8 +175,8 @@ class TieredStore(KVStore):
         return load.chunk
 
     def _fetch(self, key: str) -> None:
-        if not self.fast.contains(key):
-            self._bring(key)
+        if ask(self.fast.contains, key) is not True:
+            ask(self._bring, key)
 
     def _promote(self, key: str, chunk: ChunkKV) -> None:
         try:
@@ -165,3 +184,9 @@ class TieredStore(KVStore):
         except StoreError as error:
             # The chunk was read: serve it, and say that the fast tier is out of order.
             warnings.warn(f"Not promoted to the fast tier: {error}", RuntimeWarning, stacklevel=3)
+
+
+def _answered(answer: _Answer | UnavailableError) -> _Answer:
+    if isinstance(answer, UnavailableError):
+        raise answer
+    return answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
@@ -35,32 +35,25 @@ class WriteBackStore(KVStore):
         waiting = self._not_yet_written(key)
         return self.store.get(key) if waiting is None else waiting
 
-    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
-        found = {key: self._not_yet_written(key) for key in keys}
-        written = [key for key, chunk in found.items() if chunk is None]
-        found |= zip(written, self.store.get_many(written), strict=True)
-        return [found[key] for key in keys]
+    def get_many(self, keys: Sequence[str]) -> Found:
+        return self._with_waiting(keys, self.store.get_many)
 
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
-        found = {key: self._not_yet_written(key) for key in keys}
-        written = [key for key, chunk in found.items() if chunk is None]
-        chunks, late = self.store.get_in_time(written, within_s)
-        found |= zip(written, chunks, strict=True)
-        return Found([found[key] for key in keys], late)
+        return self._with_waiting(keys, lambda others: self.store.get_in_time(others, within_s))
 
     def in_memory(self, key: str) -> bool:
         return self._not_yet_written(key) is not None or self.store.in_memory(key)
 
-    def put(self, key: str, chunk: ChunkKV) -> None:
+    def put(self, key: str, chunk: ChunkKV) -> str:
         with self._lock:
             waiting = sum(other.nbytes for other in self._waiting.values())
             has_room = waiting + chunk.nbytes <= self._most
             if has_room:
                 self._waiting[key] = chunk
-        if has_room:
-            self._writer.start(self._write, [key])
-        else:
-            self.store.put(key, chunk)
+        if not has_room:
+            return self.store.put(key, chunk)
+        self._writer.start(self._write, [key])
+        return ""
 
     def discard(self, key: str) -> None:
         with self._lock:
@@ -113,6 +106,13 @@ class WriteBackStore(KVStore):
         self._writer.close(wait_for_all=True)
         self.store.close()
 
+    def _with_waiting(self, keys: Sequence[str], get: Callable[[list[str]], Found]) -> Found:
+        waiting = {key: self._not_yet_written(key) for key in keys}
+        others = [key for key, chunk in waiting.items() if chunk is None]
+        found = get(others)
+        chunks = waiting | dict(zip(others, found.chunks, strict=True))
+        return found._replace(chunks=[chunks[key] for key in keys])
+
     def _not_yet_written(self, key: str) -> ChunkKV | None:
         with self._lock:
             return self._waiting.get(key)
@@ -123,9 +123,11 @@ class WriteBackStore(KVStore):
             if chunk is None:
                 return  # discarded meanwhile, or put twice
             try:
-                self.store.put(key, chunk)
+                problem = self.store.put(key, chunk)
             except StoreError as error:
-                warnings.warn(f"Not written: {error}", RuntimeWarning, stacklevel=2)
+                problem = str(error)
             finally:
                 with self._lock:
                     self._waiting.pop(key, None)
+            if problem:
+                warnings.warn(f"Not written: {problem}", RuntimeWarning, stacklevel=2)

@@ -102,20 +102,48 @@ def test_redis_killed_hung_and_back(
                 server.kill()
             started = time.monotonic()
             check(blend, counts)
-            ingest_again(blend)  # can keep nothing, and is no error
+            lost = blend.ingest([*CHUNKS, words(50)], progress=False)
+            assert len(lost.not_stored) == lost.computed > 0  # it is no error
+            assert lost.bytes == 0 and "remote store" in next(iter(lost.not_stored.values()))
             assert time.monotonic() - started < 60
             if fault == "hang":
                 server.process.send_signal(signal.SIGCONT)
             else:
                 server.start()  # empty
-            until = time.monotonic() + 90
-            while not asked(blend, good_prompt := prompts(1)[0]).report.blended:
-                assert time.monotonic() < until, good_prompt
-                ingest_again(blend)
-                time.sleep(1)
+                wait_until(lambda: ingest_again(blend) == 0)
+            wait_until(lambda: asked(blend, (*prompts(1)[0], 3)).report.tokens_reused > 0)
             counts["healthy"] += 1
     request.node.user_properties += counts.items()
     assert counts["healthy"] == 3
+
+
+def test_a_remote_that_was_away_is_used_again(
+    server: RedisServer,
+    tiny_models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """With what it held before, and nothing ingested again."""
+    asking = [(*ids, 1) for ids in prompts(12)]
+    with opened(tiny_models, f"{server.url}?timeout={TIMEOUT}", monkeypatch) as blend:
+        ingest_again(blend)
+        known = blend._index.keys()
+        server.process.send_signal(signal.SIGSTOP)
+        away = [asked(blend, (*ids, 2)).report for ids in asking]
+        assert not any(report.tokens_reused for report in away)
+        assert not any(report.missing_keys for report in away)
+        kinds = {s.kind for report in away for s in report.segments if s.key}
+        assert kinds == {"late"}
+        assert blend._index.keys() == known
+        server.process.send_signal(signal.SIGCONT)
+        returned = time.monotonic()
+        store = get_kv_transfer_group().blender.store
+        wait_until(lambda: not store.is_paused)
+        waited = time.monotonic() - returned
+        reused = sum(asked(blend, (*ids, 3)).report.tokens_reused > 0 for ids in asking)
+    request.node.user_properties += [("waited_s", round(waited, 2)), ("reused", reused)]
+    assert reused == len(asking)
+    assert waited < 4  # of 2 promised; the machine may be busy
 
 
 def test_files_damaged_swapped_and_removed(

@@ -76,7 +76,7 @@ class FakeEngine(Engine):
                     self.behind[key] = (*prefix, *context)
                 self.stored.update(keys)
                 self.ingested += keys
-                return [sum(map(len, chunks))]
+                return [(sum(map(len, chunks)), {})]
             case "forget", [keys]:
                 self.stored.difference_update(keys)
                 return [None]

@@ -18,7 +18,7 @@ import torch
 from chunks import chunk_of, key_of, same
 from safetensors import safe_open
 
-from cacheblend_rag.errors import StoreError
+from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.store import (
     ChunkInfo,
     ChunkKV,
@@ -30,6 +30,7 @@ from cacheblend_rag.store import (
 )
 from cacheblend_rag.store.chunk_file import header_of
 from cacheblend_rag.store.evict import LRU
+from cacheblend_rag.store.source import FileSource
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -230,12 +231,12 @@ def in_threads(work: Callable[[int], None], count: int) -> None:
 
 def test_null_store_keeps_nothing() -> None:
     with NullStore() as store:
-        store.put(key_of(1), chunk_of(1))
+        assert store.put(key_of(1), chunk_of(1)), "it says that it keeps nothing"
         store.discard(key_of(1))
         assert not store.contains(key_of(1))
         assert store.get(key_of(1)) is None
         assert list(store.scan()) == []
-        assert store.stats() == (0, 0, 0, 1, 0, 0, 0)
+        assert store.stats() == (0, 0, 0, 1, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("capacity", [0, -1])
@@ -678,18 +679,28 @@ def test_disk_full_half_way_through_the_kv(tmp_path: Path, monkeypatch: pytest.M
     assert same(store.get(key_of(1)), chunk_of(1))  # the memory tier still has it
 
 
-def test_lost_permission_to_read_is_a_miss_with_a_warning(
-    damage: Damage, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("call", ["open", "read"])
+@pytest.mark.filterwarnings("ignore:Chunks in .* cannot be read")
+def test_a_disk_that_cannot_be_asked_says_nothing_of_the_chunk(
+    damage: Damage, monkeypatch: pytest.MonkeyPatch, number: int, call: str
 ) -> None:
-    def refuse(*args: object, **kwargs: object) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    def fail(*args: object, **kwargs: object) -> int:
+        raise OSError(number, os.strerror(number))
 
+    store = TieredStore(MemoryStore(1 << 20), damage.store)
     with monkeypatch.context() as patched:
-        patched.setattr(os, "open", refuse)
-        with pytest.warns(RuntimeWarning, match="Permission denied"):
-            assert damage.store.get(damage.key) is None
-    assert same(damage.store.get(damage.key), damage.chunk)
-    assert damage.store.stats().corrupt == 0
+        patched.setattr(*((os, "open") if call == "open" else (FileSource, "read_into")), fail)
+        for one in (damage.store, store):
+            with pytest.raises(UnavailableError, match=os.strerror(number)):
+                one.get(damage.key)
+            assert one.get_many([damage.key]) == ([None], set(), {damage.key})
+            assert one.get_in_time([damage.key], 10) == ([None], set(), {damage.key})
+        store.prefetch([damage.key])
+        store._prefetching.close()
+    assert same(store.get(damage.key), damage.chunk)
+    stats = store.stats()
+    assert (stats.corrupt, stats.misses) == (0, 0) and stats.unavailable >= 6
 
 
 def test_damage_that_cannot_be_set_aside_is_still_a_miss(
@@ -777,7 +788,8 @@ def test_folders_closed_to_us_are_passed_over(
         store = open_disk(damage.folder)
         assert list(store.scan()) == []
         patched.setattr(os, "stat", refuse)
-        assert not store.contains(damage.key)
+        with pytest.warns(RuntimeWarning), pytest.raises(UnavailableError):
+            store.contains(damage.key)
     assert store.contains(damage.key)
 
 

@@ -15,10 +15,11 @@ import torch
 from chunks import chunk_of, key_of, same
 from servers import RedisServer, answering, free_port
 
+from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store import ChunkInfo, ChunkKV, Encoding, MemoryStore, TieredStore, open_store
+from cacheblend_rag.store.base import ask
 from cacheblend_rag.store.chunk_file import encode
 from cacheblend_rag.store.remote import Backend, BackendError, RemoteStore
-from cacheblend_rag.store.remote.guard import Breaker, PausedError
 from cacheblend_rag.store.seal import Cipher
 
 TIMEOUT = 0.5
@@ -84,7 +85,7 @@ def test_absent_key(store: RemoteStore) -> None:
     assert store.get(key_of("absent")) is None
     assert not store.contains(key_of("absent"))
     store.discard(key_of("absent"))
-    assert store.stats() == (0, 0, 0, 1, 0, 0, 0)
+    assert store.stats() == (0, 0, 0, 1, 0, 0, 0, 0)
     assert store.failures == 0
 
 
@@ -202,7 +203,7 @@ def file_of(key: str, chunk: ChunkKV) -> bytes:
 def test_foreign_values_are_dropped(store: RemoteStore, value: bytes) -> None:
     store._backend.put(store._name(key_of(1)), value)
     assert store.get(key_of(1)) is None
-    assert store.stats() == (0, 0, 0, 1, 0, 1, 0)
+    assert store.stats() == (0, 0, 0, 1, 0, 1, 0, 0)
     store.put(key_of(1), chunk_of(1))
     assert same(store.get(key_of(1)), chunk_of(1))
 
@@ -223,9 +224,9 @@ def test_a_value_over_the_limit_is_not_fetched(store: RemoteStore) -> None:
     small = RemoteStore(store._backend, namespace="small", largest_bytes=1000)
     small._backend.put(small._name(key_of(1)), bytes(2000))
     with pytest.warns(RuntimeWarning, match="2000 bytes"):
-        assert small.get(key_of(1)) is None
+        unavailable(lambda: small.get(key_of(1)))
     with pytest.warns(RuntimeWarning, match="not kept remotely"):
-        small.put(key_of(2), chunk_of(2, num_tokens=100))
+        assert small.put(key_of(2), chunk_of(2, num_tokens=100))
     assert not small.contains(key_of(2))
 
 
@@ -247,6 +248,18 @@ def open_redis(port: int, **options: Any) -> RemoteStore:
     store = open_store(url, namespace="tiny-r0")
     assert isinstance(store, RemoteStore)
     return store
+
+
+def until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def unavailable(work: Callable[[], object]) -> None:
+    with pytest.raises(UnavailableError):
+        work()
 
 
 def took(work: Callable[[], object]) -> float:
@@ -279,17 +292,17 @@ def test_redis_killed_and_restarted_in_the_middle_of_loads(
         while not stop.is_set():
             for key, chunk in chunks.items():
                 started = time.monotonic()
-                got = store.get(key)
+                got = ask(store.get, key)
                 slowest = max(slowest, time.monotonic() - started)
-                if got is None:
-                    missed += 1
-                    store.put(key, chunk)
-                else:
+                if isinstance(got, ChunkKV):
                     found += 1
                     wrong += not same(got, chunk)
+                else:
+                    missed += 1
+                    store.put(key, chunk)
         saboteur.join()
-        store._guard.breaker._until = 0  # its pause may last some seconds yet
-        store.put(key_of(1), chunk_of(1))
+        until(lambda: not store.is_paused)
+        assert not store.put(key_of(1), chunk_of(1))
         assert same(store.get(key_of(1)), chunk_of(1))
         assert store.failures > 0
     request.node.user_properties += [
@@ -309,15 +322,16 @@ def test_a_redis_that_hangs_costs_a_recompute_and_then_nothing(own_server: Redis
         store.put(key_of(1), chunk_of(1))
         own_server.process.send_signal(signal.SIGSTOP)
         with pytest.warns(RuntimeWarning, match="remote store fails"):
-            assert took(lambda: store.get(key_of(1))) < 4 * TIMEOUT
+            assert took(lambda: ask(store.get, key_of(1))) < 4 * TIMEOUT
         for _ in range(2):
-            store.get(key_of(1))
+            unavailable(lambda: store.get(key_of(1)))
         assert store.is_paused
-        assert took(lambda: [store.get(key_of(1)) for _ in range(100)]) < TIMEOUT / 2
+        assert took(lambda: [ask(store.get, key_of(1)) for _ in range(100)]) < TIMEOUT / 2
         assert took(lambda: store.put(key_of(2), chunk_of(2))) < TIMEOUT / 2
-        assert list(store.scan()) == []
+        unavailable(lambda: list(store.scan()))
+        unavailable(lambda: store.discard(key_of(1)))
         own_server.process.send_signal(signal.SIGCONT)
-        store._guard.breaker._until = 0
+        until(lambda: not store.is_paused)
         assert same(store.get(key_of(1)), chunk_of(1))
         assert not store.is_paused
 
@@ -325,9 +339,9 @@ def test_a_redis_that_hangs_costs_a_recompute_and_then_nothing(own_server: Redis
 def test_nothing_listens() -> None:
     with open_redis(free_port()) as store:
         with pytest.warns(RuntimeWarning, match="recomputed"):
-            assert store.get(key_of(1)) is None
-        store.put(key_of(1), chunk_of(1))
-        assert store.stats() == (0, 0, 0, 1, 0, 0, 0)
+            unavailable(lambda: store.get(key_of(1)))
+        assert "fails" in store.put(key_of(1), chunk_of(1))
+        assert store.stats() == (0, 0, 0, 0, 0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -349,10 +363,10 @@ def test_nothing_listens() -> None:
 def test_a_server_that_answers_garbage(answer: bytes, pause: float, times: int) -> None:
     with answering(answer, pause, times) as port, open_redis(port) as store:
         for call in (store.get, store.contains, store.discard):
-            assert took(lambda call=call: call(key_of(1))) < 4 * TIMEOUT  # type: ignore[misc]
-        assert store.get(key_of(1)) is None
+            assert took(lambda call=call: ask(call, key_of(1))) < 4 * TIMEOUT  # type: ignore[misc]
+        assert not isinstance(ask(store.get, key_of(1)), ChunkKV)
         assert took(lambda: store.put(key_of(1), chunk_of(1))) < 4 * TIMEOUT
-        assert list(store.scan()) == []
+        assert not isinstance(ask(lambda _: list(store.scan()), ""), list)
 
 
 def test_a_fast_tier_serves_while_the_remote_is_gone(own_server: RedisServer) -> None:
@@ -362,8 +376,10 @@ def test_a_fast_tier_serves_while_the_remote_is_gone(own_server: RedisServer) ->
         own_server.kill()
         assert same(store.get(key_of(1)), chunk_of(1))
         with pytest.warns(RuntimeWarning, match="remote store fails"):
-            store.put(key_of(2), chunk_of(2))
+            assert store.put(key_of(2), chunk_of(2)), "it will not last"
         assert same(store.get(key_of(2)), chunk_of(2))
+        unavailable(lambda: store.get(key_of(3)))
+        unavailable(lambda: store.contains(key_of(3)))
 
 
 @pytest.mark.filterwarnings("ignore:The remote store fails")
@@ -375,8 +391,8 @@ def test_a_bucket_that_is_gone() -> None:
         url = f"s3://kv?endpoint=http://127.0.0.1:{free_port()}&region=x&timeout={TIMEOUT}"
         with open_store(url, namespace="tiny-r0") as store:
             assert isinstance(store, RemoteStore)
-            assert took(lambda: store.get(key_of(1))) < 4 * TIMEOUT
-            assert list(store.scan()) == []
+            assert took(lambda: ask(store.get, key_of(1))) < 4 * TIMEOUT
+            unavailable(lambda: list(store.scan()))
             assert store.failures > 0
 
 
@@ -406,6 +422,9 @@ class Stuck(Backend):
     def heads(self, names: object, nbytes: int) -> list[Any]:
         return []
 
+    def ping(self) -> None:
+        raise BackendError("no")
+
     def close(self) -> None:
         self.released.set()
 
@@ -413,11 +432,11 @@ class Stuck(Backend):
 @pytest.mark.filterwarnings("ignore:The remote store fails")
 def test_calls_that_never_end_do_not_hold_up_the_caller() -> None:
     store = RemoteStore(Stuck(), namespace="tiny-r0", timeout_s=0.1)
-    waited = took(lambda: [store.get(key_of(n)) for n in range(20)])
+    waited = took(lambda: [ask(store.get, key_of(n)) for n in range(20)])
     assert waited < 1.5  # three time-outs, then pauses
     assert store.failures == 3
     store.close()
-    assert store.stats().misses == 20
+    assert store.stats().unavailable == 20
 
 
 @pytest.mark.filterwarnings("ignore:The remote store fails")
@@ -432,37 +451,95 @@ def test_a_deadline_is_kept_that_is_shorter_than_the_timeout() -> None:
     assert took(store.close) < 8
 
 
-# --- the circuit breaker --------------------------------------------------------------------------
+# --- a remote that is away for a while ------------------------------------------------------------
 
 
-def test_the_breaker_opens_tries_again_and_waits_longer_each_time() -> None:
-    now = 0.0
-    breaker = Breaker(lambda: now)
-    for _ in range(2):
-        breaker.enter()
-        assert not breaker.failed()
-    breaker.succeeded()  # failures count in a row only
-    opened = [breaker.failed() for _ in range(3)]
-    assert opened == [False, False, True]
-    pauses = []
-    for _ in range(9):
-        started = now
-        assert breaker.is_open
-        while True:
-            try:
-                breaker.enter()
-                break
-            except PausedError:
-                now += 0.5
-        with pytest.raises(PausedError):
-            breaker.enter()  # one call tries, the others do not
-        pauses.append(now - started)
-        breaker.failed()
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
-    now += 60
-    breaker.enter()
-    breaker.succeeded()
-    assert not breaker.is_open
+class Away(Stuck):
+    """Fails as long as it is told to."""
+
+    is_away = True
+    pings = 0
+
+    def get(self, name: str, limit: int) -> bytes | None:
+        if self.is_away:
+            raise BackendError("connection refused")
+        return None
+
+    def ping(self) -> None:
+        self.pings += 1
+        self.get("", 0)
+
+
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+def test_only_a_thread_asks_while_the_remote_is_away() -> None:
+    backend = Away()
+    with RemoteStore(backend, namespace="tiny-r0") as store:
+        for _ in range(2):
+            assert isinstance(ask(store.get, key_of(1)), UnavailableError)
+        assert not store.is_paused
+        backend.is_away = False
+        assert store.get(key_of(1)) is None  # failures count in a row only
+        backend.is_away = True
+        for _ in range(30):
+            assert isinstance(ask(store.get, key_of(1)), UnavailableError)
+        assert store.is_paused
+        assert store.failures == 5, "the others were not tried"
+        until(lambda: backend.pings > 1)
+        assert store.is_paused
+        backend.is_away = False
+        until(lambda: not store.is_paused)
+        assert store.get(key_of(1)) is None
+        pings = backend.pings
+        time.sleep(1.2)
+        assert backend.pings == pings, "nobody asks where all is well"
+    assert store.stats().unavailable == 32
+
+
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_remote_that_was_away_is_used_again_within_two_seconds(
+    own_server: RedisServer, seconds: float, how: str, request: pytest.FixtureRequest
+) -> None:
+    away = 0
+    with open_redis(own_server.port) as store:
+        store.put(key_of(1), chunk_of(1))
+        if how == "stopped":
+            own_server.process.send_signal(signal.SIGSTOP)
+        else:
+            own_server.kill()
+        back = time.monotonic() + seconds
+        while time.monotonic() < back:
+            assert isinstance(ask(store.get, key_of(1)), UnavailableError)
+            assert isinstance(ask(store.contains, key_of(1)), UnavailableError)
+            found = store.get_in_time([key_of(1)], 0.1)
+            assert found.chunks == [None] and found.late | found.unavailable == {key_of(1)}
+            assert store.put(key_of(2), chunk_of(2)), "it says why it is not kept"
+            away += 1
+            time.sleep(0.05)
+        if how == "stopped":
+            own_server.process.send_signal(signal.SIGCONT)
+        else:
+            own_server.start()
+        returned = time.monotonic()
+        until(lambda: not isinstance(ask(store.contains, key_of(1)), UnavailableError))
+        waited = time.monotonic() - returned
+        assert waited < 4  # of 2 promised; this machine may be busy
+        assert not store.put(key_of(2), chunk_of(2))
+        assert same(store.get(key_of(2)), chunk_of(2))
+        assert (store.get(key_of(1)) is None) == (how == "killed")
+    request.node.user_properties += [("asked", away), ("waited_s", round(waited, 2))]
+
+
+def test_one_foreign_value_hides_no_chunk(redis_server: RedisServer) -> None:
+    with open_store(f"{redis_server.url}?timeout=20s", namespace="foreign") as store:
+        assert isinstance(store, RemoteStore)
+        store.put(key_of(1), chunk_of(1))
+        for seed, kind in ((2, "lpush"), (3, "sadd")):
+            getattr(store._backend._client, kind)(store._name(key_of(seed)), "x")  # type: ignore[attr-defined]
+        assert [info.key for info in store.scan()] == [key_of(1)]
+        assert store.stats().chunks == 1
+        assert same(store.get(key_of(1)), chunk_of(1))
 
 
 def test_clients_that_are_not_installed_say_what_to_install(

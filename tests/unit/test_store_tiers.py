@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chunks import chunk_of, key_of, same
 
-from cacheblend_rag.errors import StoreError
+from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.store import (
     ChunkKV,
     DiskStore,
@@ -21,6 +21,7 @@ from cacheblend_rag.store import (
     TieredStore,
     WriteBackStore,
 )
+from cacheblend_rag.store.base import ask
 from cacheblend_rag.store.parallel import Readers
 
 
@@ -43,10 +44,10 @@ def test_many_at_once_in_order(tmp_path: Path, kind: str) -> None:
             for seed in range(0, 20, 2):
                 store.fast.discard(key_of(seed))
         asked = [3, 99, 0, 7, 3, 12]
-        found = store.get_many([key_of(seed) for seed in asked])
+        found = store.get_many([key_of(seed) for seed in asked]).chunks
         for seed, chunk in zip(asked, found, strict=True):
             assert chunk is None if seed == 99 else same(chunk, chunk_of(seed))
-        assert store.get_many([]) == []
+        assert store.get_many([]).chunks == []
         assert store.stats().misses == 1
         if isinstance(store, TieredStore):
             assert store.fast.contains(key_of(12))
@@ -106,6 +107,69 @@ def test_bandwidth_is_measured_where_something_was_loaded(tmp_path: Path) -> Non
         assert 1e4 < store.bandwidth < 1e12
 
 
+# --- tiers that cannot be asked -------------------------------------------------------------------
+
+
+class Moody(MemoryStore):
+    """Answers, or cannot be asked."""
+
+    is_away = False
+
+    def get(self, key: str) -> ChunkKV | None:
+        if self.is_away:
+            raise UnavailableError("away")
+        return super().get(key)
+
+    def contains(self, key: str) -> bool:
+        if self.is_away:
+            raise UnavailableError("away")
+        return super().contains(key)
+
+    def in_memory(self, key: str) -> bool:
+        return False
+
+
+HAS, LACKS, AWAY = "has", "lacks", "away"
+
+
+@pytest.mark.parametrize(
+    ("fast", "slow", "answer", "contains"),
+    [
+        (HAS, HAS, HAS, HAS),
+        (HAS, LACKS, HAS, LACKS),  # it will not last
+        (HAS, AWAY, HAS, HAS),
+        (LACKS, HAS, HAS, HAS),
+        (LACKS, LACKS, LACKS, LACKS),
+        (LACKS, AWAY, AWAY, AWAY),
+        (AWAY, HAS, HAS, HAS),
+        (AWAY, LACKS, AWAY, LACKS),
+        (AWAY, AWAY, AWAY, AWAY),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Not promoted")
+def test_two_tiers_answer_as_one(fast: str, slow: str, answer: str, contains: str) -> None:
+    tiers = [Moody(1 << 20), Moody(1 << 20)]
+    for tier, state in zip(tiers, (fast, slow), strict=True):
+        if state == HAS:
+            tier.put(key_of(1), chunk_of(1))
+        tier.is_away = state == AWAY
+
+    def said(answer: object) -> str:
+        return AWAY if isinstance(answer, UnavailableError) else HAS if answer else LACKS
+
+    for nested in (False, True):
+        store = TieredStore(tiers[0], tiers[1])
+        if nested:
+            store = TieredStore(MemoryStore(1), store)
+        assert said(ask(store.contains, key_of(1))) == contains
+        for found in (store.get_many([key_of(1)]), store.get_in_time([key_of(1)], 10)):
+            assert said(found.chunks[0]) == (HAS if answer == HAS else LACKS)
+            assert found.unavailable == ({key_of(1)} if answer == AWAY else set())
+        assert said(ask(store.get, key_of(1))) == answer
+        store.prefetch([key_of(1)])
+        store._prefetching.close()
+
+
 # --- write back -----------------------------------------------------------------------------------
 
 
@@ -135,7 +199,7 @@ def test_writing_back_does_not_wait_and_serves_meanwhile() -> None:
     assert store.contains(key_of(1))
     assert same(store.get(key_of(1)), chunk_of(1))
     assert {info.key for info in store.scan()} == {key_of(seed) for seed in (0, 1, 2)}
-    assert same(store.get_many([key_of(2), key_of(0)])[0], chunk_of(2))
+    assert same(store.get_many([key_of(2), key_of(0)]).chunks[0], chunk_of(2))
     slow.gate.set()
     store.close()
     assert slow.stats().chunks == 3

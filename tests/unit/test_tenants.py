@@ -58,7 +58,7 @@ class StoringEngine(FakeEngine):
                     kv_L2NHD = chunk_of(1, num_tokens=len(ids)).kv_L2NHD
                     base = len(prefix) + len(context)
                     self.store.put(key, ChunkKV(tuple(ids), base, kv_L2NHD))
-                return [1]
+                return [(1, {})]
             case "forget", [keys]:
                 for key in keys:
                     self.store.discard(key)

@@ -55,6 +55,12 @@ class Backend(ABC):
     def heads(self, names: Sequence[str], nbytes: int) -> list[Head]:
         """The first bytes of values, without those that are gone."""
 
+    @abstractmethod
+    def ping(self) -> None:
+        """Ask whether the other side answers at all. Takes no longer than about a second, where the
+        client can be told so.
+        """
+
     def abort(self) -> None:  # noqa: B027 - for clients that could wait for ever
         """Make calls that hang in other threads fail soon."""
 

@@ -68,10 +68,16 @@ class ObjectBackend(Backend):
 
     def __init__(self, bucket: ObjectStore) -> None:
         import obstore
-        from obstore.exceptions import BaseError, NotFoundError
+        from obstore.exceptions import (
+            BaseError,
+            NotFoundError,
+            PermissionDeniedError,
+            UnauthenticatedError,
+        )
 
         self._obstore, self._bucket = obstore, bucket
         self._not_found = (NotFoundError, FileNotFoundError)
+        self._refusals = (PermissionDeniedError, UnauthenticatedError)
         self._errors = (BaseError, OSError, ValueError)
 
     def get(self, name: str, limit: int) -> bytes | None:
@@ -110,6 +116,10 @@ class ObjectBackend(Backend):
         with self._failing(), ThreadPoolExecutor(_AT_ONCE) as pool:
             found = list(pool.map(lambda name: self._head(name, nbytes), names))
         return [head for head in found if head is not None]
+
+    def ping(self) -> None:
+        with self._failing(), contextlib.suppress(*self._not_found, *self._refusals):
+            self._obstore.head(self._bucket, "cacheblend/ping")  # any answer will do
 
     def close(self) -> None:
         pass  # obstore keeps its connections for itself

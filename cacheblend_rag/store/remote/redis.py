@@ -10,6 +10,7 @@ from cacheblend_rag.store.remote.base import Backend, BackendError, Head
 
 _PAGE = 500
 _RETRIES = 2
+_PING_S = 1.0
 
 
 class RedisBackend(Backend):
@@ -29,15 +30,20 @@ class RedisBackend(Backend):
             from redis.retry import Retry
         except ImportError as error:
             raise MissingExtraError("redis", "redis") from error
-        retry = Retry(ExponentialWithJitterBackoff(cap=timeout_s / 4, base=0.02), _RETRIES)
-        try:
-            self._client = redis.Redis.from_url(
+        backoff = ExponentialWithJitterBackoff(cap=timeout_s / 4, base=0.02)
+
+        def client(seconds: float, retries: int) -> redis.Redis:
+            return redis.Redis.from_url(
                 url,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=retry,
+                socket_timeout=seconds,
+                socket_connect_timeout=seconds,
+                retry=Retry(backoff, retries),
                 protocol=2,
             )
+
+        try:
+            self._client = client(timeout_s, _RETRIES)
+            self._pinging = client(min(timeout_s, _PING_S), 0)
         except ValueError as error:  # the message must not quote a password
             raise StoreError("That is no Redis URL. Use redis://host:6379/0.") from error
         self._errors = (redis.RedisError, OSError, ValueError, TypeError, AttributeError)
@@ -72,8 +78,9 @@ class RedisBackend(Backend):
                 with self._client.pipeline(transaction=False) as pipeline:
                     for name in names:
                         pipeline.strlen(name)
-                    sizes = pipeline.execute()
-            yield [(name, size) for name, size in zip(names, sizes, strict=True) if size]
+                    sizes = pipeline.execute(raise_on_error=False)
+            # another's value under such a name is an error of its own
+            yield [(n, s) for n, s in zip(names, sizes, strict=True) if isinstance(s, int) and s]
             if cursor == 0:
                 return
 
@@ -83,9 +90,13 @@ class RedisBackend(Backend):
                 for name in names:
                     pipeline.getrange(name, 0, nbytes - 1)
                     pipeline.strlen(name)
-                answers = pipeline.execute()
-            pairs = zip(names, answers[::2], answers[1::2], strict=True)
-            return [Head(name, data, size) for name, data, size in pairs if size]
+                answers = pipeline.execute(raise_on_error=False)
+            rows = zip(names, answers[::2], answers[1::2], strict=True)
+            return [Head(*row) for row in rows if isinstance(row[1], bytes) and row[2]]
+
+    def ping(self) -> None:
+        with self._failing():
+            self._pinging.ping()
 
     def abort(self) -> None:
         with contextlib.suppress(*self._errors):
@@ -94,6 +105,7 @@ class RedisBackend(Backend):
     def close(self) -> None:
         with contextlib.suppress(*self._errors):
             self._client.close()
+            self._pinging.close()
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

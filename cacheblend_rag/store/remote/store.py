@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats, check_key
+from cacheblend_rag.errors import UnavailableError
+from cacheblend_rag.store.base import (
+    ChunkInfo,
+    ChunkKV,
+    Found,
+    KVStore,
+    StoreStats,
+    ask,
+    check_key,
+)
 from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
 from cacheblend_rag.store.counts import EventCounts, found_within
 from cacheblend_rag.store.parallel import Readers
@@ -19,15 +31,17 @@ _HEAD_BYTES = 16 << 10  # the header and 3,900 tokens; for longer chunks the who
 _LARGEST = 1 << 30  # a larger value is not ours
 _PLAIN = Encoding()
 _READERS = 8
+_Answer = TypeVar("_Answer")
 
 
 class RemoteStore(KVStore):
     """Values are the files that ``DiskStore`` writes, named ``cacheblend/v1/<namespace>/<key>``,
     and pass the same checks. A value that fails them is dropped.
 
-    The other side decides what it evicts. Where it is gone, slow or talks nonsense, ``get`` finds
-    nothing, ``put`` keeps nothing, each within ``timeout_s``, and after three failures in a row
-    nothing is asked for a while. None of this raises; the first failure warns.
+    The other side decides what it evicts. Where it is gone, slow or talks nonsense, ``put`` says
+    that it keeps nothing and other calls raise UnavailableError, each within ``timeout_s``. After
+    three failures in a row they do so at once, until the other side answers again. The first
+    failure warns.
 
     Args:
         backend: the client; closed with the store.
@@ -61,15 +75,11 @@ class RemoteStore(KVStore):
     @property
     def is_paused(self) -> bool:
         """Whether the other side is not asked just now, because it failed."""
-        return self._guard.breaker.is_open
+        return self._guard.is_paused
 
     def contains(self, key: str) -> bool:
         name = self._name(key)
-        try:
-            return self._guard.call(lambda: self._backend.exists(name))
-        except BackendError as error:
-            self._say(error)
-            return False
+        return self._asked(lambda: self._backend.exists(name))
 
     def get(self, key: str) -> ChunkKV | None:
         name = self._name(key)
@@ -77,25 +87,27 @@ class RemoteStore(KVStore):
             load.chunk = self._get(key, name)
         return load.chunk
 
-    def get_many(self, keys: Sequence[str]) -> list[ChunkKV | None]:
-        return self._readers.map(self.get, keys)
+    def get_many(self, keys: Sequence[str]) -> Found:
+        return Found.of(keys, self._readers.map(partial(ask, self.get), keys))
 
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
         return found_within(self._readers, self.get, keys, within_s, self._counts)
 
-    def put(self, key: str, chunk: ChunkKV) -> None:
+    def put(self, key: str, chunk: ChunkKV) -> str:
         name = self._name(key)
         if max(possible_sizes(key, chunk, self._encoding)) > self._largest:
             self._counts.add("evictions")
-            self._warn("large", f"Chunks over {self._largest >> 20} MiB are not kept remotely")
-            return
+            reason = f"Chunks over {self._largest >> 20} MiB are not kept remotely"
+            self._warn("large", reason)
+            return reason
         try:
-            if not self._guard.call(lambda: self._backend.exists(name)):
+            if not self._asked(lambda: self._backend.exists(name)):
                 value = b"".join(encode(key, chunk, self._encoding))
-                self._guard.call(lambda: self._backend.put(name, value))
+                self._asked(lambda: self._backend.put(name, value))
                 self._counts.wrote(chunk.nbytes)
-        except BackendError as error:
-            self._say(error)
+        except UnavailableError as error:
+            return str(error)
+        return ""
 
     @property
     def bandwidth(self) -> float | None:
@@ -103,10 +115,7 @@ class RemoteStore(KVStore):
 
     def discard(self, key: str) -> None:
         name = self._name(key)
-        try:
-            self._guard.call(lambda: self._backend.delete(name))
-        except BackendError as error:
-            self._say(error)
+        self._asked(lambda: self._backend.delete(name))
 
     def scan(self) -> Iterator[ChunkInfo]:
         return self.scan_others(())
@@ -117,21 +126,17 @@ class RemoteStore(KVStore):
             names = [name for name, key in keys if key and key not in known]
             if not names:
                 continue
-            try:
-                heads = self._guard.call(lambda n=names: self._backend.heads(n, _HEAD_BYTES))  # type: ignore[misc]
-            except BackendError as error:
-                self._say(error)
-                return
-            for head in heads:
+            for head in self._asked(partial(self._backend.heads, names, _HEAD_BYTES)):
                 if (info := self._info(head)) is not None:
                     yield info
 
     def stats(self) -> StoreStats:
         chunks = nbytes = 0
-        for page in self._pages():
-            for name, size in page:
-                if self._key(name):
-                    chunks, nbytes = chunks + 1, nbytes + size
+        with contextlib.suppress(UnavailableError):  # the counts of what was done are here
+            for page in self._pages():
+                for name, size in page:
+                    if self._key(name):
+                        chunks, nbytes = chunks + 1, nbytes + size
         return self._counts.stats(chunks=chunks, nbytes=nbytes)
 
     def close(self) -> None:
@@ -139,30 +144,20 @@ class RemoteStore(KVStore):
         self._guard.close()
 
     def _get(self, key: str, name: str) -> ChunkKV | None:
-        try:
-            value = self._guard.call(lambda: self._backend.get(name, self._largest))
-        except BackendError as error:
-            self._say(error)
-            return None
+        value = self._asked(lambda: self._backend.get(name, self._largest))
         if value is None:
             return None
         try:
             return decode(BytesSource(value), key, self._encoding.cipher)
         except DamagedFileError:
             self._counts.add("corrupt")
-            self.discard(key)
+            with contextlib.suppress(UnavailableError):  # it fails its check again then
+                self.discard(key)
             return None
 
     def _pages(self) -> Iterator[list[tuple[str, int]]]:
         pages = self._backend.pages(self._prefix)
-        while True:
-            try:
-                page = self._guard.call(lambda: next(pages, None))
-            except BackendError as error:
-                self._say(error)
-                return
-            if page is None:
-                return
+        while (page := self._asked(lambda: next(pages, None))) is not None:
             yield page
 
     def _info(self, head: Head) -> ChunkInfo | None:
@@ -185,9 +180,14 @@ class RemoteStore(KVStore):
         match = _NAME.fullmatch(name)
         return match[1] if match else ""
 
-    def _say(self, error: BackendError) -> None:
-        if not isinstance(error, PausedError):
+    def _asked(self, question: Callable[[], _Answer]) -> _Answer:
+        try:
+            return self._guard.call(question)
+        except PausedError as error:
+            raise UnavailableError(f"The remote store does not answer: {error}.") from error
+        except BackendError as error:
             self._warn("failed", f"The remote store fails ({error}); its chunks are recomputed")
+            raise UnavailableError(f"The remote store fails: {error}. Check the server.") from error
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._said:
