@@ -25,7 +25,7 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.locate import Match
 from cacheblend_rag.reason import Reason
-from cacheblend_rag.select import create_selector
+from cacheblend_rag.select import QuestionAttention, create_selector
 
 FORMAT = 2
 PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params
@@ -167,7 +167,8 @@ class Plan:
         data = self.to_params()[PARAMS_KEY]
         del data["schedule"], data["tile_tokens"], data["when"]  # when, not what
         digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
-        if create_selector(self.selector, self.selector_options).evidence == "question":
+        selector = create_selector(self.selector, self.selector_options)
+        if isinstance(selector.evidence, QuestionAttention):
             digest.update(array("q", self.question_ids(token_ids)).tobytes())
         return SALT_PREFIX + digest.hexdigest()
 

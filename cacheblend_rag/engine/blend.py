@@ -22,9 +22,7 @@ from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, RefusedError, Why
-from cacheblend_rag.select import Evidence, Selector, create_selector
-from cacheblend_rag.select.hkvd import HKVDSelector
-from cacheblend_rag.select.query import QuerySelector
+from cacheblend_rag.select import Evidence, KVDeviation, QuestionAttention, create_selector
 from cacheblend_rag.store.base import ChunkKV, KVStore
 
 _PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
@@ -101,10 +99,10 @@ class Blender:
 
         if 0 < budget < num_candidates:
             question_E = deviation_E = None
-            if selector.evidence == "question":
-                question_E = yield from self._ask(lane, task, selector, clock)
-            elif selector.evidence == "deviation":
-                deviation_E = yield from self._probe(lane, task, selector, clock)
+            if isinstance(selector.evidence, QuestionAttention):
+                question_E = yield from self._ask(lane, task, selector.evidence, clock)
+            elif isinstance(selector.evidence, KVDeviation):
+                deviation_E = yield from self._probe(lane, task, selector.evidence, clock)
             evidence = Evidence(
                 candidate, lane.offset_E, lane.ids_E, question_E, deviation_E, budget
             )
@@ -242,29 +240,25 @@ class Blender:
         )
 
     def _ask(
-        self, lane: Lane, task: BlendTask, selector: Selector, clock: Clock
+        self, lane: Lane, task: BlendTask, wanted: QuestionAttention, clock: Clock
     ) -> Generator[None, None, torch.Tensor]:
         """The question's attention to each token, float32 [E]."""
-        assert isinstance(selector, QuerySelector)
-        keep = selector.layer_range(self.handle.num_layers)
+        keep = wanted.range(self.handle.num_layers)
         asking = lane.ask(task.question, keep, self._max_tile - len(task.question))
         return self._sum((yield from clock.pauses("select", asking)))
 
     def _probe(
-        self, lane: Lane, task: BlendTask, selector: Selector, clock: Clock
+        self, lane: Lane, task: BlendTask, wanted: KVDeviation, clock: Clock
     ) -> Generator[None, None, torch.Tensor]:
-        """KV deviation at the check layer, float32 [E]; 0 below ``write_from``."""
-        assert isinstance(selector, HKVDSelector)
-        check = min(selector.check_layer, self.handle.num_layers - 1)
+        """KV deviation at a layer, float32 [E]; 0 below ``write_from``."""
+        check = min(wanted.layer, self.handle.num_layers - 1)
         deviation = torch.zeros(task.end, device=self.handle.device)
         # only the layers up to the check run
         size = min(self._tile(task) * self.handle.num_layers // (check + 1), self._max_tile)
         end = task.plan.end
         for start in range(task.write_from, end, size):
             tile = range(start, min(start + size, end))
-            deviation[tile.start : tile.stop] = lane.deviation(
-                check, selector.deviation == "kv", tile
-            )
+            deviation[tile.start : tile.stop] = lane.deviation(check, wanted.values, tile)
             yield
         return self._sum(deviation)
 

@@ -250,7 +250,7 @@ class KernelLanes(Lanes):
         self._hot = HotChunks(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
         self._graphs = PassGraphs(handle, rope, self._kernels.view)
-        self._graphs.prepare(QuerySelector().layer_range(handle.num_layers))
+        self._graphs.prepare(QuerySelector().evidence.range(handle.num_layers))
         self.pace = self._paced()
 
     def __call__(self, region: Region) -> Lane:

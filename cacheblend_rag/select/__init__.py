@@ -8,14 +8,21 @@ from typing import Any
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.select.all import AllSelector
-from cacheblend_rag.select.base import Evidence, Selector
+from cacheblend_rag.select.base import Evidence, KVDeviation, QuestionAttention, Selector
 from cacheblend_rag.select.first_k import FirstKSelector
 from cacheblend_rag.select.hkvd import HKVDSelector
 from cacheblend_rag.select.none import NoneSelector
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.select.random import RandomSelector
 
-__all__ = ["SELECTORS", "Evidence", "Selector", "create_selector"]
+__all__ = [
+    "SELECTORS",
+    "Evidence",
+    "KVDeviation",
+    "QuestionAttention",
+    "Selector",
+    "create_selector",
+]
 
 SELECTORS: dict[str, type[Selector]] = {
     kind.name: kind

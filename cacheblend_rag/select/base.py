@@ -5,12 +5,37 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
-EvidenceKind = Literal["none", "question", "deviation"]
+
+class QuestionAttention(NamedTuple):
+    """Asks for the attention that the question pays each token, over the reused KV.
+
+    Attributes:
+        layers: those whose attention is summed, first and last as shares of the depth.
+    """
+
+    layers: tuple[float, float]
+
+    def range(self, num_layers: int) -> range:
+        """The same as numbers of layers, at least one."""
+        first = int(self.layers[0] * num_layers)
+        return range(first, max(first + 1, int(self.layers[1] * num_layers)))
+
+
+class KVDeviation(NamedTuple):
+    """Asks for the squared distance between each token's fresh and its reused keys.
+
+    Attributes:
+        layer: where it is measured; all tokens are computed through the layers below.
+        values: add that of the values.
+    """
+
+    layer: int
+    values: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +45,8 @@ class Evidence:
     Attributes:
         candidate_N: bool, the reused tokens among which to choose.
         offset_N: int64, each token's place in its chunk.
-        question_N: float32, attention the question paid to each token (evidence ``question``).
-        deviation_N: float32, KV deviation at the check layer (evidence ``deviation``).
+        question_N: float32, what was asked for by ``QuestionAttention``.
+        deviation_N: float32, what was asked for by ``KVDeviation``.
         ids_N: int64 token ids.
         budget: how many tokens may be chosen.
     """
@@ -39,11 +64,15 @@ class Selector(ABC):
     """Scores tokens; the highest scored are recomputed.
 
     A selector is a frozen value: the same evidence gives the same scores on every rank of a tensor
-    parallel group. The engine gathers the evidence that ``evidence`` names (summed over ranks).
+    parallel group.
     """
 
     name: ClassVar[str]
-    evidence: ClassVar[EvidenceKind] = "none"
+
+    @property
+    def evidence(self) -> QuestionAttention | KVDeviation | None:
+        """What the engine has to gather, summed over ranks; None for nothing."""
+        return None
 
     @abstractmethod
     def score(self, evidence: Evidence) -> torch.Tensor:

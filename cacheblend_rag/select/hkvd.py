@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cacheblend_rag.select.base import Evidence, EvidenceKind, Selector
+from cacheblend_rag.select.base import Evidence, KVDeviation, Selector
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,6 @@ class HKVDSelector(Selector):
     """
 
     name: ClassVar[str] = "hkvd"
-    evidence: ClassVar[EvidenceKind] = "deviation"
     check_layer: int = 1
     deviation: Literal["k", "kv"] = "k"
 
@@ -34,6 +33,10 @@ class HKVDSelector(Selector):
             raise ValueError("check_layer must be at least 1: layer 0 has no deviation")
         if self.deviation not in ("k", "kv"):
             raise ValueError(f"deviation must be 'k' or 'kv', got {self.deviation!r}")
+
+    @property
+    def evidence(self) -> KVDeviation:
+        return KVDeviation(self.check_layer, self.deviation == "kv")
 
     def score(self, evidence: Evidence) -> torch.Tensor:
         assert evidence.deviation_N is not None

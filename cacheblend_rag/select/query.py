@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from cacheblend_rag.select.base import Evidence, EvidenceKind, Selector
+from cacheblend_rag.select.base import Evidence, QuestionAttention, Selector
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,6 @@ class QuerySelector(Selector):
     """
 
     name: ClassVar[str] = "query"
-    evidence: ClassVar[EvidenceKind] = "question"
     layers: tuple[float, float] = (1 / 2, 3 / 4)
     window: int = 9
     spread: float = 0.0
@@ -64,10 +63,9 @@ class QuerySelector(Selector):
         if not 0 < self.coverage <= 1:
             raise ValueError(f"coverage must be a share above 0, up to 1, got {self.coverage}")
 
-    def layer_range(self, num_layers: int) -> range:
-        """The layers whose attention counts, at least one."""
-        first = int(self.layers[0] * num_layers)
-        return range(first, max(first + 1, int(self.layers[1] * num_layers)))
+    @property
+    def evidence(self) -> QuestionAttention:
+        return QuestionAttention(self.layers)
 
     def score(self, evidence: Evidence) -> torch.Tensor:
         from cacheblend_kernels import window_average

@@ -138,7 +138,7 @@ def test_query_scores_equal_the_reference(family: Family) -> None:
     result = blend.generate(PROMPT, recompute_ratio=0.2, selector_options=options, **FULL_LOGPROBS)
     rows = selected(blend, result)
     selector = create_selector("query", options)
-    scores = reference.question_scores(PARTS, QUESTION, selector.layer_range(4))  # type: ignore[attr-defined]
+    scores = reference.question_scores(PARTS, QUESTION, selector.evidence.range(4))
     stored = torch.tensor([p.stored for p in PARTS for _ in p.ids])
     smooth = torch.nn.functional.avg_pool1d((scores * stored)[None, None], 9, 1, 4)[0, 0]
     smooth[~stored] = -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.engine import compat
+from cacheblend_rag.engine import EngineOutput, EngineRequest, compat
 
 pytestmark = pytest.mark.vllm
 
@@ -43,8 +44,17 @@ def stored(blend: CacheBlend, prefix: object, chunks: Sequence[tuple[int, ...]] 
 def test_costs_are_corrected_from_end_to_end(
     blend: CacheBlend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = {"prefill_s": 1e-9, "recompute_s": 1e-9, "load_s": 1e-9, "blend_s": 0.0}
-    rpc = blend.engine.rpc
+    """By a clock of our own, on which a plain prefill takes 5 s and a blend 7 s."""
+    now = [0.0]
+    monkeypatch.setattr("cacheblend_rag.blend.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    wrong = {"prefill_s": 1e-9, "recompute_s": 1e-9, "load_s": 1e-9, "blend_s": 0.5}
+    rpc, generate = blend.engine.rpc, blend.engine.generate
+
+    def generate_slowly(requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
+        now[0] += 5.0 if requests[0].params is None else 7.0
+        return generate(requests)
+
+    monkeypatch.setattr(blend.engine, "generate", generate_slowly)
     monkeypatch.setattr(
         blend.engine,
         "rpc",
@@ -54,7 +64,8 @@ def test_costs_are_corrected_from_end_to_end(
     monkeypatch.setattr(blender, "costs", Costs(**wrong))
     costs = blend._measure_costs()
     assert costs is not None and costs == blender.costs
-    assert costs.blend_s >= 0  # it is measured here, so that is all that is sure
+    assert costs.blend_s == pytest.approx(2.0, abs=0.2)  # less what the store took
+    assert costs._replace(blend_s=0.5) == Costs(**wrong)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")

@@ -96,6 +96,11 @@ def is_idle(blend: CacheBlend) -> bool:
     return bool(engine._call(engine._engine.reset_prefix_cache()))
 
 
+def is_idle_at_once(blend: CacheBlend) -> bool:
+    """Long before what was left could have ended: the engine answers once a step at the least."""
+    return any(is_idle(blend) for _ in range(20))
+
+
 def wait_until(done: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not done():
@@ -221,6 +226,7 @@ def test_a_closed_stream_is_aborted(
             running = [pool.submit(read, other) for other in others]
             left.close()
             results = [r.result() for r in running]
+    assert is_idle_at_once(blend)
     assert len(left.pieces) <= pieces
     assert [r.token_ids for r in results] == [r.token_ids for r in alone[:2]]
     with pytest.raises(CacheBlendError):
@@ -250,14 +256,20 @@ async def test_leaving_an_async_stream(blend: CacheBlend) -> None:
             if len(stream.pieces) == 3:
                 break
     assert len(stream.pieces) == 3
+    await blend.agenerate(SHORT, **SAMPLING)
+    assert is_idle_at_once(blend)
     # and without a word
     async for _ in blend.astream(PROMPTS[0], **LONG):
         break
+    await blend.agenerate(SHORT, **SAMPLING)
+    assert is_idle_at_once(blend)
 
 
 def test_a_forgotten_stream_is_aborted(blend: CacheBlend) -> None:
     for _ in blend.stream(PROMPTS[0], **LONG):
         break
+    blend.generate(SHORT, **SAMPLING)  # a few of its 900 steps
+    assert is_idle_at_once(blend)
 
 
 def test_refused_requests_leave_the_engine_alone(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.select import SELECTORS, Evidence, create_selector
+from cacheblend_rag.select import (
+    SELECTORS,
+    Evidence,
+    KVDeviation,
+    QuestionAttention,
+    create_selector,
+)
 
 
 def evidence(**known: Any) -> Evidence:
@@ -19,31 +26,38 @@ def evidence(**known: Any) -> Evidence:
 
 
 def chosen(name: str, count: int, found: Evidence, **options: object) -> set[int]:
-    score = create_selector(name, options).score(found)
-    masked = score.masked_fill(~found.candidate_N, -torch.inf)
-    return set(masked.topk(count).indices.tolist())
+    selector = create_selector(name, options)
+    found = replace(found, budget=found.budget or count)
+    return set(selector.choose(found, selector.score(found)).tolist())
 
 
 def test_query_takes_neighbours_and_ignores_fresh_tokens() -> None:
     attention = torch.tensor([0.0, 0, 0, 0, 9, 0, 0, 1, 0])
-    assert chosen("query", 3, evidence(question_N=attention), window=3) == {6, 7, 8}
-    assert 7 in chosen("query", 1, evidence(question_N=attention), window=1)
+    assert chosen("query", 3, evidence(question_N=attention), window=3, first_share=0.0) == {
+        6,
+        7,
+        8,
+    }
+    assert 7 in chosen("query", 1, evidence(question_N=attention), window=1, first_share=0.0)
 
 
 def test_query_spreads_its_budget_over_chunks() -> None:
     attention = torch.tensor([0.0, 0.2, 0, 0, 0, 5, 4, 3, 2])
     found = evidence(question_N=attention)
-    assert chosen("query", 2, found, window=1) == {5, 6}
-    assert chosen("query", 2, found, window=1, spread=1.0) == {1, 5}
+    alone: dict[str, Any] = {"window": 1, "first_share": 0.0}
+    assert chosen("query", 2, found, **alone) == {5, 6}
+    assert chosen("query", 2, found, **alone, spread=1.0) == {1, 5}
     # 5 / sqrt(14) and 4 / sqrt(14) are more than 0.2 / sqrt(0.2)
-    assert chosen("query", 2, found, window=1, spread=0.5) == {5, 6}
+    assert chosen("query", 2, found, **alone, spread=0.5) == {5, 6}
     score = create_selector("query", {"window": 1, "spread": 1.0}).score(found)
     assert score.tolist() == pytest.approx([0, 1, 0, 0, 0, 5 / 14, 4 / 14, 3 / 14, 2 / 14])
 
 
 def test_query_keeps_the_first_tokens_of_chunks() -> None:
     attention = torch.tensor([0.0, 0, 9, 8, 0, 0, 0, 0, 7])
-    assert chosen("query", 4, evidence(question_N=attention), window=1, first=1) == {0, 2, 3, 5}
+    assert chosen(
+        "query", 4, evidence(question_N=attention), window=1, first_share=0.0, first=1
+    ) == {0, 2, 3, 5}
 
 
 def test_query_gives_a_share_to_first_tokens() -> None:
@@ -68,9 +82,16 @@ def test_query_is_content_with_what_covers_its_attention() -> None:
 
 
 def test_query_layers() -> None:
-    selector = create_selector("query")
-    assert list(selector.layer_range(32)) == list(range(16, 24))  # type: ignore[attr-defined]
-    assert list(selector.layer_range(1)) == [0]  # type: ignore[attr-defined]
+    wanted = create_selector("query").evidence
+    assert isinstance(wanted, QuestionAttention)
+    assert list(wanted.range(32)) == list(range(16, 24))
+    assert list(wanted.range(1)) == [0]
+
+
+def test_hkvd_asks_for_what_its_options_say() -> None:
+    assert create_selector("hkvd").evidence == KVDeviation(1, values=False)
+    options = {"check_layer": 3, "deviation": "kv"}
+    assert create_selector("hkvd", options).evidence == KVDeviation(3, values=True)
 
 
 def test_hkvd_takes_the_largest_deviation() -> None:

@@ -1,0 +1,90 @@
+"""An engine that computes wrongly is told by the gate, and then serves as vLLM alone does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import FULL_LOGPROBS, PlainAnswer, logprobs, plain_engine, start_in_process
+from tiny import Words, make
+
+from cacheblend_rag.engine import attention
+from cacheblend_rag.engine.rope import Rerotator, Turn
+from cacheblend_rag.reason import Reason
+
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_process")]
+
+words = Words(41)
+PREFIX, CHUNK = words(4), words(70)
+PROMPT = words(9) + CHUNK + words(40)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_models: Path) -> Iterator[PlainAnswer]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        with plain_engine(make("llama", tiny_models)) as answer:
+            found = answer(PROMPT)
+    return found
+
+
+def turns_one_position_too_far(patch: pytest.MonkeyPatch) -> None:
+    turn = Rerotator.turn
+
+    def too_far(self: Rerotator, old_N: torch.Tensor, new_N: torch.Tensor) -> Turn:
+        return turn(self, old_N, (new_N + 1).clamp_max(self.positions - 1))
+
+    patch.setattr(Rerotator, "turn", too_far)
+
+
+def turns_into_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Rerotator, "apply", lambda self, k_NGD, turn: torch.full_like(k_NGD, torch.nan))
+
+
+def looks_ahead(patch: pytest.MonkeyPatch) -> None:
+    metadata = functools.partial(attention.CommonAttentionMetadata)
+    patch.setattr(
+        attention,
+        "CommonAttentionMetadata",
+        lambda **known: metadata(**{**known, "causal": False}),
+    )
+
+
+def looks_at_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
+    slots = attention.PagedCache.slots
+
+    def next_one(self: Any, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return slots(self, blocks, positions).roll(1)
+
+    patch.setattr(attention.PagedCache, "slots", next_one)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (turns_one_position_too_far, Reason.MOVED_KEYS_DIFFER),
+        (turns_into_nothing, Reason.MOVED_KEYS_DIFFER),
+        (looks_ahead, Reason.RATIO_ONE_DIFFERS),
+        (looks_at_the_wrong_place, Reason.RATIO_ONE_DIFFERS),
+    ],
+)
+def test_what_is_wrong_is_refused(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    reason: Reason,
+    plain: PlainAnswer,
+    tiny_models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    with start_in_process(make("llama", tiny_models), prefix=PREFIX) as blend:
+        assert not blend.gate.passed and blend.gate.reason is reason, blend.gate.detail
+        assert blend.ingest([CHUNK], progress=False).computed == 0
+        result = blend.generate(PROMPT, **FULL_LOGPROBS)
+        assert not result.report.blended and result.report.reason is reason
+        assert result.report.detail == blend.gate.detail
+    assert result.token_ids == plain.tokens
+    torch.testing.assert_close(logprobs(result), plain.logprobs, atol=0, rtol=0)
