@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, StoreStats
+from cacheblend_rag.store.base import Changes, ChunkInfo, ChunkKV, KVStore, StoreStats
 from cacheblend_rag.store.chunk_file import Encoding
 from cacheblend_rag.store.disk import DiskStore
 from cacheblend_rag.store.evict import Policy, create_policy
@@ -17,6 +17,7 @@ from cacheblend_rag.store.url import StoreURL, parse_seconds, parse_url
 from cacheblend_rag.store.write_back import WriteBackStore
 
 __all__ = [
+    "Changes",
     "ChunkInfo",
     "ChunkKV",
     "DiskStore",

@@ -91,6 +91,15 @@ class Found(NamedTuple):
         )
 
 
+class Changes(NamedTuple):
+    """What came and went since a cursor: what was ``removed`` first, then what was ``added``."""
+
+    cursor: object  # where to go on from
+    added: Sequence[ChunkInfo] = ()  # may name chunks again
+    removed: Sequence[str] = ()  # may name keys that were never there
+    whole: bool = False  # the cursor was unknown or too old: only ``scan`` tells the rest
+
+
 class KVStore(ABC):
     """Chunk KV by content key. A store may forget at any time; it never returns wrong KV.
 
@@ -174,6 +183,18 @@ class KVStore(ABC):
         """``scan`` but for the chunks of these keys, where that spares a remote store work."""
         return (info for info in self.scan() if info.key not in known)
 
+    def changes(self, cursor: object) -> Changes:
+        """What was put and what went since ``cursor``, by any process; cheap where that is little.
+        Tiers drop their copies of what went. What a remote evicts by itself is not told.
+
+        Args:
+            cursor: of the call before; None at first.
+
+        Raises:
+            UnavailableError: the store cannot be asked; ask again with the same cursor.
+        """
+        return Changes(cursor=0, whole=cursor is None)  # nobody else can change it
+
     @abstractmethod
     def stats(self) -> StoreStats:
         """Counts and sizes now."""
@@ -252,11 +273,16 @@ def document_id(document: str) -> str:
     return hashlib.sha256(document.encode()).hexdigest()
 
 
+def is_key(text: str) -> bool:
+    """Whether ``text`` is of a key's form."""
+    return _KEY.fullmatch(text) is not None
+
+
 def check_key(key: str) -> None:
     """Refuse what cannot be a key.
 
     Raises:
         ValueError: ``key`` is not 64 lowercase hexadecimal digits.
     """
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise ValueError(f"A chunk key is 64 lowercase hexadecimal digits, not {key!r}")

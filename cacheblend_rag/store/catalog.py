@@ -17,11 +17,11 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cacheblend_rag.store.base import ChunkInfo
+from cacheblend_rag.store.base import Changes, ChunkInfo
 from cacheblend_rag.store.chunk_file import Encoding, decode_info
 from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import entries, remove_abandoned
-from cacheblend_rag.store.index import Content, Index, Limits, Victim
+from cacheblend_rag.store.index import Content, Index, Limits, Mark, Victim
 from cacheblend_rag.store.seal import Cipher
 from cacheblend_rag.store.source import DamagedFileError, FileSource
 
@@ -86,6 +86,16 @@ class Catalog:
         for number, content in self.index.contents(self._namespace, after):
             if content.key in there and (info := self._info(content)) is not None:
                 yield number, info
+
+    def changes(self, since: object) -> Changes:
+        """What came and went since, by any process."""
+        mark = self.index.mark()
+        gone = self.index.gone(self._namespace, since) if isinstance(since, Mark) else None
+        if gone is None or not isinstance(since, Mark):
+            return Changes(mark, whole=True)
+        contents = self.index.contents(self._namespace, since.chunk)
+        added = [info for _, content in contents if (info := self._info(content)) is not None]
+        return Changes(mark, added, [key.hex() for key in gone])
 
     def make_room(
         self, key: str, nbytes: int, cost: float, limits: Limits, pinned: Collection[bytes]

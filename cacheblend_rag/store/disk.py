@@ -23,9 +23,10 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from cacheblend_rag.errors import UnavailableError
+from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.store.base import (
     NO_ROOM,
+    Changes,
     ChunkInfo,
     ChunkKV,
     Found,
@@ -197,6 +198,13 @@ class DiskStore(KVStore):
         """
         with explained(self._folder):
             yield from self._catalog.infos(number)
+
+    def changes(self, cursor: object) -> Changes:
+        try:
+            with explained(self._folder):
+                return self._catalog.changes(cursor)
+        except StoreError as error:
+            raise UnavailableError(str(error)) from error
 
     def stats(self) -> StoreStats:
         with explained(self._folder):

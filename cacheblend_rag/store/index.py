@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -62,6 +63,14 @@ class Content(NamedTuple):
     base: int
     kv_bytes: int
     tokens: bytes
+
+
+class Mark(NamedTuple):
+    """The numbers of an index's latest entries: what has higher ones came later."""
+
+    birth: int  # tells it from one made anew
+    chunk: int
+    heat: int
 
 
 class Victim(NamedTuple):
@@ -229,6 +238,30 @@ class Index:
                 return
             after = rows[-1][0]
 
+    def mark(self) -> Mark:
+        """Where ``gone`` and ``contents`` are to go on from now."""
+        query = "SELECT (SELECT seq FROM sqlite_sequence WHERE name = ?)"
+        with self._reading() as db:
+            (birth,) = db.execute("PRAGMA user_version").fetchone()
+            last = [db.execute(query, (name,)).fetchone()[0] or 0 for name in ("chunks", "heats")]
+        return Mark(birth, *last)
+
+    def gone(self, namespace: str, since: Mark) -> set[bytes] | None:
+        """Keys of chunks that left since then and did not come back; None where more may have left
+        than is remembered.
+        """
+        query = (
+            "SELECT key FROM heats WHERE namespace = ? AND id > ? AND NOT EXISTS "
+            "(SELECT 1 FROM chunks WHERE namespace = heats.namespace AND key = heats.key)"
+        )
+        with self._reading() as db:
+            now, oldest = self.mark(), db.execute("SELECT min(id) FROM heats").fetchone()[0]
+            rows = db.execute(query, (namespace, since.heat)).fetchall()
+        is_cut = (oldest or 0) > since.heat + 1 and now.heat - since.heat > _FEWEST_REMEMBERED
+        if now.birth != since.birth or is_cut:
+            return None
+        return {key for (key,) in rows}
+
     def totals(self, namespace: str) -> tuple[int, int]:
         """Chunks and bytes of a namespace."""
         query = "SELECT chunks, nbytes FROM totals WHERE namespace = ?"
@@ -299,6 +332,7 @@ class Index:
                 for statement in _SCHEMA:
                     db.execute(statement)
                 db.execute("INSERT INTO state VALUES (1, ?, 0, 0)", (GDSF.name,))
+                db.execute(f"PRAGMA user_version = {secrets.randbelow(1 << 31)}")
             elif _schema(db) != _our_schema():
                 raise sqlite3.DatabaseError("the schema is not ours")
             db.execute("COMMIT")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from threading import Lock
 
 from cacheblend_rag.store.base import (
     NO_ROOM,
+    Changes,
     ChunkInfo,
     ChunkKV,
     KVStore,
@@ -19,6 +21,8 @@ from cacheblend_rag.store.counts import EventCounts
 from cacheblend_rag.store.evict import GDSF, Policy, Ranking, recompute_cost
 from cacheblend_rag.store.host import pinned
 from cacheblend_rag.store.notes import Notes
+
+_REMEMBERED = 10_000  # changes, for those who follow them
 
 
 class MemoryStore(KVStore):
@@ -38,6 +42,8 @@ class MemoryStore(KVStore):
         self._ranking = Ranking(policy or GDSF(), capacity_bytes)
         self._pins: Counter[str] = Counter()
         self._notes = Notes()
+        self._changed = deque[str](maxlen=_REMEMBERED)
+        self._changes = 0  # of all times
         self._counts = EventCounts("memory")
 
     def contains(self, key: str) -> bool:
@@ -65,8 +71,10 @@ class MemoryStore(KVStore):
             evicted = self._ranking.add(key, chunk.nbytes, cost, self._pins)
             if evicted is not None:
                 self._chunks.setdefault(key, chunk)
+                self._note(key)
                 for victim in evicted:
                     del self._chunks[victim]
+                    self._note(victim)
         self._counts.add("evictions", 1 if evicted is None else len(evicted))
         self._counts.wrote(chunk.nbytes)
         return NO_ROOM if evicted is None else ""
@@ -76,6 +84,7 @@ class MemoryStore(KVStore):
         with self._lock:
             if self._chunks.pop(key, None) is not None:
                 self._ranking.remove(key)
+                self._note(key)
 
     def touch(self, key: str) -> None:
         check_key(key)
@@ -110,9 +119,32 @@ class MemoryStore(KVStore):
         with self._lock:
             held = list(self._chunks.items())
         for key, chunk in held:
-            yield ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
+            yield _info(key, chunk)
+
+    def changes(self, cursor: object) -> Changes:
+        with self._lock:
+            since = self._changes - cursor if isinstance(cursor, int) else -1
+            if not 0 <= since <= len(self._changed):
+                return Changes(self._changes, whole=True)
+            keys = dict.fromkeys(islice(reversed(self._changed), since))
+            added = [_info(key, self._chunks[key]) for key in keys if key in self._chunks]
+            removed = [key for key in keys if key not in self._chunks]
+            return Changes(self._changes, added, removed)
+
+    def clear(self) -> None:
+        """Drop every chunk."""
+        for info in list(self.scan()):
+            self.discard(info.key)
 
     def stats(self) -> StoreStats:
         with self._lock:
             chunks, nbytes = len(self._chunks), self._ranking.nbytes
         return self._counts.stats(chunks=chunks, nbytes=nbytes)
+
+    def _note(self, key: str) -> None:
+        self._changed.append(key)
+        self._changes += 1
+
+
+def _info(key: str, chunk: ChunkKV) -> ChunkInfo:
+    return ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)

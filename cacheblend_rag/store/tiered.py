@@ -10,8 +10,9 @@ from functools import partial
 from typing import TypeVar
 
 from cacheblend_rag.errors import StoreError, UnavailableError
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats, ask
+from cacheblend_rag.store.base import Changes, ChunkInfo, ChunkKV, Found, KVStore, StoreStats, ask
 from cacheblend_rag.store.counts import EventCounts, Meter, found_within
+from cacheblend_rag.store.memory import MemoryStore
 from cacheblend_rag.store.parallel import Readers
 
 _READERS = 8
@@ -123,6 +124,14 @@ class TieredStore(KVStore):
             seen.add(info.key)
             yield info
         yield from self.slow.scan_others(seen)
+
+    def changes(self, cursor: object) -> Changes:
+        found = self.slow.changes(cursor)
+        for key in found.removed:
+            self.fast.discard(key)
+        if found.whole and isinstance(self.fast, MemoryStore):
+            self.fast.clear()  # what went is not known; what is still there is read again
+        return found
 
     def stats(self) -> StoreStats:
         fast, slow = self.fast.stats(), self.slow.stats()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from threading import Lock
 
 from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore, StoreStats
+from cacheblend_rag.store.base import Changes, ChunkInfo, ChunkKV, Found, KVStore, StoreStats
 from cacheblend_rag.store.parallel import Readers
 
 
@@ -73,6 +73,9 @@ class WriteBackStore(KVStore):
         for info in self.store.scan_others(known):
             if info.key not in waiting:
                 yield info
+
+    def changes(self, cursor: object) -> Changes:
+        return self.store.changes(cursor)
 
     def stats(self) -> StoreStats:
         return self.store.stats()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,27 @@ class RedisServer:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(10)
+
+
+@contextlib.contextmanager
+def s3_bucket() -> Iterator[str]:
+    """A bucket of a real S3 API, in this process: its URL, with the options of its own. Other
+    processes reach it by the environment variables that this sets meanwhile.
+    """
+    pytest.importorskip("obstore")
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of botocore and werkzeug
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+        server.start()
+        endpoint = f"http://127.0.0.1:{server._port}"
+        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+        client.create_bucket(Bucket="chunks")
+        yield f"s3://chunks/below?endpoint={endpoint}&region=us-east-1"
+        server.stop()
 
 
 def wait_for_port(port: int, seconds: float = 20) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from chunks import chunk_of, key_of, same
-from servers import RedisServer, answering, free_port
+from servers import RedisServer, answering, free_port, s3_bucket
 
 from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store import ChunkInfo, ChunkKV, Encoding, MemoryStore, TieredStore, open_store
 from cacheblend_rag.store.base import ask
 from cacheblend_rag.store.chunk_file import encode
 from cacheblend_rag.store.remote import Backend, BackendError, RemoteStore
+from cacheblend_rag.store.remote.base import News
 from cacheblend_rag.store.seal import Cipher
 
 TIMEOUT = 0.5
@@ -36,22 +36,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="module")
 def s3_url() -> Iterator[str]:
-    """A bucket of a real S3 API, in this process."""
-    pytest.importorskip("obstore")
-    moto = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of botocore and werkzeug
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
-        server.start()
-        endpoint = f"http://127.0.0.1:{server._port}"
-        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(
-            Bucket="chunks"
-        )
-        yield f"s3://chunks/below?endpoint={endpoint}&region=us-east-1"
-        server.stop()
+    with s3_bucket() as url:
+        yield url
 
 
 @pytest.fixture(params=["redis", "s3"])
@@ -408,13 +394,16 @@ class Stuck(Backend):
         self.released.wait(30)
         return None
 
-    def put(self, name: str, value: bytes) -> None:
+    def put(self, name: str, value: bytes, feed: str = "") -> None:
         self.released.wait(30)
 
     def exists(self, name: str) -> bool:
         raise BackendError("no")
 
-    def delete(self, name: str) -> None: ...
+    def delete(self, name: str, feed: str = "") -> None: ...
+
+    def news(self, feed: str, cursor: object) -> News:
+        raise BackendError("no")
 
     def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
         return iter(())

@@ -11,12 +11,26 @@ class BackendError(Exception):
     """The other side is gone, slow, refuses or answers what cannot be understood."""
 
 
+class AnswerError(BackendError):
+    """The other side answers that it does not do this: it is there, and others may ask it."""
+
+
 class Head(NamedTuple):
     """The start of a value."""
 
     name: str
     data: bytes
     size: int  # of the whole value
+
+
+class News(NamedTuple):
+    """Values that were put (True) or deleted (False) since a cursor, oldest first, by the last part
+    of their names.
+    """
+
+    cursor: object
+    entries: list[tuple[str, bool]]
+    whole: bool = False  # the cursor was unknown or too old: there was more
 
 
 class Backend(ABC):
@@ -36,16 +50,22 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def put(self, name: str, value: bytes) -> None:
-        """Set a value."""
+    def put(self, name: str, value: bytes, feed: str = "") -> None:
+        """Set a value, and tell who follows ``feed``, if it is named."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
         """Whether there is a value."""
 
     @abstractmethod
-    def delete(self, name: str) -> None:
-        """Drop a value; does nothing where there is none."""
+    def delete(self, name: str, feed: str = "") -> None:
+        """Drop a value, if there is one, and tell who follows ``feed``, if it is named."""
+
+    @abstractmethod
+    def news(self, feed: str, cursor: object) -> News:
+        """What ``feed`` was told since ``cursor``, of the call before; all that is remembered where
+        that is not known. Entries may come twice.
+        """
 
     @abstractmethod
     def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:

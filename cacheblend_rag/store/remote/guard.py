@@ -8,7 +8,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from threading import Event, Lock, Thread
 from typing import TypeVar
 
-from cacheblend_rag.store.remote.base import Backend, BackendError
+from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError
 
 Result = TypeVar("Result")
 
@@ -56,8 +56,9 @@ class Guard:
             self._backend.abort()
             self._count_failure()
             raise BackendError(f"no answer within {self._timeout_s:g} s") from error
-        except BackendError:
-            self._count_failure()
+        except BackendError as error:
+            if not isinstance(error, AnswerError):
+                self._count_failure()
             raise
         self._in_a_row = 0
         return result

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
+import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cacheblend_rag.errors import MissingExtraError, StoreError
-from cacheblend_rag.store.remote.base import Backend, BackendError, Head
+from cacheblend_rag.store.remote.base import Backend, BackendError, Head, News
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _RETRIES = 2
 _AT_ONCE = 64  # requests for heads
+_SKEW_S = 60.0  # by which clocks of machines may differ
+_REMEMBERED_S = 86400.0  # changes, for those who follow them
+_PRUNE_EVERY = 1000  # changes
+_TOLD = re.compile(r"[0-9]{13}-[0-9a-f]{8}-(put|deleted)-(.+)")
 
 
 def open_bucket(url: str, timeout_s: float, options: Mapping[str, str]) -> ObjectStore:
@@ -61,6 +69,13 @@ def open_bucket(url: str, timeout_s: float, options: Mapping[str, str]) -> Objec
     return bucket
 
 
+class _Listed(NamedTuple):
+    """The cursor of a feed: when it was listed, and what it said of the last moments."""
+
+    at: float
+    names: frozenset[str]
+
+
 class ObjectBackend(Backend):
     """One bucket, or the part of it below the URL's path."""
 
@@ -75,7 +90,7 @@ class ObjectBackend(Backend):
             UnauthenticatedError,
         )
 
-        self._obstore, self._bucket = obstore, bucket
+        self._obstore, self._bucket, self._numbers = obstore, bucket, itertools.count()
         self._not_found = (NotFoundError, FileNotFoundError)
         self._refusals = (PermissionDeniedError, UnauthenticatedError)
         self._errors = (BaseError, OSError, ValueError)
@@ -91,9 +106,10 @@ class ObjectBackend(Backend):
             except self._not_found:
                 return None
 
-    def put(self, name: str, value: bytes) -> None:
+    def put(self, name: str, value: bytes, feed: str = "") -> None:
         with self._failing():
             self._obstore.put(self._bucket, name, value, use_multipart=False)
+            self._tell(feed, "put", name)
 
     def exists(self, name: str) -> bool:
         with self._failing():
@@ -103,9 +119,47 @@ class ObjectBackend(Backend):
                 return False
             return True
 
-    def delete(self, name: str) -> None:
-        with self._failing(), contextlib.suppress(*self._not_found):
-            self._obstore.delete(self._bucket, name)
+    def delete(self, name: str, feed: str = "") -> None:
+        with self._failing():
+            with contextlib.suppress(*self._not_found):
+                self._obstore.delete(self._bucket, name)
+            self._tell(feed, "deleted", name)
+
+    def news(self, feed: str, cursor: object) -> News:
+        """``feed`` is a folder of empty objects, whose names say when, what and which. A listing
+        begins a little before the last one, since clocks of machines differ.
+        """
+        now = time.time()
+        fresh = isinstance(cursor, _Listed) and now - cursor.at < _REMEMBERED_S / 2
+        before = cursor if fresh and isinstance(cursor, _Listed) else None
+        told = list(self._told(feed, 0.0 if before is None else before.at - _SKEW_S))
+        new = [name for name in told if before is None or name not in before.names]
+        entries = [
+            (match[2], match[1] == "put") for name in new if (match := _TOLD.fullmatch(name))
+        ]
+        recent = frozenset(name for name in told if name >= _stamp(now - _SKEW_S))
+        return News(_Listed(now, recent), entries, whole=before is None)
+
+    def _told(self, feed: str, since: float) -> Iterator[str]:
+        with self._failing():
+            pages = self._obstore.list(
+                self._bucket, feed, offset=f"{feed}/{_stamp(since)}", chunk_size=1000
+            )
+            for page in pages:
+                yield from (found["path"].rpartition("/")[2] for found in page)
+
+    def _tell(self, feed: str, what: str, name: str) -> None:
+        if not feed:
+            return
+        now, key = time.time(), name.rpartition("/")[2]
+        told = f"{feed}/{_stamp(now)}-{secrets.token_hex(4)}-{what}-{key}"
+        self._obstore.put(self._bucket, told, b"", use_multipart=False)
+        if next(self._numbers) % _PRUNE_EVERY == 0:
+            old = itertools.takewhile(
+                lambda name: name < _stamp(now - _REMEMBERED_S), self._told(feed, 0.0)
+            )
+            if paths := [f"{feed}/{name}" for name in old]:
+                self._obstore.delete(self._bucket, paths)
 
     def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
         with self._failing():
@@ -138,3 +192,8 @@ class ObjectBackend(Backend):
         except self._errors as error:
             text = str(error).strip()
             raise BackendError(f"{type(error).__name__}: {text.splitlines()[0][:200]}") from error
+
+
+def _stamp(seconds: float) -> str:
+    """A time as text that sorts as times do."""
+    return f"{max(int(seconds * 1000), 0):013d}"

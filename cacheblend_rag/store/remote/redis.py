@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from cacheblend_rag.errors import MissingExtraError, StoreError
-from cacheblend_rag.store.remote.base import Backend, BackendError, Head
+from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError, Head, News
 
 _PAGE = 500
 _RETRIES = 2
 _PING_S = 1.0
+_REMEMBERED = 10_000  # changes, for those who follow them
+_EMPTY = "empty"  # the cursor of a stream that does not exist
 
 
 class RedisBackend(Backend):
@@ -46,6 +49,7 @@ class RedisBackend(Backend):
             self._pinging = client(min(timeout_s, _PING_S), 0)
         except ValueError as error:  # the message must not quote a password
             raise StoreError("That is no Redis URL. Use redis://host:6379/0.") from error
+        self._refusals = (redis.ResponseError,)
         self._errors = (redis.RedisError, OSError, ValueError, TypeError, AttributeError)
 
     def get(self, name: str, limit: int) -> bytes | None:
@@ -57,17 +61,45 @@ class RedisBackend(Backend):
                 raise BackendError(f"a value of {size} bytes")
             return _as_bytes(self._client.get(name))
 
-    def put(self, name: str, value: bytes) -> None:
-        with self._failing():
-            self._client.set(name, value)
+    def put(self, name: str, value: bytes, feed: str = "") -> None:
+        with self._failing(), self._client.pipeline(transaction=bool(feed)) as pipeline:
+            pipeline.set(name, value)
+            self._tell(pipeline, feed, "put", name)
+            pipeline.execute()
 
     def exists(self, name: str) -> bool:
         with self._failing():
             return bool(self._client.exists(name))
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, feed: str = "") -> None:
+        with self._failing(), self._client.pipeline(transaction=bool(feed)) as pipeline:
+            pipeline.unlink(name)
+            self._tell(pipeline, feed, "deleted", name)
+            pipeline.execute()
+
+    def news(self, feed: str, cursor: object) -> News:
+        """``feed`` is a stream of bounded length, the cursor its last entry. Where that is gone, so
+        may be others: the stream was cut, or evicted and begun again.
+        """
+        since = cursor if isinstance(cursor, bytes) else b"-"
         with self._failing():
-            self._client.unlink(name)
+            found: Any = self._client.xrange(feed, min=since)
+            entries = [
+                (_as_text(key), _as_text(what) == "put")
+                for _, fields in found
+                for what, key in fields.items()
+            ]
+        if since != b"-" and found and found[0][0] == since:
+            return News(found[-1][0], entries[1:])
+        if cursor == _EMPTY and not found:
+            return News(_EMPTY, [])
+        return News(found[-1][0] if found else _EMPTY, entries, whole=True)
+
+    def _tell(self, pipeline: Any, feed: str, what: str, name: str) -> None:
+        if feed:
+            pipeline.xadd(
+                feed, {what: name.rpartition("/")[2]}, maxlen=_REMEMBERED, approximate=True
+            )
 
     def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
         cursor = 0
@@ -111,6 +143,8 @@ class RedisBackend(Backend):
     def _failing(self) -> Iterator[None]:
         try:
             yield
+        except self._refusals as error:
+            raise AnswerError(f"{type(error).__name__}: {error}") from error
         except self._errors as error:  # garbage for an answer ends in the last three
             raise BackendError(f"{type(error).__name__}: {error}") from error
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store.base import (
+    Changes,
     ChunkInfo,
     ChunkKV,
     Found,
@@ -18,6 +19,7 @@ from cacheblend_rag.store.base import (
     StoreStats,
     ask,
     check_key,
+    is_key,
 )
 from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
 from cacheblend_rag.store.counts import EventCounts, found_within
@@ -31,6 +33,7 @@ _HEAD_BYTES = 16 << 10  # the header and 3,900 tokens; for longer chunks the who
 _LARGEST = 1 << 30  # a larger value is not ours
 _PLAIN = Encoding()
 _READERS = 8
+_PAGE = 500  # heads asked for at once
 _Answer = TypeVar("_Answer")
 
 
@@ -62,6 +65,7 @@ class RemoteStore(KVStore):
     ) -> None:
         self._backend, self._encoding = backend, encoding
         self._prefix = f"cacheblend/v1/{namespace}{encoding.folder_suffix}/"
+        self._feed = f"cacheblend/changes/{namespace}{encoding.folder_suffix}"
         self._guard = Guard(backend, timeout_s)
         self._largest = min(largest_bytes, backend.largest)
         self._counts, self._readers = EventCounts("remote"), Readers(_READERS)
@@ -103,7 +107,7 @@ class RemoteStore(KVStore):
         try:
             if not self._asked(lambda: self._backend.exists(name)):
                 value = b"".join(encode(key, chunk, self._encoding))
-                self._asked(lambda: self._backend.put(name, value))
+                self._asked(lambda: self._backend.put(name, value, self._feed))
                 self._counts.wrote(chunk.nbytes)
         except UnavailableError as error:
             return str(error)
@@ -115,7 +119,7 @@ class RemoteStore(KVStore):
 
     def discard(self, key: str) -> None:
         name = self._name(key)
-        self._asked(lambda: self._backend.delete(name))
+        self._asked(lambda: self._backend.delete(name, self._feed))
 
     def scan(self) -> Iterator[ChunkInfo]:
         return self.scan_others(())
@@ -124,11 +128,19 @@ class RemoteStore(KVStore):
         for page in self._pages():
             keys = ((name, self._key(name)) for name, _ in page)
             names = [name for name, key in keys if key and key not in known]
-            if not names:
-                continue
-            for head in self._asked(partial(self._backend.heads, names, _HEAD_BYTES)):
-                if (info := self._info(head)) is not None:
-                    yield info
+            if names:
+                yield from self._infos(names)
+
+    def changes(self, cursor: object) -> Changes:
+        news = self._asked(lambda: self._backend.news(self._feed, cursor))
+        last = {key: is_there for key, is_there in news.entries if is_key(key)}
+        removed = [key for key, is_there in last.items() if not is_there]
+        there = (
+            [] if news.whole else [self._name(key) for key, is_there in last.items() if is_there]
+        )
+        parts = (there[i : i + _PAGE] for i in range(0, len(there), _PAGE))
+        added = [info for part in parts for info in self._infos(part)]
+        return Changes(news.cursor, added, removed, news.whole)
 
     def stats(self) -> StoreStats:
         chunks = nbytes = 0
@@ -159,6 +171,11 @@ class RemoteStore(KVStore):
         pages = self._backend.pages(self._prefix)
         while (page := self._asked(lambda: next(pages, None))) is not None:
             yield page
+
+    def _infos(self, names: Sequence[str]) -> Iterator[ChunkInfo]:
+        for head in self._asked(partial(self._backend.heads, names, _HEAD_BYTES)):
+            if (info := self._info(head)) is not None:
+                yield info
 
     def _info(self, head: Head) -> ChunkInfo | None:
         key = self._key(head.name)
