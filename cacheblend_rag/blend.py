@@ -277,8 +277,9 @@ class CacheBlend:
             prompt: text, chat messages (the model's own template is applied) or token ids; a list
                 of these is several prompts.
             **options: vLLM's sampling parameters by their own names; ``mode``,
-                ``recompute_ratio``, ``selector``, ``selector_options`` and ``schedule`` of
-                ``BlendConfig``; ``lora_request`` (served without blending).
+                ``recompute_ratio``, ``selector``, ``selector_options``, ``schedule`` and
+                ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request`` (served without
+                blending).
 
         Raises:
             PromptError: an empty, too long or malformed prompt.
@@ -315,11 +316,17 @@ class CacheBlend:
         pieces = self._engine.astream(prepared.request)
         return AsyncBlendStream(pieces, partial(self._finish, prepared))
 
-    def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+    def tokenize(
+        self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
         """The token ids that are computed for ``prompt``, with the cache on or off."""
-        ids = tokenize(prompt, self.tokenizer, max_model_len=self.info.max_model_len)
-        self._check_vocabulary(ids)
-        return ids
+        config = self.config.for_call({"chat_template_kwargs": chat_template_kwargs or {}})
+        return self._ids(prompt, config)
+
+    @property
+    def takes_messages(self) -> bool:
+        """Whether prompts may be chat messages: the model has a chat template."""
+        return self._engine.chat.available
 
     # ---- the path of one request ---------------------------------------------------------------
 
@@ -327,7 +334,7 @@ class CacheBlend:
         self._check_open()
         config, sampling, lora = self._split(options)
         clock = [time.perf_counter()]
-        ids = self.tokenize(prompt)
+        ids = self._ids(prompt, config)
         clock.append(time.perf_counter())
         matches = self._index.locate(ids, min_tokens=config.min_chunk_tokens)
         clock.append(time.perf_counter())
@@ -344,6 +351,17 @@ class CacheBlend:
         names = ("tokenize", "locate", "plan")
         stages = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
         return _Prepared(request, plan, config.mode, stages, request_id)
+
+    def _ids(self, prompt: Prompt, config: BlendConfig) -> tuple[int, ...]:
+        ids = tokenize(
+            prompt,
+            self.tokenizer,
+            self._engine.chat,
+            config.chat_template_kwargs,
+            max_model_len=self.info.max_model_len,
+        )
+        self._check_vocabulary(ids)
+        return ids
 
     def _decide(
         self, ids: tuple[int, ...], matches: Sequence[Any], config: BlendConfig
@@ -430,7 +448,7 @@ class CacheBlend:
         self, todo: Sequence[Chunk], chunks: Sequence[Chunk], before: Sequence[Before]
     ) -> list[Chunk]:
         """Those to do among ``chunks``, each with what stands before it in its document."""
-        head = prompt_head(self.config, self.tokenizer)
+        head = self._prompt_head(timeless=True)
         neutral = self._space.prefix_ids[len(head) :]
         first = {chunk.key: i for i, chunk in reversed(list(enumerate(chunks)))}
         placed = []
@@ -509,7 +527,9 @@ class CacheBlend:
         return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts)
 
     def _key_space(self, config: BlendConfig) -> KeySpace:
-        prefix = ingest_prefix(config, self.tokenizer, max_model_len=self.info.max_model_len)
+        prefix = ingest_prefix(
+            config, self.tokenizer, self._engine.chat, max_model_len=self.info.max_model_len
+        )
         by_document = config.ingest_prefix == "document"
         return KeySpace(self.info.fingerprint, prefix, config.namespace, by_document)
 
@@ -536,13 +556,28 @@ class CacheBlend:
 
     def _store_head(self) -> Head | None:
         """The head of chat prompts, stored at position 0: exact where a prompt starts with it."""
-        ids = prompt_head(self.config, self.tokenizer)
+        ids = self._prompt_head()
         if len(ids) < 2:
             return None
-        key = self._space._replace(prefix_ids=(), by_document=False).key(ids)
+        space = self._space._replace(prefix_ids=(), by_document=False)
+        key = space.key(ids)
         if any(self._engine.rpc("cacheblend_missing", [key])):
-            self._ingest([Chunk(key, ids)], ())
+            stable = self._prompt_head(timeless=True)
+            if stable == ids:
+                self._ingest([Chunk(key, ids)], ())
+            else:
+                self._replace_head(f"cacheblend/head/{space.key(stable)}", Chunk(key, ids))
         return Head(key, ids)
+
+    def _replace_head(self, name: str, head: Chunk) -> None:
+        """One with a date is another every day, and only the newest is kept."""
+        old = self._engine.rpc("cacheblend_unlabel", [name], None)
+        self._engine.rpc("cacheblend_forget", list(itertools.chain.from_iterable(old)))
+        self._ingest([head], ())
+        self._engine.rpc("cacheblend_label", [(name, [head.key])])
+
+    def _prompt_head(self, *, timeless: bool = False) -> tuple[int, ...]:
+        return prompt_head(self.config, self.tokenizer, self._engine.chat, timeless=timeless)
 
     def _probe(self, report: GateReport) -> GateReport:
         probe = gate.probe(self.info)

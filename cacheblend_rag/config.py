@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError, StoreError
 from cacheblend_rag.select import create_selector
-from cacheblend_rag.store.url import parse_size
+from cacheblend_rag.store.url import parse_size, redacted
 
 Mode = Literal["blend", "full", "reuse", "off"]
 When = Literal["pays", "always"]
@@ -27,7 +28,23 @@ PER_CALL = (
     "reach",
     "when",
     "schedule",
+    "chat_template_kwargs",
 )
+_TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +72,12 @@ class BlendConfig:
             before the chunk in its own document, as many as the neutral text has, which fills up
             where less is known; see ``CacheBlend.ingest``), ``bos`` (the BOS token, if the model
             has one), ``none``, or a sequence of token ids.
-        system_prompt: the system prompt your requests use; the template's default where None.
+        system_prompt: the system prompt your requests use; the template's default where None. Leave
+            out of it what changes, such as a date: it is part of every chunk's key.
+        likely_system_prompt: the same as a guess, where ``system_prompt`` is None: passed over
+            where the template takes no system message.
+        chat_template_kwargs: more arguments of the chat template by name, for instance
+            ``{"enable_thinking": False}``. Those of a call are added to them.
         when: ``pays`` blends where the measured costs predict a gain over a plain prefill (they are
             measured on a GPU only), ``always`` blends whatever is found.
         schedule: ``sync`` blends within one engine step, ``async`` in pieces so that other
@@ -78,6 +100,8 @@ class BlendConfig:
     min_chunk_tokens: int = 32
     ingest_prefix: str | tuple[int, ...] = "auto"
     system_prompt: str | None = None
+    likely_system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     when: When = "pays"
     schedule: Schedule = "auto"
     tile_tokens: int | None = None
@@ -105,14 +129,54 @@ class BlendConfig:
                 parse_size(self.gpu_cache)
             except StoreError as error:
                 raise ConfigError(f"gpu_cache: {error}") from error
+        for name in ("system_prompt", "likely_system_prompt"):
+            _check_text(name, getattr(self, name))
+        arguments = MappingProxyType(template_arguments(self.chat_template_kwargs))
+        object.__setattr__(self, "chat_template_kwargs", arguments)
         object.__setattr__(self, "selector_options", MappingProxyType(dict(self.selector_options)))
         create_selector(self.selector, self.selector_options)  # raises ConfigError
+
+    def __repr__(self) -> str:
+        """Without the store's user and password: it ends up in messages and traces."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown["store"] = redacted(self.store)
+        shown |= {n: dict(v) for n, v in shown.items() if isinstance(v, Mapping)}
+        return f"BlendConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def digest(self) -> str:
+        """Tells configurations apart, without saying what they are."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def for_call(self, options: Mapping[str, Any]) -> BlendConfig:
         """This configuration with one request's own options."""
         if "selector" in options and "selector_options" not in options:
             options = {**options, "selector_options": {}}
+        if "chat_template_kwargs" in options:
+            given = (self.chat_template_kwargs, options["chat_template_kwargs"])
+            options = {**options, "chat_template_kwargs": template_arguments(*given)}
         return replace(self, **options) if options else self
+
+
+def template_arguments(*given: object) -> dict[str, Any]:
+    """Arguments of the chat template, the last ones given where a name comes twice; None is none.
+
+    Raises:
+        ConfigError: no arguments, or what rendering sets itself.
+    """
+    found: dict[str, Any] = {}
+    for arguments in given:
+        if arguments is not None and not isinstance(arguments, Mapping):
+            raise ConfigError(
+                f"chat_template_kwargs is {arguments!r}; it must be a dict of the chat template's "
+                "arguments, such as {'enable_thinking': False}"
+            )
+        found |= arguments or {}
+    if refused := _TEMPLATE_OWN & found.keys():
+        raise ConfigError(
+            f"chat_template_kwargs can't set {', '.join(sorted(refused))}; leave it out. For a "
+            "prompt of another form, render it yourself and pass text or token ids"
+        )
+    return found
 
 
 def unknown_option(name: str, known: Iterable[str], what: str) -> ConfigError:
@@ -129,6 +193,11 @@ def _check_ratio(ratio: object) -> None:
         raise ConfigError(f"recompute_ratio must be a number or 'auto', got {ratio!r}")
     if not 0 <= ratio <= 1:
         raise ConfigError(f"recompute_ratio is {ratio}, but it is a share: 0 (reuse all) to 1")
+
+
+def _check_text(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}; it must be a text, or None for none")
 
 
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:

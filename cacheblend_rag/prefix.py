@@ -8,15 +8,18 @@ for token, so that every chunk starts at the same position.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.engine.base import ChatRenderer
+from cacheblend_rag.errors import ConfigError, PromptError
 from cacheblend_rag.token_ids import token_ids
 
 BEFORE_CHARS = 4096  # of what stands before a chunk; the neutral text, as many tokens, has 1,175
-_MARK = "\ue000context\ue000"  # private use: no template alters it
+_WORDS = ("Apple", "Zebra")  # of users: what stands before them is the head
 
 NEUTRAL_TEXT = """\
 The material below was gathered from several places and is given in no special order. A passage \
@@ -39,8 +42,11 @@ line.
 """
 
 
-def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) -> tuple[int, ...]:
-    """Token ids of the ingest prefix that ``config`` asks for.
+def ingest_prefix(
+    config: BlendConfig, tokenizer: Any, chat: ChatRenderer | None, *, max_model_len: int
+) -> tuple[int, ...]:
+    """Token ids of the ingest prefix that ``config`` asks for. They are part of every chunk's key,
+    so they are the same on every day: the head is the timeless one.
 
     ``auto`` leaves the neutral text out where the prefix would take more than an eighth of the
     model's context. That of ``document`` is what a chunk without one is computed behind.
@@ -62,7 +68,7 @@ def ingest_prefix(config: BlendConfig, tokenizer: Any, *, max_model_len: int) ->
     elif kind == "bos":
         ids = _bos(tokenizer)
     else:
-        ids = prompt_head(config, tokenizer)
+        ids = prompt_head(config, tokenizer, chat, timeless=True)
         whole = ids + tuple(tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False))
         if kind == "document" or (kind == "auto" and len(whole) <= max_model_len // 8):
             ids = whole
@@ -92,21 +98,51 @@ def document_context(
     return (*neutral_ids[len(ids) :], *ids)[-len(neutral_ids) :]
 
 
-def prompt_head(config: BlendConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that the chat template and the system prompt put before the user's first word."""
+def prompt_head(
+    config: BlendConfig, tokenizer: Any, chat: ChatRenderer | None, *, timeless: bool = False
+) -> tuple[int, ...]:
+    """Token ids that the chat template and the system prompt put before the user's first word.
+
+    Args:
+        config: has the system prompt and the template's arguments.
+        tokenizer, chat: the engine's; None where it has none.
+        timeless: with a date that never changes, where the template writes today's.
+
+    Raises:
+        ConfigError: the template takes no system prompt, and one was asked for.
+    """
     if tokenizer is None:
         return ()
-    system_prompt = config.system_prompt
-    if not getattr(tokenizer, "chat_template", None):
+    if chat is None or not chat.available:
         return _bos(tokenizer)
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    text = tokenizer.apply_chat_template(
-        [*system, {"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-    )
-    head, found, _ = str(text).partition(_MARK)
-    if not found:
-        return _bos(tokenizer)
-    return tuple(tokenizer.encode(head, add_special_tokens=False))
+
+    def head(system_prompt: str | None) -> tuple[int, ...]:
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        first, second = (
+            chat.render(
+                [*system, {"role": "user", "content": word}],
+                config.chat_template_kwargs,
+                timeless=timeless,
+            )
+            for word in _WORDS
+        )
+        return _common(first, second)
+
+    if config.system_prompt is not None:
+        try:
+            return head(config.system_prompt)
+        except PromptError as error:
+            raise ConfigError(f"system_prompt can't be used with this model: {error}") from error
+    for likely in dict.fromkeys((config.likely_system_prompt, None)):
+        with suppress(PromptError):  # it takes none; only closeness depends on the head
+            return head(likely)
+    return _bos(tokenizer)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    """How both begin: what stands before that in which they differ."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return tuple(token for token, _ in pairs)
 
 
 def _bos(tokenizer: Any) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from cacheblend_rag.engine.base import ChatRenderer
 from cacheblend_rag.errors import EmptyTextError, PromptError, PromptTooLongError
 from cacheblend_rag.token_ids import are_token_ids, token_ids
 
@@ -21,16 +22,38 @@ def is_prompt(value: object) -> TypeGuard[Prompt]:
     )
 
 
-def tokenize(prompt: Prompt, tokenizer: Any, *, max_model_len: int) -> tuple[int, ...]:
-    """Token ids of a prompt: text with the tokenizer's special tokens, chat messages through the
-    model's own template, token ids as they are.
+def tokenize(
+    prompt: Prompt,
+    tokenizer: Any,
+    chat: ChatRenderer,
+    arguments: Mapping[str, Any],
+    *,
+    max_model_len: int,
+) -> tuple[int, ...]:
+    """Token ids of a prompt: text with the tokenizer's special tokens, chat messages as the
+    engine's own chat has them, token ids as they are.
+
+    Args:
+        prompt: text, messages or token ids.
+        tokenizer: for text.
+        chat: for messages.
+        arguments: of the chat template, by name.
+        max_model_len: tokens that prompt and answer may have together.
 
     Raises:
-        PromptError: not a prompt, a message without text, or a tokenizer without a chat template.
+        PromptError: not a prompt, messages that are not text or that the template refuses, or no
+            tokenizer.
+        ConfigError: an argument that the template does not have.
         EmptyTextError: no tokens.
         PromptTooLongError: no room for a first token.
     """
-    ids = tuple(_ids(prompt, tokenizer))
+    if isinstance(prompt, str):
+        ids = tuple(_need(tokenizer).encode(checked(prompt))) if prompt else ()
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        _need(tokenizer)
+        ids = chat.render(checked_messages(prompt), arguments)
+    else:
+        ids = token_ids(prompt)
     if not ids:
         raise EmptyTextError("the prompt is empty; pass text, chat messages or token ids")
     if len(ids) >= max_model_len:
@@ -42,19 +65,24 @@ def tokenize(prompt: Prompt, tokenizer: Any, *, max_model_len: int) -> tuple[int
     return ids
 
 
-def render_chat(messages: Messages, tokenizer: Any) -> str:
-    """The text of chat messages in the model's own template, up to where the answer starts.
+def checked_messages(messages: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+    """``messages`` themselves, each with a role and with text.
 
     Raises:
-        PromptError: no template, or a message that is not text.
+        PromptError: one that is something else, by its number.
     """
-    if not getattr(_need(tokenizer), "chat_template", None):
-        raise PromptError(
-            "chat messages need a chat template and this model's tokenizer has none; pass the "
-            "prompt as text instead"
-        )
-    plain = [{**message, "content": _text(message.get("content"))} for message in messages]
-    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise PromptError(
+                f"message {number} is no dict with role and content, but {type(message).__name__}"
+            )
+        if not isinstance(message.get("role"), str):
+            raise PromptError(
+                f'message {number} has no role; give it one: {{"role": "user", "content": "..."}}'
+            )
+        for text in _texts(message.get("content"), number):
+            checked(text, f"message {number}")
+    return messages
 
 
 def tokenize_chunk(chunk: str | Sequence[int], tokenizer: Any) -> tuple[int, ...]:
@@ -72,7 +100,7 @@ def tokenize_chunk(chunk: str | Sequence[int], tokenizer: Any) -> tuple[int, ...
     return ids
 
 
-def checked(text: str) -> str:
+def checked(text: str, of: str = "the text") -> str:
     """``text`` itself, which tokenizers can take.
 
     Raises:
@@ -81,23 +109,13 @@ def checked(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 20) : error.start]
+        at, near = error.start, text[max(0, error.start - 20) : error.start]
         raise PromptError(
-            f"character {error.start}, after {near!r}, is a lone surrogate "
-            f"({text[error.start]!a}), which no tokenizer takes. It is half of a character, or a "
-            "byte of a file name that is not UTF-8; replace it: "
-            "text.encode(errors='replace').decode()"
+            f"character {at} of {of}, after {near!r}, is a lone surrogate ({text[at]!a}), which no "
+            "tokenizer takes. It is half of a character, or a byte of a file name that is not "
+            "UTF-8; replace it: text.encode(errors='replace').decode()"
         ) from error
     return text
-
-
-def _ids(prompt: Prompt, tokenizer: Any) -> Sequence[int]:
-    if isinstance(prompt, str):
-        return list(_need(tokenizer).encode(checked(prompt))) if prompt else []
-    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        text = render_chat(prompt, tokenizer)  # type: ignore[arg-type]
-        return list(tokenizer.encode(checked(text), add_special_tokens=False))
-    return token_ids(prompt)
 
 
 def _need(tokenizer: Any) -> Any:
@@ -108,15 +126,27 @@ def _need(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _text(content: object) -> str:
+def _texts(content: object, number: int) -> list[str]:
+    """The texts that a message's content consists of."""
     if content is None or isinstance(content, str):
-        return content or ""
-    parts: Sequence[Any] = content if isinstance(content, Sequence) else [content]
-    for part in parts:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise PromptError(
-                f"a message has content of type {kind!r}; only text can be served here. Send "
-                "prompts with images to vLLM directly"
-            )
-    return "\n".join(str(part["text"]) for part in parts)
+        return [content or ""]
+    return [
+        _text(part, number) for part in (content if isinstance(content, Sequence) else [content])
+    ]
+
+
+def _text(part: object, number: int) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(part, Mapping) or kind != "text":
+        raise PromptError(
+            f"message {number} has content of type {kind!r}; only text can be served here. Send "
+            "prompts with images to vLLM directly"
+        )
+    if not isinstance(part.get("text"), str):
+        raise PromptError(
+            f"message {number} has a part of type 'text' without a text; give it one: "
+            '{"type": "text", "text": "..."}'
+        )
+    return str(part["text"])

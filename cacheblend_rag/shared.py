@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import hashlib
 import os
+import re
 import threading
 import uuid
 import warnings
@@ -27,6 +28,7 @@ from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.store.disk import MARKER
 from cacheblend_rag.store.url import parse_url
 
+_SECRET = re.compile("(token|key|secret|password)$", re.IGNORECASE)  # hf_token, say
 _lock = threading.Lock()
 _by_model: weakref.WeakValueDictionary[str, SharedEngine] = weakref.WeakValueDictionary()
 _running: set[SharedEngine] = set()  # what was started stays until it is closed
@@ -261,7 +263,8 @@ class SharedEngine:
     def __reduce__(self) -> tuple[Any, ...]:
         config = self._settings["config"]
         plain = {f.name: getattr(config, f.name) for f in fields(config)}
-        plain["selector_options"] = dict(config.selector_options)
+        for name in ("selector_options", "chat_template_kwargs"):
+            plain[name] = dict(plain[name])
         args = self._settings.get("engine_args")
         return _revive, (self._name, self.model, plain, args)
 
@@ -271,12 +274,20 @@ class SharedEngine:
         given = {"config": config, "engine_args": engine_args}
         for name, value in given.items():
             if value is not None and value != self._settings[name]:
+                there, asked = _shown(self._settings[name]), _shown(value)
                 raise ConfigError(
-                    f"{self.model} is in use in this process with {name}={self._settings[name]!r}, "
-                    f"and {value!r} was asked for. Ask for the same or leave {name} out to share "
+                    f"{self.model} is in use in this process with {name}={there}, "
+                    f"and {asked} was asked for. Ask for the same or leave {name} out to share "
                     "it, close() the other first, or start a second engine yourself and pass it "
                     "to from_engine()"
                 )
+
+
+def _shown(settings: object) -> str:
+    """For messages: the values of what may be secret are left out."""
+    if isinstance(settings, Mapping):
+        settings = {n: "***" if _SECRET.search(n) else v for n, v in settings.items()}
+    return repr(settings)
 
 
 def _canonical(model: str | Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cacheblend_rag.engine.base import (
+    ChatRenderer,
     Engine,
     EngineInfo,
     EngineOutput,
@@ -17,6 +18,7 @@ from cacheblend_rag.engine.base import (
 from cacheblend_rag.errors import ConfigError
 
 __all__ = [
+    "ChatRenderer",
     "Engine",
     "EngineInfo",
     "EngineOutput",

@@ -101,6 +101,35 @@ class EngineInfo:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+class ChatRenderer(ABC):
+    """Turns chat messages into the token ids that the engine's own chat computes for them."""
+
+    @property
+    @abstractmethod
+    def available(self) -> bool:
+        """Whether the model has a chat template, or a way of its own."""
+
+    @abstractmethod
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any],
+        *,
+        timeless: bool = False,
+    ) -> tuple[int, ...]:
+        """Token ids of messages of text, up to where the answer starts.
+
+        Args:
+            messages: each a role and a content.
+            arguments: more arguments of the template, by name.
+            timeless: with a date that never changes, where the template writes today's.
+
+        Raises:
+            PromptError: no template, or messages that it refuses.
+            ConfigError: an argument that it does not have.
+        """
+
+
 class Engine(ABC):
     """An embedded vLLM engine with our connector inside.
 
@@ -110,6 +139,7 @@ class Engine(ABC):
 
     info: EngineInfo
     tokenizer: Any
+    chat: ChatRenderer
     sampling_names: frozenset[str]  # vLLM's sampling parameters that a caller may set
 
     @abstractmethod

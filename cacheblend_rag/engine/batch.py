@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest
+from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
 from cacheblend_rag.engine.start import (
     make_info,
@@ -66,6 +67,7 @@ class BatchEngine(Engine):
         config = self._llm.llm_engine.vllm_config
         skip = config.model_config.skip_tokenizer_init
         self.tokenizer = None if skip else self._llm.get_tokenizer()
+        self.chat = VllmChat(self._llm.llm_engine.renderer)
         self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
 
     def rpc(self, method: str, *args: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -57,6 +58,17 @@ def refusals() -> tuple[type[Exception], ...]:
     from vllm import exceptions
 
     return (TypeError, ValueError, getattr(exceptions, "VLLMClientError", ValueError))
+
+
+@functools.cache
+def no_chat_template() -> type[Exception]:
+    """What vLLM raises where a model has no chat template."""
+    moved = importlib.util.find_spec("vllm.renderers.chat_utils")
+    where = "vllm.renderers" if moved else "vllm.entrypoints"  # the older ones
+    found: type[Exception] = importlib.import_module(
+        f"{where}.chat_utils"
+    ).ChatTemplateResolutionError
+    return found
 
 
 def model_refusal(model: ModelConfig) -> Why | None:

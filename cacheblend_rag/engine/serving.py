@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest
+from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
 from cacheblend_rag.engine.start import (
     make_info,
@@ -47,6 +48,7 @@ class ServingEngine(Engine):
             config = self._engine.vllm_config
             skip = config.model_config.skip_tokenizer_init
             self.tokenizer = None if skip else self._call(_tokenizer(self._engine))
+            self.chat = VllmChat(self._engine.renderer)
             self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
         except BaseException:
             self.close()

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cacheblend_rag.config import PREFIXES, REACH, BlendConfig
+from cacheblend_rag.engine import ChatRenderer
 from cacheblend_rag.errors import ConfigError, DataError
 from cacheblend_rag.prefix import NEUTRAL_TEXT, prompt_head
 
@@ -137,7 +138,11 @@ def check_prefix(name: str) -> None:
 
 
 def with_prefix(
-    config: BlendConfig, name: str, tokenizer: Any, passages: Iterable[str]
+    config: BlendConfig,
+    name: str,
+    tokenizer: Any,
+    chat: ChatRenderer | None,
+    passages: Iterable[str],
 ) -> BlendConfig:
     """``config`` behind the ingest prefix of this name; ``passages`` keep company.
 
@@ -147,7 +152,7 @@ def with_prefix(
     sized = _SIZED.fullmatch(name)
     if sized is None:
         return replace(config, ingest_prefix=name)
-    head = prompt_head(config, tokenizer)
+    head = prompt_head(config, tokenizer, chat, timeless=True)
     kind, size = sized[1], int(sized[2])
     texts = itertools.repeat(NEUTRAL_TEXT) if kind == "neutral" else (f"{p}\n\n" for p in passages)
     ids: list[int] = []

@@ -154,7 +154,9 @@ class Evaluation:
         if name not in self._fronts:
             config = replace(self.blend.config, system_prompt=system_prompt(question.kind))
             company = self.company.get(question.set, ())
-            config = with_prefix(config, prefix, self.blend.tokenizer, company)
+            config = with_prefix(
+                config, prefix, self.blend.tokenizer, self.blend.engine.chat, company
+            )
             self._fronts[name] = self.blend.beside(config)
         return self._fronts[name]
 

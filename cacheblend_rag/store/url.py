@@ -78,6 +78,12 @@ def parse_url(url: str) -> StoreURL:
     return StoreURL(scheme, _check_path(scheme, path, is_url=match is not None), sizes, options)
 
 
+def redacted(url: str) -> str:
+    """``url`` for messages, logs and names: without user and password."""
+    scheme = url.partition(":")[0].lower()
+    return re.sub(r"(?<=://).*@", "***@", url, flags=re.DOTALL) if scheme in _REMOTES else url
+
+
 def parse_seconds(text: str) -> float:
     """Seconds in a time such as ``2``, ``0.5s`` or ``300ms``.
 
@@ -114,10 +120,12 @@ def _options(scheme: str, query: str) -> dict[str, str]:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError as error:
-        raise StoreError(f"?{query} is not of the form ?option=value&option=value.") from error
+        # no value is quoted: it may be a secret, or the rest of a password with a ? in it
+        raise StoreError("The options are not of the form ?option=value&option=value.") from error
     options = dict(pairs)
     if len(options) < len(pairs):
-        raise StoreError(f"An option is given twice in ?{query}. Give it once.")
+        twice = sorted({name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1})
+        raise StoreError(f"An option is given twice: {', '.join(twice)}. Give it once.")
     unknown = sorted(options.keys() - _OPTIONS[scheme])
     if unknown:
         known = ", ".join(sorted(_OPTIONS[scheme])) or "none"

@@ -80,9 +80,14 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
                     clock.check()
             return stream.result
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(answer(prompt)) for prompt in prompts]
-        return self._results(blend, [task.result() for task in tasks], missing)
+        tasks = [asyncio.ensure_future(answer(prompt)) for prompt in prompts]
+        try:  # no TaskGroup: its errors are groups, which no fallback or retry knows
+            results = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return self._results(blend, results, missing)
 
     def _stream(
         self,

@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend, ConfigError
+from cacheblend_rag.config import template_arguments
 from cacheblend_rag.shared import SharedEngine
 
 
@@ -25,12 +26,15 @@ class EngineSettings(BaseModel):
     """Hub name or folder."""
     temperature: float = Field(default=0.0, ge=0)
     """0 takes the likeliest token."""
-    max_tokens: int = Field(default=256, gt=0)
-    """Most tokens of an answer."""
+    max_tokens: int | None = Field(default=256, gt=0)
+    """Most tokens of an answer; None: all there is room for. ``max_completion_tokens`` is the
+    same."""
     stop: list[str] | None = None
     """Texts that end an answer."""
     sampling: dict[str, Any] = Field(default_factory=dict)
     """More of vLLM's sampling parameters and CacheBlend's options of a call, by their own names."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of the chat template, such as ``enable_thinking``."""
     timeout: float | None = None
     """Seconds an answer may take, looked at whenever a token comes; None: any time."""
     streaming: bool = False
@@ -51,7 +55,16 @@ class EngineSettings(BaseModel):
         engine: SharedEngine | None = None,
         **fields: Any,
     ) -> None:
-        engine = SharedEngine.given(engine, model, blend_config, engine_args)
+        fields = _fields(fields)
+        engine = SharedEngine.given(
+            engine,
+            model,
+            blend_config,
+            engine_args,
+            default=lambda: BlendConfig(
+                chat_template_kwargs=fields.get("chat_template_kwargs", {})
+            ),
+        )
         super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
 
     @classmethod
@@ -83,7 +96,8 @@ class EngineSettings(BaseModel):
             "max_tokens": self.max_tokens,
             "stop": self.stop,
             "sampling": self.sampling,
-            "config": repr(self.engine.config),
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "config": self.engine.config.digest(),  # this goes to tracers and into caches
         }
 
     def options(self, stop: list[str] | None, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +106,7 @@ class EngineSettings(BaseModel):
         Raises:
             ConfigError: what only another engine, or nothing here, can do.
         """
-        call = {name: value for name, value in call.items() if name != "stream"}
+        call = _by_our_names(call)
         for name, why in _REFUSED.items():
             if call.get(name) is not None:
                 raise ConfigError(f"{name} can't be set for a call: {why}")
@@ -100,7 +114,9 @@ class EngineSettings(BaseModel):
         own: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         if stops := self.stop if stop is None else stop:
             own["stop"] = stops
-        return {**own, **self.sampling, **call}
+        options = {**own, **self.sampling, **call}
+        given = (self.chat_template_kwargs, options.pop("chat_template_kwargs", None))
+        return {**options, "chat_template_kwargs": template_arguments(*given)}
 
     def deadline(self) -> Deadline:
         """Starts the clock of one answer."""
@@ -117,6 +133,51 @@ _REFUSED = {
     "tool_choice": _TOOLS,
     "functions": _TOOLS,
 }
+
+
+# with every stream comes its usage
+_USAGE = {"stream_usage": True, "stream_options": {"include_usage": True}}
+
+
+def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """An object's settings; of ``extra_body`` what is no field of ours is sampling."""
+    found = _renamed(given)
+    extra = dict(found.pop("extra_body", None) or {})
+    if "chat_template_kwargs" in extra:
+        found.setdefault("chat_template_kwargs", extra.pop("chat_template_kwargs"))
+    if extra:
+        found["sampling"] = {**extra, **(found.get("sampling") or {})}
+    return found
+
+
+def _by_our_names(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's options; ``extra_body`` holds more of them."""
+    found = _renamed({**(call.get("extra_body") or {}), **call})
+    for name in ("extra_body", "stream"):  # how it is asked for is no option of the engine
+        found.pop(name, None)
+    return found
+
+
+def _renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """LangChain's and OpenAI's names for the same things as ours.
+
+    Raises:
+        ConfigError: one that says something else than ours, or that can't be done.
+    """
+    found = dict(given)
+    if "max_completion_tokens" in found:
+        tokens = found.pop("max_completion_tokens")
+        if found.setdefault("max_tokens", tokens) != tokens:
+            raise ConfigError(
+                "max_tokens and max_completion_tokens are the same thing, and were given with two "
+                "values; give one of them"
+            )
+    for name, has in _USAGE.items():
+        if found.pop(name, None) not in (None, has):
+            raise ConfigError(
+                f"{name} can only be {has!r}: a stream's last piece has its usage. Leave {name} out"
+            )
+    return found
 
 
 class Deadline:

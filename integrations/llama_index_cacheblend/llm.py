@@ -27,6 +27,7 @@ from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index.core.prompts.chat_prompts import TEXT_QA_SYSTEM_PROMPT
 
 from cacheblend_rag import AsyncBlendStream, BlendConfig, BlendResult, BlendStream, CacheBlend
+from cacheblend_rag.config import template_arguments
 from cacheblend_rag.errors import PromptError
 from cacheblend_rag.prompt import Prompt
 from cacheblend_rag.shared import SharedEngine
@@ -82,6 +83,10 @@ class CacheBlendLLM(LLM):
         description="More of vLLM's sampling parameters, and CacheBlend's options of a call, by "
         "their own names.",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="More arguments of the chat template, such as enable_thinking.",
+    )
     is_chat_model: bool | None = Field(
         default=None, description="Whether to use chat messages; None: if there is a template."
     )
@@ -96,13 +101,16 @@ class CacheBlendLLM(LLM):
         engine: SharedEngine | None = None,
         **fields: Any,
     ) -> None:
-        system_prompt = fields.get("system_prompt") or TEXT_QA_SYSTEM_PROMPT.content
         engine = SharedEngine.given(
             engine,
             model,
             blend_config,
             engine_args,
-            default=lambda: BlendConfig(system_prompt=system_prompt),
+            default=lambda: BlendConfig(
+                system_prompt=fields.get("system_prompt"),
+                likely_system_prompt=TEXT_QA_SYSTEM_PROMPT.content,
+                chat_template_kwargs=fields.get("chat_template_kwargs", {}),
+            ),
         )
         super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
 
@@ -215,7 +223,7 @@ class CacheBlendLLM(LLM):
         if self.is_chat_model is not None:
             return self.is_chat_model
         own = self.messages_to_prompt is not generic_messages_to_prompt
-        return own or bool(getattr(blend.tokenizer, "chat_template", None))
+        return own or blend.takes_messages
 
     def _ask_text(
         self, blend: CacheBlend, text: str, formatted: bool, call: Mapping[str, Any]
@@ -238,7 +246,7 @@ class CacheBlendLLM(LLM):
         assert self.messages_to_prompt is not None
         own = self.messages_to_prompt is not generic_messages_to_prompt
         prompt: str | list[dict[str, str]]
-        if own or not getattr(blend.tokenizer, "chat_template", None):
+        if own or not blend.takes_messages:
             prompt = text = self.messages_to_prompt(messages)
         else:
             prompt = to_messages(messages)
@@ -249,7 +257,9 @@ class CacheBlendLLM(LLM):
         own: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         if self.stop:
             own["stop"] = self.stop
-        return {**own, **self.sampling, **call}
+        options = {**own, **self.sampling, **call}
+        given = (self.chat_template_kwargs, options.pop("chat_template_kwargs", None))
+        return {**options, "chat_template_kwargs": template_arguments(*given)}
 
 
 def _whole(asked: _Asked, make: _Make[_Response]) -> _Response:

@@ -29,7 +29,7 @@ FIRST, SECOND, THIRD = words(70), words(40), words(33)
 class Letters:
     """A tokenizer of every eighth letter, so that the neutral text is short."""
 
-    chat_template, bos_token_id = None, HEAD
+    bos_token_id = HEAD
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [2 + ord(letter) % (VOCAB - 2) for letter in text[::8]]

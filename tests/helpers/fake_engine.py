@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.engine import Engine, EngineInfo, EngineOutput, EngineRequest
+from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.start import sampling_names, sampling_params
 from cacheblend_rag.errors import ClosedError
 from cacheblend_rag.models import cache_home
@@ -27,10 +28,16 @@ ANSWER = ("A", " short", " answer", ".")
 
 
 @cache
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
+def renderer(model: str, tokenizer_mode: str = "auto") -> Any:
+    """vLLM's own, of the model in this folder, without an engine."""
+    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.renderers import renderer_from_config
 
-    return AutoTokenizer.from_pretrained(model)
+    config: Any = SimpleNamespace(
+        model_config=ModelConfig(model=model, tokenizer_mode=tokenizer_mode),
+        parallel_config=ParallelConfig(),
+    )
+    return renderer_from_config(config)
 
 
 class FakeEngine(Engine):
@@ -50,7 +57,8 @@ class FakeEngine(Engine):
         self.closed = False
         self.aborted = 0
         self.sampling_names = sampling_names()
-        self.tokenizer = _tokenizer(model)
+        self.chat = VllmChat(renderer(model, options.get("tokenizer_mode", "auto")))
+        self.tokenizer = self.chat._renderer.tokenizer
         self.info = EngineInfo(
             model=model,
             vllm_version="0",
@@ -183,7 +191,7 @@ def fake_blend(patch: pytest.MonkeyPatch, **options: Any) -> CacheBlend:
     """A CacheBlend over a fake engine."""
     install(patch)
     config = options.pop("config", None) or BlendConfig()
-    return CacheBlend(Path(MODEL), config=config, **options)
+    return CacheBlend(options.pop("model", MODEL), config=config, **options)
 
 
 def sent(blend: CacheBlend) -> list[EngineRequest]:

@@ -5,18 +5,27 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from fake_engine import ANSWER, MODEL, FakeEngine, sent
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import OutputParserException
+from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from pydantic import BaseModel, ValidationError
 
-from cacheblend_rag import BlendConfig, ClosedError, ConfigError, PromptError, PromptTooLongError
+from cacheblend_rag import (
+    BlendConfig,
+    ClosedError,
+    ConfigError,
+    PromptError,
+    PromptTooLongError,
+)
 from langchain_cacheblend import CacheBlendLLM, ChatCacheBlend
 
 TEXT = "".join(ANSWER)
@@ -88,12 +97,118 @@ async def test_timeout(llm: Model) -> None:
         list(hasty.stream("Hello"))
     with pytest.raises(TimeoutError):
         [piece async for piece in hasty.astream("Hello")]
-    with pytest.raises((TimeoutError, ExceptionGroup)):
+    with pytest.raises(TimeoutError):
         await hasty.ainvoke("Hello")
 
 
 def test_tokens_are_the_model_s_own(llm: Model) -> None:
     assert llm.get_num_tokens("Hello there") == len(llm.blend.tokenizer.encode("Hello there"))
+
+
+# --- names that other models have for the same ----------------------------------------------------
+
+
+async def test_other_names_for_the_same(llm: Model) -> None:
+    own = type(llm)(engine=llm.engine, max_completion_tokens=2, stream_usage=True)
+    assert set((await in_all_ways(own)).values()) == {"A short"}
+    found = await in_all_ways(llm, max_completion_tokens=1, stream_options={"include_usage": True})
+    assert set(found.values()) == {"A"}
+    endless = type(llm)(engine=llm.engine, max_tokens=None)
+    assert set((await in_all_ways(endless)).values()) == {TEXT}
+    assert sent(llm.blend)[-1].sampling["max_tokens"] is None
+    llm.invoke("Hello", extra_body={"top_k": 5, "temperature": 0.5}, temperature=0.1)
+    assert {"top_k": 5, "temperature": 0.1}.items() <= sent(llm.blend)[-1].sampling.items()
+    extra = type(llm)(engine=llm.engine, extra_body={"top_k": 6}, sampling={"top_p": 0.5})
+    extra.invoke("Hello")
+    assert {"top_k": 6, "top_p": 0.5}.items() <= sent(llm.blend)[-1].sampling.items()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"stream_usage": False}, "last piece has its usage"),
+        ({"stream_options": {"include_usage": False}}, "last piece has its usage"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "the same thing"),
+    ],
+)
+def test_other_names_with_another_meaning(llm: Model, given: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        llm.invoke("Hello", **given)
+    with pytest.raises(ConfigError, match=says):
+        type(llm)(engine=llm.engine, **given)
+
+
+def test_arguments_of_the_chat_template(engines: list[FakeEngine]) -> None:
+    llm = ChatCacheBlend(model=str(MODEL))
+    documents = {"documents": [{"title": "t", "text": "x"}]}  # an argument that all templates take
+    for bound in (
+        llm.bind(chat_template_kwargs=documents),
+        llm.bind(extra_body={"chat_template_kwargs": documents}),
+        ChatCacheBlend(engine=llm.engine, chat_template_kwargs=documents),
+        ChatCacheBlend(engine=llm.engine, extra_body={"chat_template_kwargs": documents}),
+    ):
+        assert text_of(bound.invoke("Hello")) == TEXT
+    with pytest.raises(ConfigError, match="no argument 'enable_thinking'"):
+        llm.invoke("Hello", chat_template_kwargs={"enable_thinking": False})
+    llm.close()
+    made = ChatCacheBlend(model=str(MODEL), chat_template_kwargs=documents)
+    assert made.blend.config.chat_template_kwargs == documents
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+async def test_errors_are_the_same_in_every_way(llm: Model) -> None:
+    long = "word " * 3000
+    for call in (lambda: llm.ainvoke(long), lambda: llm.abatch(["Hello", long])):
+        with pytest.raises(PromptTooLongError):
+            await call()
+    with pytest.raises(ConfigError):
+        await llm.ainvoke("Hello", temperatur=1)
+    with pytest.raises(PromptError, match="lone surrogate"):
+        await llm.ainvoke("caf\udce9")
+    wrong = llm.bind(temperatur=1)
+    safe = wrong.with_fallbacks([llm.bind(max_tokens=1)], exceptions_to_handle=(ConfigError,))
+    assert text_of(safe.invoke("Hello")) == text_of(await safe.ainvoke("Hello")) == "A"
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+
+class Traced(BaseCallbackHandler):
+    """What tracers are told when a model is asked."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_llm_start(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(f"{args} {kwargs}")
+
+    def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(f"{args} {kwargs}")
+
+
+def test_no_secret_reaches_tracers_and_caches(llm: Model) -> None:
+    plain = llm._identifying_params
+    llm.close()
+    config = BlendConfig(store="rediss://me:s3cr3t@one/0", namespace="acme")
+    args = {"hf_token": "s3cr3t"}
+    one = type(llm)(model=str(MODEL), blend_config=config, engine_args=args)
+    traced = Traced()
+    one.invoke("Hello", config={"callbacks": [traced]})
+    texts = [*traced.seen, repr(one), str(one._identifying_params), dumps(one), repr(one.engine.config)]
+    assert len(traced.seen) == 1
+    assert not [text for text in texts if "s3cr3t" in text]
+    other = BlendConfig(store="rediss://me:s3cr3t@two/0")
+    with pytest.raises(ConfigError) as error:
+        type(llm)(model=str(MODEL), blend_config=other, engine_args={"hf_token": "other"})
+    assert "s3cr3t" not in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        type(llm)(model=str(MODEL), engine_args={"hf_token": "0ther"})
+    assert not {"s3cr3t", "0ther"} & set(re.findall(r"\w+", str(error.value)))
+    assert one._identifying_params != plain
+    kept = pickle.loads(pickle.dumps(one)).engine
+    assert kept.config.store == "rediss://me:s3cr3t@one/0"
 
 
 # --- what comes with an answer --------------------------------------------------------------------

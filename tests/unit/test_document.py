@@ -22,7 +22,7 @@ TEXT = "One fish. Two fish. Red fish. Blue fish."
 class Letters:
     """A tokenizer of letters."""
 
-    chat_template, bos_token_id = None, 1
+    bos_token_id = 1
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [ord(letter) for letter in text]
@@ -72,15 +72,17 @@ def test_context_is_as_long_as_the_neutral_text() -> None:
 def test_prefix_of_a_chunk_without_a_document_is_that_of_auto() -> None:
     auto, document = BlendConfig(), BlendConfig(ingest_prefix="document")
     long, short = 8 * (1 + len(NEUTRAL_TEXT)), 4 * len(NEUTRAL_TEXT)
-    whole = ingest_prefix(document, Letters(), max_model_len=long)
-    assert whole == ingest_prefix(auto, Letters(), max_model_len=long)
+    whole = ingest_prefix(document, Letters(), None, max_model_len=long)
+    assert whole == ingest_prefix(auto, Letters(), None, max_model_len=long)
     # asked for by name, it is not left out of a short context either
-    assert ingest_prefix(document, Letters(), max_model_len=short) == whole
-    assert ingest_prefix(auto, Letters(), max_model_len=short) == prompt_head(auto, Letters())
+    assert ingest_prefix(document, Letters(), None, max_model_len=short) == whole
+    assert ingest_prefix(auto, Letters(), None, max_model_len=short) == prompt_head(
+        auto, Letters(), None
+    )
     with pytest.raises(ConfigError, match="half of the context"):
-        ingest_prefix(document, Letters(), max_model_len=len(NEUTRAL_TEXT))
+        ingest_prefix(document, Letters(), None, max_model_len=len(NEUTRAL_TEXT))
     with pytest.raises(ConfigError, match="needs a tokenizer"):
-        ingest_prefix(document, None, max_model_len=long)
+        ingest_prefix(document, None, None, max_model_len=long)
 
 
 def test_keys_of_documents_are_their_own_and_others_stay() -> None:

@@ -84,9 +84,9 @@ def test_rows_that_do_not_exist(row: str, says: str) -> None:
 
 
 class Letters:
-    """A tokenizer of letters, without a chat template."""
+    """A tokenizer of letters."""
 
-    chat_template = bos_token_id = None
+    bos_token_id = None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [ord(letter) for letter in text]
@@ -94,12 +94,12 @@ class Letters:
 
 def test_prefixes_of_a_size() -> None:
     config = BlendConfig()
-    got = with_prefix(config, "company:7", Letters(), ["abc", "de", "f"])
+    got = with_prefix(config, "company:7", Letters(), None, ["abc", "de", "f"])
     assert "".join(map(chr, got.ingest_prefix)) == "abc\n\nde"
-    assert len(with_prefix(config, "neutral:3000", Letters(), ()).ingest_prefix) == 3000
-    assert with_prefix(config, "bos", Letters(), ()).ingest_prefix == "bos"
+    assert len(with_prefix(config, "neutral:3000", Letters(), None, ()).ingest_prefix) == 3000
+    assert with_prefix(config, "bos", Letters(), None, ()).ingest_prefix == "bos"
     with pytest.raises(DataError, match="5 tokens together, fewer than 9"):
-        with_prefix(config, "company:9", Letters(), ["abc"])
+        with_prefix(config, "company:9", Letters(), None, ["abc"])
 
 
 def question(number: int, **changes: Any) -> Question:

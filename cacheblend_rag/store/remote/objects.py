@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cacheblend_rag.errors import MissingExtraError, StoreError
 from cacheblend_rag.store.remote.base import Backend, BackendError, Head, News
+from cacheblend_rag.store.url import redacted
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -62,10 +63,11 @@ def open_bucket(url: str, timeout_s: float, options: Mapping[str, str]) -> Objec
             },
         )
     except (BaseError, ValueError, TypeError) as error:
+        said = str(error).replace(url, redacted(url))
         raise StoreError(
-            f"The object storage {url.partition('?')[0]} cannot be used: {error}. "
+            f"The object storage {redacted(url)} cannot be used: {said}. "
             "Use s3://bucket/path, gs://bucket/path or az://account/container/path."
-        ) from error
+        ) from None  # which may quote a password
     return bucket
 
 

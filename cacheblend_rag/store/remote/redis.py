@@ -47,8 +47,8 @@ class RedisBackend(Backend):
         try:
             self._client = client(timeout_s, _RETRIES)
             self._pinging = client(min(timeout_s, _PING_S), 0)
-        except ValueError as error:  # the message must not quote a password
-            raise StoreError("That is no Redis URL. Use redis://host:6379/0.") from error
+        except ValueError:  # which may quote a password
+            raise StoreError("That is no Redis URL. Use redis://host:6379/0.") from None
         self._refusals = (redis.ResponseError,)
         self._errors = (redis.RedisError, OSError, ValueError, TypeError, AttributeError)
 

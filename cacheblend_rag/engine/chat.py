@@ -1,0 +1,116 @@
+"""Chat messages to token ids by vLLM's own renderer, so that prompts are those of its own chat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import cache, cached_property
+from typing import Any
+
+from vllm.renderers import ChatParams
+from vllm.renderers.hf import HfRenderer
+from vllm.utils.mistral import is_mistral_tokenizer
+
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.base import ChatRenderer
+from cacheblend_rag.errors import ConfigError, PromptError
+
+CLOCK = "strftime_now"  # what templates call to write today's date
+_MISTRAL_TAKES = ("reasoning_effort",)
+
+
+class VllmChat(ChatRenderer):
+    """What ``LLM.chat`` and vLLM's server do with messages, whatever the tokenizer."""
+
+    def __init__(self, renderer: Any) -> None:
+        self._renderer = renderer
+
+    @cached_property
+    def available(self) -> bool:
+        if self._renderer.tokenizer is None:
+            return False
+        try:
+            self._rendered([{"role": "user", "content": "Hello"}], {})
+        except compat.no_chat_template():
+            return False
+        except Exception:  # there is one, which takes no message of a user alone
+            return True
+        return True
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any],
+        *,
+        timeless: bool = False,
+    ) -> tuple[int, ...]:
+        for name in arguments:
+            if not self._takes(name):
+                raise ConfigError(
+                    f"this model's chat template has no argument {name!r}; leave it out of "
+                    "chat_template_kwargs"
+                )
+        if timeless and self._takes(CLOCK):
+            arguments = {CLOCK: _some_day, **arguments}
+        try:
+            found = self._rendered([dict(message) for message in messages], arguments)
+        except compat.no_chat_template() as error:
+            raise PromptError(
+                "chat messages need a chat template and this model has none; pass the prompt as "
+                "text instead"
+            ) from error
+        except Exception as error:  # templates, and renderers in Python, raise anything
+            raise _refused(messages, error) from error
+        if found["type"] != "token":
+            raise PromptError("only text can be served here; leave images and sound out")
+        return tuple(found["prompt_token_ids"])
+
+    def _rendered(
+        self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        renderer = self._renderer
+        params = ChatParams(
+            chat_template_kwargs={
+                **arguments,
+                "add_generation_prompt": True,
+                "continue_final_message": False,
+                "tokenize": is_mistral_tokenizer(renderer.tokenizer)
+                or renderer.model_config.enable_prompt_embeds,
+            }
+        )
+        tokens = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+        # lengths are checked by ourselves, with our own messages
+        tokens = replace(tokens, max_total_tokens=None)
+        _, (found,) = renderer.render_chat([messages], params, tokens)
+        return found  # type: ignore[no-any-return]
+
+    def _takes(self, name: str) -> bool:
+        """Whether an argument has an effect; vLLM drops others silently."""
+        if is_mistral_tokenizer(self._renderer.tokenizer):
+            return name in _MISTRAL_TAKES
+        if type(self._renderer) is not HfRenderer:  # in Python, for one family: not known
+            return name != CLOCK
+        return name == "documents" or name in _words(str(self._renderer.tokenizer.chat_template))
+
+
+def _some_day(form: str) -> str:
+    """In place of today's date, one that never changes."""
+    return datetime(2024, 7, 26).strftime(form)  # the one that Llama's templates fall back to
+
+
+@cache
+def _words(template: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", template))
+
+
+def _refused(messages: Sequence[Mapping[str, Any]], error: Exception) -> PromptError:
+    reason = str(error).strip() or type(error).__name__
+    return PromptError(
+        f"the model's chat template refuses these messages: {reason.splitlines()[0].rstrip('.')}. "
+        f"Their roles are: {', '.join(str(m['role']) for m in messages)}. Some templates take no "
+        "system message, or want user and assistant in turn: move the system message's text to "
+        "the front of the user's, merge neighbours of one role, or write the prompt yourself and "
+        "pass it as text (LlamaIndex: messages_to_prompt)"
+    )

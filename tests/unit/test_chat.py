@@ -1,0 +1,278 @@
+"""Chat messages become the token ids of vLLM's own chat, or are refused by us."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_engine import MODEL, fake_blend, renderer
+
+from cacheblend_rag import BlendConfig, CacheBlend, ConfigError, PromptError
+from cacheblend_rag.ingest import IngestReport
+
+pytest.importorskip("vllm")
+
+# as Gemma 2's: no system message, and user and assistant in turn
+NO_SYSTEM = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}\
+{{ raise_exception('System role not supported') }}{% endif %}{% for message in messages %}\
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}\
+{% endif %}<turn>{{ message['role'] + '\n' + message['content'] | trim }}</turn>\n{% endfor %}\
+<turn>model\n"""
+# as Llama 3.2's and Granite's
+DATED = """<|im_start|>system\nToday Date: {{ strftime_now("%d %b %Y") }}\n\n\
+{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}<|im_end|>\n\
+{% for message in messages %}{% if message['role'] != 'system' %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}<|im_start|>assistant\n"""
+# as Qwen3's
+THINKING = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"""
+# as SmolLM3's: the head has it too
+THINKING_HEAD = "{% if enable_thinking %}/think{% else %}/no_think{% endif %}\n" + THINKING
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one": [{"role": "user", "content": "When does the ferry leave?"}],
+    "system": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "When does the ferry leave?"},
+    ],
+    "several": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One "},
+        {"role": "assistant", "content": "Two\n"},
+        {"role": "user", "content": " Three é😀 "},
+    ],
+    "parts": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    ],
+    "none": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "Hi"},
+    ],
+    "developer": [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+    ],
+}
+MISTRAL_FILES = ("tekken_240718.json", "tekken_240911.json")
+
+
+def with_template(folder: Path, template: str | None) -> Path:
+    """The embedded model's folder, without its weights, with another chat template."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    described.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def with_tekken(folder: Path, name: str) -> Path:
+    """A folder with Mistral's own tokenizer, as its repositories have it."""
+    import mistral_common
+
+    shutil.copy(MODEL / "config.json", folder / "config.json")
+    [package] = mistral_common.__path__
+    shutil.copy(Path(package) / "data" / name, folder / "tekken.json")
+    return folder
+
+
+def opened(patch: pytest.MonkeyPatch, folder: Path, **options: Any) -> CacheBlend:
+    """A CacheBlend over a fake engine of this model."""
+    return fake_blend(patch, model=folder, **options)
+
+
+def own_chat(
+    folder: Path, messages: Sequence[Mapping[str, Any]], mode: str = "auto", **arguments: Any
+) -> tuple[int, ...]:
+    """What vLLM's ``LLM.chat`` computes for messages."""
+    from vllm import LLM
+
+    vllm: Any = renderer(str(folder), mode)
+    llm: Any = SimpleNamespace(renderer=vllm, model_config=vllm.model_config, chat_template=None)
+    found = LLM._preprocess_chat(llm, [list(messages)], chat_template_kwargs=arguments)
+    return tuple(found[0]["prompt_token_ids"])
+
+
+def text_of(blend: CacheBlend, ids: Sequence[int]) -> str:
+    return str(blend.tokenizer.decode(list(ids)))
+
+
+# --- the same ids ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_ids_are_those_of_vllm_s_chat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blend = fake_blend(monkeypatch)
+    assert blend.takes_messages
+    assert blend.tokenize(CONVERSATIONS[name]) == own_chat(MODEL, CONVERSATIONS[name])
+
+
+@pytest.mark.parametrize("name", ["one", "system", "several", "parts"])
+@pytest.mark.parametrize("tekken", MISTRAL_FILES)
+def test_ids_of_mistral_s_own_tokenizer(
+    tekken: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_tekken(tmp_path, tekken)
+    blend = opened(monkeypatch, folder, tokenizer_mode="mistral")
+    assert blend.takes_messages
+    expected = own_chat(folder, CONVERSATIONS[name], "mistral")
+    assert blend.tokenize(CONVERSATIONS[name]) == expected
+    head = blend._head
+    assert head is not None
+    if name == "one":
+        assert expected[: len(head.token_ids)] == head.token_ids
+
+
+def test_a_model_without_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blend = opened(monkeypatch, with_template(tmp_path, None))
+    assert not blend.takes_messages
+    with pytest.raises(PromptError, match="pass the prompt as text"):
+        blend.tokenize(CONVERSATIONS["one"])
+
+
+# --- the template's arguments ---------------------------------------------------------------------
+
+
+def test_arguments_of_a_call_and_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = with_template(tmp_path, THINKING)
+    blend = opened(monkeypatch, folder)
+    off = {"enable_thinking": False}
+    asked = CONVERSATIONS["one"]
+    assert blend.tokenize(asked) == own_chat(folder, asked)
+    silent = own_chat(folder, asked, **off)
+    assert blend.tokenize(asked, chat_template_kwargs=off) == silent != own_chat(folder, asked)
+    assert blend.generate(asked, chat_template_kwargs=off).prompt_token_ids == silent
+    always = opened(monkeypatch, folder, config=BlendConfig(chat_template_kwargs=off))
+    assert always.generate(asked).prompt_token_ids == silent
+    on = always.generate(asked, chat_template_kwargs={"enable_thinking": True})
+    assert on.prompt_token_ids == own_chat(folder, asked, enable_thinking=True) != silent
+
+
+def test_the_head_follows_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = with_template(tmp_path, THINKING_HEAD)
+    heads = []
+    for thinking in (True, False):
+        config = BlendConfig(chat_template_kwargs={"enable_thinking": thinking})
+        blend = opened(monkeypatch, folder, config=config)
+        assert blend._head is not None
+        heads.append(text_of(blend, blend._head.token_ids))
+    assert heads[0].startswith("/think")
+    assert heads[1].startswith("/no_think")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"enable_thinkin": False}, "no argument 'enable_thinkin'"),
+        ({"truncation": True}, "can't set truncation"),
+        ({"chat_template": "{{ messages }}"}, "can't set chat_template"),
+        ("enable_thinking", "must be a dict"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blend = opened(monkeypatch, with_template(tmp_path, THINKING))
+    with pytest.raises(ConfigError, match=says):
+        blend.generate(CONVERSATIONS["one"], chat_template_kwargs=arguments)
+    with pytest.raises(ConfigError, match=says):
+        opened(monkeypatch, tmp_path, config=BlendConfig(chat_template_kwargs=arguments))
+
+
+# --- what a template refuses ----------------------------------------------------------------------
+
+
+def test_a_template_without_a_system_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = with_template(tmp_path, NO_SYSTEM)
+    blend = opened(monkeypatch, folder, config=BlendConfig(likely_system_prompt="Be brief."))
+    assert blend.tokenize(CONVERSATIONS["one"]) == own_chat(folder, CONVERSATIONS["one"])
+    assert blend._head is not None
+    assert text_of(blend, blend._head.token_ids).endswith("<turn>user\n")
+    with pytest.raises(PromptError, match=r"System role not supported.*system, user.*text"):
+        blend.generate(CONVERSATIONS["system"])
+    with pytest.raises(PromptError, match=r"must alternate.*user, user"):
+        blend.generate(CONVERSATIONS["one"] * 2)
+    with pytest.raises(ConfigError, match=r"system_prompt can't be used.*System role"):
+        opened(monkeypatch, folder, config=BlendConfig(system_prompt="Be brief."))
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"content": "Hi"}, "message 2 has no role"),
+        ({"role": None, "content": "Hi"}, "message 2 has no role"),
+        ({"role": "user", "content": [{"type": "text"}]}, "message 2 has a part of type 'text'"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "'image_url'; only text"),
+        ({"role": "user", "content": 7}, "type 'int'; only text"),
+        ({"role": "user", "content": "caf\udce9"}, r"character 3 of message 2, after 'caf'"),
+        ("Hi", "message 2 is no dict"),
+    ],
+)
+def test_messages_that_are_none(message: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blend = fake_blend(monkeypatch)
+    with pytest.raises(PromptError, match=says):
+        blend.generate([{"role": "user", "content": "Hi"}, message])
+
+
+def test_half_of_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    blend = fake_blend(monkeypatch)
+    with pytest.raises(PromptError, match=r"character 12 of the text, after 'The file caf'"):
+        blend.generate("The file caf\udce9.pdf")
+
+
+# --- dates ----------------------------------------------------------------------------------------
+
+
+def on_day(patch: pytest.MonkeyPatch, day: int) -> None:
+    """From here on templates write this day of May."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2031, 5, day)
+
+    patch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+
+def ingested(blend: CacheBlend) -> IngestReport:
+    return blend.ingest(["The last ferry leaves the north pier at ten. " * 8], progress=False)
+
+
+def test_chunks_outlive_the_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = with_template(tmp_path, DATED)
+    keys, heads, prompts = set(), [], []
+    for day in (6, 7):
+        on_day(monkeypatch, day)
+        blend = opened(monkeypatch, folder, config=BlendConfig(system_prompt="Be brief."))
+        keys.update(ingested(blend).keys)
+        assert blend._head is not None
+        heads.append(text_of(blend, blend._head.token_ids))
+        prompts.append(blend.tokenize(CONVERSATIONS["system"]))
+        assert prompts[-1] == own_chat(folder, CONVERSATIONS["system"])
+        assert f"Today Date: 0{day} May 2031" in text_of(blend, prompts[-1])
+    assert len(keys) == 1
+    assert prompts[0] != prompts[1]
+    assert [f"0{day} May 2031" in head for day, head in zip((6, 7), heads, strict=True)] == [1, 1]
+
+
+def test_only_the_newest_head_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_day(monkeypatch, 6)
+    blend = opened(monkeypatch, with_template(tmp_path, DATED))
+    engine: Any = blend.engine
+    [chunk] = ingested(blend).keys
+    for day in (6, 7, 8):
+        on_day(monkeypatch, day)
+        head = blend._store_head()
+        assert head is not None
+        assert engine.stored == {chunk, head.key}
+    assert len(set(engine.ingested)) == 5  # the gate's probe, the chunk, and three heads
