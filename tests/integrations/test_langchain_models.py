@@ -196,7 +196,13 @@ def test_no_secret_reaches_tracers_and_caches(llm: Model) -> None:
     one = type(llm)(model=str(MODEL), blend_config=config, engine_args=args)
     traced = Traced()
     one.invoke("Hello", config={"callbacks": [traced]})
-    texts = [*traced.seen, repr(one), str(one._identifying_params), dumps(one), repr(one.engine.config)]
+    texts = [
+        *traced.seen,
+        repr(one),
+        str(one._identifying_params),
+        dumps(one),
+        repr(one.engine.config),
+    ]
     assert len(traced.seen) == 1
     assert not [text for text in texts if "s3cr3t" in text]
     other = BlendConfig(store="rediss://me:s3cr3t@two/0")
