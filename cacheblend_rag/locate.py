@@ -1,16 +1,25 @@
 """Find the indexed chunks inside a prompt by their token ids, in any order and at any position.
 
-Every chunk is represented by a few *anchors*: hashes of 16 consecutive tokens at tokens 8, 72,
-136, ... and, last, 24 tokens before its end. A query hashes every 16-token window of the prompt,
-looks the hashes up, and compares whole chunks with the prompt wherever an anchor was seen. A hash
-only proposes; equal token ids decide.
+Hashes propose where a chunk may stand, equal token ids decide. There are two kinds of proposals:
 
-Legend of array names: U distinct hashes in the prompt, A anchors, D diagonals (one chunk laid on
-the prompt with one shift), S spans.
+* *Anchors*, hashes of 16 consecutive tokens at tokens 8, 72, 136, ... of a chunk and, last, 24
+  tokens before its end. They find heads, tails and inner parts too. Text that repeats gives far
+  more of them than one can follow, so the rarest are followed first, up to a budget.
+* *Rungs*, hashes of a growing part of a chunk from its token 8 on: the part's length gains one
+  binary digit of the whole length at each rung, the largest first (a part of 352 tokens has the
+  rungs 256, 320, 352). Climbing them at a place of the prompt leads to a chunk that stands there
+  for longest, in as many steps as there are digits and however many chunks begin in the same way.
+
+So the work is bounded for every text, and no chunk that stands in the prompt whole can be crowded
+out by others.
+
+Legend of array names: U distinct hashes, A anchors and rungs, P places in the prompt, D diagonals
+(one chunk laid on the prompt with one shift), S spans.
 """
 
 from __future__ import annotations
 
+import secrets
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,24 +33,24 @@ from cacheblend_rag.errors import ConfigError
 
 Ids = NDArray[np.int32]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Hashes = NDArray[np.uint64]
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 
-ANCHOR_WIDTH = 16  # tokens hashed into one anchor
+ANCHOR_WIDTH = 16  # tokens hashed into one anchor; the lengths of rungs are multiples of it
 ANCHOR_MARGIN = 8  # tokens that may differ at either end of a chunk without touching an anchor
 ANCHOR_STRIDE = 64
-MAX_CHUNKS_PER_ANCHOR = 32
-MAX_PLACES_PER_ANCHOR = 256
+
+# The budget of one query, several times what a prompt full of chunks needs.
+MAX_ANCHORS = 8  # that are followed in a stretch of ANCHOR_STRIDE prompt tokens
+FREE_TOKENS, TOKENS_PER_TOKEN = 1 << 18, 16  # tokens of chunks that are compared
 
 _BATCH_TOKENS = 1 << 18  # work arrays of a batch stay within a few MB, near the CPU's cache
-_RUN_RATIO = 4  # each sorted run of anchors is at least this many times the next
-_FILTER_BITS_PER_ANCHOR = 16
+_RUN_RATIO = 8  # each run of anchors is at least this many times the next
 _SHIFT_BIAS = 1 << 31  # makes a shift non-negative, so that row and shift pack into one int64
-_TOKEN_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIERS = tuple(
-    np.uint64(odd)
-    for odd in (0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF09C88C6E3)
-)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+# Nobody outside this process can make two windows collide on purpose.
+_SECRET = np.uint64(secrets.randbits(64))
 
 
 class Match(NamedTuple):
@@ -63,19 +72,23 @@ class ChunkIndex:
         * every head (the tail cut off) and every tail (the head cut off) of at least 32 tokens,
           also when up to 8 tokens differ at the chunk's own end;
         * every other stretch of a chunk that lies at or after its token 8 and has at least 79
-          tokens; a shorter one of n >= 32 tokens in about (n - 15) / 64 of the cases.
+          tokens; a shorter one of n >= 32 tokens in about (n - 15) / 64 of the cases, and always
+          beside a longer one of the same chunk at the same shift.
     Spans below 32 tokens (a smaller ``min_tokens``, which may go down to 16): whole chunks from 16
     tokens on, heads and tails from 24 tokens on.
 
-    Two limits keep the cost of repeated text linear. An anchor shared by many chunks proposes the
-    32 oldest of them only; the others are found by anchors they share with fewer chunks. An anchor
-    that occurs more than 256 times in one prompt is followed at its first 256 places only.
+    Work is bounded by a multiple of the prompt's length. Where chunks or prompt repeat themselves
+    so much that this is not enough, the parts (all but the first line) whose anchors are the most
+    common are not found. Whole chunks always are: of such a chunk, fewer than 32 tokens at either
+    end may be missing, or belong to a match with another chunk that stands there for longer.
 
     Overlaps: the longest span wins, then the leftmost, the smallest offset, the shortest chunk, the
-    chunk added first. The loser is trimmed to what remains, if that is still ``min_tokens``.
+    chunk added first. Of the spans that begin within the same ``min_tokens`` tokens of the prompt
+    only the winner counts. Another loser is trimmed to what remains, if that is still
+    ``min_tokens``.
 
     All methods may be called from several threads. Writers take a lock; ``locate`` takes none and
-    answers for the state at its start. The same sequence of calls gives the same answers.
+    answers for the state at its start, save that a chunk discarded meanwhile may be missing.
     """
 
     def __init__(self) -> None:
@@ -88,8 +101,8 @@ class ChunkIndex:
         self._lengths = _Growing(np.empty(0, np.int64))  # by row
         self._alive = _Growing(np.empty(0, np.bool_))  # by row
         self._dead_tokens = 0
+        self._longest = 0  # tokens of the longest chunk so far
         self._runs: list[_Run] = []  # oldest and longest first
-        self._filter_bits = _new_filter(0)
         self._publish()
 
     def __len__(self) -> int:
@@ -107,9 +120,9 @@ class ChunkIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays in use: token ids, anchors, filter and chunk table."""
+        """Bytes of the arrays in use: token ids, anchors and chunk table."""
         view = self._snapshot
-        chunks = (view.tokens, view.starts, view.lengths, view.alive, view.filter_bits)
+        chunks = (view.tokens, view.starts, view.lengths, view.alive)
         return sum(
             part.nbytes for part in (*chunks, *(column for run in view.runs for column in run))
         )
@@ -134,6 +147,8 @@ class ChunkIndex:
             self._dead_tokens += int(self._lengths.values[row])
             if self._is_sparse():
                 self._compact()
+            else:
+                self._pass_over(row)
             self._publish()
 
     def locate(self, token_ids: Sequence[int] | Ids, *, min_tokens: int = 32) -> list[Match]:
@@ -150,15 +165,20 @@ class ChunkIndex:
             raise ConfigError(f"min_tokens is {min_tokens}; use at least {ANCHOR_WIDTH}")
         view = self._snapshot
         prompt = _as_ids(token_ids)
-        places = _find_places(prompt, view.filter_bits)
-        anchors = _find_anchors(view, places.hashes_U)
-        overlaps = _lay_out(view, len(prompt), anchors, places)
-        spans = _equal_spans(view, prompt, overlaps, min_tokens)
-        return _resolve_overlaps(view, spans, min_tokens)
+        if len(prompt) < ANCHOR_WIDTH or not view.runs:
+            return []
+        levels = _hash_levels(prompt, view.longest)
+        found = [_find(run, levels[0]) for run in view.runs]
+        anchors = _rare_anchors(view, found)
+        overlaps = _lay_out(view, prompt, anchors, FREE_TOKENS + TOKENS_PER_TOKEN * len(prompt))
+        parts = _equal_spans(view, prompt, overlaps)
+        wholes = _wholes(view, prompt, levels, found, min_tokens)
+        spans = _best_of_each_stretch(view, _joined(parts, wholes), min_tokens)
+        return _resolve_overlaps(view, prompt, spans, min_tokens)
 
     def _publish(self) -> None:
-        # What a snapshot covers never changes: arrays and keys only grow behind it, and the filter
-        # only gains bits, which at worst propose a window in vain.
+        # What a snapshot covers never changes, but for _Run.live_U: arrays and keys only grow
+        # behind it.
         self._snapshot = _Snapshot(
             self._tokens.values,
             self._starts.values,
@@ -166,7 +186,7 @@ class ChunkIndex:
             self._alive.values,
             self._keys,
             tuple(self._runs),
-            self._filter_bits,
+            self._longest,
         )
 
     def _batches(
@@ -198,26 +218,32 @@ class ChunkIndex:
         self._lengths.extend(lengths)
         self._alive.extend(np.ones(len(fresh), np.bool_))
         self._keys.extend(fresh)
-        self._add_run(_anchor_run(tokens, starts, lengths, first_row))
+        self._longest = max(self._longest, int(lengths.max()))
+        self._add_entries(_entries(tokens, starts, lengths, first_row))
         self._publish()
         self._rows.update(zip(fresh, range(first_row, len(self._keys)), strict=True))
 
-    def _add_run(self, run: _Run) -> None:
-        merged = [run]
-        num_anchors = len(run.hashes_A)
-        while self._runs and len(self._runs[-1].hashes_A) < _RUN_RATIO * num_anchors:
-            merged.insert(0, self._runs.pop())
-            num_anchors += len(merged[0].hashes_A)
-        self._runs.append(_merge_runs(merged))
-        if _filter_is_full(self._filter_bits, self._runs):
-            self._rebuild_filter()
-        else:
-            _mark(self._filter_bits, run.hashes_A)
+    def _add_entries(self, entries: _Entries) -> None:
+        if not len(entries.hashes_A):
+            return
+        merged = [entries]
+        num_entries = len(entries.hashes_A)
+        while self._runs and len(self._runs[-1].rows_A) < _RUN_RATIO * num_entries:
+            merged.insert(0, _live_entries(self._runs.pop(), self._alive.values))
+            num_entries += len(merged[0].hashes_A)
+        self._runs.append(_new_run(_Entries(*map(np.concatenate, zip(*merged, strict=True)))))
 
-    def _rebuild_filter(self) -> None:
-        self._filter_bits = _new_filter(sum(len(run.hashes_A) for run in self._runs))
+    def _pass_over(self, row: int) -> None:
+        """Let no group of equal hashes begin with a dead row."""
+        start, length = self._starts.values[row], self._lengths.values[row]
+        tokens = self._tokens.values[start : start + length]
+        hashes = np.unique(_entries(tokens, np.zeros(1, np.int64), length[None], row).hashes_A)
         for run in self._runs:
-            _mark(self._filter_bits, run.hashes_A)
+            found = _find(run, hashes)
+            is_dead = ~self._alive.values[run.rows_A[found.firsts]]
+            for group, first, end in zip(*(c[is_dead].tolist() for c in found[1:]), strict=True):
+                live = self._alive.values[run.rows_A[first:end]]
+                run.live_U[group] = first + live.argmax() if live.any() else end
 
     def _is_sparse(self) -> bool:
         num_rows, num_tokens = len(self._keys), len(self._tokens.values)
@@ -232,8 +258,14 @@ class ChunkIndex:
         self._lengths = _Growing(lengths[alive])
         self._alive = _Growing(np.ones(len(keys), np.bool_))
         self._dead_tokens = 0
-        self._runs = [_renumber(run, alive) for run in self._runs]
-        self._rebuild_filter()
+        self._longest = int(self._lengths.values.max(initial=0))
+        new_row = (np.cumsum(alive) - 1).astype(np.int32)
+        kept = [_live_entries(run, alive) for run in self._runs]
+        self._runs = [
+            _new_run(entries._replace(rows_A=new_row[entries.rows_A]))
+            for entries in kept
+            if len(entries.rows_A)
+        ]
 
 
 class _Growing(Generic[ScalarT]):
@@ -257,42 +289,54 @@ class _Growing(Generic[ScalarT]):
         return _Growing(changed)
 
 
-class _Run(NamedTuple):
-    """Anchors sorted by hash; equal hashes in the order their chunks were added."""
+class _Entries(NamedTuple):
+    """Anchors and rungs in the order their chunks were added, or sorted by hash."""
 
     hashes_A: Hashes
     rows_A: NDArray[np.int32]
-    offsets_A: NDArray[np.int32]  # where in its chunk the anchor begins
+    offsets_A: NDArray[np.int32]  # where in its chunk the hashed tokens begin
+
+
+class _Run(NamedTuple):
+    """Entries in groups of equal hashes; in a group, the oldest chunk comes first.
+
+    Group u is ``[firsts_U[u], firsts_U[u + 1])``. One more group, without entries, stands at the
+    end for the hashes that are not there.
+    """
+
+    hashes_U: Hashes  # sorted
+    firsts_U: Ints
+    live_U: Ints  # the first entry of each group whose chunk was not discarded
+    rows_A: NDArray[np.int32]
+    offsets_A: NDArray[np.int32]
+    table: NDArray[np.int32]  # by the top bits of a hash: the first group that has them, or more
+    marks: NDArray[np.uint8]  # by the top bits of a hash: the next three bits of its groups
 
 
 class _Snapshot(NamedTuple):
     tokens: Ids
     starts: Ints
     lengths: Ints
-    alive: NDArray[np.bool_]
+    alive: Bools
     keys: list[str]
     runs: tuple[_Run, ...]
-    filter_bits: NDArray[np.uint8]
+    longest: int
 
 
-class _Places(NamedTuple):
-    """Where in the prompt each hash occurs: ``positions[firsts_U : firsts_U + counts_U]``."""
+class _Found(NamedTuple):
+    """Which of some hashes are in a run, and their entries of live chunks, oldest first."""
 
-    hashes_U: Hashes
-    firsts_U: Ints
-    counts_U: Ints
-    positions: Ints
+    at: Ints  # index into the hashes
+    groups: Ints
+    firsts: Ints  # the entries of at[i] are [firsts[i], ends[i])
+    ends: Ints
 
 
 class _Anchors(NamedTuple):
-    """Indexed anchors whose hash occurs in the prompt."""
+    """Anchors that occur in the prompt, once for each place."""
 
-    uniques_A: Ints  # index into hashes_U
     rows_A: Ints
-    offsets_A: Ints
-
-
-_NO_ANCHORS = _Anchors(*(np.empty(0, np.int64) for _ in _Anchors._fields))
+    shifts_A: Ints  # token t of the chunk may lie on prompt token t + shift
 
 
 class _Overlaps(NamedTuple):
@@ -305,15 +349,15 @@ class _Overlaps(NamedTuple):
 
 
 class _Spans(NamedTuple):
-    """Maximal stretches of equal ids."""
+    """Stretches of equal ids."""
 
     starts_S: Ints  # in the prompt
     lengths_S: Ints
     rows_S: Ints
     offsets_S: Ints  # in the chunk
 
-
-_NO_SPANS = _Spans(*(np.empty(0, np.int64) for _ in _Spans._fields))
+    def only(self, chosen: Bools | Ints) -> _Spans:
+        return _Spans(*(column[chosen] for column in self))
 
 
 class _Ranked(NamedTuple):
@@ -337,27 +381,48 @@ class _Ranked(NamedTuple):
         return Match(self.start, self.end, view.keys[self.row], self.offset, self.chunk_tokens)
 
 
-# --- anchors ---------------------------------------------------------------------------------
+# --- hashes --------------------------------------------------------------------------------------
 
 
 def _as_ids(token_ids: Sequence[int] | Ids) -> Ids:
     return np.asarray(token_ids, np.int32)
 
 
-def _hash_windows(ids: Ids) -> Hashes:
-    """Hash of ``ids[i : i + ANCHOR_WIDTH]`` for every i, by doubling the width four times."""
-    hashes = ids.astype(np.uint64) * _TOKEN_MULTIPLIER
-    hashes ^= hashes >> np.uint64(29)
-    width = 1
-    for multiplier in _MULTIPLIERS:
-        if len(hashes) <= width:
-            return np.empty(0, np.uint64)
-        hashes = hashes[:-width] * multiplier + hashes[width:]
+def _mix(left: Hashes, right: Hashes) -> Hashes:
+    mixed = left * _MULTIPLIER + right
+    mixed ^= mixed >> np.uint64(32)
+    return mixed
+
+
+def _hash_levels(ids: Ids, longest: int) -> list[Hashes]:
+    """``levels[k][i]``: hash of the ``16 << k`` tokens from i on, for widths up to ``longest``."""
+    hashes = (ids.astype(np.uint64) ^ _SECRET) * _MULTIPLIER
+    hashes ^= hashes >> np.uint64(32)
+    width, levels = 1, []
+    while len(hashes) and width <= max(longest, ANCHOR_WIDTH):
+        if width >= ANCHOR_WIDTH:
+            levels.append(hashes)
+        hashes = _mix(hashes[:-width], hashes[width:])
         width *= 2
-    return hashes
+    return levels
 
 
-def _anchor_run(tokens: Ids, starts: Ints, lengths: Ints, first_row: int) -> _Run:
+# --- entries of chunks ---------------------------------------------------------------------------
+
+
+def _entries(tokens: Ids, starts: Ints, lengths: Ints, first_row: int) -> _Entries:
+    levels = _hash_levels(tokens, int(lengths.max()))
+    if not levels:
+        no_rows = np.empty(0, np.int32)
+        return _Entries(np.empty(0, np.uint64), no_rows, no_rows)
+    parts = [_anchors(levels[0], starts, lengths), *_rungs(levels, starts, lengths)]
+    hashes_A, chunks_A, offsets_A = map(np.concatenate, zip(*parts, strict=True))
+    order = np.argsort(chunks_A, kind="stable")
+    rows_A = (chunks_A[order] + first_row).astype(np.int32)
+    return _Entries(hashes_A[order], rows_A, offsets_A[order].astype(np.int32))
+
+
+def _anchors(hashes: Hashes, starts: Ints, lengths: Ints) -> tuple[Hashes, Ints, Ints]:
     # Anchor k of a chunk of n tokens begins at min(8 + 64 k, n - 24), or at 0 if n < 24, and the
     # last k is the first to reach n - 24. So two neighbours are at most 64 apart, and none touches
     # the last 8 tokens.
@@ -367,121 +432,117 @@ def _anchor_run(tokens: Ids, starts: Ints, lengths: Ints, first_row: int) -> _Ru
     chunks_A = np.repeat(np.arange(len(lengths)), counts)
     regular_A = ANCHOR_MARGIN + ANCHOR_STRIDE * _ranges(np.zeros_like(counts), counts)
     offsets_A = np.minimum(regular_A, last[chunks_A])
-    hashes_A = _hash_windows(tokens)[starts[chunks_A] + offsets_A]
-    rows_A = (chunks_A + first_row).astype(np.int32)
-    return _sorted_run(_Run(hashes_A, rows_A, offsets_A.astype(np.int32)))
+    return hashes[starts[chunks_A] + offsets_A], chunks_A, offsets_A
 
 
-def _sorted_run(run: _Run) -> _Run:
-    order = np.argsort(run.hashes_A, kind="stable")
-    return _Run(run.hashes_A[order], run.rows_A[order], run.offsets_A[order])
+def _rungs(
+    levels: list[Hashes], starts: Ints, lengths: Ints
+) -> Iterator[tuple[Hashes, Ints, Ints]]:
+    # The part begins at the first anchor and ends with the last multiple of 16 tokens that leaves
+    # 8 tokens at the chunk's end, too.
+    offsets = np.clip(lengths - ANCHOR_WIDTH - ANCHOR_MARGIN, 0, ANCHOR_MARGIN)
+    sizes = np.maximum(lengths - offsets - ANCHOR_MARGIN, ANCHOR_WIDTH)
+    sizes[lengths < ANCHOR_WIDTH] = 0
+    hashes, reach = np.full(len(lengths), _SECRET), np.zeros_like(lengths)
+    for level in reversed(range(len(levels))):
+        width = ANCHOR_WIDTH << level
+        chunks_A = np.flatnonzero(sizes & width)
+        at = starts[chunks_A] + offsets[chunks_A] + reach[chunks_A]
+        hashes[chunks_A] = _mix(hashes[chunks_A], levels[level][at])
+        reach[chunks_A] += width
+        yield hashes[chunks_A], chunks_A, offsets[chunks_A]
 
 
-def _merge_runs(runs: list[_Run]) -> _Run:
-    if len(runs) == 1:
-        return runs[0]
-    hashes, rows, offsets = zip(*runs, strict=True)
-    return _sorted_run(_Run(np.concatenate(hashes), np.concatenate(rows), np.concatenate(offsets)))
+# --- runs ----------------------------------------------------------------------------------------
 
 
-def _renumber(run: _Run, alive: NDArray[np.bool_]) -> _Run:
-    """The run without dead chunks, its rows counted among the live ones."""
-    new_row = (np.cumsum(alive) - 1).astype(np.int32)
+def _new_run(entries: _Entries) -> _Run:
+    order = np.argsort(entries.hashes_A, kind="stable")
+    hashes_A = entries.hashes_A[order]
+    is_first = np.diff(hashes_A, prepend=~hashes_A[:1]) != 0
+    hashes_U = np.append(hashes_A[is_first], ~np.uint64(0))
+    firsts_U = np.append(np.flatnonzero(is_first), [len(order)] * 2)
+    top_bits = len(hashes_U).bit_length()
+    top_U, mark_U = _top(hashes_U, top_bits)
+    marks = np.zeros(1 << top_bits, np.uint8)
+    np.bitwise_or.at(marks, top_U, mark_U)
+    table = _exclusive_sum(np.bincount(top_U, minlength=1 << top_bits)).astype(np.int32)
+    live_U = firsts_U[:-1].copy()
+    rows_A, offsets_A = entries.rows_A[order], entries.offsets_A[order]
+    return _Run(hashes_U, firsts_U, live_U, rows_A, offsets_A, table, marks)
+
+
+def _live_entries(run: _Run, alive: Bools) -> _Entries:
+    hashes_A = np.repeat(run.hashes_U, np.diff(run.firsts_U))
     keep = alive[run.rows_A]
-    return _Run(run.hashes_A[keep], new_row[run.rows_A[keep]], run.offsets_A[keep])
+    return _Entries(hashes_A[keep], run.rows_A[keep], run.offsets_A[keep])
 
 
-# --- filter: one bit for each of the 2^n possible top n bits of a hash -------------------------
+def _top(hashes: Hashes, bits: int) -> tuple[Ints, NDArray[np.uint8]]:
+    """The top bits of each hash, and the number that the next three make as one bit of eight."""
+    top = (hashes >> np.uint64(64 - bits)).astype(np.int64)
+    next_three = (hashes >> np.uint64(61 - bits)).astype(np.uint8) & 7
+    return top, np.left_shift(1, next_three, dtype=np.uint8)
 
 
-def _new_filter(num_anchors: int) -> NDArray[np.uint8]:
-    num_bits = 1 << max(16, (num_anchors * _FILTER_BITS_PER_ANCHOR).bit_length())
-    return np.zeros(num_bits // 8, np.uint8)
+def _find(run: _Run, hashes: Hashes) -> _Found:
+    top, mark = _top(hashes, len(run.table).bit_length() - 1)
+    likely = np.flatnonzero(run.marks[top] & mark)
+    wanted, groups = hashes[likely], run.table[top[likely]].astype(np.int64)
+    behind = np.arange(len(likely))
+    while len(behind := behind[run.hashes_U[groups[behind]] < wanted[behind]]):
+        groups[behind] += 1
+    firsts, ends = run.live_U[groups], run.firsts_U[groups + 1]
+    is_there = (run.hashes_U[groups] == wanted) & (firsts < ends)
+    return _Found(*(column[is_there] for column in (likely, groups, firsts, ends)))
 
 
-def _filter_is_full(bits: NDArray[np.uint8], runs: list[_Run]) -> bool:
-    num_anchors = sum(len(run.hashes_A) for run in runs)
-    return num_anchors * _FILTER_BITS_PER_ANCHOR > 8 * len(bits)
+# --- a query: parts of chunks, by rare anchors ---------------------------------------------------
 
 
-def _slots(bits: NDArray[np.uint8], hashes: Hashes) -> tuple[Ints, NDArray[np.uint8]]:
-    slots = (hashes >> np.uint64(65 - (8 * len(bits)).bit_length())).astype(np.int64)
-    return slots >> 3, np.left_shift(1, slots & 7).astype(np.uint8)
+def _rare_anchors(view: _Snapshot, found: list[_Found]) -> _Anchors:
+    """In every stretch of 64 prompt tokens the anchors of the fewest chunks, up to 8."""
+    runs = np.repeat(np.arange(len(found)), [len(part.at) for part in found])
+    at, _, firsts, ends = map(np.concatenate, zip(*found, strict=True))
+    stretches, within = np.divmod(at, ANCHOR_STRIDE)
+    crowds = np.minimum(ends - firsts, (1 << 24) - 1)
+    # One number that sorts by stretch, crowd, place and run; argsort is faster than lexsort.
+    order = np.argsort(((stretches << 24 | crowds) << 6 | within) << 8 | runs)
+    stretches, crowds = stretches[order], crowds[order]
+    before = _exclusive_sum(crowds)
+    before -= before[np.searchsorted(stretches, stretches)]
+    counts = np.clip(MAX_ANCHORS - before, 0, crowds)
+    anchors = [
+        _anchors_at(run, at[of_run], firsts[of_run], counts[runs[order] == i])
+        for i, run in enumerate(view.runs)
+        for of_run in [order[runs[order] == i]]
+    ]
+    rows_A, shifts_A = map(np.concatenate, zip(*anchors, strict=True))
+    alive_A = view.alive[rows_A]
+    return _Anchors(rows_A[alive_A], shifts_A[alive_A])
 
 
-def _mark(bits: NDArray[np.uint8], hashes: Hashes) -> None:
-    index, mask = _slots(bits, hashes)
-    np.bitwise_or.at(bits, index, mask)
+def _anchors_at(run: _Run, at: Ints, firsts: Ints, counts: Ints) -> _Anchors:
+    entries = _ranges(firsts, counts)
+    shifts_A = np.repeat(at, counts) - run.offsets_A[entries]
+    return _Anchors(run.rows_A[entries].astype(np.int64), shifts_A)
 
 
-def _is_marked(bits: NDArray[np.uint8], hashes: Hashes) -> NDArray[np.bool_]:
-    index, mask = _slots(bits, hashes)
-    marked: NDArray[np.bool_] = (bits[index] & mask) != 0
-    return marked
-
-
-# --- the steps of a query ----------------------------------------------------------------------
-
-
-def _find_places(prompt: Ids, filter_bits: NDArray[np.uint8]) -> _Places:
-    hashes = _hash_windows(prompt)
-    positions = np.flatnonzero(_is_marked(filter_bits, hashes))
-    hashes = hashes[positions]
-    order = np.argsort(hashes, kind="stable")
-    hashes_U, firsts_U, counts_U = np.unique(hashes[order], return_index=True, return_counts=True)
-    return _Places(
-        hashes_U, firsts_U, np.minimum(counts_U, MAX_PLACES_PER_ANCHOR), positions[order]
-    )
-
-
-def _find_anchors(view: _Snapshot, hashes_U: Hashes) -> _Anchors:
-    found = [_find_in_run(run, view.alive, hashes_U) for run in view.runs]
-    anchors = _Anchors(*map(np.concatenate, zip(_NO_ANCHORS, *found, strict=True)))
-    order = np.argsort(anchors.uniques_A, kind="stable")  # oldest first, as the runs are
-    uniques_A = anchors.uniques_A[order]
-    rank_A = np.arange(len(order)) - np.searchsorted(uniques_A, uniques_A)
-    chosen = order[rank_A < MAX_CHUNKS_PER_ANCHOR]
-    return _Anchors(*(column[chosen] for column in anchors))
-
-
-def _find_in_run(run: _Run, alive: NDArray[np.bool_], hashes_U: Hashes) -> _Anchors:
-    low = np.searchsorted(run.hashes_A, hashes_U, "left")
-    counts = np.searchsorted(run.hashes_A, hashes_U, "right") - low
-    entries = _ranges(low, counts)
-    keep = alive[run.rows_A[entries]]
-    uniques = np.repeat(np.arange(len(hashes_U)), counts)[keep]
-    entries = entries[keep]
-    rows, offsets = run.rows_A[entries], run.offsets_A[entries]
-    return _Anchors(uniques, rows.astype(np.int64), offsets.astype(np.int64))
-
-
-def _lay_out(view: _Snapshot, prompt_len: int, anchors: _Anchors, places: _Places) -> _Overlaps:
-    """Every chunk laid on every place where one of its anchors may be, each shift once."""
-    counts_A = places.counts_U[anchors.uniques_A]
-    positions = places.positions[_ranges(places.firsts_U[anchors.uniques_A], counts_A)]
-    shifts = positions - np.repeat(anchors.offsets_A, counts_A)
-    packed_D = np.unique(np.repeat(anchors.rows_A, counts_A) << 32 | shifts + _SHIFT_BIAS)
+def _lay_out(view: _Snapshot, prompt: Ids, anchors: _Anchors, budget: int) -> _Overlaps:
+    """Chunks laid on the prompt, each shift once: ``budget`` tokens, the likeliest chunks first."""
+    packed_A = anchors.rows_A << 32 | anchors.shifts_A + _SHIFT_BIAS
+    packed_D, anchors_D = np.unique(packed_A, return_counts=True)
     rows_D, shifts_D = packed_D >> 32, (packed_D & 0xFFFFFFFF) - _SHIFT_BIAS
-    # Token t of the chunk lies on prompt token t + shift.
     first_D = np.maximum(shifts_D, 0)
-    last_D = np.minimum(shifts_D + view.lengths[rows_D], prompt_len)
-    return _Overlaps(rows_D, first_D, first_D - shifts_D, last_D - first_D)
+    last_D = np.minimum(shifts_D + view.lengths[rows_D], len(prompt))
+    overlaps = _Overlaps(rows_D, first_D, first_D - shifts_D, last_D - first_D)
+    order = np.argsort(-anchors_D / overlaps.lengths_D, kind="stable")
+    order = order[np.cumsum(overlaps.lengths_D[order]) <= budget]
+    return _Overlaps(*(column[order] for column in overlaps))
 
 
-def _equal_spans(view: _Snapshot, prompt: Ids, overlaps: _Overlaps, min_tokens: int) -> _Spans:
-    spans = [_compare(view, prompt, part, min_tokens) for part in _split(overlaps)]
-    return _Spans(*map(np.concatenate, zip(_NO_SPANS, *spans, strict=True)))
-
-
-def _split(overlaps: _Overlaps) -> Iterator[_Overlaps]:
-    """Parts of about _BATCH_TOKENS tokens, so that memory stays bounded whatever the prompt."""
-    part_D = np.cumsum(overlaps.lengths_D) // _BATCH_TOKENS
-    cuts = np.flatnonzero(np.diff(part_D)) + 1
-    columns = (np.split(column, cuts) for column in overlaps)
-    return (_Overlaps(*part) for part in zip(*columns, strict=True))
-
-
-def _compare(view: _Snapshot, prompt: Ids, overlaps: _Overlaps, min_tokens: int) -> _Spans:
+def _equal_spans(view: _Snapshot, prompt: Ids, overlaps: _Overlaps) -> _Spans:
+    """All stretches of equal ids on these diagonals."""
     rows_D, first_D, offsets_D, lengths_D = overlaps
     # All diagonals end to end: diagonal d is [begins_D, ends_D). The place [ends_D, ends_D + 1)
     # after it counts as a mismatch, which keeps the spans of neighbouring diagonals apart.
@@ -496,8 +557,8 @@ def _compare(view: _Snapshot, prompt: Ids, overlaps: _Overlaps, min_tokens: int)
     mismatches = np.flatnonzero(differs)
     begins = np.concatenate([np.zeros(1, np.int64), mismatches + 1])[:-1]
     lengths = mismatches - begins
-    keep = lengths >= min_tokens
-    begins_S, lengths_S = begins[keep], lengths[keep]
+    long = lengths >= ANCHOR_WIDTH
+    begins_S, lengths_S = begins[long], lengths[long]
     diagonal_S = np.searchsorted(ends_D, begins_S)
     within_S = begins_S - begins_D[diagonal_S]
     return _Spans(
@@ -508,41 +569,122 @@ def _compare(view: _Snapshot, prompt: Ids, overlaps: _Overlaps, min_tokens: int)
     )
 
 
-def _resolve_overlaps(view: _Snapshot, spans: _Spans, min_tokens: int) -> list[Match]:
-    queue = _ranked(view, spans)
-    taken: list[Match] = []  # disjoint, sorted by start
+# --- a query: whole chunks, by rungs -------------------------------------------------------------
+
+
+def _wholes(
+    view: _Snapshot, prompt: Ids, levels: list[Hashes], found: list[_Found], min_tokens: int
+) -> _Spans:
+    spans = _climb(view, levels, np.unique(np.concatenate([part.at for part in found])))
+    # What may become long enough by what is equal beside it has to be compared for that.
+    short = spans.only((spans.lengths_S > 0) & (spans.lengths_S < min_tokens))
+    best = _best_of_each_stretch(view, spans, min_tokens)
+    return _widened(view, prompt, _joined(best, short))
+
+
+def _climb(view: _Snapshot, levels: list[Hashes], positions_P: Ints) -> _Spans:
+    """At each of these places one chunk of which the longest known part stands there."""
+    hashes_P, reach_P = np.full(len(positions_P), _SECRET), np.zeros_like(positions_P)
+    rows_P, offsets_P = np.zeros_like(positions_P), np.zeros_like(positions_P)
+    for level in reversed(range(len(levels))):
+        at_P = positions_P + reach_P
+        fits = np.flatnonzero(at_P < len(levels[level]))
+        hashes = _mix(hashes_P[fits], levels[level][at_P[fits]])
+        is_found, rows, offsets = _oldest(view, hashes)
+        found = fits[is_found]
+        hashes_P[found] = hashes[is_found]
+        reach_P[found] += ANCHOR_WIDTH << level
+        rows_P[found], offsets_P[found] = rows[is_found], offsets[is_found]
+    return _Spans(positions_P, reach_P, rows_P, offsets_P)
+
+
+def _oldest(view: _Snapshot, hashes: Hashes) -> tuple[Bools, Ints, Ints]:
+    """Which hashes are there, and for those the oldest chunk and the offset in it."""
+    is_found = np.zeros(len(hashes), np.bool_)
+    rows, offsets = np.zeros(len(hashes), np.int64), np.zeros(len(hashes), np.int64)
+    for run in reversed(view.runs):
+        at, _, oldest, _ = _find(run, hashes)
+        is_found[at] = True
+        rows[at], offsets[at] = run.rows_A[oldest], run.offsets_A[oldest]
+    return is_found, rows, offsets
+
+
+def _widened(view: _Snapshot, prompt: Ids, spans: _Spans) -> _Spans:
+    """The spans with what is equal beside them, as far as a chunk's end may be from its rungs."""
+    starts_S, lengths_S, rows_S, offsets_S = spans
+    begins_S = view.starts[rows_S] + offsets_S
+    left_S = np.minimum(starts_S, offsets_S)
+    right_S = np.minimum(len(prompt) - starts_S, view.lengths[rows_S] - offsets_S) - lengths_S
+    before = _equal_tokens(view, prompt, starts_S - 1, begins_S - 1, left_S, -1)
+    after = _equal_tokens(view, prompt, starts_S + lengths_S, begins_S + lengths_S, right_S, 1)
+    return _Spans(starts_S - before, before + lengths_S + after, rows_S, offsets_S - before)
+
+
+def _equal_tokens(
+    view: _Snapshot, prompt: Ids, at_S: Ints, begins_S: Ints, limits_S: Ints, step: int
+) -> Ints:
+    """How many tokens are equal from here on in one direction, up to 32 and the given limits."""
+    count_S, going = np.zeros_like(at_S), np.arange(len(at_S))
+    for count in range(ANCHOR_MARGIN + ANCHOR_WIDTH + ANCHOR_MARGIN):
+        going = going[limits_S[going] > count]
+        equal = prompt[at_S[going] + step * count] == view.tokens[begins_S[going] + step * count]
+        going = going[equal]
+        count_S[going] += 1
+    return count_S
+
+
+# --- a query: from spans to matches --------------------------------------------------------------
+
+
+def _best_of_each_stretch(view: _Snapshot, spans: _Spans, min_tokens: int) -> _Spans:
+    """Of the spans that begin within the same ``min_tokens`` tokens, the one that wins."""
+    left = np.flatnonzero(spans.lengths_S >= min_tokens)
+    stretches_S = spans.starts_S // min_tokens
+    for rank_S in _ranks(view, spans):
+        best = np.full(stretches_S.max(initial=0) + 1, np.iinfo(np.int64).max)
+        np.minimum.at(best, stretches_S[left], rank_S[left])
+        left = left[rank_S[left] == best[stretches_S[left]]]
+    _, firsts = np.unique(stretches_S[left], return_index=True)  # the same span may come twice
+    return spans.only(left[firsts])
+
+
+def _ranks(view: _Snapshot, spans: _Spans) -> tuple[Ints, ...]:
+    starts_S, lengths_S, rows_S, offsets_S = spans
+    return -lengths_S, starts_S, offsets_S, view.lengths[rows_S], rows_S
+
+
+def _joined(*spans: _Spans) -> _Spans:
+    return _Spans(*map(np.concatenate, zip(*spans, strict=True)))
+
+
+def _resolve_overlaps(view: _Snapshot, prompt: Ids, spans: _Spans, min_tokens: int) -> list[Match]:
+    columns = (rank_S.tolist() for rank_S in _ranks(view, spans))
+    queue = [_Ranked(*span) for span in zip(*columns, strict=True)]
+    heapify(queue)
+    starts: list[int] = []  # of the taken spans, which are disjoint and in order
+    taken: list[_Ranked] = []
     while queue:
         span = heappop(queue)
         # No taken span is shorter than this one, so only the two neighbours can overlap it.
-        at = bisect_right(taken, span.start, key=_start)
+        at = bisect_right(starts, span.start)
         begin = max(span.start, taken[at - 1].end) if at else span.start
-        end = min(span.end, taken[at].start) if at < len(taken) else span.end
-        if (begin, end) == (span.start, span.end):
-            taken.insert(at, span.match(view))
-        elif end - begin >= min_tokens:
-            heappush(queue, span.trimmed(begin, end))
-    return taken
+        end = min(span.end, starts[at]) if at < len(starts) else span.end
+        if (begin, end) != (span.start, span.end):
+            if end - begin >= min_tokens:
+                heappush(queue, span.trimmed(begin, end))
+        elif _is_equal(view, prompt, span):  # or it is a collision of hashes
+            starts.insert(at, span.start)
+            taken.insert(at, span)
+    return [span.match(view) for span in taken]
 
 
-def _ranked(view: _Snapshot, spans: _Spans) -> list[_Ranked]:
-    """The spans as a heap, of those on the same prompt tokens only the one that wins."""
-    starts_S, lengths_S, rows_S, offsets_S = spans
-    chunks_S = view.lengths[rows_S]
-    order = np.lexsort((rows_S, chunks_S, offsets_S, lengths_S, starts_S))
-    # The first of each place: lexsort put the winner there.
-    moved = np.diff(starts_S[order], prepend=-1) | np.diff(lengths_S[order], prepend=-1)
-    winners = order[moved != 0]
-    columns = (-lengths_S, starts_S, offsets_S, chunks_S, rows_S)
-    queue = [_Ranked(*span) for span in zip(*(c[winners].tolist() for c in columns), strict=True)]
-    heapify(queue)
-    return queue
+def _is_equal(view: _Snapshot, prompt: Ids, span: _Ranked) -> bool:
+    first = view.starts[span.row] + span.offset
+    in_chunk = view.tokens[first : first - span.minus_length]
+    return bool((prompt[span.start : span.end] == in_chunk).all())
 
 
-def _start(match: Match) -> int:
-    return match.start
-
-
-# --- arrays ------------------------------------------------------------------------------------
+# --- arrays --------------------------------------------------------------------------------------
 
 
 def _exclusive_sum(counts: Ints) -> Ints:
