@@ -35,6 +35,7 @@ from cacheblend_rag.locate import ChunkIndex, Match
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
 from cacheblend_rag.prefix import document_context, ingest_prefix, prompt_head
+from cacheblend_rag.process import Home
 from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import make_report
@@ -86,7 +87,7 @@ class CacheBlend:
     ) -> None:
         self.config = config or BlendConfig()
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
-        self._closed = False
+        self._closed, self._home = False, Home()
         self._index = ChunkIndex()
         self._head: Head | None = None
         self._costs: Costs | None = None
@@ -654,7 +655,7 @@ class CacheBlend:
 
     def close(self) -> None:
         """Stop the engine; does nothing on the second call."""
-        if not self._closed:
+        if not self._closed and self._home.is_here:
             self._closed = True
             self._engine.close()
 
@@ -670,6 +671,7 @@ class CacheBlend:
         self.close()
 
     def _check_open(self) -> None:
+        self._home.check()
         if self._closed:
             raise ClosedError("this CacheBlend was closed; make a new one")
 

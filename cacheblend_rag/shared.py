@@ -332,4 +332,13 @@ def _birth(store: str) -> str | None:
     return f"{found.st_ino}/{found.st_mtime_ns}"
 
 
+def _renew_locks() -> None:
+    """In a forked child: a thread of the parent may have held them."""
+    global _lock
+    _lock = threading.Lock()
+    for shared in list(_by_name.values()):
+        shared._lock = threading.Lock()
+
+
 atexit.register(SharedEngine.close_all)
+os.register_at_fork(after_in_child=_renew_locks)

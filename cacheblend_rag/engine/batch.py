@@ -26,6 +26,7 @@ from cacheblend_rag.engine.start import (
     unwrap,
 )
 from cacheblend_rag.errors import ClosedError, EngineError
+from cacheblend_rag.process import Home
 
 
 class _Turn:
@@ -61,7 +62,7 @@ class BatchEngine(Engine):
         with naming_failures(model):
             self._llm: Any = LLM.from_engine_args(prepared.engine_args)
         _watch(self._llm.llm_engine.engine_core)
-        self._turn = _Turn()
+        self._turn, self._home = _Turn(), Home()
         self._numbers = itertools.count()
         self.sampling_names = sampling_names()
         config = self._llm.llm_engine.vllm_config
@@ -71,6 +72,7 @@ class BatchEngine(Engine):
         self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
+        self._home.check()
         with self._turn, naming_death():
             return unwrap(self._open().collective_rpc(method, args=args))
 
@@ -92,6 +94,7 @@ class BatchEngine(Engine):
             yield piece
 
     def _run(self, requests: Sequence[EngineRequest]) -> Iterator[tuple[int, EngineOutput]]:
+        self._home.check()
         with self._turn, naming_death():
             engine = self._open().llm_engine
             numbers: dict[str, int] = {}
@@ -103,12 +106,13 @@ class BatchEngine(Engine):
                     numbers[name] = i
                     unfinished.add(name)
                 while unfinished:
+                    self._home.check()
                     for output in engine.step():
                         if output.finished:
                             unfinished.discard(output.request_id)
                         yield numbers[output.request_id], to_output(output)
             finally:
-                if unfinished:
+                if unfinished and self._home.is_here:
                     engine.abort_request(list(unfinished))
 
     def _add(self, engine: Any, name: str, request: EngineRequest) -> None:
@@ -117,6 +121,8 @@ class BatchEngine(Engine):
             engine.add_request(name, to_prompt(request), params, lora_request=request.lora_request)
 
     def close(self) -> None:
+        if not self._home.is_here:
+            return
         with self._turn:
             llm, self._llm = self._llm, None
             if llm is not None:

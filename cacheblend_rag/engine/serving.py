@@ -27,7 +27,8 @@ from cacheblend_rag.engine.start import (
     sampling_params,
     unwrap,
 )
-from cacheblend_rag.errors import ClosedError
+from cacheblend_rag.errors import ClosedError, EngineError
+from cacheblend_rag.process import Home
 
 _T = TypeVar("_T")
 _Event = EngineOutput | BaseException | None  # None: the stream ended
@@ -62,6 +63,7 @@ class ServingEngine(Engine):
         self._thread.start()
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
         self._entry, self._closing = threading.Lock(), False
+        self._home = Home()
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         with naming_death():
@@ -86,12 +88,16 @@ class ServingEngine(Engine):
         events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         task = self._forward(request, events.put)
         try:
-            while (event := events.get()) is not None:
+            while (event := self._next(events)) is not None:
                 if isinstance(event, BaseException):
                     raise event
                 yield event
         finally:
             task.cancel()
+
+    def _next(self, events: queue.SimpleQueue[_Event]) -> _Event:
+        self._home.check()  # nothing would ever come
+        return events.get()
 
     async def astream(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         here = asyncio.get_running_loop()
@@ -108,6 +114,8 @@ class ServingEngine(Engine):
             task.cancel()
 
     def close(self) -> None:
+        if not self._home.is_here:
+            return
         with self._entry:  # what was submitted before is cancelled below; nothing comes after
             if self._closing:
                 return
@@ -148,13 +156,21 @@ class ServingEngine(Engine):
                 yield to_output(output)
 
     def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        future = self._submit(work)
         try:
-            return self._submit(work).result()
+            return future.result()
         except CancelledError as error:
             raise ClosedError("the engine was closed while this call ran") from error
+        finally:
+            future.cancel()  # where the caller was interrupted: nobody waits for it any more
 
     def _submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Run ``work`` on the engine's loop: a loop that has stopped would never answer."""
+        try:
+            self._home.check()
+        except EngineError:
+            work.close()
+            raise
         with self._entry:
             if not self._closing:
                 return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -162,6 +178,7 @@ class ServingEngine(Engine):
         raise ClosedError("the engine was closed before this call began")
 
     def _open(self) -> Any:
+        self._home.check()
         if self._engine is None:
             raise ClosedError("this engine was closed; make a new CacheBlend")
         return self._engine

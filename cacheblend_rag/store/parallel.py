@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from threading import Lock
 from typing import Any, TypeVar
+from weakref import WeakSet
+
+from cacheblend_rag.store.daemons import DaemonPool
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,15 +26,19 @@ class Late:
 LATE = Late()
 
 
+_all: WeakSet[Readers] = WeakSet()
+
+
 class Readers:
     """A pool of at most ``count`` threads, started when first needed. Survives a fork."""
 
     def __init__(self, count: int) -> None:
         self._count, self._lock = count, Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: DaemonPool | None = None
         self._pid = 0
         self._under_way: set[Future[Any]] = set()
         self._overdue: set[Future[Any]] = set()
+        _all.add(self)
 
     @property
     def is_behind(self) -> bool:
@@ -84,13 +92,19 @@ class Readers:
             pool, self._pool = self._pool, None
             under_way = set(self._under_way)
         if pool is not None and self._pid == os.getpid():
-            pool.shutdown(wait=wait_for_all, cancel_futures=not wait_for_all)
-            wait(under_way, timeout=_GOODBYE_S)
+            pool.close(drop=not wait_for_all)
+            wait(under_way, timeout=None if wait_for_all else _GOODBYE_S)
+
+    def leave(self, until: float) -> None:
+        """Give what is under way until then, by ``time.monotonic()``; it may be writes."""
+        with self._lock:
+            under_way = set(self._under_way) if self._pid == os.getpid() else set()
+        wait(under_way, timeout=max(0.0, until - time.monotonic()))
 
     def _submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
         with self._lock:
             if self._pool is None or self._pid != os.getpid():
-                self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="cacheblend-read")
+                self._pool = DaemonPool(self._count, "cacheblend-read")
                 self._pid = os.getpid()
                 self._under_way, self._overdue = set(), set()
             future = self._pool.submit(work, item)
@@ -101,3 +115,12 @@ class Readers:
     def _ended(self, future: Future[Any]) -> None:
         with self._lock:
             self._under_way.discard(future)
+
+
+def _leave_all() -> None:
+    until = time.monotonic() + _GOODBYE_S
+    for readers in list(_all):
+        readers.leave(until)
+
+
+atexit.register(_leave_all)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from threading import Event, Lock, Thread
 from typing import TypeVar
 
+from cacheblend_rag.store.daemons import DaemonPool
 from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError
 
 Result = TypeVar("Result")
@@ -29,7 +29,7 @@ class Guard:
     def __init__(self, backend: Backend, timeout_s: float) -> None:
         self.failures = 0
         self._backend, self._timeout_s = backend, timeout_s
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="cacheblend-remote")
+        self._pool = DaemonPool(_THREADS, "cacheblend-remote")
         self._lock, self._closed = Lock(), Event()
         self._in_a_row, self._is_probing = 0, False
 
@@ -67,7 +67,7 @@ class Guard:
         """End the threads; what hangs is cut off."""
         self._closed.set()
         self._backend.abort()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close(drop=True)
         self._backend.close()
 
     def _count_failure(self) -> None:
