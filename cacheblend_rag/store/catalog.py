@@ -9,19 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sqlite3
 import struct
-import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from cacheblend_rag.store.base import Changes, ChunkInfo
 from cacheblend_rag.store.chunk_file import Encoding, decode_info
+from cacheblend_rag.store.database import BusyError
 from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import entries, remove_abandoned
 from cacheblend_rag.store.index import Content, Index, Limits, Mark, Victim
+from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.seal import Cipher
 from cacheblend_rag.store.source import DamagedFileError, FileSource
 
@@ -29,8 +29,7 @@ NAMESPACE = re.compile("[a-z0-9-]{1,130}")
 
 _CHUNK_NAME = re.compile(r"([0-9a-f]{64})\.(?:safetensors|sealed)")
 _CORRUPT_NAME = re.compile(r"[0-9a-f]{64}\.corrupt-[0-9]+")
-_PATIENCE_S = 0.05  # a hit waits no longer to be counted
-_UNCOUNTED_S = 5.0
+_MOST_PENDING = 1000  # uses to be counted
 _BATCH = 500  # files adopted in one transaction
 _KEPT_CORRUPT = 16  # of each namespace, for whoever wants to know what happened
 _SEALED = "-sealed-"
@@ -52,8 +51,9 @@ class Catalog:
         self, folder: Path, namespace: str, encoding: Encoding, policy: Policy | None
     ) -> None:
         self._root, self._namespace, self._encoding = folder / "v1", namespace, encoding
-        self.index = Index(folder, policy)
-        self._uncounted_until = 0.0
+        self.index = Index(folder, policy, self._fill)
+        self._pending = deque[bytes](maxlen=_MOST_PENDING)
+        self._settler = Readers(1)
 
     def path(self, key: str) -> Path:
         """Where the file of a chunk is, or would be."""
@@ -63,28 +63,36 @@ class Catalog:
 
     def note(self, info: ChunkInfo, nbytes: int) -> None:
         """Enter a chunk whose file of ``nbytes`` was just written."""
+        self._settle(at_once=False)
         self.index.add(self._namespace, *self._entry(self._namespace, info, nbytes))
 
-    def note_use(self, key: str) -> None:
-        """Count a use."""
-        if time.monotonic() < self._uncounted_until:
-            return
-        try:
-            self.index.use(self._namespace, bytes.fromhex(key), _PATIENCE_S)
-        except sqlite3.Error:
-            # A use not counted is no reason to fail, nor to wait again for who holds the index.
-            self._uncounted_until = time.monotonic() + _UNCOUNTED_S
+    def note_use(self, key: str) -> bool:
+        """Count a use now; False where the chunk is not known."""
+        self._settle(at_once=False)
+        return self.index.use(self._namespace, bytes.fromhex(key))
 
-    def drop(self, key: str) -> None:
-        """Remove the entry of a file set aside."""
-        with contextlib.suppress(sqlite3.Error):  # it is dropped at the next opening then
-            self.index.remove(self._namespace, [bytes.fromhex(key)])
+    def note_later(self, key: str) -> None:
+        """Count a use, or that the file is gone. Waits for no one: who reads has no time."""
+        self._pending.append(bytes.fromhex(key))
+        if not self._settler.backlog:
+            self._settler.start(self._settle_all, [None])
+
+    def settle(self) -> None:
+        """Write what was to be noted, unless that would mean to wait."""
+        with contextlib.suppress(BusyError):
+            self._settle(at_once=True)
 
     def infos(self, after: int) -> Iterator[tuple[int, ChunkInfo]]:
         """The chunks whose file is there, with the numbers of their entries, from ``after`` on."""
-        there = self._reconcile(self._namespace)[0]
+        missing = self._reconcile(self._namespace)[0]
+        yield from self._told(missing, after)
+        if not after and self._adopt(self._namespace, missing):  # their entries are damaged
+            yield from self._told(missing, 0)
+
+    def _told(self, missing: set[bytes], after: int) -> Iterator[tuple[int, ChunkInfo]]:
         for number, content in self.index.contents(self._namespace, after):
-            if content.key in there and (info := self._info(content)) is not None:
+            if content.key in missing and (info := self._info(content)) is not None:
+                missing.discard(content.key)
                 yield number, info
 
     def changes(self, since: object) -> Changes:
@@ -103,12 +111,14 @@ class Catalog:
         """Remove what has to leave for a new chunk: how many, by namespace; None where the new one
         stays out.
         """
+        self._settle(at_once=False)
         raw = bytes.fromhex(key)
         victims = self.index.make_room(self._namespace, raw, nbytes, cost, limits, pinned)
         return None if victims is None else self._unlink(victims)
 
     def trim(self, limits: Limits) -> Counter[str]:
         """Remove what is over the limits: how many, by namespace."""
+        self._settle(at_once=False)
         in_namespace = self._unlink(self.index.surplus(limits, self._namespace))
         return in_namespace + self._unlink(self.index.surplus(limits))
 
@@ -122,6 +132,12 @@ class Catalog:
         """Remove what was set aside in the namespace: how many."""
         return _drop_corrupt(str(self._root / self._namespace), keep=0)
 
+    def close(self) -> None:
+        """Write what is to be noted, and close the index."""
+        self._settler.close()
+        self.settle()
+        self.index.close()
+
     def recover(self) -> Recovery:
         """Put in order what processes that died left, in all namespaces."""
         removed = adopted = vanished = 0
@@ -133,6 +149,22 @@ class Catalog:
                 adopted, vanished = adopted + more, vanished + fewer
                 _drop_corrupt(namespace.path, keep=_KEPT_CORRUPT)
         return Recovery(removed, adopted, vanished, self.index.rebuilt)
+
+    def _settle_all(self, _: None) -> None:
+        self._settle(at_once=False)
+
+    def _settle(self, *, at_once: bool) -> None:
+        if self._pending:
+            self.index.settle(self._namespace, self._pending, self._is_gone, at_once=at_once)
+
+    def _is_gone(self, key: bytes) -> bool:
+        return not self.path(key.hex()).exists()
+
+    def _fill(self) -> None:
+        """Enter what the index may lack."""
+        for namespace in entries(self._root):
+            if NAMESPACE.fullmatch(namespace.name):
+                self._reconcile(namespace.name)
 
     def _reconcile(self, namespace: str) -> tuple[set[bytes], int, int]:
         """Make the index agree with the files: the keys there, numbers of adopted and dropped."""

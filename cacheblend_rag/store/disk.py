@@ -128,7 +128,7 @@ class DiskStore(KVStore):
         sizes = possible_sizes(key, chunk, self._encoding)
         with explained(self._folder):
             if (kept := self._kept_bytes(path, sizes)) is not None:
-                if not self._catalog.index.use(self.namespace, bytes.fromhex(key)):
+                if not self._catalog.note_use(key):
                     self._catalog.note(_info(key, chunk), kept)
             elif not self._has_room(key, chunk, max(sizes)):
                 return NO_ROOM
@@ -152,11 +152,11 @@ class DiskStore(KVStore):
         path = self._path(key)
         with explained(self._folder):
             path.unlink(missing_ok=True)
-            self._catalog.index.remove(self.namespace, [bytes.fromhex(key)])
+        self._catalog.note_later(key)
 
     def touch(self, key: str) -> None:
         _mark_used(self._path(key))
-        self._catalog.note_use(key)
+        self._catalog.note_later(key)
 
     @contextlib.contextmanager
     def pinned(self, keys: Iterable[str]) -> Iterator[None]:
@@ -208,6 +208,7 @@ class DiskStore(KVStore):
 
     def stats(self) -> StoreStats:
         with explained(self._folder):
+            self._catalog.settle()
             chunks, nbytes = self._catalog.index.totals(self.namespace)
         return self._counts.stats(chunks=chunks, nbytes=nbytes)
 
@@ -259,7 +260,7 @@ class DiskStore(KVStore):
 
     def close(self) -> None:
         self._readers.close()
-        self._catalog.index.close()
+        self._catalog.close()
 
     # ---- one chunk -----------------------------------------------------------------------------
 
@@ -278,7 +279,7 @@ class DiskStore(KVStore):
         except OSError as error:
             raise self._unreadable(error) from error
         if chunk is not None and is_use:
-            self._catalog.note_use(key)
+            self._catalog.note_later(key)
         return chunk
 
     def _unreadable(self, error: OSError) -> UnavailableError:
@@ -324,7 +325,7 @@ class DiskStore(KVStore):
             if os.path.samestat(os.stat(path), damaged):
                 self._counts.add("corrupt")
                 os.rename(path, _free_name(path))
-                self._catalog.drop(path.stem)
+                self._catalog.note_later(path.stem)
 
 
 def _info(key: str, chunk: ChunkKV) -> ChunkInfo:

@@ -47,24 +47,24 @@ _UNLOCKABLE_SECONDS = 3600
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn a failure of the disk or of SQLite inside the block into a StoreError about ``folder``
-    that says how to fix it.
+    """Turn a failure of the disk inside the block into a StoreError about ``folder`` that says how
+    to fix it.
 
     Raises:
-        StoreError: the block raised an OSError or a sqlite3.Error.
+        StoreError: the block raised an OSError.
     """
     try:
         yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        number = _ERRNO_OF_SQLITE.get(code, 0)
-        fix = _FIXES.get(number, f"Check the disk, {_OTHER_FOLDER}.")
-        problem = f"Cannot use the index of the chunk store {folder}: {error}."
-        raise StoreError(f"{problem} {fix}") from error
     except OSError as error:
-        fix = _FIXES.get(error.errno or 0, f"Check the disk, {_OTHER_FOLDER}.")
         problem = f"Cannot use the chunk store {folder}: {error.strerror or error}."
-        raise StoreError(f"{problem} {fix}") from error
+        raise StoreError(f"{problem} {fix_of(error)}") from error
+
+
+def fix_of(error: Exception) -> str:
+    """What to do about a failure of the disk or of SQLite."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    number = error.errno if isinstance(error, OSError) else _ERRNO_OF_SQLITE.get(code)
+    return _FIXES.get(number or 0, f"Check the disk, {_OTHER_FOLDER}.")
 
 
 @contextlib.contextmanager

@@ -11,20 +11,17 @@ is run, and what it says of a chunk is checked again when the chunk is used.
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 import sqlite3
-import time
+import struct
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from threading import RLock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import xxhash
+
+from cacheblend_rag.store.database import Database, new_birth
 from cacheblend_rag.store.evict import GDSF, POLICIES, Policy, Usage, age_step, warmed
-
-NAME = "index.sqlite"
-_GOODBYE_S = 1.0
-TIMEOUT_S = 5.0  # how long to wait for another process; a transaction takes milliseconds
 
 _SCHEMA = (
     "CREATE TABLE chunks (id INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, "
@@ -33,7 +30,7 @@ _SCHEMA = (
     "CREATE INDEX by_priority ON chunks (priority, namespace, key, nbytes)",
     "CREATE INDEX by_namespace ON chunks (namespace, priority, key, nbytes)",
     "CREATE TABLE contents (id INTEGER PRIMARY KEY, base INTEGER NOT NULL, "
-    "kv_bytes INTEGER NOT NULL, tokens BLOB NOT NULL) STRICT",
+    "kv_bytes INTEGER NOT NULL, tokens BLOB NOT NULL, seal INTEGER NOT NULL) STRICT",
     # sums kept beside the rows: counting 100,000 of them at every use would take longer than it
     "CREATE TABLE totals (namespace TEXT PRIMARY KEY, chunks INTEGER NOT NULL, "
     "nbytes INTEGER NOT NULL) STRICT",
@@ -50,8 +47,22 @@ _SCHEMA = (
     "CREATE TABLE state (id INTEGER PRIMARY KEY CHECK (id = 1), policy TEXT NOT NULL, "
     "age REAL NOT NULL, tick INTEGER NOT NULL) STRICT",
 )
+# what may stand in the rows: their types alone keep neither NULL nor any number from a damaged file
+_LARGEST = {"nbytes": 1 << 50, "tick": 1 << 60}
+_POSSIBLE_CHUNK = (
+    "typeof(namespace) = 'text' AND typeof(key) = 'blob' AND length(key) = 32 AND "
+    "typeof(nbytes) = 'integer' AND nbytes BETWEEN 1 AND :nbytes AND typeof(cost) = 'real' AND "
+    "typeof(heat) = 'real' AND typeof(tick) = 'integer' AND typeof(priority) = 'real'"
+)
+_POSSIBLE_STATE = (
+    "typeof(policy) = 'text' AND age BETWEEN 0 AND 1e15 AND typeof(tick) = 'integer' AND "
+    "tick BETWEEN 0 AND :tick"
+)
+_CHECK = (
+    f"SELECT (SELECT count(*) FROM chunks WHERE NOT ifnull({_POSSIBLE_CHUNK}, 0)), "
+    f"(SELECT count(*) FROM state WHERE {_POSSIBLE_STATE})"
+)
 _PAGE = 1000  # rows read at once
-_LARGEST_VALUE = 64 << 20
 _REMEMBERED = 4  # heats kept of chunks that left, times the number of chunks held
 _FEWEST_REMEMBERED = 1000
 
@@ -91,37 +102,22 @@ class Limits(NamedTuple):
 class Index:
     """The catalogue in ``folder``. May be used from several threads and by several processes.
 
+    None of its methods fails because of the file: see ``database``.
+
     Args:
         folder: an existing folder.
         policy: what ranks the chunks from now on, in all processes; None leaves it as it is.
-
-    Raises:
-        sqlite3.Error: from every method, where the disk or another process refuses.
+        fill: called when the index may lack anything, to enter what is there.
     """
 
-    def __init__(self, folder: Path, policy: Policy | None) -> None:
-        self._path = folder / NAME
-        self._lock = RLock()
-        self._pid = os.getpid()
-        self.rebuilt = False
-        try:
-            self._db = self._open()
-        except (sqlite3.DatabaseError, OverflowError) as error:
-            if _is_refusal(error):
-                raise
-            self.rebuilt = True
-            self._remove()
-            self._db = self._open()
-        with self._writing() as db:
-            (name,) = db.execute("SELECT policy FROM state").fetchone()
-            self.policy = policy or POLICIES.get(name, GDSF())
-            if self.policy.name != name:
-                self._rank_anew(db)
-            db.execute("DELETE FROM totals")  # counted again: a wrong sum would stop all eviction
-            db.execute(
-                "INSERT INTO totals SELECT namespace, count(*), sum(max(nbytes, 0)) FROM chunks "
-                "GROUP BY namespace"
-            )
+    def __init__(self, folder: Path, policy: Policy | None, fill: Callable[[], object]) -> None:
+        self._asked, self.policy = policy, policy or GDSF()
+        self._database = Database(folder, self._prepare, fill)
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether it was damaged and made anew, which lost the notes on use and on documents."""
+        return self._database.rebuilt
 
     # ---- chunks --------------------------------------------------------------------------------
 
@@ -129,42 +125,59 @@ class Index:
         """Note that a chunk is there, as used now; replaces an older note."""
         self.add_many(namespace, [(content, nbytes, cost)])
 
-    def add_many(self, namespace: str, chunks: Iterable[tuple[Content, int, float]]) -> None:
+    def add_many(self, namespace: str, chunks: Collection[tuple[Content, int, float]]) -> None:
         """``add`` of each, in one transaction."""
-        with self._writing() as db:
+
+        def add(db: sqlite3.Connection) -> None:
             for content, nbytes, cost in chunks:
                 self._add(db, namespace, content, nbytes, cost)
 
-    def use(self, namespace: str, key: bytes, patience_s: float | None = None) -> bool:
-        """Note a use; False where the chunk is not known. Waits for others no longer than told."""
-        with self._writing(patience_s) as db:
-            found = db.execute(
-                "SELECT id, cost, nbytes FROM chunks WHERE namespace = ? AND key = ?",
-                (namespace, key),
-            ).fetchone()
-            if found is None:
-                return False
-            number, cost, nbytes = found
-            usage = self._count(db, namespace, key, cost, nbytes)
-            db.execute(
-                "UPDATE chunks SET heat = ?, tick = ?, priority = ? WHERE id = ?",
-                (usage.heat, usage.tick, self._rank(usage), number),
-            )
-        return True
+        self._database.write(add)
 
-    def remove(self, namespace: str, keys: Iterable[bytes]) -> None:
+    def use(self, namespace: str, key: bytes) -> bool:
+        """Note a use; False where the chunk is not known."""
+        return self._database.write(lambda db: self._use(db, namespace, key))
+
+    def remove(self, namespace: str, keys: Collection[bytes]) -> None:
         """Note that chunks are gone."""
-        with self._writing() as db:
-            self._forget(db, namespace, keys)
+        self._database.write(lambda db: self._forget(db, namespace, keys))
 
     def remove_if(
-        self, namespace: str, keys: Iterable[bytes], gone: Callable[[bytes], bool]
+        self, namespace: str, keys: Collection[bytes], gone: Callable[[bytes], bool]
     ) -> int:
         """Remove those of ``keys`` that are gone, asked while no other process can add any."""
-        with self._writing() as db:
+
+        def remove(db: sqlite3.Connection) -> int:
             confirmed = [key for key in keys if gone(key)]
             self._forget(db, namespace, confirmed)
-        return len(confirmed)
+            return len(confirmed)
+
+        return self._database.write(remove)
+
+    def settle(
+        self,
+        namespace: str,
+        pending: deque[bytes],
+        gone: Callable[[bytes], bool],
+        *,
+        at_once: bool = False,
+    ) -> None:
+        """Take keys from ``pending``: remove those that are gone, note a use of the others.
+
+        Raises:
+            BusyError: that would mean to wait, and it is to be ``at_once``.
+        """
+
+        def settle(db: sqlite3.Connection) -> None:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                while pending:
+                    key = pending.popleft()
+                    if gone(key):
+                        self._forget(db, namespace, [key])
+                    else:
+                        self._use(db, namespace, key)
+
+        (self._database.write_now if at_once else self._database.write)(settle)
 
     def make_room(
         self,
@@ -182,7 +195,8 @@ class Index:
         """
         if any(limit is not None and nbytes > limit for limit in limits):
             return None
-        with self._writing() as db:
+
+        def make_room(db: sqlite3.Connection) -> list[Victim] | None:
             usage = self._next_usage(db, namespace, key, cost, nbytes)  # counted by ``add``
             victims: dict[tuple[str, bytes], Victim] = {}
             for scope, limit in ((namespace, limits.namespace), (None, limits.folder)):
@@ -198,41 +212,45 @@ class Index:
                 victims |= found
             for victim in victims.values():
                 self._forget(db, victim.namespace, [victim.key])
-        return list(victims.values())
+            return list(victims.values())
+
+        return self._database.write(make_room)
 
     def surplus(self, limits: Limits, namespace: str | None = None) -> list[Victim]:
         """Forget what is over the limits (lowered since), and say what."""
-        with self._writing() as db:
+
+        def surplus(db: sqlite3.Connection) -> list[Victim]:
             scope, limit = (namespace, limits.namespace) if namespace else (None, limits.folder)
             missing = 0 if limit is None else self._used(db, scope) - limit
             found = self._victims(db, scope, missing, float("inf"), (), {}) or {}
             for victim in found.values():
                 self._forget(db, victim.namespace, [victim.key])
-        return list(found.values())
+            return list(found.values())
+
+        return self._database.write(surplus)
 
     # ---- what is there -------------------------------------------------------------------------
 
     def keys(self, namespace: str) -> set[bytes]:
         """The keys of a namespace."""
-        with self._reading() as db:
-            rows = db.execute("SELECT key FROM chunks WHERE namespace = ?", (namespace,))
-            return {key for (key,) in rows}
+        query = "SELECT key FROM chunks WHERE namespace = ?"
+        return {key for (key,) in self._all(query, namespace) if _is_key(key)}
 
     def contents(self, namespace: str, after: int = 0) -> Iterator[tuple[int, Content]]:
         """Chunks with their number, those put later having a higher one; only from ``after`` on.
+        Passes over what is damaged.
 
         Read in pages, so that chunks may come and go meanwhile.
         """
         # The plus keeps SQLite from looking namespaces up and sorting all they hold for each page.
         query = (
-            "SELECT id, key, base, kv_bytes, tokens FROM chunks JOIN contents USING (id) "
+            "SELECT id, seal, key, base, kv_bytes, tokens FROM chunks JOIN contents USING (id) "
             "WHERE +namespace = ? AND id > ? ORDER BY id LIMIT ?"
         )
         while True:
-            with self._reading() as db:
-                rows = db.execute(query, (namespace, after, _PAGE)).fetchall()
-            for number, *content in rows:
-                if _is_possible(found := Content(*content)):
+            rows = self._all(query, namespace, after, _PAGE)
+            for number, seal, *content in rows:
+                if seal == _seal_of(namespace, found := Content(*content)):
                     yield number, found
             if len(rows) < _PAGE:
                 return
@@ -240,11 +258,7 @@ class Index:
 
     def mark(self) -> Mark:
         """Where ``gone`` and ``contents`` are to go on from now."""
-        query = "SELECT (SELECT seq FROM sqlite_sequence WHERE name = ?)"
-        with self._reading() as db:
-            (birth,) = db.execute("PRAGMA user_version").fetchone()
-            last = [db.execute(query, (name,)).fetchone()[0] or 0 for name in ("chunks", "heats")]
-        return Mark(birth, *last)
+        return self._database.read(_mark_of)
 
     def gone(self, namespace: str, since: Mark) -> set[bytes] | None:
         """Keys of chunks that left since then and did not come back; None where more may have left
@@ -254,19 +268,20 @@ class Index:
             "SELECT key FROM heats WHERE namespace = ? AND id > ? AND NOT EXISTS "
             "(SELECT 1 FROM chunks WHERE namespace = heats.namespace AND key = heats.key)"
         )
-        with self._reading() as db:
-            now, oldest = self.mark(), db.execute("SELECT min(id) FROM heats").fetchone()[0]
-            rows = db.execute(query, (namespace, since.heat)).fetchall()
-        is_cut = (oldest or 0) > since.heat + 1 and now.heat - since.heat > _FEWEST_REMEMBERED
-        if now.birth != since.birth or is_cut:
-            return None
-        return {key for (key,) in rows}
+
+        def gone(db: sqlite3.Connection) -> set[bytes] | None:
+            now, oldest = _mark_of(db), db.execute("SELECT min(id) FROM heats").fetchone()[0]
+            is_cut = (oldest or 0) > since.heat + 1 and now.heat - since.heat > _FEWEST_REMEMBERED
+            if now.birth != since.birth or is_cut:
+                return None
+            return {key for (key,) in db.execute(query, (namespace, since.heat)) if _is_key(key)}
+
+        return self._database.read(gone)
 
     def totals(self, namespace: str) -> tuple[int, int]:
         """Chunks and bytes of a namespace."""
-        query = "SELECT chunks, nbytes FROM totals WHERE namespace = ?"
-        with self._reading() as db:
-            chunks, nbytes = db.execute(query, (namespace,)).fetchone() or (0, 0)
+        rows = self._all("SELECT chunks, nbytes FROM totals WHERE namespace = ?", namespace)
+        chunks, nbytes = rows[0] if rows else (0, 0)
         return chunks, nbytes
 
     # ---- documents -----------------------------------------------------------------------------
@@ -274,98 +289,95 @@ class Index:
     def label(self, namespace: str, document: bytes, keys: Iterable[bytes]) -> None:
         """Note that ``document`` consists of these chunks."""
         rows = [(namespace, document, key) for key in keys]
-        with self._writing() as db:
+
+        def label(db: sqlite3.Connection) -> None:
             db.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", rows)
+
+        self._database.write(label, owed=True)
 
     def documents(self, namespace: str) -> set[bytes]:
         """The documents noted."""
         query = "SELECT DISTINCT document FROM documents WHERE namespace = ?"
-        with self._reading() as db:
-            return {document for (document,) in db.execute(query, (namespace,))}
+        return {name for (name,) in self._all(query, namespace) if isinstance(name, bytes)}
 
     def unlabel(
         self,
         namespace: str,
-        documents: Iterable[bytes],
+        documents: Collection[bytes],
         only: Collection[bytes] | None = None,
     ) -> list[bytes]:
         """Drop documents, or of their keys these; returns the keys dropped that none has now."""
-        orphans: list[bytes] = []
-        with self._writing() as db:
-            for document in documents:
-                query = "SELECT key FROM documents WHERE namespace = ? AND document = ?"
-                keys = [key for (key,) in db.execute(query, (namespace, document))]
-                keys = [key for key in keys if only is None or key in only]
-                query = "DELETE FROM documents WHERE namespace = ? AND document = ? AND key = ?"
-                db.executemany(query, [(namespace, document, key) for key in keys])
-                query = "SELECT 1 FROM documents WHERE namespace = ? AND key = ?"
-                orphans += [k for k in keys if db.execute(query, (namespace, k)).fetchone() is None]
-        return orphans
+
+        def unlabel(db: sqlite3.Connection) -> list[bytes]:
+            return self._unlabel(db, namespace, documents, only)
+
+        return self._database.write(unlabel, owed=True)
 
     def close(self) -> None:
         """Close the file; a second call does nothing, nor one while another thread hangs in it."""
-        if self._lock.acquire(timeout=_GOODBYE_S):
-            try:
-                if self._pid == os.getpid():
-                    self._db.close()
-            finally:
-                self._lock.release()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_db"):
-            self.close()
+        self._database.close()
 
     # ---- inside --------------------------------------------------------------------------------
 
-    def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(
-            self._path, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        """Make the tables of a new file, or check those of one that was found.
+
+        Raises:
+            sqlite3.DatabaseError: they are not ours.
+        """
+        if not _schema(db):
+            for statement in _SCHEMA:
+                db.execute(statement)
+            db.execute("INSERT INTO state VALUES (1, ?, 0, 0)", (GDSF.name,))
+            db.execute(f"PRAGMA user_version = {new_birth()}")
+        elif _schema(db) != _our_schema():
+            raise sqlite3.DatabaseError("the schema is not ours")
+        elif db.execute(_CHECK, _LARGEST).fetchone() != (0, 1):
+            raise sqlite3.DatabaseError("there are rows that are not ours")
+        (name,) = db.execute("SELECT policy FROM state").fetchone()
+        self.policy = self._asked or POLICIES.get(name, GDSF())
+        if self.policy.name != name:
+            self._rank_anew(db)
+        db.execute("DELETE FROM totals")  # counted again: a wrong sum would stop all eviction
+        db.execute(
+            "INSERT INTO totals SELECT namespace, count(*), sum(nbytes) FROM chunks "
+            "GROUP BY namespace"
         )
-        try:
-            db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST_VALUE)
-            for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
-                db.execute(f"PRAGMA {pragma}")
-            _write_ahead(db)
-            db.execute("PRAGMA synchronous=NORMAL")  # after a power cut the last uses may be lost
-            db.execute("BEGIN IMMEDIATE")
-            if not _schema(db):
-                for statement in _SCHEMA:
-                    db.execute(statement)
-                db.execute("INSERT INTO state VALUES (1, ?, 0, 0)", (GDSF.name,))
-                db.execute(f"PRAGMA user_version = {secrets.randbelow(1 << 31)}")
-            elif _schema(db) != _our_schema():
-                raise sqlite3.DatabaseError("the schema is not ours")
-            db.execute("COMMIT")
-        except BaseException:
-            db.close()
-            raise
-        return db
 
-    def _remove(self) -> None:
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{self._path}{suffix}")
+    def _all(self, query: str, *values: object) -> list[Any]:
+        return self._database.read(lambda db: db.execute(query, values).fetchall())
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            if self._pid != os.getpid():  # SQLite's connections do not survive a fork
-                self._db, self._pid = self._open(), os.getpid()
-            yield self._db
+    def _unlabel(
+        self,
+        db: sqlite3.Connection,
+        namespace: str,
+        documents: Collection[bytes],
+        only: Collection[bytes] | None,
+    ) -> list[bytes]:
+        orphans: list[bytes] = []
+        for document in documents:
+            query = "SELECT key FROM documents WHERE namespace = ? AND document = ?"
+            keys = [key for (key,) in db.execute(query, (namespace, document))]
+            keys = [key for key in keys if only is None or key in only]
+            query = "DELETE FROM documents WHERE namespace = ? AND document = ? AND key = ?"
+            db.executemany(query, [(namespace, document, key) for key in keys])
+            query = "SELECT 1 FROM documents WHERE namespace = ? AND key = ?"
+            orphans += [k for k in keys if db.execute(query, (namespace, k)).fetchone() is None]
+        return [key for key in orphans if _is_key(key)]
 
-    @contextlib.contextmanager
-    def _writing(self, patience_s: float | None = None) -> Iterator[sqlite3.Connection]:
-        with self._reading() as db:
-            wait_s = TIMEOUT_S if patience_s is None else patience_s
-            db.execute(f"PRAGMA busy_timeout={int(wait_s * 1000)}")
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+    def _use(self, db: sqlite3.Connection, namespace: str, key: bytes) -> bool:
+        found = db.execute(
+            "SELECT id, cost, nbytes FROM chunks WHERE namespace = ? AND key = ?", (namespace, key)
+        ).fetchone()
+        if found is None:
+            return False
+        number, cost, nbytes = found
+        usage = self._count(db, namespace, key, cost, nbytes)
+        db.execute(
+            "UPDATE chunks SET heat = ?, tick = ?, priority = ? WHERE id = ?",
+            (usage.heat, usage.tick, self._rank(usage), number),
+        )
+        return True
 
     def _rank(self, usage: Usage) -> float:
         return self.policy.priority(usage)
@@ -373,6 +385,7 @@ class Index:
     def _add(
         self, db: sqlite3.Connection, namespace: str, content: Content, nbytes: int, cost: float
     ) -> None:
+        seal = _seal_of(namespace, content)
         usage = self._count(db, namespace, content.key, cost, nbytes)
         self._forget(db, namespace, [content.key])
         row = db.execute(
@@ -381,8 +394,8 @@ class Index:
             (namespace, content.key, nbytes, cost, usage.heat, usage.tick, self._rank(usage)),
         )
         db.execute(
-            "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)",
-            (row.lastrowid, content.base, content.kv_bytes, content.tokens),
+            "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?)",
+            (row.lastrowid, content.base, content.kv_bytes, content.tokens, seal),
         )
 
     def _count(
@@ -439,6 +452,8 @@ class Index:
             victims[victim[:2]] = victim
             missing -= victim.nbytes
         rows.close()
+        if missing > 0 and not (pinned or chosen or self.policy.refuses):
+            raise sqlite3.DatabaseError("the sums are not those of the rows")
         return None if missing > 0 else victims
 
     def _forget(self, db: sqlite3.Connection, namespace: str, keys: Iterable[bytes]) -> None:
@@ -469,30 +484,26 @@ class Index:
         db.executemany("UPDATE chunks SET priority = ? WHERE id = ?", ranks)
 
 
-def _write_ahead(db: sqlite3.Connection) -> None:
-    """Switch to a write-ahead log. SQLite does not wait here for another that does so as well."""
-    last = time.monotonic() + TIMEOUT_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > last:
-                raise
-        time.sleep(0.01)
+def _mark_of(db: sqlite3.Connection) -> Mark:
+    query = "SELECT (SELECT seq FROM sqlite_sequence WHERE name = ?)"
+    (birth,) = db.execute("PRAGMA user_version").fetchone()
+    last = [db.execute(query, (name,)).fetchone()[0] or 0 for name in ("chunks", "heats")]
+    return Mark(birth, *map(int, last))
 
 
-def _is_possible(content: Content) -> bool:
-    """SQLite holds whatever was written to it."""
-    is_typed = isinstance(content.key, bytes) and isinstance(content.tokens, bytes)
-    return is_typed and type(content.base) is type(content.kv_bytes) is int
+def _is_key(key: object) -> bool:
+    return isinstance(key, bytes) and len(key) == 32
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the disk or another process refuses, rather than the file being damaged."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-    damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
-    return code not in (*damage, sqlite3.SQLITE_TOOBIG)
+def _seal_of(namespace: str, content: Content) -> int | None:
+    """Tells whether ``content`` is what was noted; None where no store notes such a thing."""
+    try:
+        numbers = struct.pack("<32sqq", *content[:3])
+        digest = xxhash.xxh3_64(numbers + namespace.encode())
+        digest.update(content.tokens)
+    except (struct.error, TypeError):  # SQLite holds whatever was written to it
+        return None
+    return digest.intdigest() - (1 << 63)
 
 
 def _schema(db: sqlite3.Connection) -> list[tuple[str, ...]]:

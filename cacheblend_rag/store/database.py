@@ -1,0 +1,359 @@
+"""The SQLite file of a store folder, which may fail at any time without failing the store.
+
+The chunks' files are the truth, so there is always a next best database: the file as it is, the
+file made anew where it is damaged, a copy of it in memory where it cannot be written (locked, full,
+read only), and an empty one in memory. What uses it does not see which one that is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from threading import RLock
+from typing import TypeVar
+
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.store.files import fix_of
+from cacheblend_rag.store.marker import claim
+
+Result = TypeVar("Result")
+
+NAME = "index.sqlite"
+TIMEOUT_S = 5.0  # how long a write waits for another process; a transaction takes milliseconds
+_OPENING_S = 1.0  # how long opening waits
+_RETURNING_S = 0.05  # and coming back to a file that could not be used
+_PAUSE_S = 0.005  # between two tries while another process writes
+_AWAY_S = 5.0  # until a file that could not be used is tried again
+_GOODBYE_S = 1.0
+_LARGEST_VALUE = 64 << 20
+_REFUSALS = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_NOLFS,
+    sqlite3.SQLITE_AUTH,
+}
+
+
+class BusyError(Exception):
+    """Another process or thread writes, and the caller does not want to wait."""
+
+
+class _Rung(IntEnum):
+    FOUND = 0  # the file as it is
+    ANEW = 1  # the file, made anew
+    COPY = 2  # a copy of it in memory
+    EMPTY = 3  # in memory, filled from the chunks' files
+
+
+class Database:
+    """Runs work on the best database there is. May be used from several threads and processes.
+
+    Args:
+        folder: an existing folder.
+        prepare: run in a transaction on what was opened: makes the tables, or raises
+            sqlite3.DatabaseError where they are not as they should be.
+        fill: called when another database was taken, which may lack anything.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prepare: Callable[[sqlite3.Connection], None],
+        fill: Callable[[], object],
+    ) -> None:
+        self._folder, self._path = folder, folder.absolute() / NAME
+        self._prepare, self._fill = prepare, fill
+        self._lock = RLock()
+        self._owed: list[Callable[[sqlite3.Connection], object]] = []
+        self._rung, self._retry_at = _Rung.FOUND, 0.0
+        self.rebuilt = self._is_closed = False
+        self._inode: tuple[int, int] | None = None  # of the file in use
+        self._damaged: tuple[int, int] | None = None
+        self._pid = 0  # that opened what follows
+        self._db: sqlite3.Connection | None = None
+        try:
+            self._take(_Rung.FOUND)
+        except Exception as error:
+            self._step_down(error)
+
+    def read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        """``work`` of the database, which it only reads; may be called twice."""
+        return self._run(work, TIMEOUT_S, must=True)
+
+    def write(self, work: Callable[[sqlite3.Connection], Result], *, owed: bool = False) -> Result:
+        """``work`` of the database as one transaction; may be called twice.
+
+        Args:
+            owed: where it can be done in memory only, do it again once the file can be written.
+        """
+
+        def run(db: sqlite3.Connection) -> Result:
+            result = _in_transaction(work, db)
+            if owed and self._rung >= _Rung.COPY:
+                self._owed.append(work)
+            return result
+
+        return self._run(run, TIMEOUT_S, must=True)
+
+    def write_now(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        """As ``write``, without waiting for anyone.
+
+        Raises:
+            BusyError: another process or thread writes.
+        """
+        return self._run(partial(_in_transaction, work), 0.0, must=False)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing, nor one while another thread hangs in it."""
+        self._is_closed = True
+        if self._lock.acquire(timeout=_GOODBYE_S):
+            try:
+                self._leave()
+            finally:
+                self._lock.release()
+
+    # ---- one piece of work ---------------------------------------------------------------------
+
+    def _run(
+        self, work: Callable[[sqlite3.Connection], Result], patience_s: float, *, must: bool
+    ) -> Result:
+        until = time.monotonic() + patience_s
+        while True:
+            # The lock is let go between two tries: who reads does not wait for who writes.
+            if not self._lock.acquire(blocking=must):
+                raise BusyError
+            try:
+                return self._try(work, is_last=time.monotonic() >= until, must=must)
+            except BusyError:
+                if not must:
+                    raise
+            finally:
+                self._lock.release()
+            time.sleep(_PAUSE_S)
+
+    def _try(
+        self, work: Callable[[sqlite3.Connection], Result], *, is_last: bool, must: bool
+    ) -> Result:
+        if self._is_closed:
+            raise StoreError(f"The chunk store {self._folder} is closed. Open it again.")
+        self._follow()
+        while True:
+            try:
+                assert self._db is not None
+                result = work(self._db)
+            except (OSError, StoreError):
+                raise  # of a chunk's file
+            except Exception as error:
+                if _code(error) == sqlite3.SQLITE_BUSY and not (is_last and must):
+                    raise BusyError from error
+                self._step_down(error)
+                self._fill()
+            else:
+                if self._rung is _Rung.ANEW:
+                    self._rung = _Rung.FOUND
+                return result
+
+    def _follow(self) -> None:
+        """Open the file again where it is another one by now, or may be used again."""
+        left = self._rung if self._rung >= _Rung.COPY else None
+        if self._pid == os.getpid():
+            if left is None and self._inode == self._found_inode():
+                return
+            if left is not None and time.monotonic() < self._retry_at:
+                return
+        self._rung, self._retry_at = _Rung.FOUND, time.monotonic() + _AWAY_S
+        try:
+            self._take(_Rung.FOUND, _OPENING_S if left is None else _RETURNING_S)
+        except Exception as error:
+            if left is not None and _is_refusal(error):
+                self._rung = left
+                return
+            self._step_down(error)
+        self._fill()
+        owed, self._owed = self._owed, []
+        for work in owed:
+            self.write(work, owed=True)
+
+    # ---- which database ------------------------------------------------------------------------
+
+    def _step_down(self, error: Exception) -> None:
+        """Take the next best database, since this one raised ``error``."""
+        reason = error
+        while self._rung is not _Rung.EMPTY:
+            self._rung = _below(self._rung, error)
+            try:
+                self._take(self._rung)
+            except Exception as worse:
+                error = worse
+                continue
+            self.rebuilt |= self._rung is not _Rung.COPY
+            if self._rung >= _Rung.COPY:
+                self._warn(reason)
+            return
+        raise error
+
+    def _take(self, rung: _Rung, patience_s: float = _OPENING_S) -> None:
+        if self._inode is not None:
+            # Before another one is opened: SQLite lets go what a process has locked and mapped of
+            # a file where it opens two of one name.
+            self._leave()
+        if rung >= _Rung.COPY:
+            db = _in_memory(self._path if rung is _Rung.COPY else None)
+            self._make_ready(db)
+            self._retry_at = time.monotonic() + _AWAY_S
+        elif rung is _Rung.FOUND and self._found_inode() is not None:
+            db = self._opened(patience_s)
+        else:
+            db = self._made_anew(patience_s)
+        self._leave()  # what was in memory
+        self._db, self._pid = db, os.getpid()
+        self._inode = self._found_inode() if rung < _Rung.COPY else None
+
+    def _leave(self) -> None:
+        if self._db is not None and self._pid == os.getpid():
+            self._db.close()
+        self._db, self._inode = None, None
+
+    def _opened(self, patience_s: float) -> sqlite3.Connection:
+        self._damaged = self._found_inode()
+        db = _connect(str(self._path), patience_s)
+        try:
+            _write_ahead(db, patience_s)
+            db.execute("PRAGMA synchronous=NORMAL")  # after a power cut the last uses may be lost
+            self._make_ready(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _made_anew(self, patience_s: float) -> sqlite3.Connection:
+        claim(self._folder)  # who emptied it took our mark as well
+        with _alone_in(self._folder):
+            if self._found_inode() in (None, self._damaged):  # else another process was quicker
+                for suffix in ("-journal", "-wal", "-shm", ""):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(f"{self._path}{suffix}")
+            return self._opened(patience_s)
+
+    def _make_ready(self, db: sqlite3.Connection) -> None:
+        try:
+            _in_transaction(self._prepare, db)
+        except BaseException:
+            db.close()
+            raise
+        db.execute("PRAGMA busy_timeout=0")
+
+    def _found_inode(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _warn(self, error: Exception) -> None:
+        warnings.warn(
+            f"The index of the chunk store {self._folder} cannot be used: {error}. The "
+            f"store works without it and keeps notes on documents in memory. {fix_of(error)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def new_birth() -> int:
+    """Tells an index from every other."""
+    return secrets.randbelow(1 << 31)
+
+
+def _below(rung: _Rung, error: Exception) -> _Rung:
+    if rung < _Rung.COPY and _is_refusal(error):
+        return _Rung.COPY
+    return _Rung.ANEW if rung is _Rung.FOUND else _Rung.EMPTY
+
+
+def _connect(name: str, patience_s: float, *, uri: bool = False) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        name, timeout=patience_s, isolation_level=None, check_same_thread=False, uri=uri
+    )
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST_VALUE)
+    for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
+        db.execute(f"PRAGMA {pragma}")
+    return db
+
+
+def _in_memory(copied: Path | None) -> sqlite3.Connection:
+    db = _connect(":memory:", 0)
+    if copied is None:
+        return db
+    for option in ("mode=ro", "immutable=1"):  # the second where not even a lock may be written
+        try:
+            source = _connect(f"{copied.as_uri()}?{option}", 0, uri=True)
+            with contextlib.closing(source):
+                source.backup(db)
+            db.execute(f"PRAGMA user_version = {new_birth()}")  # its entries get numbers of its own
+            return db
+        except sqlite3.Error as error:
+            reason = error
+    db.close()
+    raise reason
+
+
+def _in_transaction(work: Callable[[sqlite3.Connection], Result], db: sqlite3.Connection) -> Result:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(db)
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    return result
+
+
+def _write_ahead(db: sqlite3.Connection, patience_s: float) -> None:
+    """Switch to a write-ahead log. SQLite does not wait here for another that does so as well."""
+    last = time.monotonic() + patience_s
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > last:
+                raise
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep others from making the index anew at the same time, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _code(error: Exception) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the disk or another process refuses, rather than the file being damaged."""
+    return isinstance(error, (OSError, StoreError, MemoryError)) or _code(error) in _REFUSALS
