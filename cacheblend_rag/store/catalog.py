@@ -63,12 +63,12 @@ class Catalog:
 
     def note(self, info: ChunkInfo, nbytes: int) -> None:
         """Enter a chunk whose file of ``nbytes`` was just written."""
-        self._settle(at_once=False)
+        self._settle(soon=False)
         self.index.add(self._namespace, *self._entry(self._namespace, info, nbytes))
 
     def note_use(self, key: str) -> bool:
         """Count a use now; False where the chunk is not known."""
-        self._settle(at_once=False)
+        self._settle(soon=False)
         return self.index.use(self._namespace, bytes.fromhex(key))
 
     def note_later(self, key: str) -> None:
@@ -77,10 +77,17 @@ class Catalog:
         if not self._settler.backlog:
             self._settler.start(self._settle_all, [None])
 
+    def note_soon(self, key: str) -> None:
+        """Count a use, or that the file is gone; later, where another process writes."""
+        self._pending.append(bytes.fromhex(key))
+        self.settle()
+        if self._pending:
+            self.note_later(key)
+
     def settle(self) -> None:
         """Write what was to be noted, unless that would mean to wait."""
         with contextlib.suppress(BusyError):
-            self._settle(at_once=True)
+            self._settle(soon=True)
 
     def infos(self, after: int) -> Iterator[tuple[int, ChunkInfo]]:
         """The chunks whose file is there, with the numbers of their entries, from ``after`` on."""
@@ -111,14 +118,14 @@ class Catalog:
         """Remove what has to leave for a new chunk: how many, by namespace; None where the new one
         stays out.
         """
-        self._settle(at_once=False)
+        self._settle(soon=False)
         raw = bytes.fromhex(key)
         victims = self.index.make_room(self._namespace, raw, nbytes, cost, limits, pinned)
         return None if victims is None else self._unlink(victims)
 
     def trim(self, limits: Limits) -> Counter[str]:
         """Remove what is over the limits: how many, by namespace."""
-        self._settle(at_once=False)
+        self._settle(soon=False)
         in_namespace = self._unlink(self.index.surplus(limits, self._namespace))
         return in_namespace + self._unlink(self.index.surplus(limits))
 
@@ -151,11 +158,11 @@ class Catalog:
         return Recovery(removed, adopted, vanished, self.index.rebuilt)
 
     def _settle_all(self, _: None) -> None:
-        self._settle(at_once=False)
+        self._settle(soon=False)
 
-    def _settle(self, *, at_once: bool) -> None:
+    def _settle(self, *, soon: bool) -> None:
         if self._pending:
-            self.index.settle(self._namespace, self._pending, self._is_gone, at_once=at_once)
+            self.index.settle(self._namespace, self._pending, self._is_gone, soon=soon)
 
     def _is_gone(self, key: bytes) -> bool:
         return not self.path(key.hex()).exists()

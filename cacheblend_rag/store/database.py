@@ -31,6 +31,7 @@ NAME = "index.sqlite"
 TIMEOUT_S = 5.0  # how long a write waits for another process; a transaction takes milliseconds
 _OPENING_S = 1.0  # how long opening waits
 _RETURNING_S = 0.05  # and coming back to a file that could not be used
+_SOON_S = 0.05
 _PAUSE_S = 0.005  # between two tries while another process writes
 _AWAY_S = 5.0  # until a file that could not be used is tried again
 _GOODBYE_S = 1.0
@@ -111,13 +112,13 @@ class Database:
 
         return self._run(run, TIMEOUT_S, must=True)
 
-    def write_now(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        """As ``write``, without waiting for anyone.
+    def write_soon(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        """As ``write``, waiting for others hardly at all.
 
         Raises:
             BusyError: another process or thread writes.
         """
-        return self._run(partial(_in_transaction, work), 0.0, must=False)
+        return self._run(partial(_in_transaction, work), _SOON_S, must=False)
 
     def close(self) -> None:
         """Close the file; a second call does nothing, nor one while another thread hangs in it."""
@@ -136,20 +137,19 @@ class Database:
         until = time.monotonic() + patience_s
         while True:
             # The lock is let go between two tries: who reads does not wait for who writes.
-            if not self._lock.acquire(blocking=must):
+            left_s = max(until - time.monotonic(), 0)
+            if not self._lock.acquire(timeout=-1 if must else left_s):
                 raise BusyError
             try:
-                return self._try(work, is_last=time.monotonic() >= until, must=must)
+                return self._try(work, gives_up=must and not left_s)
             except BusyError:
-                if not must:
+                if not must and not left_s:
                     raise
             finally:
                 self._lock.release()
             time.sleep(_PAUSE_S)
 
-    def _try(
-        self, work: Callable[[sqlite3.Connection], Result], *, is_last: bool, must: bool
-    ) -> Result:
+    def _try(self, work: Callable[[sqlite3.Connection], Result], *, gives_up: bool) -> Result:
         if self._is_closed:
             raise StoreError(f"The chunk store {self._folder} is closed. Open it again.")
         self._follow()
@@ -160,7 +160,7 @@ class Database:
             except (OSError, StoreError):
                 raise  # of a chunk's file
             except Exception as error:
-                if _code(error) == sqlite3.SQLITE_BUSY and not (is_last and must):
+                if _code(error) == sqlite3.SQLITE_BUSY and not gives_up:
                     raise BusyError from error
                 self._step_down(error)
                 self._fill()

@@ -152,7 +152,7 @@ class DiskStore(KVStore):
         path = self._path(key)
         with explained(self._folder):
             path.unlink(missing_ok=True)
-        self._catalog.note_later(key)
+            self._catalog.note_soon(key)
 
     def touch(self, key: str) -> None:
         _mark_used(self._path(key))

@@ -160,12 +160,12 @@ class Index:
         pending: deque[bytes],
         gone: Callable[[bytes], bool],
         *,
-        at_once: bool = False,
+        soon: bool = False,
     ) -> None:
         """Take keys from ``pending``: remove those that are gone, note a use of the others.
 
         Raises:
-            BusyError: that would mean to wait, and it is to be ``at_once``.
+            BusyError: another process or thread writes, and it is to be done ``soon``.
         """
 
         def settle(db: sqlite3.Connection) -> None:
@@ -177,7 +177,7 @@ class Index:
                     else:
                         self._use(db, namespace, key)
 
-        (self._database.write_now if at_once else self._database.write)(settle)
+        (self._database.write_soon if soon else self._database.write)(settle)
 
     def make_room(
         self,
