@@ -40,7 +40,6 @@ def options(about: str | None) -> argparse.ArgumentParser:
     found.add_argument("--chunk-tokens", type=int, default=512)
     found.add_argument("--output-tokens", type=int, default=16)
     found.add_argument("--ratio", type=float, default=0.15)
-    found.add_argument("--tile", type=int, help="BlendConfig.tile_tokens")
     return found
 
 
@@ -86,9 +85,10 @@ class Load:
 @contextlib.contextmanager
 def loaded(args: argparse.Namespace) -> Iterator[Load]:
     """An engine with a pool of chunks in its store."""
-    with opened(
-        args, args.chunks * args.chunk_tokens, recompute_ratio=args.ratio, tile_tokens=args.tile
-    ) as (blend, words):
+    with opened(args, args.chunks * args.chunk_tokens, recompute_ratio=args.ratio) as (
+        blend,
+        words,
+    ):
         load = Load(blend, words, [words(args.chunk_tokens) for _ in range(args.pool)])
         blend.ingest(load.pool, progress=False)
         yield load

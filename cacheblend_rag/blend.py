@@ -278,7 +278,7 @@ class CacheBlend:
             prompt: text, chat messages (the model's own template is applied) or token ids; a list
                 of these is several prompts.
             **options: vLLM's sampling parameters by their own names; ``mode``,
-                ``recompute_ratio``, ``selector``, ``selector_options``, ``schedule`` and
+                ``recompute_ratio``, ``selector``, ``selector_options``, ``reach``, ``when`` and
                 ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request`` (served without
                 blending).
 
@@ -346,7 +346,7 @@ class CacheBlend:
             token_ids=ids,
             sampling=sampling,
             params=_with_id(plan, request_id),
-            cache_salt=_salt(plan, ids, config.mode, request_id),
+            cache_salt=_salt(config.mode, request_id),
             lora_request=lora,
         )
         names = ("tokenize", "locate", "plan")
@@ -586,31 +586,33 @@ class CacheBlend:
             return report
         ids, chunk = probe.ids, probe.chunk
         key = self._space.key(chunk)
-        self._ingest([Chunk(key, chunk)], self._space.prefix_ids)
+        self._ingest([Chunk(key, chunk)], probe.head)
         plan = make_plan(
             ids,
             [Match(start, start + len(chunk), key, 0, len(chunk)) for start in probe.starts],
-            self.config.for_call({"mode": "blend", "recompute_ratio": 1.0}),
-            prefix_ids=self._space.shared_prefix,
+            self.config.for_call({"mode": "blend", "recompute_ratio": 1.0, "when": "always"}),
+            prefix_ids=probe.head,  # so the first chunk's KV is exact, and its tokens have no rows
             block_size=self.info.block_size,
             longest=report.max_tokens,
         )
         assert isinstance(plan, Plan)
-        requests = [
-            EngineRequest(
-                token_ids=ids,
-                sampling=_PROBE_SAMPLING,
-                params=_with_id(p, "gate"),
-                cache_salt=_salt(p, ids, "full", f"gate-{uuid.uuid4().hex}"),
-            )
-            for p in (NoPlan(Reason.MODE, "the gate's plain prefill"), plan)
-        ]
-        plain, blended = (self._engine.generate([r])[0][0] for r in requests)
+        why_not = NoPlan(Reason.MODE, "the gate's plain prefill")
+        [[alone]] = self._engine.generate([_probing(ids, why_not)])
+        # beside a request of one row and a plain prefill: were their rows taken for one another's,
+        # nothing else would say so
+        beside = [_probing(ids[:1], why_not), _probing(ids, why_not)]
+        blended = _probing(ids, plan)
+        _, *together = self._engine.generate([*beside, blended])
+        assert blended.params is not None
+        name = blended.params[PARAMS_KEY]["request_id"]
+        done = "recomputed" in self._engine_part(plan, name, together[1])
         with suppress(UnavailableError):  # the store keeps the probe then
             self._engine.rpc("cacheblend_forget", [key])
-        assert plain.logprobs is not None and blended.logprobs is not None
-        done = "recomputed" in self._engine_part(plan, "gate", [blended])
-        report = gate.check_prefill(report, plain.logprobs[0], blended.logprobs[0], done)
+        for [piece] in together:
+            assert alone.logprobs is not None and piece.logprobs is not None
+            report = gate.check_prefill(report, alone.logprobs[0], piece.logprobs[0], done)
+            if not report.passed:
+                return report
         return gate.within_what_was_proved(report, self.info, len(ids))
 
     def _measure_costs(self) -> Costs | None:
@@ -625,7 +627,7 @@ class CacheBlend:
         chunk = Chunk(self._space.key(ids), ids)
         self._ingest([chunk], self._space.prefix_ids)
         self._index.add(chunk.key, chunk.token_ids)
-        plain, blended = {"mode": "full"}, {"mode": "blend", "when": "always", "schedule": "sync"}
+        plain, blended = {"mode": "full"}, {"mode": "blend", "when": "always"}
         taken: dict[str, list[float]] = {"full": [], "blend": []}
         plan: Plan | NoPlan = NoPlan(Reason.MODE, "not timed")
         for parts in prompts:
@@ -709,8 +711,17 @@ def _with_id(plan: Plan | NoPlan, request_id: str) -> dict[str, Any] | None:
     return params
 
 
-def _salt(plan: Plan | NoPlan, ids: tuple[int, ...], mode: str, request_id: str) -> str | None:
-    """Blended blocks stay apart from exact ones; a full prefill reads no cached block at all."""
-    if isinstance(plan, Plan):
-        return plan.salt(ids)
+def _probing(ids: tuple[int, ...], plan: Plan | NoPlan) -> EngineRequest:
+    """A request of the gate's, of which nothing is in vLLM's prefix cache."""
+    name = uuid.uuid4().hex
+    return EngineRequest(
+        token_ids=ids,
+        sampling=_PROBE_SAMPLING,
+        params=_with_id(plan, name),
+        cache_salt=_salt("full", name),
+    )
+
+
+def _salt(mode: str, request_id: str) -> str | None:
+    """A full prefill reads no cached block at all."""
     return f"full:{request_id}" if mode == "full" else None

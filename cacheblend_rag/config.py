@@ -15,7 +15,6 @@ from cacheblend_rag.store.url import parse_size, redacted
 
 Mode = Literal["blend", "full", "reuse", "off"]
 When = Literal["pays", "always"]
-Schedule = Literal["auto", "sync", "async"]
 
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
 REACH = 64  # chosen on the tuning half of docs/quality.md's questions
@@ -27,7 +26,6 @@ PER_CALL = (
     "selector_options",
     "reach",
     "when",
-    "schedule",
     "chat_template_kwargs",
 )
 _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
@@ -80,11 +78,6 @@ class BlendConfig:
             ``{"enable_thinking": False}``. Those of a call are added to them.
         when: ``pays`` blends where the measured costs predict a gain over a plain prefill (they are
             measured on a GPU only), ``always`` blends whatever is found.
-        schedule: ``sync`` blends within one engine step, ``async`` in pieces so that other
-            streams keep decoding, ``auto`` is sync only while nothing else runs.
-        tile_tokens: most tokens recomputed at once, up to the engine's ``max_num_batched_tokens``;
-            where it is None, all that a step may take, and where others decode meanwhile 512, in
-            pieces of a few layers (256 at once without CUDA graphs).
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
             no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.
@@ -103,23 +96,18 @@ class BlendConfig:
     likely_system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     when: When = "pays"
-    schedule: Schedule = "auto"
-    tile_tokens: int | None = None
     store: str = "memory://"
     gpu_cache: str | None = None
     namespace: str = ""
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
-        _one_of("schedule", self.schedule, get_args(Schedule))
         _one_of("when", self.when, get_args(When))
         _check_ratio(self.recompute_ratio)
         if isinstance(self.reach, bool) or not isinstance(self.reach, int) or self.reach < 0:
             raise ConfigError(f"reach is {self.reach!r}; it must be a number of tokens, 0 for none")
         if self.min_chunk_tokens < 32:
             raise ConfigError("min_chunk_tokens must be at least 32: anchors need that many")
-        if self.tile_tokens is not None and self.tile_tokens < 1:
-            raise ConfigError("tile_tokens must be positive, or None for the engine's own limit")
         if isinstance(self.ingest_prefix, str):
             _one_of("ingest_prefix", self.ingest_prefix, PREFIXES)
         else:

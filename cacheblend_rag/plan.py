@@ -4,32 +4,29 @@ A plan covers the prompt's tokens [0, end). Its segments are contiguous half-ope
 
     0          s1         e1   s2              e2          end     question_start      n
     | fresh    | reuse    |fr. | reuse (cut)   | ...       |  tail |  question         |
-    '--- the connector claims these as external tokens ----'--- vLLM computes these ---'
+    '--- some of these tokens have stored KV ---------------'--- all are computed -------'
 
-``end`` is aligned down to a block, so the tail of the last chunk (less than one block) is computed
-by vLLM itself, and an identical plan hits vLLM's prefix cache exactly up to ``end``.
+``end`` is aligned down to a block: the tail of the last chunk, less than one block, is computed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from cacheblend_rag.config import BlendConfig, Schedule, When
+from cacheblend_rag.config import BlendConfig, When
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.locate import Match
 from cacheblend_rag.reason import Reason
-from cacheblend_rag.select import QuestionAttention, create_selector
+from cacheblend_rag.select import create_selector
 
-FORMAT = 2
+FORMAT = 3
 PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params
-SALT_PREFIX = "cacheblend:"
 BOUNDARY_TOKENS = 8  # a head cut by no more than this is a tokeniser seam, not a cut
 MIN_QUESTION_TOKENS = 8  # a shorter rest is a template's tail, not a question
 MAX_QUESTION_TOKENS = 512  # rows of the question pass
@@ -67,13 +64,11 @@ class Plan:
     selector: str
     selector_options: Mapping[str, Any]
     reach: int = 0
-    schedule: Schedule = "auto"
-    tile_tokens: int | None = None
     when: When = "always"
 
     @property
     def end(self) -> int:
-        """First position that vLLM computes itself."""
+        """The first position behind all segments."""
         return self.segments[-1].end
 
     def to_params(self) -> dict[str, Any]:
@@ -90,8 +85,6 @@ class Plan:
                     for k, v in self.selector_options.items()
                 },
                 "reach": self.reach,
-                "schedule": self.schedule,
-                "tile_tokens": self.tile_tokens,
                 "when": self.when,
             }
         }
@@ -121,8 +114,6 @@ class Plan:
                 selector=data["selector"],
                 selector_options=dict(data["selector_options"]),
                 reach=int(data["reach"]),
-                schedule=data["schedule"],
-                tile_tokens=data["tile_tokens"],
                 when=data["when"],
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -159,18 +150,13 @@ class Plan:
             rest = before + rest
         return rest[-MAX_QUESTION_TOKENS:] or tuple(token_ids[-MIN_QUESTION_TOKENS:])
 
-    def salt(self, token_ids: Sequence[int]) -> str:
-        """``cache_salt`` for vLLM: blended KV is approximate, so it must never answer a lookup of
-        the exact prefix cache, nor one of another plan. Identical plans share their blocks. Where
-        the question chose what was recomputed, it is part of the plan's identity.
-        """
+    @property
+    def settings(self) -> str:
+        """A digest of how tokens are chosen: blended KV answers only requests with the same one."""
         data = self.to_params()[PARAMS_KEY]
-        del data["schedule"], data["tile_tokens"], data["when"]  # when, not what
-        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
-        selector = create_selector(self.selector, self.selector_options)
-        if isinstance(selector.evidence, QuestionAttention):
-            digest.update(array("q", self.question_ids(token_ids)).tobytes())
-        return SALT_PREFIX + digest.hexdigest()
+        for name in ("segments", "question_start", "when"):
+            del data[name]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 class Head(NamedTuple):
@@ -237,8 +223,6 @@ def make_plan(
         selector=config.selector,
         selector_options=dict(config.selector_options),
         reach=config.reach,
-        schedule=config.schedule,
-        tile_tokens=config.tile_tokens,
         when=config.when if config.mode == "blend" else "always",
     )
     if costs is not None and plan.when == "pays":

@@ -20,8 +20,8 @@ class Reason(StrEnum):
     """A plain prefill is predicted to take no longer than a blend."""
 
     # what the engine finds when it comes to the request
-    IDENTICAL_PLAN = "identical_plan"
-    """The KV of an identical blend is still in vLLM's prefix cache."""
+    PREFIX_CACHED = "prefix_cached"
+    """vLLM's prefix cache holds all that would be blended."""
     CHUNKS_MISSING = "chunks_missing"
     """The store had none of the chunks, or none in time."""
     BLEND_FAILED = "blend_failed"
@@ -30,8 +30,6 @@ class Reason(StrEnum):
     """The request's plan cannot be read."""
     NO_TOKEN_LEFT = "no_token_left"
     """The plan leaves vLLM no token to compute."""
-    WRONG_SALT = "wrong_salt"
-    """The request's cache salt is not that of its plan."""
     LORA = "lora"
     """The engine or the request uses LoRA adapters."""
     ENCODER_INPUTS = "encoder_inputs"
@@ -50,6 +48,8 @@ class Reason(StrEnum):
     """One engine has several replicas."""
     CONTEXT_PARALLEL = "context_parallel"
     """A worker does not hold all of a sequence's KV."""
+    CUDA_GRAPHS = "cuda_graphs"
+    """Steps with prefills are one CUDA graph, in which rows can't be changed."""
     ATTENTION_BACKEND = "attention_backend"
     """The attention backend does not let KV be written."""
 

@@ -151,7 +151,7 @@ def _why_nothing_was_reused(segments: Sequence[SegmentReport]) -> Why:
     if absent:
         detail = f"none of the {len(absent)} stored chunks could be had; see the segments"
         return Why(Reason.CHUNKS_MISSING, detail)
-    return Why(Reason.IDENTICAL_PLAN, "what was reused is in vLLM's prefix cache already")
+    return Why(Reason.PREFIX_CACHED, "what was reused is in vLLM's prefix cache already")
 
 
 def _segments(

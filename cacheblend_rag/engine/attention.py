@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -14,6 +15,14 @@ from cacheblend_kernels import masked_attention
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, Pass, UnsupportedModelError
 from cacheblend_rag.reason import Reason
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def upload(host: Array | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``host`` on ``device``; without waiting for what a GPU is doing."""
+    tensor = torch.from_numpy(host) if isinstance(host, np.ndarray) else host
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def visible(q_pos_R: torch.Tensor, k_pos_N: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -61,26 +70,42 @@ class PagedCache:
         self, blocks: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> list[Any]:
         """Each layer's backend metadata for queries at sorted ``positions`` (CPU)."""
-        device = self.handle.device
         new_run = torch.ones(len(positions), dtype=torch.bool)
         new_run[1:] = positions[1:] != positions[:-1] + 1
         starts = new_run.nonzero().flatten()
-        bounds = torch.cat([starts, torch.tensor([len(positions)])]).to(torch.int32)
-        lengths = (positions[bounds[1:].long() - 1] + 1).to(torch.int32)
-        num_runs = len(lengths)
-        table = blocks.to(torch.int32)[None].expand(num_runs, -1).contiguous()
+        bounds = torch.cat([starts, torch.tensor([len(positions)])]).numpy()
+        lengths = (positions[bounds[1:] - 1] + 1).numpy()
+        table = blocks.to(torch.int32)[None].expand(len(lengths), -1).contiguous()
+        device = self.handle.device
+        built = self.build(bounds, lengths, table.to(device), slots, positions.to(device))
+        return list(built.values())
+
+    def build(
+        self,
+        bounds_S: Array,
+        lengths_S: Array,
+        table_SB: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Each layer's backend metadata, by the layer's name, for sequences packed one after
+        another: where each begins and the last ends, and how long its context is; their block
+        tables, and slots and positions of all rows, on the device.
+        """
+        bounds = torch.from_numpy(bounds_S.astype(np.int32))
+        lengths = torch.from_numpy(lengths_S.astype(np.int32))
         common = CommonAttentionMetadata(
-            query_start_loc=bounds.to(device),
+            query_start_loc=upload(bounds, self.handle.device),
             query_start_loc_cpu=bounds,
-            seq_lens=lengths.to(device),
-            num_reqs=num_runs,
-            num_actual_tokens=len(positions),
+            seq_lens=upload(lengths, self.handle.device),
+            num_reqs=len(lengths),
+            num_actual_tokens=int(bounds[-1]),
             max_query_len=int((bounds[1:] - bounds[:-1]).max()),
             max_seq_len=int(lengths.max()),
-            block_table_tensor=table.to(device),
+            block_table_tensor=table_SB,
             slot_mapping=slots,
             causal=True,
-            positions=positions.to(device),
+            positions=positions,
             seq_lens_cpu_upper_bound=lengths,
         )
         layers: list[Any] = [None] * self.handle.num_layers
@@ -88,7 +113,7 @@ class PagedCache:
             built = builder.build(0, common)
             for index in indices:
                 layers[index] = built
-        return layers
+        return dict(zip(self.handle.attention, layers, strict=True))
 
 
 class PagedPass(Pass):

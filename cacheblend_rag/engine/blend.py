@@ -1,13 +1,12 @@
-"""One blend, on one rank: load, re-rotate, select, recompute, all into the paged cache.
+"""One blend, on one rank: load, re-rotate, choose what is computed. Vllm's own steps compute it.
 
-Shape legend: E tokens of the blended region.
+Shape legend: E tokens of the request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +14,11 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
 from cacheblend_rag.costs import Costs
+from cacheblend_rag.engine.attention import Array, upload
 from cacheblend_rag.engine.forward import ModelHandle
-from cacheblend_rag.engine.lane import Array, Lane, Loaded, Region, upload
+from cacheblend_rag.engine.lane import Lane, Loaded, Region
 from cacheblend_rag.engine.lanes import Lanes
-from cacheblend_rag.engine.outcome import WAITS, BlendOutcome, BlendTask, Clock
+from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, RefusedError, Why
@@ -28,7 +28,7 @@ from cacheblend_rag.store.base import ChunkKV, KVStore
 _PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
 
 
-class _FromStore(NamedTuple):
+class FromStore(NamedTuple):
     """What a plan's chunks came to, on this rank."""
 
     refusal: Why | None  # of the whole blend
@@ -37,8 +37,18 @@ class _FromStore(NamedTuple):
     unavailable: AbstractSet[str] = frozenset()  # keys for which the store could not be asked
 
 
+class Choice(NamedTuple):
+    """The lane of a request, and the positions that are computed: int64 on the device, ascending,
+    the last tokens of the request among them.
+    """
+
+    lane: Lane
+    positions: torch.Tensor
+
+
 class Blender:
-    """Blends requests on one rank. All ranks of a tensor parallel group take the same steps.
+    """Decides on one rank what a request's rows are. All ranks of a tensor parallel group take the
+    same steps.
 
     ``lanes`` makes a request's lane: how things are done on this device.
     """
@@ -51,95 +61,97 @@ class Blender:
         lanes: Lanes,
     ) -> None:
         self.handle, self.rope, self.store, self._lanes = handle, rope, store, lanes
-        self.pieces = lanes.pace.pieces  # of a background blend, between two steps
         self.costs: Costs | None = None  # set once they are measured
-        self._max_tile = int(handle.config.scheduler_config.max_num_batched_tokens)
+        self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._alone = get_tensor_model_parallel_world_size() == 1
-        self._reader = ThreadPoolExecutor(1, "cacheblend-read")  # for those who must not wait
-        self._expected: tuple[str, _FromStore] | None = None  # by a request's id
+        self._fetched: dict[str, FromStore] = {}  # by a request's id
 
     def expect(self, request_id: str, plan: Plan) -> None:
         """Begin to bring the KV of the blend that comes next, if it can be had at once: vLLM's own
         preparation of the step takes as long as a good part of that.
         """
-        keys = {s.key for s in plan.segments if s.key}
-        if all(self._lanes.held(key) is not None or self.store.in_memory(key) for key in keys):
+        if self.is_near(plan):
             found = self._fetch(plan, set())  # all is near: nothing to consider
-            self._expected = request_id, found
+            self._fetched[request_id] = found
             self._lanes.expect({key: chunk for key, chunk in found.chunks.items() if chunk})
 
-    def start(self, task: BlendTask) -> BlendOutcome:
-        """What ``steps`` will fill in."""
-        return BlendOutcome(Clock(self.handle.device), task.plan.segments, task.write_from)
+    def is_near(self, plan: Plan) -> bool:
+        """Whether all chunks are in memory."""
+        keys = {s.key for s in plan.segments if s.key}
+        return all(self._lanes.held(key) is not None or self.store.in_memory(key) for key in keys)
 
-    def steps(self, task: BlendTask, outcome: BlendOutcome) -> Iterator[str | None]:
-        """Blend ``task`` in steps of bounded work; ``outcome`` is filled in on the way. ``WAITS``
-        after a step in which its KV has not arrived yet.
+    def fetch(self, request_id: str, plan: Plan) -> None:
+        """Bring what the blend needs to memory, from any thread, before it is asked for."""
+        self._fetched[request_id] = self._load(plan)
 
-        After the last step the paged cache holds K and V of [write_from, E) for every layer.
+    def refusal(self, request_id: str) -> Why | None:
+        """Why a blend is not worth it, now that its chunks were fetched; None if it is."""
+        found = self._fetched.get(request_id)
+        return found.refusal if found is not None else None
+
+    def forget(self, request_id: str) -> None:
+        """The request will not be blended after all."""
+        self._fetched.pop(request_id, None)
+
+    def choose(self, task: BlendTask, outcome: BlendOutcome) -> Choice:
+        """Load a request's chunks and choose what is computed: what has no stored KV, and of the
+        rest as many tokens as there are rows left; ``outcome`` is filled in.
+
+        Raises:
+            RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
         clock, plan, device = outcome.clock, task.plan, self.handle.device
-        yields = task.background and self._alone  # ranks that wait each their own way would part
-        loaded = yield from self._from_store(task, yields)
+        found = self._fetched.pop(task.request_id, None) or self._load(plan)
         clock.mark("fetch")
-        region = Region(task, self._fitting(task, outcome, loaded))
+        region = Region(task, self._fitting(task, outcome, found))
         outcome.bytes = region.bytes
         lane = self._lanes(region)
-        must_E, candidate_E, weighted = _duties(task, region.stored_E, outcome.missing)
-        selector = create_selector(plan.selector, plan.selector_options)
-        num_candidates = int(candidate_E.sum())
-        budget = min(selector.budget(plan.ratio, weighted), num_candidates)
-        chosen, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
-        while yields and not lane.bring():
-            yield WAITS
+        must_E, candidate_E = _duties(task, region.stored_E, outcome.missing)
+        num_must, num_candidates = int(must_E.sum()), int(candidate_E.sum())
+        budget = min(max(task.rows - num_must, 0), num_candidates)
+        must, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
         clock.mark("load")
-        if task.background:
-            yield None
-            clock.mark()
-
         if 0 < budget < num_candidates:
-            question_E = deviation_E = None
-            if isinstance(selector.evidence, QuestionAttention):
-                question_E = yield from self._ask(lane, task, selector.evidence, clock)
-            elif isinstance(selector.evidence, KVDeviation):
-                deviation_E = yield from self._probe(lane, task, selector.evidence, clock)
-            evidence = Evidence(
-                candidate, lane.offset_E, lane.ids_E, question_E, deviation_E, budget
-            )
-            picked = selector.choose(evidence, selector.score(evidence))
-            chosen = torch.cat([chosen, picked]).sort().values
+            picked = self._pick(lane, task, candidate, budget)
+            positions = torch.cat([must, picked]).sort().values
+            if plan.reach:
+                lane.correct(candidate, positions, plan.reach)
         elif budget:
-            chosen = upload((must_E | candidate_E).nonzero()[0], device)
-
+            positions = upload((must_E | candidate_E).nonzero()[0], device)
+        else:
+            positions = must
         clock.mark("select")
+        behind = task.end - max(plan.end, task.write_from)  # of no segment
+        outcome.chosen = _to_host(positions[: len(positions) - behind])
+        return Choice(lane, positions)
 
-        computed_along = task.end - max(task.plan.end, task.write_from)
-        outcome.chosen = _to_host(chosen[: len(chosen) - computed_along])
-        if plan.reach and 0 < budget < num_candidates:
-            lane.correct(candidate, chosen, plan.reach)
-        for tile in chosen.split(self._tile(task)) if len(chosen) else ():  # all may be exact
-            yield from clock.pauses("recompute", lane.recompute(tile))
-        lane.place_through(self.handle.num_layers - 1)
-        clock.mark("load")
+    def recompute(self, lane: Lane, positions: torch.Tensor) -> None:
+        """Compute tokens in forwards of our own, whatever becomes of the others."""
+        for tile in positions.split(self._most_rows):
+            lane.recompute(tile)
 
-    def _from_store(self, task: BlendTask, yields: bool) -> Generator[str, None, _FromStore]:
-        """What ``_load`` returns; where it ``yields``, it runs beside other steps."""
-        expected, self._expected = self._expected, None
-        if expected is not None and expected[0] == task.request_id:
-            return expected[1]
-        if not yields:
-            return self._load(task.plan)
-        loading = self._reader.submit(self._load, task.plan)
-        while not loading.done():
-            yield WAITS
-        return loading.result()
+    def _pick(
+        self, lane: Lane, task: BlendTask, candidate: torch.Tensor, budget: int
+    ) -> torch.Tensor:
+        """The ``budget`` candidates that the plan's selector wants most."""
+        selector = create_selector(task.plan.selector, task.plan.selector_options)
+        question_E = deviation_E = None
+        wanted = selector.evidence
+        if isinstance(wanted, QuestionAttention):
+            keep = wanted.range(self.handle.num_layers)
+            room = self._most_rows - len(task.question)
+            question_E = self._sum(lane.ask(task.question, keep, room))
+        elif isinstance(wanted, KVDeviation):
+            check = min(wanted.layer, self.handle.num_layers - 1)
+            deviation_E = self._sum(lane.deviation(check, wanted.values, self._most_rows))
+        evidence = Evidence(candidate, lane.offset_E, lane.ids_E, question_E, deviation_E, budget)
+        picked = selector.choose(evidence, selector.score(evidence))
+        if len(picked) < budget:  # the rows are there: they are used
+            others = candidate.index_fill(0, picked, False).nonzero().flatten()
+            picked = torch.cat([picked, others[: budget - len(picked)]])
+        return picked
 
-    def _fitting(
-        self,
-        task: BlendTask,
-        outcome: BlendOutcome,
-        loaded: _FromStore,
-    ) -> list[Loaded]:
+    def _fitting(self, task: BlendTask, outcome: BlendOutcome, found: FromStore) -> list[Loaded]:
         """The stored chunks of a plan. One that is absent, damaged, not what the prompt says or
         not there in time on any rank is missing on all: its tokens are computed afresh. What one
         rank knows to be gone is gone, whatever keeps the others from asking.
@@ -147,7 +159,7 @@ class Blender:
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
-        refusal, chunks, late, unavailable = loaded
+        refusal, chunks, late, unavailable = found
         segments = task.plan.segments
         unused = [
             bool(s.key) and not self._fits(chunks.get(s.key), s, task.token_ids) for s in segments
@@ -173,16 +185,12 @@ class Blender:
             if s.key and not is_unused and (chunk := chunks[s.key]) is not None
         ]
 
-    def _load(self, plan: Plan) -> _FromStore:
-        """Why it is not worth it on this rank, or else the chunks by key, and the keys of those
-        that are too far away or do not come within the time of a prefill.
-        """
+    def _load(self, plan: Plan) -> FromStore:
+        """The chunks of a plan, unless it is not worth it on this rank."""
         refusal, far = self.consider(plan)
-        if refusal:
-            return _FromStore(refusal, {}, far)
-        return self._fetch(plan, far)
+        return FromStore(refusal, {}, far) if refusal else self._fetch(plan, far)
 
-    def _fetch(self, plan: Plan, far: set[str]) -> _FromStore:
+    def _fetch(self, plan: Plan, far: set[str]) -> FromStore:
         """The chunks of ``plan`` that are not ``far`` and come within the time of a prefill."""
         patience_s = _PATIENCE_S
         if self.costs is not None and plan.when == "pays":
@@ -195,12 +203,12 @@ class Blender:
         wanted = [key for key in near if key not in held]
         found = self.store.get_in_time(wanted, patience_s)
         chunks = {**held, **dict(zip(wanted, found.chunks, strict=True))}
-        return _FromStore(None, chunks, found.late | far, found.unavailable)
+        return FromStore(None, chunks, found.late | far, found.unavailable)
 
     def consider(self, plan: Plan) -> tuple[Why | None, set[str]]:
-        """Why a plan is not worth it, now that the store says what is not in memory; None if it
-        is. And the chunks that take longer to fetch than to compute. What is not waited for is
-        brought to memory for the next one who asks.
+        """Why a plan is not worth it, now that the store says what is not in memory; None if it is.
+        And the chunks that take longer to fetch than to compute. What is not waited for is brought
+        to memory for the next one who asks.
         """
         refusal, far = None, set[str]()
         if self.costs is not None and plan.when == "pays":
@@ -239,37 +247,29 @@ class Blender:
             and stored == tuple(token_ids[s.start : s.end])
         )
 
-    def _ask(
-        self, lane: Lane, task: BlendTask, wanted: QuestionAttention, clock: Clock
-    ) -> Generator[None, None, torch.Tensor]:
-        """The question's attention to each token, float32 [E]."""
-        keep = wanted.range(self.handle.num_layers)
-        asking = lane.ask(task.question, keep, self._max_tile - len(task.question))
-        return self._sum((yield from clock.pauses("select", asking)))
-
-    def _probe(
-        self, lane: Lane, task: BlendTask, wanted: KVDeviation, clock: Clock
-    ) -> Generator[None, None, torch.Tensor]:
-        """KV deviation at a layer, float32 [E]; 0 below ``write_from``."""
-        check = min(wanted.layer, self.handle.num_layers - 1)
-        deviation = torch.zeros(task.end, device=self.handle.device)
-        # only the layers up to the check run
-        size = min(self._tile(task) * self.handle.num_layers // (check + 1), self._max_tile)
-        end = task.plan.end
-        for start in range(task.write_from, end, size):
-            tile = range(start, min(start + size, end))
-            deviation[tile.start : tile.stop] = lane.deviation(check, wanted.values, tile)
-            yield
-        return self._sum(deviation)
-
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over the ranks, each of which has some of the heads."""
         total: torch.Tensor = value if self._alone else get_tp_group().all_reduce(value)
         return total
 
-    def _tile(self, task: BlendTask) -> int:
-        usual = self._lanes.pace.tile_tokens if task.background else self._max_tile
-        return min(task.plan.tile_tokens or usual, self._max_tile)
+
+def rows_of(plan: Plan, num_tokens: int, write_from: int) -> int:
+    """How many tokens of a request a blend computes, if no chunk of it is missing: those without
+    stored KV, and the selector's budget. A head-cut segment's tokens count twice, capped so that
+    the ratio stays a share.
+    """
+    must = num_tokens - max(plan.end, write_from)
+    candidates, weighted = 0, 0.0
+    twice = min(2.0, 1.0 / plan.ratio) if plan.ratio else 0.0
+    for s in plan.segments:
+        new = s.end - max(s.start, min(write_from, s.end))
+        if s.kind is Kind.FRESH:
+            must += new
+        elif s.kind is not Kind.EXACT:
+            candidates += new
+            weighted += new * (twice if s.kind is Kind.HEAD_CUT else 1.0)
+    selector = create_selector(plan.selector, plan.selector_options)
+    return must + min(selector.budget(plan.ratio, weighted), candidates)
 
 
 def _to_host(positions: torch.Tensor) -> torch.Tensor:
@@ -280,20 +280,14 @@ def _to_host(positions: torch.Tensor) -> torch.Tensor:
     return host.copy_(positions, non_blocking=True)
 
 
-def _duties(task: BlendTask, stored_E: Array, missing: Sequence[int]) -> tuple[Array, Array, float]:
-    """Which tokens must be computed, which may be (bool [E]), and the candidates' weighted number.
-
-    Tokens below ``write_from`` are neither. Exact segments are neither. A head-cut segment's
-    tokens count twice, capped so that the ratio stays a share.
+def _duties(task: BlendTask, stored_E: Array, missing: Sequence[int]) -> tuple[Array, Array]:
+    """Which tokens must be computed, and which may be (bool [E]). Tokens below ``write_from`` are
+    neither, nor are those of exact segments.
     """
     must = ~stored_E
+    must[: task.write_from] = False
     candidate = np.zeros_like(stored_E)
-    weighted, ratio = 0.0, task.plan.ratio
-    twice = min(2.0, 1.0 / ratio) if ratio else 0.0
     for i, s in enumerate(task.plan.segments):
         if s.kind in (Kind.REUSE, Kind.HEAD_CUT) and i not in missing:
-            start = max(s.start, min(task.write_from, s.end))
-            candidate[start : s.end] = True
-            weighted += (s.end - start) * (twice if s.kind is Kind.HEAD_CUT else 1.0)
-    must[: task.write_from] = False
-    return must, candidate, weighted
+            candidate[max(s.start, min(task.write_from, s.end)) : s.end] = True
+    return must, candidate

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from cacheblend_kernels import nearness
-from cacheblend_rag.engine.lane import Lane, upload
+from cacheblend_rag.engine.attention import upload
+from cacheblend_rag.engine.lane import Lane
 from cacheblend_rag.engine.rope import Turn
 
 

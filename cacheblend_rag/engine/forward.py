@@ -54,16 +54,35 @@ class Pass(ABC):
         raise _StopForward
 
 
-class _ProxyImpl:
-    """A layer's attention implementation whose ``forward`` goes to a pass, with the real layer:
-    what its ``impl`` is decides which kernels fit it.
-    """
+class ProxyImpl:
+    """A layer's attention implementation of which a subclass does something itself."""
 
-    def __init__(self, layer: Any, index: int, run: Pass) -> None:
-        self._layer, self._index, self._run = layer, index, run
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer.impl, name)
+
+
+class ProxyLayer:
+    """An attention layer with a proxy ``impl``."""
+
+    def __init__(self, impl: ProxyImpl) -> None:
+        self._real = impl._layer
+        self.impl = impl
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class _PassImpl(ProxyImpl):
+    """Attention by a pass, which also gets the real layer: what its ``impl`` is decides which
+    kernels fit it.
+    """
+
+    def __init__(self, layer: Any, index: int, run: Pass) -> None:
+        super().__init__(layer)
+        self._index, self._run = index, run
 
     def forward(
         self,
@@ -83,17 +102,6 @@ class _ProxyImpl:
         return output
 
 
-class _ProxyLayer:
-    """An attention layer with a proxy ``impl``."""
-
-    def __init__(self, real: Any, index: int, run: Pass) -> None:
-        self._real = real
-        self.impl = _ProxyImpl(real, index, run)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-
 class ModelHandle:
     """The loaded model, its attention layers in forward order, and the one way to run it."""
 
@@ -103,16 +111,16 @@ class ModelHandle:
         self._compiled = device.type == "cuda"
         self._most_compiled = int(config.scheduler_config.max_num_batched_tokens)
         self._context_layers = config.compilation_config.static_forward_context  # experts too
-        self._attention = {
+        self.attention = {
             name: layer
             for name, layer in self._context_layers.items()
             if isinstance(layer, AttentionLayerBase)
         }
-        for layer in self._attention.values():
+        for layer in self.attention.values():
             _check_layer(layer)
-        if not self._attention:
+        if not self.attention:
             raise UnsupportedModelError(Reason.NO_ATTENTION, "the model has no attention layers")
-        self.layers = list(self._attention.values())
+        self.layers = list(self.attention.values())
 
     @property
     def num_layers(self) -> int:
@@ -121,7 +129,7 @@ class ModelHandle:
 
     def index(self, name: str) -> int:
         """The number of the layer that vLLM calls ``name``."""
-        return list(self._attention).index(name)
+        return list(self.attention).index(name)
 
     @torch.inference_mode()
     def run(self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
@@ -138,7 +146,10 @@ class ModelHandle:
             slot_mapping={},  # or the op would write K and V itself
             skip_compiled=not self._compiled or len(ids_T) > self._most_compiled,
         )
-        proxies = {n: _ProxyLayer(a, i, step) for i, (n, a) in enumerate(self._attention.items())}
+        proxies = {
+            name: ProxyLayer(_PassImpl(layer, i, step))
+            for i, (name, layer) in enumerate(self.attention.items())
+        }
         context.no_compile_layers = {**self._context_layers, **proxies}
         try:
             with override_forward_context(context):

@@ -11,7 +11,7 @@ layers, G KV heads, D head size, T tokens of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,21 +20,18 @@ import torch.nn.functional as F
 from cacheblend_kernels.move import Movers
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.place import Sources, place
-from cacheblend_rag.engine.attention import PagedCache
+from cacheblend_rag.engine.attention import PagedCache, upload
 from cacheblend_rag.engine.forward import ModelHandle
-from cacheblend_rag.engine.graphs import PassGraphs
+from cacheblend_rag.engine.graphs import QuestionGraphs
 from cacheblend_rag.engine.hot import HotChunks
-from cacheblend_rag.engine.ingest import prefill_seconds
-from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, Moving, QuestionPass, SelectivePass
-from cacheblend_rag.engine.lane import Lane, Region, upload
-from cacheblend_rag.engine.lanes import Lanes, Pace
+from cacheblend_rag.engine.isolated import prefill_seconds
+from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, Moving, QuestionPass
+from cacheblend_rag.engine.lane import Lane, Region
+from cacheblend_rag.engine.lanes import Lanes
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV
-
-_BACKGROUND_TILE = 512  # tokens; fewer would read the weights more often
-_SHARE = 0.6  # of a decode step, for a blend beside it; attention to its context comes on top
 
 
 class KernelsUnusableError(Exception):
@@ -110,12 +107,12 @@ class KernelLane(Lane):
         cache: PagedCache,
         kernels: KernelCache,
         staging: Staging,
-        graphs: PassGraphs,
+        graphs: QuestionGraphs,
     ) -> None:
         super().__init__(region, handle, rope, cache)
         self._kernels, self._graphs = kernels, graphs
         self._movers: Movers | None = None
-        self._recomputed = 0  # tokens, in earlier tiles
+        self._computed = 0  # tokens, in earlier forwards
         sources = {s.key: s.chunk for s in region.spans}
         self._transfer = staging.begin(sources)
         self._table = kernels.table(region.task.blocks, self.device)
@@ -148,6 +145,9 @@ class KernelLane(Lane):
         block, inside = self.view(0).slots(positions)
         return block * self.view(0).k_BSGD.shape[1] + inside
 
+    def open(self, blocks: Sequence[int], low: int, high: int) -> None:
+        assert (low, high) == (self.region.write_from, self.region.end), "all blocks are needed"
+
     def place_through(self, index: int) -> None:
         while self._placed <= index:
             layers = self._transfer.arrive(self._placed)
@@ -164,14 +164,7 @@ class KernelLane(Lane):
             self._transfer.used(layers)
             self._placed = layers.stop
 
-    def bring(self) -> bool:
-        while self._placed < self.handle.num_layers and self._transfer.arrived(self._placed):
-            self.place_through(self._placed)
-        return self._placed == self.handle.num_layers
-
-    def ask(
-        self, question: Sequence[int], keep: range, most_glue: int
-    ) -> Generator[None, None, torch.Tensor]:
+    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
         region, beyond = self.region, self.region.end - self.region.asked
         glue = region.glue(most_glue)
         glue = glue[glue >= region.write_from]
@@ -189,7 +182,7 @@ class KernelLane(Lane):
         slots[:n] = self.slots(at[:n])
         if known.all():
             here, before = self._asked(0), self.place_through
-            score = yield from self._graphs.ask(ids, at, slots, asking, beside, keep, here, before)
+            score = self._graphs.ask(ids, at, slots, asking, beside, keep, here, before)
             if score is not None:
                 return F.pad(score, (0, beyond))
         known_A = None if known.all() else upload(known, self.device)
@@ -199,7 +192,6 @@ class KernelLane(Lane):
             before=self.place_through,
         )  # fmt: skip
         self.handle.run(step, ids, at)
-        yield
         return F.pad(by_head.sum(0), (0, beyond))
 
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,24 +207,14 @@ class KernelLane(Lane):
         reach_1 = torch.full((1,), float(reach), device=self.device)
         self._movers = Movers(moving_E, chosen, chunk_E[chosen], before, none_2, reach_1)
 
-    def recompute(self, tile: torch.Tensor) -> Generator[None, None, None]:
-        ids, slots = self.ids_E[tile], self.slots(tile)
-        movers = self._movers
-        if movers is not None:
-            movers = movers._replace(pass_2=torch.full_like(movers.pass_2, len(tile)))
-            movers.pass_2[:1].fill_(self._recomputed)
-            self._recomputed += len(tile)
-        if self._graphs.takes(len(tile)):
-            view, before = self.view(0), self.place_through
-            if (yield from self._graphs.select(ids, tile, slots, movers, view, before)):
-                return
-        step = SelectivePass(
-            self.handle, self.view, tile, slots, torch.full_like(self._lengths[:1], len(tile)),
-            before=self.place_through,
-            moving=None if movers is None else Moving(movers, self.rope),
-        )  # fmt: skip
-        self.handle.run(step, ids, tile)
-        yield
+    def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
+        if self._movers is None:
+            return None
+        movers = self._movers._replace(pass_2=torch.full_like(self._movers.pass_2, len(tile)))
+        movers.pass_2[:1].fill_(self._computed)
+        self._computed += len(tile)
+        moving = Moving(movers, self.rope)
+        return lambda index, k, v: moving(self.view(index), k, v)
 
 
 class KernelLanes(Lanes):
@@ -249,11 +231,12 @@ class KernelLanes(Lanes):
         self._kernels = KernelCache(handle, cache.block_size)
         self._hot = HotChunks(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
-        self._graphs = PassGraphs(handle, rope, self._kernels.view)
+        self._graphs = QuestionGraphs(handle, self._kernels.view)
         self._graphs.prepare(QuerySelector().evidence.range(handle.num_layers))
-        self.pace = self._paced()
 
     def __call__(self, region: Region) -> Lane:
+        if len(region.task.blocks) * self._cache.block_size < region.end:
+            return super().__call__(region)  # its blocks come with later steps
         return KernelLane(
             region,
             self._handle,
@@ -269,24 +252,16 @@ class KernelLanes(Lanes):
             self._staging.expect(sources)
 
     def costs(self) -> dict[str, float]:
-        select, ask = self._graphs.seconds("select", 1024), self._graphs.seconds("ask", 64)
-        if select is None or ask is None:
+        ask = self._graphs.seconds(64)
+        if ask is None:
             return {}
         prefill = prefill_seconds(self._handle)
         return {
             "prefill_s": prefill,
-            "recompute_s": max(prefill, select / 1024),
+            "recompute_s": prefill,
             "blend_s": ask,
             "load_s": self._staging.seconds_per_byte() * self._kernels.bytes_per_token,
         }
-
-    def _paced(self) -> Pace:
-        decoding = self._graphs.seconds("select", 32)  # as long as a step: it reads the weights
-        tile = self._graphs.seconds("select", _BACKGROUND_TILE)
-        if decoding is None or tile is None:
-            return Pace()
-        a_piece = tile / self._graphs.stretches
-        return Pace(_BACKGROUND_TILE, max(1, int(_SHARE * decoding / a_piece)))
 
     def held(self, key: str) -> ChunkKV | None:
         return self._hot.whole(key)

@@ -1,5 +1,5 @@
-"""The passes of a blend over the paged cache, by our kernels. Everything they read is a tensor on
-the device, so that the same pass runs eagerly and inside a CUDA graph.
+"""The question's pass over the paged cache, by our kernels. Everything it reads is a tensor on the
+device, so that the same pass runs eagerly and inside a CUDA graph.
 
 Shape legend: T tokens of the pass, G KV heads, N context tokens.
 """
@@ -25,7 +25,7 @@ View = Callable[[int], PagedKV]
 
 
 class Moving(NamedTuple):
-    """What a selective pass does to the tokens around its own."""
+    """What a forward does to the reused tokens around those it computes."""
 
     movers: Movers
     rope: Rerotator
@@ -36,62 +36,10 @@ class Moving(NamedTuple):
         move(self.movers, k_TGD, v_TGD, view, cos, sin, is_neox=self.rope.is_neox)
 
 
-class SelectivePass(Pass):
-    """Chosen tokens over the fused KV; their K and V go into the cache first.
-
-    Args:
-        view: a layer's paged cache.
-        positions_T: int64, ascending, then ``NOWHERE``; slots_T: int64 slots of the same.
-        count_1: int32, how many rows have a position.
-        before: called with each layer's number before the layer is touched.
-        moving: what is done to the tokens around.
-    """
-
-    def __init__(
-        self,
-        handle: ModelHandle,
-        view: View,
-        positions_T: torch.Tensor,
-        slots_T: torch.Tensor,
-        count_1: torch.Tensor,
-        before: Callable[[int], None] | None = None,
-        moving: Moving | None = None,
-    ) -> None:
-        self._handle, self._view, self._before, self._moving = handle, view, before, moving
-        self._positions_T, self._slots_T, self._count_1 = positions_T, slots_T, count_1
-
-    def attend(
-        self,
-        index: int,
-        layer: Any,
-        q_THD: torch.Tensor,
-        k_TGD: torch.Tensor,
-        v_TGD: torch.Tensor,
-        out_THD: torch.Tensor,
-    ) -> None:
-        if self._before is not None:
-            self._before(index)
-        if self._moving is not None:
-            self._moving(self._view(index), k_TGD, v_TGD)
-        self._handle.write(index, k_TGD, v_TGD, self._slots_T)
-        if index + 1 == self._handle.num_layers:
-            self.stop()
-        scattered_attention(
-            q_THD,
-            self._positions_T,
-            self._view(index),
-            out_THD,
-            scale=layer.impl.scale,
-            softcap=compat.softcap(layer),
-            window=compat.sliding_window(layer),
-            count_1=self._count_1,
-        )
-
-
 class QuestionPass(Pass):
     """Tokens between chunks, then the question, over the reused KV in the paged cache.
 
-    The former are written there (the selective pass computes them again, over the blended KV); the
+    The former are written there (vLLM's step computes them again, over the blended KV); the
     question's own K and V stay outside. Stops behind the last layer of ``keep``.
 
     Args:

@@ -9,20 +9,20 @@ Shape legend: E tokens of the blended region, G KV heads, D head size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cacheblend_kernels import key_deviation
-from cacheblend_rag.engine.attention import PagedCache, PagedPass
+from cacheblend_rag.engine.attention import Array, PagedCache, PagedPass, upload
 from cacheblend_rag.engine.forward import ModelHandle
+from cacheblend_rag.engine.isolated import fresh_kv
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.store.base import ChunkKV
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Loaded(NamedTuple):
@@ -78,12 +78,6 @@ class Region:
         return glue.nonzero()[0][-max(1, most) :]
 
 
-def upload(host: Array | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``host`` on ``device``; without waiting for what a GPU is doing."""
-    tensor = torch.from_numpy(host) if isinstance(host, np.ndarray) else host
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 class Lane(ABC):
     """Layers are placed in ascending order; everything else says what must be placed before."""
 
@@ -93,24 +87,26 @@ class Lane(ABC):
         self.region, self.handle, self.rope, self._cache = region, handle, rope, cache
         self.device = handle.device
         self._placed = 0  # layers
+        self._blocks: Sequence[int] = region.task.blocks
         rows = np.stack([region.ids_E, region.offset_E, region.span_E])
         self.ids_E, self.offset_E, self.span_E = upload(rows, self.device)
+
+    @abstractmethod
+    def open(self, blocks: Sequence[int], low: int, high: int) -> None:
+        """From here on, the tokens [low, high) are placed, all layers of them: those below are in
+        the paged cache, and those above have no blocks yet.
+
+        Args:
+            blocks: numbers of the blocks of [0, high) at least.
+        """
 
     @abstractmethod
     def place_through(self, index: int) -> None:
         """See that the stored KV of layers 0 to ``index`` is in the paged cache, re-rotated."""
 
-    def bring(self) -> bool:
-        """Place what can be placed without waiting for a transfer; whether that was all of it."""
-        self.place_through(self.handle.num_layers - 1)
-        return True
-
     @abstractmethod
-    def ask(
-        self, question: Sequence[int], keep: range, most_glue: int
-    ) -> Generator[None, None, torch.Tensor]:
-        """Run the question's tokens, and the tokens between chunks, over the reused KV; pauses
-        after each piece of the work.
+    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
+        """Run the question's tokens, and the tokens between chunks, over the reused KV.
 
         Args:
             question: token ids, at the positions behind the last chunk.
@@ -122,24 +118,22 @@ class Lane(ABC):
             behind the plan's end.
         """
 
-    def deviation(self, check: int, values: bool, tile: range) -> torch.Tensor:
-        """Run the tokens at the positions ``tile`` up to layer ``check``.
+    def deviation(self, check: int, values: bool, most_tokens: int) -> torch.Tensor:
+        """Prefill the plan's tokens up to layer ``check``, at most so many at once, outside of the
+        paged cache.
 
         Returns:
-            float32 [tile]: squared distance of their fresh keys there, and values if asked, to the
-            reused ones, on this rank's heads.
+            float32 [E]: squared distance of their fresh keys there, and values if asked, to the
+            reused ones, on this rank's heads; 0 for tokens behind the plan's end.
         """
-        positions = torch.arange(tile.start, tile.stop)
-        blocks = torch.tensor(self.region.task.blocks)
-        step = PagedPass(self._cache, blocks, positions, check=check)
-        at = torch.arange(tile.start, tile.stop, device=self.device)
+        at = torch.arange(self.region.asked, device=self.device)
         self.place_through(check)  # starts a transfer, which small uploads must come before
-        self.handle.run(step, self.ids_E[at], at)
-        assert step.checked is not None
+        k, v = fresh_kv(self.handle, self.ids_E[at], check, most_tokens)
         cached_k, cached_v = self._reused(check, at)
-        k, v = step.checked
         distance = key_deviation(k, cached_k)
-        return distance + key_deviation(v, cached_v) if values else distance
+        if values:
+            distance = distance + key_deviation(v, cached_v)
+        return F.pad(distance, (0, self.region.end - self.region.asked))
 
     @abstractmethod
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,12 +146,25 @@ class Lane(ABC):
         """
 
     @abstractmethod
-    def recompute(self, tile: torch.Tensor) -> Generator[None, None, None]:
-        """Compute the tokens at ``tile`` (int64 positions on the device, ascending) through all
-        layers over the fused KV, each seeing what comes before it, and put their K and V into the
-        paged cache; pauses after each piece of the work. Places what is not placed yet, each layer
-        just before it is needed.
+    def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
+        """What is done at each layer of a forward that computes the tokens at ``tile`` (int64
+        positions on the device, ascending), with the layer's number and their fresh K and V, before
+        these are written; None where no other token is moved.
         """
+
+    def recompute(self, tile: torch.Tensor) -> None:
+        """Compute the tokens at ``tile`` through all layers over the fused KV, each seeing what
+        comes before it, in a forward of our own. Each layer is placed just before it is needed.
+        """
+        if len(tile):
+            step = PagedPass(
+                self._cache,
+                torch.tensor(self._blocks),
+                tile.cpu(),
+                before=self.place_through,
+                fresh=self.mover(tile),
+            )
+            self.handle.run(step, self.ids_E[tile], tile)
 
     def _question_positions(self, count: int) -> Array:
         """int64: where the question stands, or just before the RoPE table ends."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.forward import ModelHandle
@@ -13,19 +12,8 @@ from cacheblend_rag.engine.torch_lane import TorchLane
 from cacheblend_rag.store.base import ChunkKV
 
 
-class Pace(NamedTuple):
-    """How a blend goes on while others decode: tokens recomputed at once, and how many pieces of
-    the work fit between two of the engine's steps, so that together they take no longer than one.
-    """
-
-    tile_tokens: int = 256  # so few cost about what reading the weights does
-    pieces: int = 1
-
-
 class Lanes:
     """Makes requests' lanes. ``reason`` says why they are the plain ones; empty if they are not."""
-
-    pace = Pace()
 
     def __init__(
         self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, reason: str

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from cacheblend_rag.plan import Plan, Segment
-
-T = TypeVar("T")
-WAITS = "waits"  # what a blend yields while its KV is on the way; None after a piece of its work
 
 
 @dataclass(frozen=True)
@@ -21,25 +18,35 @@ class BlendTask:
     """One request's blend, from the scheduler to every rank.
 
     Attributes:
-        request_id: vLLM's own; name: the caller's.
-        end: positions below it are the blend's; where it is not the plan's own end, those between
-            the two are computed along.
-        token_ids: the prompt's tokens [0, end).
+            request_id: vLLM's own; name: the caller's.
+        token_ids: all tokens that the request has so far.
         question: token ids whose attention selects.
-        blocks: numbers of the paged blocks that hold positions [0, end).
-        write_from: positions below it are in the cache already, blended by an identical plan.
-        background: others decode meanwhile, so that no step may take long.
+        blocks: numbers of the paged blocks that are allocated, the first positions' first.
+        write_from: positions below it are in the cache already; prefix_cached: those that vLLM's
+            prefix cache had when the request was first scheduled.
+        rows: how many of the last tokens vLLM's own steps compute; the blend says which tokens
+            these really are.
     """
 
     request_id: str
     name: str
-    end: int
     token_ids: tuple[int, ...]
     question: tuple[int, ...]
     plan: Plan
     blocks: tuple[int, ...]
     write_from: int
-    background: bool = False
+    rows: int
+    prefix_cached: int = 0
+
+    @property
+    def end(self) -> int:
+        """One behind the last position."""
+        return len(self.token_ids)
+
+    @property
+    def first_row(self) -> int:
+        """The position of the first row as vLLM counts."""
+        return self.end - self.rows
 
 
 class Clock:
@@ -58,18 +65,6 @@ class Clock:
             self._marks.append((stage, event))
         else:
             self._marks.append((stage, time.perf_counter()))
-
-    def pauses(self, stage: str, work: Generator[None, None, T]) -> Generator[None, None, T]:
-        """``work``, whose time belongs to ``stage``; what happens in its pauses belongs to none."""
-        try:
-            while True:
-                next(work)
-                self.mark(stage)
-                yield
-                self.mark()
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
     def ready(self) -> bool:
         """Whether the GPU is past the last mark."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cacheblend_rag.engine.forward import ModelHandle
-from cacheblend_rag.engine.ingest import IsolatedPass, LayerKV
+from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV
 from cacheblend_rag.engine.rope import Rerotator
 
 NUM_TOKENS = 40

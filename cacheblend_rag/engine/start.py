@@ -65,7 +65,7 @@ def _connector_options() -> dict[str, Any]:
             kv_connector="CacheBlendConnector",
             kv_connector_module_path="cacheblend_rag.engine.connector",
             kv_role="kv_both",
-            kv_load_failure_policy="recompute",  # the default would fail the request
+            kv_load_failure_policy="fail",  # what cannot be written must not be read
         ),
         "worker_extension_cls": "cacheblend_rag.engine.worker.WorkerExtension",
     }

@@ -7,7 +7,7 @@ chunks, T tokens of a pass, K layers loaded at once, G KV heads, H query heads, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from cacheblend_kernels import question_attention
 from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.attention import PagedCache, PagedPass, dense_causal, visible
+from cacheblend_rag.engine.attention import PagedCache, dense_causal, upload, visible
 from cacheblend_rag.engine.correction import Correction
 from cacheblend_rag.engine.forward import ModelHandle, Pass
-from cacheblend_rag.engine.lane import Lane, Region, upload
+from cacheblend_rag.engine.lane import Lane, Region
 from cacheblend_rag.engine.rope import Rerotator
 
 _AT_ONCE = (
@@ -34,13 +34,12 @@ class TorchLane(Lane):
         self, region: Region, handle: ModelHandle, rope: Rerotator, cache: PagedCache
     ) -> None:
         super().__init__(region, handle, rope, cache)
-        self._blocks = torch.tensor(region.task.blocks)
-        self._slots = cache.slots(self._blocks, torch.arange(region.write_from, region.end))
         self._turn = rope.turn(
             upload(region.old_E, self.device), torch.arange(region.end, device=self.device)
         )
         self._correction: Correction | None = None
-        self._moved_slots = self._slots[:0]
+        self._new = slice(0, 0)  # the tokens that are placed
+        self._slots = self._moved_slots = torch.empty(0, dtype=torch.int64, device=self.device)
         self._first = 0  # of the layers held
         self._k_KEGD = self._v_KEGD = torch.empty(0, device=self.device)
 
@@ -60,22 +59,27 @@ class TorchLane(Lane):
             self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._turn), kv[:, 1]
         return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
 
+    def open(self, blocks: Sequence[int], low: int, high: int) -> None:
+        self._blocks, self._new, self._placed = blocks, slice(low, high), 0
+        table = torch.tensor(blocks)
+        self._slots = self._cache.slots(table, torch.arange(low, high))
+        if self._correction is not None:
+            moved = self._correction.moved_N
+            self._moved_slots = self._cache.slots(table, moved[moved < high].cpu())
+
     def place_through(self, index: int) -> None:
-        new = slice(self.region.write_from, None)
         while self._placed <= index:
-            k, v = self.layer(self._placed)
-            self.handle.write(self._placed, k[new], v[new], self._slots)
+            if self._new.start < self._new.stop:
+                k, v = self.layer(self._placed)
+                self.handle.write(self._placed, k[self._new], v[self._new], self._slots)
             self._placed += 1
 
-    def ask(
-        self, question: Sequence[int], keep: range, most_glue: int
-    ) -> Generator[None, None, torch.Tensor]:
+    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
         glue = upload(self.region.glue(most_glue), self.device)
         positions_Q = upload(self._question_positions(len(question)), self.device)
         step = _QuestionPass(self, glue, positions_Q, keep)
         ids = torch.cat([self.ids_E[glue], upload(np.array(question), self.device)])
         self.handle.run(step, ids, torch.cat([glue, positions_Q]))
-        yield
         return F.pad(step.score_A, (0, self.region.end - self.region.asked))
 
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,31 +88,23 @@ class TorchLane(Lane):
 
     def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
         self._correction = Correction(self, candidate_E, chosen, reach)
-        self._moved_slots = self._cache.slots(self._blocks, self._correction.moved_N.cpu())
 
-    def recompute(self, tile: torch.Tensor) -> Generator[None, None, None]:
-        step = PagedPass(
-            self._cache,
-            self._blocks,
-            tile.cpu(),
-            before=self.place_through,
-            fresh=functools.partial(self._move, tile) if self._correction else None,
-        )
-        self.handle.run(step, self.ids_E[tile], tile)
-        yield
+    def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
+        return functools.partial(self._move, tile) if self._correction else None
 
     def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         assert self._correction is not None
         moved = self._correction.move(index, tile, (k, v), self.layer(index))
-        if moved is not None:
-            self.handle.write(index, *moved, self._moved_slots)
+        count = len(self._moved_slots)  # the others have no blocks yet
+        if moved is not None and count:
+            self.handle.write(index, moved[0][:count], moved[1][:count], self._moved_slots)
 
 
 class _QuestionPass(Pass):
     """Question and tokens between chunks over the reused KV; sums the question's attention.
 
     Its own K and V stay out of the paged cache: the tokens between chunks are computed again, over
-    the blended KV, by the selective pass.
+    the blended KV, by vLLM's step.
     """
 
     def __init__(
@@ -135,7 +131,6 @@ class _QuestionPass(Pass):
         out_THD: torch.Tensor,
     ) -> None:
         n = self._num_fresh
-        self._lane.place_through(index)
         end = len(self.score_A)
         stored_k, stored_v = self._lane.layer(index)
         k, v = torch.cat([stored_k[:end], k_TGD[n:]]), torch.cat([stored_v[:end], v_TGD[n:]])

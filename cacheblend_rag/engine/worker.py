@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import answers, compat
+from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import WORKER_ERROR
 from cacheblend_rag.engine.blend import Blender
@@ -27,6 +28,8 @@ from cacheblend_rag.engine.ingest import Ingestor
 from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.rows import StepRows
+from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.errors import CacheBlendError, UnavailableError
 from cacheblend_rag.store import KVStore, open_store
@@ -69,11 +72,10 @@ class WorkerExtension:
             handle = ModelHandle(model, self.vllm_config, self.device)
             max_len = self.vllm_config.model_config.max_model_len
             rope = Rerotator(model, max_len, self.device)
-            self._cacheblend_parts = (
-                handle,
-                rope,
-                PagedCache(handle, self.model_runner.attn_groups),
-            )
+            cache = PagedCache(handle, self.model_runner.attn_groups)
+            tensors = step_tensors(self.model_runner, handle)
+            self._cacheblend_parts = handle, rope, cache
+            self._connector().rows = StepRows(handle, cache, tensors)
             layer = handle.layers[0]
             dtype = self.vllm_config.model_config.dtype
             facts["kv_bytes_per_token"] = (
@@ -102,8 +104,8 @@ class WorkerExtension:
         handle, rope, cache = self._cacheblend_parts
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
         blender = Blender(handle, rope, store, self._cacheblend_lanes)
-        self._connector().blender = blender
-        CacheBlendConnector.beside = blender if size == 1 else None
+        self._rows().blender = blender
+        Ahead.blender = blender if size == 1 else None
         # a store that is all remote keeps none, and then they last as long as the engine
         self._cacheblend_notes = store if store.keeps_documents else Notes()
         self._cacheblend_ingestor = Ingestor(handle)
@@ -123,10 +125,10 @@ class WorkerExtension:
 
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
-        connector = self._connector()
-        if connector.blender is not None:
-            connector.blender.store.close()
-            connector.blender = CacheBlendConnector.beside = None
+        rows = self._rows()
+        if rows.blender is not None:
+            rows.blender.store.close()
+            rows.blender = Ahead.blender = None
 
     @_reporting
     def cacheblend_missing(self, keys: list[str]) -> list[str]:
@@ -214,8 +216,13 @@ class WorkerExtension:
         assert isinstance(connector, CacheBlendConnector)
         return connector
 
+    def _rows(self) -> StepRows:
+        rows = self._connector().rows
+        assert rows is not None
+        return rows
+
     def _blender(self) -> Blender:
-        blender = self._connector().blender
+        blender = self._rows().blender
         assert blender is not None
         return blender
 

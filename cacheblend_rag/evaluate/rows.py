@@ -69,7 +69,7 @@ def parse_row(text: str, prefix: str = "auto") -> Row:
     name, _, own = text.partition("/")
     if own:
         check_prefix(own)
-    where = {"when": "always", "schedule": "sync"}  # a row that declines would not be one
+    where = {"when": "always"}  # a row that declines would not be one
     chosen = own or prefix
     if name in _FIXED:
         return Row(text, {**where, **_FIXED[name]}, chosen)

@@ -81,7 +81,6 @@ def test_engine_kind(tiny_models: Path) -> None:
         ({"selector": "hkvd", "selector_options": {"check_layer": 0}}, "at least 1"),
         ({"min_chunk_tokens": 8}, "32"),
         ({"ingest_prefix": "long"}, "auto, head, document"),
-        ({"tile_tokens": 0}, "positive"),
     ],
 )
 def test_config(options: dict[str, object], message: str) -> None:

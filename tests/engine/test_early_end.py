@@ -95,7 +95,7 @@ def test_a_stop_string_leaves_the_report_whole(blend: CacheBlend, ask: Ask, numb
     assert got.report.blended and got.report.bytes_loaded and got.report.stages_s["load"] >= 0
     assert figures(got.report) == figures(wanted.report)
     again = ask(blend, **by_string)  # vLLM's own cache has it now
-    assert again.report.reason is Reason.IDENTICAL_PLAN and again.report.detail
+    assert again.report.reason is Reason.PREFIX_CACHED and again.report.detail
     assert figures(again.report) == figures(ask(blend, **by_token).report)
 
 

@@ -14,6 +14,7 @@ from tiny import Words, make
 
 from cacheblend_rag.engine import attention
 from cacheblend_rag.engine.rope import Rerotator, Turn
+from cacheblend_rag.engine.runner import StepTensors
 from cacheblend_rag.reason import Reason
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_process")]
@@ -63,6 +64,12 @@ def looks_at_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention.PagedCache, "slots", next_one)
 
 
+def takes_rows_for_another_requests(patch: pytest.MonkeyPatch) -> None:
+    for kind in StepTensors.__subclasses__():
+        order = kind.order
+        patch.setattr(kind, "order", lambda self, counts, order=order: order(self, counts)[::-1])
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -70,6 +77,7 @@ def looks_at_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
         (turns_into_nothing, Reason.MOVED_KEYS_DIFFER),
         (looks_ahead, Reason.RATIO_ONE_DIFFERS),
         (looks_at_the_wrong_place, Reason.RATIO_ONE_DIFFERS),
+        (takes_rows_for_another_requests, Reason.RATIO_ONE_DIFFERS),
     ],
 )
 def test_what_is_wrong_is_refused(

@@ -29,8 +29,8 @@ SAMPLING: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": T
 WAYS: list[dict[str, Any]] = [
     {},
     {"selector": "hkvd"},
-    {"selector": "hkvd", "selector_options": {"deviation": "kv"}, "schedule": "async"},
-    {"recompute_ratio": 0.5, "schedule": "async"},
+    {"selector": "hkvd", "selector_options": {"deviation": "kv"}},
+    {"recompute_ratio": 0.5},
     {"recompute_ratio": 1.0},
     {"mode": "full"},
 ]
@@ -55,7 +55,7 @@ class Known(NamedTuple):
 
 
 def config(store: Path) -> BlendConfig:
-    return BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}", tile_tokens=24)
+    return BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}")
 
 
 def open_here(path: Path, store: Path) -> CacheBlend:

@@ -100,14 +100,13 @@ def test_random_prompts(blend: CacheBlend, record_property: Any) -> None:
     assert report.computed > 10 and report.computed + report.too_short == len(chunks)
     prompts = [draw.prompt(chunks) for _ in range(NUM_PROMPTS)]
     blended = reused = 0
-    ways = itertools.product(("query", "hkvd"), ("auto", "sync", "async"))
-    for first, (selector, schedule) in zip(
-        range(0, NUM_PROMPTS, BATCH), itertools.cycle(ways), strict=False
-    ):
+    ways = itertools.cycle(("query", "hkvd"))
+    for first, selector in zip(range(0, NUM_PROMPTS, BATCH), ways, strict=False):
         batch = prompts[first : first + BATCH]
         plain = blend.generate(batch, mode="full", **SAMPLING)
-        exact = blend.generate(batch, recompute_ratio=1.0, schedule=schedule, **SAMPLING)
-        options = {"selector": selector, "schedule": schedule, **SAMPLING}
+        exact = blend.generate(batch, recompute_ratio=1.0, **SAMPLING)
+        # without reach: with it, what a step moves depends on where vLLM cuts a prompt into steps
+        options = {"selector": selector, "reach": 0, **SAMPLING}
         reset(blend)
         together = blend.generate(batch, **options)
         for ids, one, other, mixed in zip(batch, plain, exact, together, strict=True):

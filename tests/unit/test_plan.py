@@ -111,7 +111,7 @@ def test_params_survive_json_and_reject_what_is_malformed() -> None:
     params = json.loads(json.dumps(made.to_params()))
     again = Plan.from_params(params)
     assert again is not None and again.segments == made.segments
-    assert again.salt(IDS) == made.salt(IDS)
+    assert again.settings == made.settings
     assert Plan.from_params({}) is None and Plan.from_params(None) is None
     for name, value in [
         ("format", 99),
@@ -130,19 +130,17 @@ def test_params_survive_json_and_reject_what_is_malformed() -> None:
             Plan.from_params(broken)
 
 
-def test_salt_tells_apart_what_gives_other_kv() -> None:
-    def salt(ids: tuple[int, ...] = IDS, **options: Any) -> str:
+def test_settings_tell_apart_what_gives_other_kv() -> None:
+    def settings(ids: tuple[int, ...] = IDS, **options: Any) -> str:
         made = plan([match(10, 100)], ids=ids, **options)
         assert isinstance(made, Plan)
-        return made.salt(ids)
+        return made.settings
 
-    other_question = (*IDS[:-1], 7)
-    assert salt() == salt() == salt(schedule="async", tile_tokens=64)
-    assert salt() != salt(recompute_ratio=0.2)
-    assert salt() != salt(selector="hkvd")
-    assert salt() != salt(selector_options={"window": 33})
-    assert salt() != salt(other_question)
-    assert salt(selector="hkvd") == salt(other_question, selector="hkvd")
+    assert settings() == settings(when="always") == settings((*IDS[:-1], 7))
+    assert settings() != settings(recompute_ratio=0.2)
+    assert settings() != settings(selector="hkvd")
+    assert settings() != settings(selector_options={"window": 33})
+    assert settings() != settings(reach=0)
 
 
 def test_question_is_what_follows_the_last_chunk() -> None:

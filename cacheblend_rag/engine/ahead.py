@@ -1,0 +1,88 @@
+"""What is done for a blend before its step, where scheduler and worker share a process, as vLLM has
+it for one GPU: slow chunks are fetched while other requests run, and those in memory are on their
+way to the GPU while vLLM prepares the step.
+"""
+
+from __future__ import annotations
+
+from threading import Event
+from typing import TYPE_CHECKING, ClassVar
+
+from vllm.logger import init_logger
+
+from cacheblend_rag.plan import Plan
+from cacheblend_rag.reason import RefusedError
+from cacheblend_rag.store.parallel import Readers
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engine.blend import Blender
+
+logger = init_logger("vllm.cacheblend_rag")
+_AT_ONCE = 8  # requests whose chunks are fetched
+
+
+class Ahead:
+    """One for an engine.
+
+    Attributes:
+        blender: that of the only worker; None where there are several, or it is elsewhere.
+    """
+
+    blender: ClassVar[Blender | None] = None
+
+    def __init__(self) -> None:
+        self._fetching: dict[str, Event] = {}  # set when all is there that will be
+        self._readers = Readers(_AT_ONCE)
+        self._announced = False  # a blend of the step being built
+
+    def waits(self, request_id: str, plan: Plan) -> bool:
+        """Whether a blend should not begin yet.
+
+        Raises:
+            RefusedError: it is not worth it.
+        """
+        if self.blender is None:
+            return False
+        fetched = self._fetching.get(request_id)
+        if fetched is not None and not fetched.is_set():
+            return True
+        why_not = self.blender.refusal(request_id) if fetched else self.blender.consider(plan)[0]
+        if why_not:
+            raise RefusedError(*why_not)
+        if fetched:
+            return False
+        if not self.blender.is_near(plan):
+            self._fetching[request_id] = Event()
+            self._readers.start(lambda name: self._fetch(name, plan), [request_id])
+            return True
+        self._announce(request_id, plan)
+        return False
+
+    def end_of_step(self) -> None:
+        """The step was built."""
+        self._announced = False
+
+    def forget(self, request_id: str) -> None:
+        """A request ended."""
+        self._fetching.pop(request_id, None)
+        if self.blender is not None:
+            self.blender.forget(request_id)
+
+    def _fetch(self, request_id: str, plan: Plan) -> None:
+        there = self._fetching.get(request_id)
+        try:
+            if self.blender is not None and there is not None:
+                self.blender.fetch(request_id, plan)
+        finally:  # what could not be fetched is asked for again by the worker, which reports why
+            if there is not None:
+                there.set()
+
+    def _announce(self, request_id: str, plan: Plan) -> None:
+        """Have the KV of a step's first blend come while the rest of the step is prepared."""
+        if self._announced or self.blender is None:
+            return
+        self._announced = True
+        try:
+            self.blender.expect(request_id, plan)
+        except Exception:  # it comes later then; what is wrong shows where the worker reports it
+            logger.exception("the KV of %s was not brought ahead", request_id)

@@ -1,0 +1,123 @@
+"""The hashes of a request's blocks in vLLM's prefix cache: the only file that changes them.
+
+vLLM looks a request up by ``request.block_hashes``, a chain: each hash holds all tokens before its
+block's end. It puts blocks into its cache under the same hashes when it allocates them, which for a
+blend is before they are written. So a blend's new blocks get hashes that nobody else has; the
+chain of the blocks that follow goes on from there. When the blend is whole, ``BlendedPrefixes``
+tells later requests that begin with the same tokens and ask for the same settings which hashes to
+look for. A block that was never written can so be found by nobody but the request that owns it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+_MOST_HASHES = 1 << 20  # kept, exact and blended: 32 bytes each
+
+
+def private(hashes: Sequence[bytes], first: int, tag: str) -> list[bytes]:
+    """``hashes`` whose blocks from number ``first`` on are found by nobody who lacks ``tag``."""
+    end = tag.encode()
+    return [*hashes[:first], *(hashlib.sha256(h + end).digest() for h in hashes[first:])]
+
+
+def tokens_per_hash(request: Any, hash_block_size: int | None, block_size: int) -> int:
+    """How many tokens a hash of ``request`` stands for."""
+    if hash_block_size and request.num_tokens // hash_block_size == len(request.block_hashes):
+        return hash_block_size
+    return block_size
+
+
+class Prefix(NamedTuple):
+    """The blocks of a request whose blend is whole.
+
+    Attributes:
+        full: how many of them hold nothing but the prompt; rest: its tokens behind those.
+        exact: their hashes without a blend; blended: those they are under.
+    """
+
+    full: int
+    rest: tuple[int, ...]
+    exact: Sequence[bytes]
+    blended: Sequence[bytes]
+
+    @classmethod
+    def of(cls, request: Any, of_prompt: Sequence[bytes], per_hash: int) -> Prefix:
+        """Of a request that ended.
+
+        Args:
+            of_prompt: the hashes of its prompt's blocks before they were changed.
+            per_hash: tokens a hash stands for.
+        """
+        prompt = request.prompt_token_ids
+        full = min(len(prompt) // per_hash, len(of_prompt))
+        rest = tuple(prompt[full * per_hash :])
+        return cls(full, rest, _exact(request, of_prompt), list(request.block_hashes))
+
+
+def _exact(request: Any, of_prompt: Sequence[bytes]) -> list[bytes]:
+    """The hashes a request would have had without a blend, by vLLM's own hasher."""
+    blended, request.block_hashes = request.block_hashes, list(of_prompt)
+    try:
+        request.update_block_hashes()
+        return list(request.block_hashes)
+    finally:
+        request.block_hashes = blended
+
+
+class BlendedPrefixes:
+    """Prompts whose blended blocks are whole, least recently used ones forgotten.
+
+    A prompt is found by the exact hash of its last full block, by the tokens behind that, and by
+    the settings of the blend. So a follow-up turn finds what was said before it, blended chunks and
+    answer included, and a prompt that merely begins with the same chunks finds nothing.
+    """
+
+    def __init__(self, most_hashes: int = _MOST_HASHES) -> None:
+        self._most, self._count = most_hashes, 0
+        self._known: OrderedDict[tuple[bytes, str], dict[tuple[int, ...], Prefix]] = OrderedDict()
+
+    def add(self, prefix: Prefix, settings: str) -> None:
+        """Note a prompt, and what was generated behind it."""
+        if not prefix.full:
+            return
+        key = prefix.exact[prefix.full - 1], settings
+        same = self._known.setdefault(key, {})
+        self._known.move_to_end(key)
+        old = same.get(prefix.rest)
+        same[prefix.rest] = prefix
+        self._count += len(prefix.exact) - (len(old.exact) if old else 0)
+        while self._count > self._most and len(self._known) > 1:
+            _, gone = self._known.popitem(last=False)
+            self._count -= sum(len(p.exact) for p in gone.values())
+
+    def find(
+        self, exact: Sequence[bytes], prompt: Sequence[int], settings: str, per_hash: int
+    ) -> list[bytes] | None:
+        """The hashes to look for in place of ``exact``, the first of them blended; None where no
+        blended prompt is a beginning of this one.
+        """
+        for full in range(len(exact), 0, -1):
+            same = self._known.get((exact[full - 1], settings))
+            fitting = [p for p in (same or {}).values() if _begins(prompt, full * per_hash, p.rest)]
+            if fitting:
+                self._known.move_to_end((exact[full - 1], settings))
+                return _joined(exact, max(fitting, key=lambda p: len(p.rest)))
+        return None
+
+
+def _begins(prompt: Sequence[int], at: int, rest: tuple[int, ...]) -> bool:
+    return tuple(prompt[at : at + len(rest)]) == rest
+
+
+def _joined(exact: Sequence[bytes], prefix: Prefix) -> list[bytes]:
+    """The blended hashes as far as the tokens are the same, then those of what comes behind."""
+    same = 0
+    for mine, theirs in zip(exact, prefix.exact, strict=False):
+        if mine != theirs:
+            break
+        same += 1
+    return [*prefix.blended[:same], *private(exact[same:], 0, prefix.blended[same - 1].hex())]

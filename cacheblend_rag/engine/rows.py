@@ -1,0 +1,299 @@
+"""A blend's tokens as rows of vLLM's own step: the worker's side.
+
+The scheduler was told that all but ``task.rows`` tokens of a request are there, so vLLM schedules
+that many rows, in one step or several, as if they were the prompt's last tokens. Before the model
+runs, those rows become the chosen tokens, in order: ids, positions and slots are written into the
+step's own tensors, and the attention metadata is built anew with each run of consecutive positions
+as a sequence. Chosen positions ascend and end with the prompt's last token, so no row stands at a
+later position than vLLM believes: its block is allocated, and the sample is the right row's.
+
+Stored KV of a layer goes into the cache when the forward is about to write that layer's own K and
+V: the cache update of every attention layer is a call that looks its layer up in the forward
+context, where ours stands in its place.
+
+Shape legend: E tokens of the request, T rows of the step, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
+
+from cacheblend_rag.engine.attention import Array, PagedCache, upload
+from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.exact import prefill
+from cacheblend_rag.engine.forward import ModelHandle, ProxyImpl, ProxyLayer
+from cacheblend_rag.engine.lane import Lane
+from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
+from cacheblend_rag.engine.runner import StepTensors
+from cacheblend_rag.reason import Reason, RefusedError, Why
+
+logger = init_logger("vllm.cacheblend_rag")
+
+Mover = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class Scheduled(NamedTuple):
+    """A request of a step: tokens computed before, rows in the step, blocks that are new."""
+
+    computed: int
+    rows: int
+    blocks: tuple[int, ...] = ()
+
+
+class Finished(NamedTuple):
+    """A blend whose last row is under way; ``why_not``: it was computed exactly instead."""
+
+    request_id: str
+    name: str
+    outcome: BlendOutcome
+    why_not: Why | None
+
+    def report(self) -> dict[str, Any]:
+        """Of what was not blended."""
+        why_not = self.why_not._asdict() if self.why_not is not None else {}
+        return {**why_not, "prefix_cached": self.outcome.prefix_cached}
+
+
+@dataclass
+class _Blend:
+    """One request's blend on this rank, from its first row to its last.
+
+    Attributes:
+        positions: int64 on the device, of each row in order.
+        lane: None where the rows are the tokens that vLLM takes them for.
+        blocks: those allocated so far.
+        placed: the first position whose stored KV may be wanting in the cache.
+        done: tokens that are computed when this step ends, as vLLM counts.
+    """
+
+    task: BlendTask
+    outcome: BlendOutcome
+    positions: torch.Tensor
+    lane: Lane | None
+    placed: int
+    why_not: Why | None = None
+    blocks: list[int] = field(default_factory=list)
+    done: int = 0
+
+    def rows(self, scheduled: Scheduled) -> torch.Tensor:
+        """The positions of this step's rows; their blocks are open to the lane."""
+        first = scheduled.computed - self.task.first_row
+        self.done = scheduled.computed + scheduled.rows
+        if self.lane is not None:
+            self.lane.open(self.blocks, self.placed, self.done)
+        self.placed = max(self.placed, self.done)
+        return self.positions[first : first + scheduled.rows]
+
+
+class _Part(NamedTuple):
+    """A blend's rows in this step: which they are, and the positions they get."""
+
+    name: str
+    lane: Lane
+    place: slice
+    positions: torch.Tensor
+
+
+class StepRows:
+    """Blends under way on this rank. All ranks of a tensor parallel group take the same steps."""
+
+    def __init__(self, handle: ModelHandle, cache: PagedCache, tensors: StepTensors) -> None:
+        self.handle, self._cache, self._tensors = handle, cache, tensors
+        self.blender: Blender | None = None  # set once the worker is bound
+        self._blends: dict[str, _Blend] = {}
+        self._finished: list[Finished] = []
+        self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
+
+    def begin_step(
+        self, tasks: Mapping[str, BlendTask], batch: Mapping[str, Scheduled]
+    ) -> set[int]:
+        """Called before the model runs.
+
+        Args:
+            tasks: blends that begin with this step, by request.
+            batch: all requests of a step in which a blend has rows; else empty.
+
+        Returns:
+            Numbers of blocks that should be written and can't be.
+        """
+        unwritten: set[int] = set()
+        for name, scheduled in batch.items():
+            if name in tasks:
+                unwritten |= self._begin(tasks[name])
+            elif name in self._blends:
+                self._blends[name].blocks += scheduled.blocks
+        ours = {name: self._blends[name] for name in batch if name in self._blends}
+        if not ours:
+            return unwritten
+        context = get_forward_context() if is_forward_context_available() else None
+        if context is None or context.cudagraph_runtime_mode == CUDAGraphMode.FULL:
+            self._compute_beside(ours, batch)
+        else:
+            self._rewrite(ours, batch, context)
+        self._collect(ours)
+        return unwritten
+
+    def finished(self) -> list[Finished]:
+        """Blends whose last row was in a step since the call before."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Requests that ended, or were preempted."""
+        for name in names:
+            self._blends.pop(name, None)
+
+    # ---- a blend -------------------------------------------------------------------------------
+
+    def _begin(self, task: BlendTask) -> set[int]:
+        """Load and choose. Whatever fails ends in an exact answer: what vLLM takes for computed is
+        then computed here, and the rows are left as they are. Returns the blocks for which even
+        that failed.
+        """
+        clock = Clock(self.handle.device)
+        outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached)
+        try:
+            self._blends[task.request_id] = self._chosen(task, outcome)
+            return set()
+        except RefusedError as refusal:
+            why_not = refusal.why
+        except Exception as error:
+            logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
+            detail = f"blending failed, computed exactly: {type(error).__name__}: {error}"
+            why_not = Why(Reason.BLEND_FAILED, detail)
+        rows = torch.arange(task.first_row, task.end, device=self.handle.device)
+        self._blends[task.request_id] = _Blend(
+            task, outcome, rows, None, task.end, why_not, list(task.blocks)
+        )
+        try:
+            prefill(self._cache, task, self._most_rows)
+        except Exception:
+            logger.exception("%s can't be computed; vLLM ends it with an error", task.request_id)
+            return set(task.blocks[task.write_from // self._cache.block_size :])
+        return set()
+
+    def _chosen(self, task: BlendTask, outcome: BlendOutcome) -> _Blend:
+        if self.blender is None:
+            raise RuntimeError("the worker was not bound")
+        lane, positions = self.blender.choose(task, outcome)
+        placed, spare = task.write_from, len(positions) - task.rows
+        assert spare >= 0, "a blend never computes fewer tokens than it said"
+        if spare:  # a chunk was missing: the first tokens are computed before the step
+            lane.open(task.blocks, task.write_from, task.first_row)
+            self.blender.recompute(lane, positions[:spare])
+            lane.place_through(self.handle.num_layers - 1)
+            placed = task.first_row
+        return _Blend(task, outcome, positions[spare:], lane, placed, None, list(task.blocks))
+
+    def _collect(self, ours: Mapping[str, _Blend]) -> None:
+        for name, blend in ours.items():
+            if blend.done >= blend.task.end:
+                del self._blends[name]
+                blend.outcome.clock.mark("load")
+                self._finished.append(Finished(name, blend.task.name, blend.outcome, blend.why_not))
+
+    # ---- a step --------------------------------------------------------------------------------
+
+    def _rewrite(
+        self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled], context: Any
+    ) -> None:
+        """Give this step's rows their tokens, and see that their layers are placed."""
+        order = self._tensors.order({name: s.rows for name, s in batch.items()})
+        counts = np.array([batch[name].rows for name in order])
+        ends = counts.cumsum()
+        parts = []
+        for name, first, end in zip(order, ends - counts, ends, strict=True):
+            blend = ours.get(name)
+            if blend is not None and blend.lane is not None:
+                place = slice(int(first), int(end))
+                parts.append(_Part(name, blend.lane, place, blend.rows(batch[name])))
+            elif blend is not None:
+                blend.rows(batch[name])
+        if not parts:
+            return
+        for part in parts:
+            ids = part.lane.ids_E[part.positions]
+            self._tensors.write(part.place, order.index(part.name), ids, part.positions, context)
+        context.attn_metadata = self._metadata(parts, order, batch, context)
+        moves = [(part, part.lane.mover(part.positions)) for part in parts]
+        layers = self.handle.attention
+        context.no_compile_layers = {
+            **context.no_compile_layers,
+            **{n: ProxyLayer(_StepImpl(a, i, moves)) for i, (n, a) in enumerate(layers.items())},
+        }
+
+    def _metadata(
+        self, parts: list[_Part], order: list[str], batch: Mapping[str, Scheduled], context: Any
+    ) -> dict[str, Any]:
+        """Attention metadata of the step, each run of a blend's rows a sequence. The host has to
+        know the rows: this waits for them.
+        """
+        positions = {part.name: part.positions.cpu().numpy() for part in parts}
+        sequences: list[tuple[Array, Array, int]] = []  # first rows, lengths, number of the request
+        at = 0
+        for number, name in enumerate(order):
+            s = batch[name]
+            if name in positions:
+                first, length = _runs(positions[name])
+            else:
+                first, length = np.array([0]), np.array([s.computed + s.rows])
+            sequences.append((at + first, length, number))
+            at += s.rows
+        bounds = np.concatenate([*(first for first, _, _ in sequences), [at]])
+        lengths = np.concatenate([length for _, length, _ in sequences])
+        whose = np.concatenate([np.full(len(length), n) for _, length, n in sequences])
+        table = self._tensors.table(len(order))[upload(whose, self.handle.device)]
+        slots = next(iter(context.slot_mapping.values()))
+        return self._cache.build(bounds, lengths, table, slots, self._tensors.positions(len(slots)))
+
+    def _compute_beside(self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]) -> None:
+        """For a step that is one CUDA graph, with a row a request, which looks at no metadata of
+        ours. The prompt's last token is what vLLM takes it for. Another row's token is computed
+        here, and the row, whose sample nobody wants, writes no KV.
+        """
+        order = self._tensors.order({name: s.rows for name, s in batch.items()})
+        for name, blend in ours.items():
+            positions = blend.rows(batch[name])
+            if blend.lane is None:
+                continue
+            if blend.done < blend.task.end:
+                blend.lane.recompute(positions)
+                self._tensors.write_nothing(order.index(name))
+            blend.lane.place_through(self.handle.num_layers - 1)
+
+
+class _StepImpl(ProxyImpl):
+    """The layer's own attention; what must be in the cache before its K and V goes there first."""
+
+    def __init__(self, layer: Any, index: int, moves: list[tuple[_Part, Mover | None]]) -> None:
+        super().__init__(layer)
+        self._index, self._moves = index, moves
+
+    def forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._layer.impl.forward(self._layer, *args, **kwargs)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: Any, slots: Any
+    ) -> None:
+        for part, move in self._moves:
+            part.lane.place_through(self._index)
+            if move is not None:
+                move(self._index, key[part.place], value[part.place])
+        self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
+
+
+def _runs(positions: Array) -> tuple[Array, Array]:
+    """Of ascending positions, the first row of each run of consecutive ones, and the context each
+    run ends with.
+    """
+    first = np.concatenate([[True], positions[1:] != positions[:-1] + 1]).nonzero()[0]
+    last = np.concatenate([first[1:], [len(positions)]]) - 1
+    return first, positions[last] + 1

@@ -1,0 +1,152 @@
+"""The tensors of the step that vLLM's model runner is about to run, in both of its runners.
+
+V1 keeps a batch in its own order; V2 sorts the requests of a step anew. A wrong order would be
+silently wrong, so the self-check at start blends beside other requests.
+
+Shape legend: T rows of the step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
+from cacheblend_rag.reason import Reason
+
+
+class StepTensors(ABC):
+    """What a step gives the model, by request and row."""
+
+    def __init__(self, runner: Any, handle: ModelHandle) -> None:
+        self._runner, self._handle = runner, handle
+
+    @abstractmethod
+    def order(self, counts: Mapping[str, int]) -> list[str]:
+        """The requests in the order of their rows; ``counts`` has the rows of each."""
+
+    @abstractmethod
+    def table(self, count: int) -> torch.Tensor:
+        """int32 block table of the first ``count`` requests, on the device."""
+
+    @abstractmethod
+    def positions(self, count: int) -> torch.Tensor:
+        """int64 positions of the first ``count`` rows, on the device."""
+
+    @property
+    @abstractmethod
+    def _ids(self) -> torch.Tensor: ...
+
+    @property
+    @abstractmethod
+    def _block_size(self) -> int:
+        """Tokens a block of ``table``."""
+
+    @property
+    @abstractmethod
+    def _graph_slots(self) -> torch.Tensor:
+        """int64 slots as CUDA graphs read them."""
+
+    def write(
+        self, place: slice, number: int, ids: torch.Tensor, positions: torch.Tensor, context: Any
+    ) -> None:
+        """Make the rows ``place`` of request ``number`` these tokens at these positions."""
+        self._ids[place] = ids.to(self._ids.dtype)
+        self.positions(place.stop)[place] = positions
+        self._embed(place, ids)
+        size = self._block_size
+        blocks = self.table(number + 1)[number][positions // size].long()
+        slots = blocks * size + positions % size
+        for tensor in {id(s): s for s in context.slot_mapping.values()}.values():
+            tensor[place] = slots
+
+    def write_nothing(self, row: int) -> None:
+        """Have ``row`` of a step that is one CUDA graph put its K and V nowhere."""
+        self._graph_slots[row] = -1
+
+    def _embed(self, place: slice, ids: torch.Tensor) -> None:  # noqa: B027 - few need it
+        """For models that get embeddings in place of ids."""
+
+
+class _V1(StepTensors):
+    def order(self, counts: Mapping[str, int]) -> list[str]:
+        names = list(self._runner.input_batch.req_ids)
+        assert set(names) == set(counts), "the step has other requests than it was scheduled with"
+        return names
+
+    def table(self, count: int) -> torch.Tensor:
+        table: torch.Tensor = self._runner.input_batch.block_table[0].get_device_tensor(count)
+        return table
+
+    def positions(self, count: int) -> torch.Tensor:
+        positions = self._runner.positions
+        here: torch.Tensor = getattr(positions, "gpu", positions)[:count]
+        return here
+
+    @property
+    def _ids(self) -> torch.Tensor:
+        ids: torch.Tensor = self._runner.input_ids.gpu
+        return ids
+
+    @property
+    def _block_size(self) -> int:
+        return int(self._runner.input_batch.block_table[0].block_size)
+
+    @property
+    def _graph_slots(self) -> torch.Tensor:
+        slots: torch.Tensor = self._runner.input_batch.block_table[0].slot_mapping.gpu
+        return slots
+
+    def _embed(self, place: slice, ids: torch.Tensor) -> None:
+        if self._runner.supports_mm_inputs:
+            self._runner.inputs_embeds.gpu[place] = self._handle.model.embed_input_ids(ids)
+
+
+class _V2(StepTensors):
+    def __init__(self, runner: Any, handle: ModelHandle) -> None:
+        super().__init__(runner, handle)
+        if getattr(runner, "supports_mm_inputs", False):
+            detail = "the model takes images, and vLLM's V2 model runner embeds its tokens"
+            raise UnsupportedModelError(Reason.ENCODER_INPUTS, detail)
+
+    def order(self, counts: Mapping[str, int]) -> list[str]:
+        from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
+
+        known = {
+            "num_tokens_per_req": dict(counts),
+            "draft_tokens": {},
+            "decode_query_len": self._runner.decode_query_len,
+        }
+        wanted = inspect.signature(sort_batch_req_ids).parameters
+        return list(sort_batch_req_ids(*(known[name] for name in wanted)))
+
+    def table(self, count: int) -> torch.Tensor:
+        table: torch.Tensor = self._runner.block_tables.input_block_tables[0][:count]
+        return table
+
+    def positions(self, count: int) -> torch.Tensor:
+        positions: torch.Tensor = self._runner.input_buffers.positions[:count]
+        return positions
+
+    @property
+    def _ids(self) -> torch.Tensor:
+        ids: torch.Tensor = self._runner.input_buffers.input_ids
+        return ids
+
+    @property
+    def _block_size(self) -> int:
+        return int(self._runner.block_tables.kernel_block_sizes[0])
+
+    @property
+    def _graph_slots(self) -> torch.Tensor:
+        slots: torch.Tensor = self._runner.block_tables.slot_mappings[0]
+        return slots
+
+
+def step_tensors(runner: Any, handle: ModelHandle) -> StepTensors:
+    """Those of vLLM's V1 or V2 model runner."""
+    return (_V1 if hasattr(runner, "input_batch") else _V2)(runner, handle)

@@ -1,0 +1,290 @@
+"""The scheduler's side: how much of a request is there, and which rows of a step are blends'.
+
+vLLM is told that all but the tokens that a blend computes are there, at positions before those: it
+then schedules as many rows as the blend has tokens to compute, in one step or several, whatever
+else is in these steps. Which tokens these rows are, the workers say (``rows.py``).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.ahead import Ahead
+from cacheblend_rag.engine.blend import rows_of
+from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, private, tokens_per_hash
+from cacheblend_rag.engine.outcome import BlendTask
+from cacheblend_rag.engine.rows import Scheduled
+from cacheblend_rag.plan import PARAMS_KEY, Kind, Plan
+from cacheblend_rag.reason import Reason, RefusedError, Why
+
+_MOST_ENDED = 1024
+_CACHED = Why(Reason.PREFIX_CACHED, "vLLM's prefix cache holds all that would be blended")
+
+
+class _Claim(NamedTuple):
+    """What is said of a request when it is scheduled first, or again after a preemption."""
+
+    write_from: int  # positions below it are in the cache
+    total: int  # tokens that the request has
+    rows: int  # the last ones of them, which vLLM schedules
+
+
+class Step(NamedTuple):
+    """Scheduler to workers, once a step.
+
+    Attributes:
+        tasks: blends that begin, by request; batch: all rows of a step that has some of a blend.
+        gone: requests that were preempted.
+        plain: reports of requests that are not blended, by the caller's names.
+    """
+
+    tasks: dict[str, BlendTask]
+    batch: dict[str, Scheduled]
+    gone: set[str]
+    plain: dict[str, dict[str, Any]]
+
+
+@dataclass
+class _Tracked:
+    """What is known of an unfinished request that carries a plan.
+
+    Attributes:
+        why_not: why it is not blended (any more).
+        exact: the exact hashes of the prompt's blocks.
+        per_hash: tokens a hash stands for.
+        shared: tokens found in vLLM's prefix cache that others may use too.
+        claim: of the blend under way; None before and once all of its rows are scheduled.
+    """
+
+    plan: Plan | None
+    why_not: Why | None = None
+    exact: Sequence[bytes] = ()
+    per_hash: int = 1
+    shared: int = 0
+    claim: _Claim | None = None
+    begun: bool = False  # its blend went to the workers once
+    whole: bool = False  # all rows of the blend were scheduled
+    prefix_cached: int = 0
+    outcome: dict[str, Any] = field(default_factory=dict)
+    prefix: Prefix | None = None  # its blocks, once it ended
+
+    def report(self) -> dict[str, Any]:
+        """See ``report.make_report``; not whole before the outcome is there."""
+        why_not = self.why_not or (None if self.begun else _CACHED)
+        done: Mapping[str, Any] = why_not._asdict() if why_not else self.outcome
+        return {**done, "prefix_cached": self.prefix_cached}
+
+    def usable(self, hit: int) -> int:
+        """How many of the ``hit`` tokens are in the cache as they should be. After a preemption, a
+        request finds blocks of its own that were not all computed.
+        """
+        return hit if self.whole else min(hit, self.shared)
+
+    def share(self, prefixes: BlendedPrefixes) -> None:
+        """Its blocks are whole: others may use them."""
+        if self.prefix is not None and self.plan is not None:
+            prefixes.add(self.prefix, self.plan.settings)
+
+
+class Claims:
+    """The requests that carry a plan, from their arrival to their end."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        cache = vllm_config.cache_config
+        self._longest = compat.longest_blend(kv_cache_config)
+        self._block_size = int(cache.block_size)
+        self._hash_block_size = getattr(cache, "hash_block_size", None)
+        self._whole_graphs = whole_graphs(vllm_config)
+        self._requests: dict[str, _Tracked] = {}
+        self._prefixes = BlendedPrefixes()
+        self._ended: OrderedDict[str, _Tracked] = OrderedDict()  # whose outcomes have not come
+        self._tasks: dict[str, BlendTask] = {}  # for the step being built
+        self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
+        self._ahead = Ahead()
+
+    def begin(self, request: Any) -> None:
+        """A request arrived; nothing of it was looked up yet."""
+        if PARAMS_KEY not in (request.kv_transfer_params or {}):
+            return
+        tracked = self._requests[request.request_id] = _admitted(request, self._longest)
+        if tracked.why_not is None and self._whole_graphs:
+            tracked.why_not = Why(Reason.CUDA_GRAPHS, self._whole_graphs)
+        if tracked.plan is None or tracked.why_not or not request.block_hashes:
+            return
+        exact = tracked.exact = list(request.block_hashes)
+        per = tracked.per_hash = tokens_per_hash(request, self._hash_block_size, self._block_size)
+        known = self._prefixes.find(exact, request.prompt_token_ids, tracked.plan.settings, per)
+        if known is not None:
+            request.block_hashes = known
+        elif tracked.plan.when == "always":  # exact KV is no reason not to
+            first = _first_approximate(tracked.plan) // per
+            request.block_hashes = private(exact, first, uuid.uuid4().hex)
+
+    def there(self, request: Any, hit: int) -> int | None:
+        """How many tokens behind those that vLLM found need not be scheduled; None: ask again."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            return 0
+        if not tracked.begun:
+            tracked.shared = tracked.prefix_cached = hit
+        plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
+        if plan is None or tracked.why_not or write_from >= plan.end:
+            return self._not_blended(request, tracked)
+        try:
+            if not tracked.begun and self._ahead.waits(request.request_id, plan):
+                return None
+        except RefusedError as refusal:
+            tracked.why_not = refusal.why
+            return self._not_blended(request, tracked)
+        rows = rows_of(plan, request.num_tokens, write_from)
+        tracked.claim = _Claim(write_from, request.num_tokens, rows)
+        request.block_hashes = private(
+            request.block_hashes, hit // tracked.per_hash, uuid.uuid4().hex
+        )
+        return max(int(request.num_tokens) - rows - hit, 0)
+
+    def _not_blended(self, request: Any, tracked: _Tracked) -> int:
+        """The workers keep its report: its last output never leaves where the front end ends it."""
+        if not tracked.begun:
+            self._plain[_name(request)] = tracked.report()
+        return 0
+
+    def allocated(self, request: Any, blocks: Sequence[int]) -> None:
+        """A request is scheduled, and these are its blocks so far."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.claim is None or tracked.plan is None:
+            return
+        claim, plan = tracked.claim, tracked.plan
+        tracked.begun, tracked.whole = True, False
+        self._tasks[request.request_id] = BlendTask(
+            request_id=request.request_id,
+            name=_name(request),
+            token_ids=tuple(request.all_token_ids[: claim.total]),
+            question=plan.question_ids(request.prompt_token_ids),
+            plan=plan,
+            blocks=tuple(blocks),
+            write_from=claim.write_from,
+            rows=claim.rows,
+            prefix_cached=tracked.prefix_cached,
+        )
+
+    def step(self, scheduled: Any) -> Step:
+        """What the workers have to know of the step that was built."""
+        tasks, self._tasks = self._tasks, {}
+        plain, self._plain = self._plain, {}
+        self._ahead.end_of_step()
+        gone = set(scheduled.preempted_req_ids or ())
+        if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
+            return Step(tasks, {}, gone, plain)
+        batch = _batch(scheduled)
+        for name, part in batch.items():
+            tracked = self._requests.get(name)
+            claim = tracked.claim if tracked is not None else None
+            if tracked is not None and claim and part.computed + part.rows >= claim.total:
+                tracked.claim, tracked.whole = None, True
+        return Step(tasks, batch, gone, plain)
+
+    def results(self, outcomes: Mapping[str, dict[str, Any]], failed: Mapping[str, Why]) -> None:
+        """What the workers did."""
+        for name, outcome in outcomes.items():
+            tracked = self._requests.get(name)
+            if tracked is not None and not tracked.outcome:
+                tracked.outcome = outcome
+            if (ended := self._ended.pop(name, None)) is not None:
+                ended.share(self._prefixes)
+        for name, why_not in failed.items():
+            if name in self._requests:
+                self._requests[name].why_not = why_not
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """A request ended; its report's engine part."""
+        tracked = self._requests.pop(request.request_id, None)
+        self._tasks.pop(request.request_id, None)
+        self._ahead.forget(request.request_id)
+        if tracked is None:
+            return None
+        if tracked.whole and not tracked.why_not and tracked.plan is not None:
+            tracked.prefix = Prefix.of(request, tracked.exact, tracked.per_hash)
+            if tracked.outcome:
+                tracked.share(self._prefixes)
+            else:  # it ended in the very step of its blend
+                self._ended[request.request_id] = tracked
+                while len(self._ended) > _MOST_ENDED:
+                    self._ended.popitem(last=False)
+        return {PARAMS_KEY: tracked.report()}
+
+    def _has_claim(self, name: str) -> bool:
+        tracked = self._requests.get(name)
+        return tracked is not None and tracked.claim is not None
+
+
+def _name(request: Any) -> str:
+    """The caller's name of a request that carries a plan, which may be malformed."""
+    data = request.kv_transfer_params[PARAMS_KEY]
+    name = data.get("request_id") if isinstance(data, Mapping) else None
+    return str(name or request.request_id)
+
+
+def _admitted(request: Any, longest: int | None) -> _Tracked:
+    """Read a request's plan; refuse what would not be right."""
+    try:
+        plan = Plan.from_params(request.kv_transfer_params)
+    except ValueError as error:
+        return _Tracked(None, Why(Reason.MALFORMED_PLAN, str(error)))
+    sampling = request.sampling_params
+    why_not = None
+    if plan is None or request.prompt_token_ids is None:
+        why_not = Why(Reason.MALFORMED_PLAN, "the request has no prompt of token ids")
+    elif plan.end >= request.num_prompt_tokens:
+        why_not = Why(Reason.NO_TOKEN_LEFT, "the plan leaves vLLM no token to compute")
+    elif longest is not None and plan.end > longest:
+        detail = f"vLLM keeps {longest} tokens for this model's sliding window"
+        why_not = Why(Reason.SLIDING_WINDOW, f"{detail}, the plan covers {plan.end}")
+    elif request.lora_request is not None:
+        why_not = Why(Reason.LORA, "the request uses a LoRA adapter")
+    elif request.has_encoder_inputs:
+        detail = "the prompt contains images or other encoder inputs"
+        why_not = Why(Reason.ENCODER_INPUTS, detail)
+    elif sampling is not None and sampling.prompt_logprobs is not None:
+        detail = "prompt_logprobs needs every prompt token computed"
+        why_not = Why(Reason.PROMPT_LOGPROBS, detail)
+    return _Tracked(plan, why_not)
+
+
+def _first_approximate(plan: Plan) -> int:
+    """The first position whose KV may differ from a full prefill's."""
+    near = (s.start for s in plan.segments if s.kind not in (Kind.FRESH, Kind.EXACT))
+    return next(near, plan.end)
+
+
+def _batch(scheduled: Any) -> dict[str, Scheduled]:
+    """All rows of a step."""
+    cached = scheduled.scheduled_cached_reqs
+    computed = {r.req_id: r.num_computed_tokens for r in scheduled.scheduled_new_reqs}
+    computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    blocks = dict(zip(cached.req_ids, cached.new_block_ids, strict=True))
+    return {
+        name: Scheduled(computed[name], count, tuple(b[0]) if (b := blocks.get(name)) else ())
+        for name, count in scheduled.num_scheduled_tokens.items()
+    }
+
+
+def whole_graphs(vllm_config: Any) -> str:
+    """Why steps with prefills can't be changed layer by layer; empty if they can: those that are
+    one CUDA graph call no hook of ours, nor does a cache update inside a piece of one.
+    """
+    from vllm.config import CUDAGraphMode
+
+    compiling = vllm_config.compilation_config
+    mode = compiling.cudagraph_mode or CUDAGraphMode.NONE
+    if mode.mixed_mode() == CUDAGraphMode.FULL:
+        return f"cudagraph_mode is {mode.name}: steps with prefills are one CUDA graph"
+    update = "vllm::unified_kv_cache_update"
+    if mode.has_piecewise_cudagraphs() and update not in (compiling.splitting_ops or []):
+        return f"{update} is not among compilation_config.splitting_ops"
+    return ""

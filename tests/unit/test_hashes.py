@@ -1,0 +1,145 @@
+"""Which blocks of a blend are found by whom. Hashes are made as vLLM does: a chain over tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, private, tokens_per_hash
+
+BLOCK = 4
+
+
+def chain(tokens: Sequence[int], start: Sequence[bytes] = ()) -> list[bytes]:
+    """``start`` and the hashes of the full blocks behind it."""
+    hashes = list(start)
+    for at in range(len(hashes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
+        before = hashes[-1] if hashes else b""
+        hashes.append(
+            hashlib.sha256(before + repr(tuple(tokens[at : at + BLOCK])).encode()).digest()
+        )
+    return hashes
+
+
+class Request(SimpleNamespace):
+    """As vLLM's, of the parts that are used."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        super().__init__(prompt_token_ids=tuple(prompt), all=tuple(prompt))
+        self.block_hashes = chain(self.all)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all)
+
+    def generate(self, tokens: Sequence[int]) -> None:
+        self.all += tuple(tokens)
+        self.update_block_hashes()
+
+    def update_block_hashes(self) -> None:
+        self.block_hashes = chain(self.all, self.block_hashes)
+
+
+def blended(prompt: Sequence[int], answer: Sequence[int], first: int = 1) -> tuple[Any, Prefix]:
+    """A request that ended after its blend, and what is noted of it."""
+    request = Request(prompt)
+    exact = list(request.block_hashes)
+    request.block_hashes = private(exact, first, f"nonce {random.random()}")
+    request.generate(answer)
+    return request, Prefix.of(request, exact, BLOCK)
+
+
+def find(known: BlendedPrefixes, prompt: Sequence[int], settings: str = "s") -> list[bytes] | None:
+    return known.find(chain(prompt), tuple(prompt), settings, BLOCK)
+
+
+def test_private_blocks_are_nobody_elses() -> None:
+    exact = chain(range(20))
+    one, other = private(exact, 2, "one"), private(exact, 2, "other")
+    assert one[:2] == other[:2] == exact[:2]
+    assert not set(one[2:]) & (set(exact) | set(other[2:]))
+
+
+def test_the_same_prompt_finds_its_blocks_and_no_exact_request_does() -> None:
+    known, prompt = BlendedPrefixes(), range(22)
+    assert find(known, prompt) is None
+    request, prefix = blended(prompt, range(100, 104))
+    known.add(prefix, "s")
+    found = find(known, prompt)
+    assert found == request.block_hashes[: len(chain(prompt))]
+    assert not set(chain([*prompt, *range(100, 104)])[1:]) & set(request.block_hashes)
+    assert find(known, prompt, settings="other") is None
+
+
+@pytest.mark.parametrize("length", [20, 22])
+def test_another_question_behind_the_same_chunks_finds_nothing(length: int) -> None:
+    """Also where the question fills no block, so that all full blocks are the same."""
+    known = BlendedPrefixes()
+    known.add(blended(range(length), range(100, 108))[1], "s")
+    assert find(known, [*range(length - 1), 77]) is None
+    assert find(known, [*range(length - 1), 77, *range(30)]) is None
+
+
+def test_a_follow_up_finds_question_and_answer() -> None:
+    known, first, answer = BlendedPrefixes(), range(22), range(100, 111)
+    request, prefix = blended(first, answer)
+    known.add(prefix, "s")
+    second = [*first, *answer, *range(200, 210)]
+    found = find(known, second)
+    assert found is not None
+    whole = (len(first) + len(answer)) // BLOCK
+    assert found[:whole] == request.block_hashes[:whole]
+    assert not set(found[whole:]) & set(chain(second)), "what is behind is not exact either"
+    edited = find(known, [*first, *answer[:5], 0, *answer[6:], *range(200, 210)])
+    same = (len(first) + 5) // BLOCK
+    assert edited is not None
+    assert edited[:same] == found[:same] and not set(edited[same:]) & set(found)
+
+
+def test_the_longest_history_is_found() -> None:
+    known, first, answer = BlendedPrefixes(), range(22), range(100, 111)
+    known.add(blended(first, answer)[1], "s")
+    second = [*first, *answer, *range(200, 210)]
+    request, prefix = blended(second, range(300, 305))
+    known.add(prefix, "s")
+    third = [*second, *range(300, 305), *range(400, 403)]
+    found = find(known, third)
+    assert found is not None and found[:11] == request.block_hashes[:11]
+
+
+def test_what_hangs_behind_two_blends_is_kept_apart() -> None:
+    """The same tokens behind a prefix blended in two ways are two different things."""
+    known, prompt = BlendedPrefixes(), range(22)
+    for settings in ("s", "t"):
+        known.add(blended(prompt, [])[1], settings)
+    longer = [*prompt, *range(50, 60)]
+    one, other = find(known, longer, "s"), find(known, longer, "t")
+    assert one is not None and other is not None and not set(one[1:]) & set(other[1:])
+
+
+def test_a_prompt_shorter_than_a_block_is_not_noted() -> None:
+    known = BlendedPrefixes()
+    known.add(blended(range(3), range(100, 120))[1], "s")
+    assert find(known, [*range(3), *range(100, 120)]) is None
+
+
+def test_the_least_recently_used_prompts_are_forgotten() -> None:
+    known = BlendedPrefixes(most_hashes=30)
+    prompts = [range(start, start + 22) for start in range(0, 1000, 100)]
+    for prompt in prompts:
+        known.add(blended(prompt, [])[1], "s")
+        assert find(known, prompts[0]) is not None
+    assert [find(known, p) is not None for p in prompts].count(True) == 30 // 5
+
+
+def test_how_many_tokens_a_hash_stands_for() -> None:
+    request = SimpleNamespace(num_tokens=100, block_hashes=[b""] * 6)
+    assert tokens_per_hash(request, 16, 32) == 16
+    assert tokens_per_hash(request, None, 16) == 16
+    request.block_hashes = [b""] * 3
+    assert tokens_per_hash(request, 16, 32) == 32
