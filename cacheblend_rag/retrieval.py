@@ -25,6 +25,7 @@ from cacheblend_rag.errors import (
     PromptError,
     StoreError,
 )
+from cacheblend_rag.prompt import checked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +55,13 @@ class Passage:
     text: str
 
 
+class LeftOut(NamedTuple):
+    """A file whose text could not be had, and why."""
+
+    path: Path
+    why: str
+
+
 class Loaded(NamedTuple):
     """Documents, and one line for each file that was skipped."""
 
@@ -71,22 +79,40 @@ class Tokenizer(Protocol):
 # --- read -----------------------------------------------------------------------------------------
 
 
-def load_documents(paths: Sequence[Path]) -> Loaded:
+def load_documents(paths: Sequence[Path], left_out: list[LeftOut] | None = None) -> Loaded:
     """Read files, and folders with all their subfolders: .txt, .md and .pdf.
+
+    Args:
+        paths: files and folders.
+        left_out: files that cannot be read or are empty are added to it; without it they are
+            errors.
 
     Raises:
         PromptError: a path does not exist, a file cannot be read or is empty, or there is none.
     """
-    documents, warnings = [], []
+    documents, warnings, bad = [], [], 0
     for source, path in _files(paths):
-        if reader := READERS.get(path.suffix.lower()):
-            documents.append(Document(source, _filled(path, reader(path))))
-        else:
-            warnings.append(f"{path} was skipped: only {', '.join(READERS)} files are read.")
-    if not documents:
+        if path.suffix.lower() not in READERS:
+            warnings.append(
+                f"{printable(path)} was skipped: only {', '.join(READERS)} files are read."
+            )
+            continue
+        try:
+            documents.append(Document(source, _text_of(path)))
+        except PromptError as error:
+            if left_out is None:
+                raise
+            left_out.append(LeftOut(path, str(error)))
+            bad += 1
+    if not documents and not bad:
         named = ", ".join(str(path) for path in paths) or "nothing"
         raise PromptError(f"No documents found in {named}. Name {', '.join(READERS)} files.")
     return Loaded(documents, warnings)
+
+
+def printable(path: Path) -> str:
+    """Its name, what of it is not UTF-8 replaced."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _files(paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:
@@ -129,7 +155,9 @@ def _read_pdf(path: Path) -> str:
         ) from error
 
 
-def _filled(path: Path, text: str) -> str:
+def _text_of(path: Path) -> str:
+    checked(str(path), "a file's name")
+    text = checked(READERS[path.suffix.lower()](path), str(path))
     if text.strip():
         return text.replace("\r\n", "\n")
     fix = "Run OCR on it if its pages are pictures." if path.suffix.lower() == ".pdf" else ""

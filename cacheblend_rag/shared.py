@@ -25,6 +25,7 @@ from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import CacheBlendError, ClosedError, ConfigError, PromptError
 from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.prompt import checked
 from cacheblend_rag.store.disk import MARKER
 from cacheblend_rag.store.url import parse_url
 
@@ -194,6 +195,7 @@ class SharedEngine:
             before: see ``CacheBlend.ingest``.
             progress: a bar while KV is computed.
         """
+        self.check(texts, documents)
         rows = [(i, d) for i, d in enumerate(documents) if texts[i].strip()]
         blend = self.blend()
         report = blend.ingest(
@@ -209,6 +211,16 @@ class SharedEngine:
                 stacklevel=2,
             )
         return report
+
+    def check(self, texts: Sequence[str], documents: Sequence[str | None]) -> None:
+        """Before anything else stores them: that ``ingest`` takes all of these texts.
+
+        Raises:
+            PromptError: it does not; names the text and its document.
+        """
+        for number, (text, document) in enumerate(zip(texts, documents, strict=True), 1):
+            of = "" if document is None else f", of document {document!r}"
+            checked(text, f"text {number} of {len(texts)}{of}")
 
     def prefetch(self, texts: Sequence[str]) -> None:
         """Bring chunks nearer, in a thread of its own: the caller goes on, and hears of no error.

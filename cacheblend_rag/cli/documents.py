@@ -32,9 +32,19 @@ from cacheblend_rag.cli.base import (
 from cacheblend_rag.cli.engine import require_extras, started
 from cacheblend_rag.cli.store import label
 from cacheblend_rag.config import Mode
+from cacheblend_rag.errors import PromptError
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.report import BlendReport
-from cacheblend_rag.retrieval import MANIFEST, Document, Passage, Retriever, load_documents, split
+from cacheblend_rag.retrieval import (
+    MANIFEST,
+    Document,
+    LeftOut,
+    Passage,
+    Retriever,
+    load_documents,
+    printable,
+    split,
+)
 from cacheblend_rag.select import SELECTORS
 
 
@@ -61,7 +71,7 @@ def add(commands: Any) -> None:
 
 def _ingest(args: argparse.Namespace, screen: Screen) -> Done:
     require_extras()
-    documents = _read(args.paths, screen)
+    documents, left_out = _read(args.paths, screen)
     with started(args.model, args.store, screen, namespace=args.namespace) as blend:
         passages = split(documents, args.chunk_tokens, blend.tokenizer)
         report = store_kv(blend, passages, screen)
@@ -69,33 +79,42 @@ def _ingest(args: argparse.Namespace, screen: Screen) -> Done:
         sources = [passage.source for passage in passages]
         label(args.store, sources, list(report.keys), args.namespace)
     index = index_of(args.store, args.namespace)
-    kept = _other_passages(index, args.paths)
+    kept = _other_passages(index, args.paths, [bad.path.resolve() for bad in left_out])
     screen.note.print(f"Indexing {len(kept) + len(passages)} passages ...")
     Retriever([*kept, *passages], folder=index)
     screen.out.print(f"Store {args.store}", highlight=False, soft_wrap=True)
     data = {
         "documents": len(documents),
+        "left_out": [{"path": printable(bad.path), "why": bad.why} for bad in left_out],
         "passages": len(passages),
         "passages_indexed": len(kept) + len(passages),
         "store": str(args.store),
         "index": str(index),
         "report": {**asdict(report), "tokens_per_s": rate(report)},
     }
-    return Done(REFUSED if report.reason else OK, data)
+    return Done(REFUSED if report.reason or left_out else OK, data)
 
 
-def _read(paths: Sequence[Path], screen: Screen) -> list[Document]:
-    """All documents, each once, ``source`` being the whole path."""
-    documents = {}
+def _read(paths: Sequence[Path], screen: Screen) -> tuple[list[Document], list[LeftOut]]:
+    """All documents, each once, ``source`` being the whole path; and the files without text.
+
+    Raises:
+        PromptError: a path does not exist, or there is no document at all.
+    """
+    documents, left_out = {}, list[LeftOut]()
     for path in paths:
-        loaded = load_documents([path.expanduser()])
+        loaded = load_documents([path.expanduser()], left_out)
         for warning in loaded.warnings:
             screen.note.print(f"[yellow]{escape(warning)}[/yellow]", soft_wrap=True)
         root = _root(path) if path.expanduser().is_dir() else _root(path).parent
         for document in loaded.documents:
             source = str(root / document.source)
             documents[source] = Document(source, document.text)
-    return list(documents.values())
+    if not documents:
+        raise PromptError(left_out[0].why)
+    for bad in left_out:
+        screen.note.print(f"[red]Left out: {escape(bad.why)}[/red]", soft_wrap=True)
+    return list(documents.values()), left_out
 
 
 def _root(path: Path) -> Path:
@@ -128,13 +147,19 @@ def rate(report: IngestReport) -> float:
     return report.tokens / report.seconds if report.seconds else 0.0
 
 
-def _other_passages(index: Path, paths: Sequence[Path]) -> list[Passage]:
-    """Passages of earlier ingestions, but for those of ``paths``, which are read again."""
+def _other_passages(index: Path, paths: Sequence[Path], left_out: Sequence[Path]) -> list[Passage]:
+    """Passages of earlier ingestions, but for those of ``paths``, which were read again; what was
+    left out this time stays as it was.
+    """
     if not (index / MANIFEST).exists():
         return []
     roots = [_root(path) for path in paths]
     old = Retriever.load(index).passages
-    return [p for p in old if not any(Path(p.source).is_relative_to(root) for root in roots)]
+
+    def read_again(source: Path) -> bool:
+        return source not in left_out and any(source.is_relative_to(root) for root in roots)
+
+    return [p for p in old if not read_again(Path(p.source))]
 
 
 # --- ask ------------------------------------------------------------------------------------------

@@ -60,15 +60,28 @@ class CacheBlendIngestion(BaseDocumentTransformer):
             ids: what to forget them by; their own where None.
         """
         names = [document.id for document in documents] if ids is None else ids
-        texts = [self.text_of(document) for document in documents]
+        texts = list(map(self.text_of, documents))
         before = texts_before(list(map(_piece, documents))) if self.engine.by_document else None
         return self.engine.ingest(texts, names, before, progress=self.show_progress)
+
+    def check(self, documents: Sequence[Document]) -> None:
+        """Before a vector store takes them: that ``ingest`` does.
+
+        Raises:
+            PromptError: it does not; names the document.
+        """
+        self.engine.check(list(map(self.text_of, documents)), list(map(_name, documents)))
 
     def text_of(self, document: Document) -> str:
         """The text of a document as prompts will contain it."""
         if self.document_prompt is None:
             return document.page_content
         return format_document(document, self.document_prompt)
+
+
+def _name(document: Document) -> str | None:
+    name = document.id or document.metadata.get("source")
+    return None if name is None else str(name)
 
 
 def _piece(document: Document) -> Piece:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from langchain_core.documents import Document
@@ -35,13 +36,18 @@ class CacheBlendVectorStore(VectorStore):
     # ---- add -----------------------------------------------------------------------------------
 
     def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+        self.ingestion.check(documents)
+        old = self._present(kwargs.get("ids") or [d.id for d in documents if d.id])
         ids = self.inner.add_documents(documents, **kwargs)
-        self._compute(documents, ids)
+        self._compute(documents, ids, old)
         return ids
 
     async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+        self.ingestion.check(documents)
+        given = kwargs.get("ids") or [d.id for d in documents if d.id]
+        old = await asyncio.to_thread(self._present, given)
         ids = await self.inner.aadd_documents(documents, **kwargs)
-        await asyncio.to_thread(self._compute, documents, ids)
+        await asyncio.to_thread(self._compute, documents, ids, old)
         return ids
 
     def add_texts(
@@ -52,9 +58,11 @@ class CacheBlendVectorStore(VectorStore):
         ids: list[str] | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        texts = list(texts)
+        documents = _documents(texts := list(texts), metadatas)
+        self.ingestion.check(documents)
+        old = self._present(ids or [])
         found = self.inner.add_texts(texts, metadatas, **_given(ids), **kwargs)
-        self._compute(_documents(texts, metadatas), found)
+        self._compute(documents, found, old)
         return found
 
     async def aadd_texts(
@@ -65,13 +73,33 @@ class CacheBlendVectorStore(VectorStore):
         ids: list[str] | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        texts = list(texts)
+        documents = _documents(texts := list(texts), metadatas)
+        self.ingestion.check(documents)
+        old = await asyncio.to_thread(self._present, ids or [])
         found = await self.inner.aadd_texts(texts, metadatas, **_given(ids), **kwargs)
-        await asyncio.to_thread(self._compute, _documents(texts, metadatas), found)
+        await asyncio.to_thread(self._compute, documents, found, old)
         return found
 
-    def _compute(self, documents: Sequence[Document], ids: Sequence[str]) -> None:
-        self.ingestion.ingest(documents, ids)
+    def _present(self, ids: Sequence[str]) -> set[str | None]:
+        """Those of ``ids`` that the inner store has already, as far as it or we can tell."""
+        try:
+            return {document.id for document in self.inner.get_by_ids(ids)} if ids else set()
+        except NotImplementedError:
+            return {id_ for id_ in ids if id_ in self._added}
+
+    def _compute(
+        self, documents: Sequence[Document], ids: Sequence[str], old: Container[str | None]
+    ) -> None:
+        """Compute KV. Where that fails, what is new goes from the inner store again: the caller
+        hears that nothing was added, and so would never delete it.
+        """
+        try:
+            self.ingestion.ingest(documents, ids)
+        except BaseException:
+            if new := [id_ for id_ in ids if id_ not in old]:
+                with suppress(NotImplementedError):
+                    self.inner.delete(new)
+            raise
         self._added.update(ids)
 
     # ---- delete --------------------------------------------------------------------------------

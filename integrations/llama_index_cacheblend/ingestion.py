@@ -96,6 +96,14 @@ class CacheBlendIngestion(TransformComponent):
         """Compute the KV of nodes that go through no pipeline; says what was done."""
         return self._ingest(self._batch(list(nodes)))
 
+    def check(self, nodes: Sequence[BaseNode]) -> None:
+        """Before a vector store takes them: that ``ingest`` does.
+
+        Raises:
+            PromptError: it does not; names the node's document.
+        """
+        self._engine.check(list(map(self.text_of, nodes)), list(map(document_of, nodes)))
+
     def backfill(self, index: BaseIndex[Any]) -> IngestReport:
         """Compute what is missing of an index that was built before, or without this.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -58,18 +59,32 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
     # ---- add -----------------------------------------------------------------------------------
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        self._ingestion.check(nodes)
+        old = self._listed([node.node_id for node in nodes], None)
         ids = self.inner.add(list(nodes), **kwargs)
-        self._compute(nodes)
+        self._compute(nodes, old)
         return ids
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
+        self._ingestion.check(nodes)
+        old = await self._alisted([node.node_id for node in nodes], None)
         ids = await self.inner.async_add(list(nodes), **kwargs)
-        await asyncio.to_thread(self._compute, nodes)
+        await asyncio.to_thread(self._compute, nodes, old)
         return ids
 
-    def _compute(self, nodes: Sequence[BaseNode]) -> None:
+    def _compute(self, nodes: Sequence[BaseNode], old: list[BaseNode] | None) -> None:
+        """Compute KV. Where that fails, what is new goes from the inner store again: the caller
+        hears that nothing was added, and so would never delete it.
+        """
         nodes = [node for node in nodes if self._ingestion.text_of(node)]
-        report = self._ingestion.ingest(nodes)
+        try:
+            report = self._ingestion.ingest(nodes)
+        except BaseException:
+            known = self._chunks if old is None else {node.node_id for node in old}
+            if new := [node.node_id for node in nodes if node.node_id not in known]:
+                with suppress(NotImplementedError):
+                    self.inner.delete_nodes(new)
+            raise
         for node, key in zip(nodes, report.keys, strict=False):  # no keys: nothing is blended
             if key:
                 self._chunks[node.node_id] = (document_of(node), key)

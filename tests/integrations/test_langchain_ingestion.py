@@ -16,7 +16,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
-from cacheblend_rag import BlendConfig, ConfigError
+from cacheblend_rag import BlendConfig, ConfigError, PromptError, StoreError
 from cacheblend_rag.prefix import NEUTRAL_TEXT
 from langchain_cacheblend import (
     CacheBlendIngestion,
@@ -199,3 +199,80 @@ class TestStandard(VectorStoreIntegrationTests):
     @pytest.fixture
     def vectorstore(self, ingestion: CacheBlendIngestion) -> CacheBlendVectorStore:
         return CacheBlendVectorStore(InMemoryVectorStore(self.get_embeddings()), ingestion)
+
+
+# --- what fails leaves nothing behind -------------------------------------------------------------
+
+
+def fill(engine: FakeEngine, patch: pytest.MonkeyPatch) -> None:
+    """From here on the KV store is full."""
+    rpc = engine.rpc
+
+    def full(method: str, *args: Any) -> list[Any]:
+        if method == "cacheblend_ingest":
+            raise StoreError("the disk is full")
+        return rpc(method, *args)
+
+    patch.setattr(engine, "rpc", full)
+
+
+def found(store: CacheBlendVectorStore) -> set[str]:
+    """The sources of the documents that the inner store has."""
+    return {document.metadata["source"] for document in store.similarity_search("?", k=99)}
+
+
+async def test_a_text_that_cannot_be_ingested_is_named_before_anything_is_added(
+    store: CacheBlendVectorStore, stored: Callable[[], int]
+) -> None:
+    bad = [*documents("ab"), Document("caf\udce9 " * 40, metadata={"source": "c.pdf"})]
+    with pytest.raises(PromptError, match=r"character 3 of text 3 of 3, of document 'c.pdf'"):
+        store.add_documents(bad)
+    with pytest.raises(PromptError, match="text 3 of 3"):
+        await store.aadd_documents(bad)
+    with pytest.raises(PromptError, match="text 2 of 2"):
+        store.add_texts(["Hello", "caf\udce9"])
+    with pytest.raises(PromptError, match="text 2 of 2"):
+        await store.aadd_texts(["Hello", "caf\udce9"])
+    with pytest.raises(PromptError, match="text 3 of 3"):
+        store.ingestion.transform_documents(bad)
+    assert (found(store), stored()) == (set(), 0)
+
+
+def test_a_too_long_text_stops_no_other(
+    store: CacheBlendVectorStore, stored: Callable[[], int]
+) -> None:
+    records = InMemoryRecordManager("r")
+    records.create_schema()
+    given = [*documents("ab"), Document("word " * 9000, metadata={"source": "long"})]
+    with pytest.warns(UserWarning, match="1 of 3 texts"):
+        index(given, records, store, cleanup="full", source_id_key="source", key_encoder="sha256")
+    assert (found(store), stored()) == ({"a", "b", "long"}, 2)
+    index(given[:1], records, store, cleanup="full", source_id_key="source", key_encoder="sha256")
+    assert (found(store), stored()) == ({"a"}, 1)
+
+
+async def test_a_full_store_leaves_no_document_behind(
+    store: CacheBlendVectorStore, engines: list[FakeEngine]
+) -> None:
+    records = InMemoryRecordManager("r")
+    records.create_schema()
+    options: dict[str, Any] = {
+        "cleanup": "full",
+        "source_id_key": "source",
+        "key_encoder": "sha256",
+    }
+    index(documents("a"), records, store, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        fill(engines[0], patch)
+        with pytest.raises(StoreError):
+            index(documents("abc"), records, store, **options)
+        with pytest.raises(StoreError):
+            await aindex(documents("abc"), records, store, **options)
+        with pytest.raises(StoreError):
+            store.add_texts(["Hello " * 60], [{"source": "x"}])
+        [old] = [document.id for document in store.similarity_search("?", k=9)]
+        with pytest.raises(StoreError):  # what was there before stays
+            store.add_documents([documents("d")[0].model_copy(update={"id": old})])
+        assert found(store) == {"d"}
+    index(documents("ab"), records, store, **options)
+    assert found(store) == {"d", "b"}

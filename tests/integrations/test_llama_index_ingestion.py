@@ -396,3 +396,58 @@ def test_clearing_one_store_leaves_the_other_s(
     two.add(embedded("two"))
     one.clear()
     assert store() == 1
+
+
+# --- what fails leaves nothing behind -------------------------------------------------------------
+
+
+def with_vectors(nodes: Sequence[BaseNode]) -> list[BaseNode]:
+    return [node.model_copy(update={"embedding": [0.0] * 8}) for node in nodes]
+
+
+async def test_a_node_that_cannot_be_ingested_is_named_before_anything_is_added(
+    hook: CacheBlendIngestion, store: Callable[[], int]
+) -> None:
+    vectors = SimpleVectorStore()
+    wrapped = CacheBlendVectorStore(vectors, hook)
+    bad = TextNode(text="One fish. " * 40, id_="bad", metadata={"file_path": "caf\udce9.pdf"})
+    nodes = with_vectors([*split()[:2], bad])
+    said = "character 14 of text 3 of 3, of document 'bad'"
+    with pytest.raises(PromptError, match=said):
+        wrapped.add(nodes)
+    with pytest.raises(PromptError, match=said):
+        await wrapped.async_add(nodes)
+    with pytest.raises(PromptError, match=said):
+        hook(nodes)
+    assert (vectors.data.embedding_dict, store()) == ({}, 0)
+
+
+async def test_a_full_store_leaves_no_node_behind(
+    hook: CacheBlendIngestion, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = SimpleVectorStore()
+    wrapped = CacheBlendVectorStore(vectors, hook)
+    nodes = with_vectors(split()[:3])
+    wrapped.add(nodes[:1])
+    rpc = engines[0].rpc
+
+    def full(method: str, *args: Any) -> list[Any]:
+        if method == "cacheblend_ingest":
+            raise StoreError("the disk is full")
+        return rpc(method, *args)
+
+    monkeypatch.setattr(engines[0], "rpc", full)
+    with pytest.raises(StoreError):
+        wrapped.add(nodes)
+    with pytest.raises(StoreError):
+        await wrapped.async_add(nodes)
+    assert set(vectors.data.embedding_dict) == {nodes[0].node_id}
+
+
+def test_a_too_long_node_stops_no_other(
+    hook: CacheBlendIngestion, store: Callable[[], int]
+) -> None:
+    nodes = [*split()[:2], TextNode(text="word " * 3000)]
+    with pytest.warns(UserWarning, match="1 of 3 texts"):
+        assert hook(nodes) == nodes
+    assert store() == 2

@@ -330,6 +330,36 @@ def test_ingestions_add_up_and_replace_what_is_read_again(
     assert [p.text for p in FakeRetriever.load(tmp_path / "kv-index").passages] == ["Three."]
 
 
+def test_a_file_that_cannot_be_read_stops_no_other(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["ingest", str(documents), "--json"]) == 0
+    bad = {
+        "caf\udce9.md": b"One.",
+        "empty.md": b" \n",
+        "latin.txt": b"caf\xe9",
+        "broken.pdf": b"%PDF-1.7 no",
+        "a.md": b"",
+    }
+    for name, content in bad.items():
+        (documents / name).write_bytes(content)
+    capsys.readouterr()
+    assert cli.main(["ingest", str(documents), "--json"]) == 3
+    said = capsys.readouterr()
+    data = json.loads(said.out)
+    assert {Path(row["path"]).name for row in data["left_out"]} == {
+        name.encode(errors="replace").decode().replace("?", "\ufffd") for name in bad
+    }
+    assert "latin.txt is not UTF-8" in said.err
+    assert data["documents"] == 1
+    assert data["passages_indexed"] == 3  # what was read of a.md before stays
+    alone = str(documents / "latin.txt")
+    assert cli.main(["ingest", str(documents / "b.txt"), alone]) == 3
+    capsys.readouterr()
+    assert "not UTF-8" in fails(["ingest", alone], capsys)
+    assert "does not exist" in fails(["ingest", str(documents), str(tmp_path / "no")], capsys)
+
+
 def test_a_refused_model_stores_nothing_and_says_why(
     documents: Path, fake: type[FakeBlend], capsys: pytest.CaptureFixture[str]
 ) -> None:
