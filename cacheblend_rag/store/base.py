@@ -231,19 +231,22 @@ class KVStore(ABC):
 
     def forget(self, document: str) -> int:
         """Discard the chunks of ``document`` but for those other documents share; how many."""
-        return self._drop([document_id(document)])
+        return len(self.drop([document_id(document)]))
 
     def gc(self, live: Iterable[str]) -> int:
         """Forget every document that is not among ``live``; returns the chunks discarded. Chunks
         that no document was ever noted for stay.
         """
-        return self._drop(self.documents() - {document_id(document) for document in live})
+        return len(self.drop(self.documents() - {document_id(document) for document in live}))
 
-    def _drop(self, documents: Iterable[str]) -> int:
+    def drop(self, documents: Iterable[str]) -> list[str]:
+        """Drop the documents of these ids and the chunks that no other one consists of; returns the
+        keys of these.
+        """
         keys = self.unlabel(documents)
         for key in keys:
             self.discard(key)
-        return len(keys)
+        return keys
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Release what is held open; does nothing on the second call."""

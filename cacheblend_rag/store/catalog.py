@@ -19,7 +19,7 @@ from cacheblend_rag.store.base import Changes, ChunkInfo
 from cacheblend_rag.store.chunk_file import Encoding, decode_info
 from cacheblend_rag.store.database import BusyError
 from cacheblend_rag.store.evict import Policy, recompute_cost
-from cacheblend_rag.store.files import entries, remove_abandoned
+from cacheblend_rag.store.files import entries, is_abandoned, remove_abandoned
 from cacheblend_rag.store.index import Content, Index, Limits, Mark, Victim
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.seal import Cipher
@@ -32,6 +32,8 @@ _CORRUPT_NAME = re.compile(r"[0-9a-f]{64}\.corrupt-[0-9]+")
 _MOST_PENDING = 1000  # uses to be counted
 _BATCH = 500  # files adopted in one transaction
 _KEPT_CORRUPT = 16  # of each namespace, for whoever wants to know what happened
+_CORRUPT_SHARE = 8  # of the capacity, at most
+_UNLIMITED = 1 << 62
 _SEALED = "-sealed-"
 
 
@@ -54,6 +56,7 @@ class Catalog:
         self.index = Index(folder, policy, self._fill)
         self._pending = deque[bytes](maxlen=_MOST_PENDING)
         self._settler = Readers(1)
+        self._corrupt: dict[str, int] = {}  # bytes set aside, by namespace
 
     def path(self, key: str) -> Path:
         """Where the file of a chunk is, or would be."""
@@ -61,15 +64,30 @@ class Catalog:
 
     # ---- entries -------------------------------------------------------------------------------
 
-    def note(self, info: ChunkInfo, nbytes: int) -> None:
-        """Enter a chunk whose file of ``nbytes`` was just written."""
+    def note(self, info: ChunkInfo, nbytes: int, *, is_new: bool) -> bool:
+        """Enter a chunk put just now, whose file has ``nbytes``, or count a use of one that was
+        there; False where that file is gone again.
+        """
         self._settle(soon=False)
-        self.index.add(self._namespace, *self._entry(self._namespace, info, nbytes))
+        entry = self._entry(self._namespace, info, nbytes)
+        return self.index.put(self._namespace, *entry, self._is_gone, is_new=is_new)
 
-    def note_use(self, key: str) -> bool:
-        """Count a use now; False where the chunk is not known."""
+    def drop(self, documents: Collection[bytes]) -> list[str]:
+        """Forget documents and erase the chunks that no other one consists of: their keys."""
         self._settle(soon=False)
-        return self.index.use(self._namespace, bytes.fromhex(key))
+        keys = self.index.drop(self._namespace, documents, lambda key: self.erase(key.hex()))
+        return [key.hex() for key in keys]
+
+    def erase(self, key: str) -> None:
+        """Remove the file of a chunk, and what was set aside or left unfinished of it."""
+        path = self.path(key)
+        for entry in entries(path.parent):
+            if entry.name.startswith((f"{key}.corrupt-", f".{key}.")):
+                is_left = not entry.name.startswith(".") or is_abandoned(entry.path)
+                with contextlib.suppress(FileNotFoundError):
+                    if is_left:
+                        os.unlink(entry.path)
+        path.unlink(missing_ok=True)
 
     def note_later(self, key: str) -> None:
         """Count a use, or that the file is gone. Waits for no one: who reads has no time."""
@@ -119,13 +137,14 @@ class Catalog:
         stays out.
         """
         self._settle(soon=False)
-        raw = bytes.fromhex(key)
+        raw, limits = bytes.fromhex(key), self._without_corrupt(limits)
         victims = self.index.make_room(self._namespace, raw, nbytes, cost, limits, pinned)
         return None if victims is None else self._unlink(victims)
 
     def trim(self, limits: Limits) -> Counter[str]:
         """Remove what is over the limits: how many, by namespace."""
         self._settle(soon=False)
+        limits = self._without_corrupt(limits)
         in_namespace = self._unlink(self.index.surplus(limits, self._namespace))
         return in_namespace + self._unlink(self.index.surplus(limits))
 
@@ -137,7 +156,21 @@ class Catalog:
 
     def discard_corrupt(self) -> int:
         """Remove what was set aside in the namespace: how many."""
-        return _drop_corrupt(str(self._root / self._namespace), keep=0)
+        self._corrupt.pop(self._namespace, None)
+        return _drop_corrupt(self._root / self._namespace, keep=0)[0]
+
+    def bound_corrupt(self, limits: Limits) -> None:
+        """Keep little of what was set aside in the namespace, which counts as held."""
+        most = min(limit // _CORRUPT_SHARE for limit in (*limits, _UNLIMITED) if limit is not None)
+        _, left = _drop_corrupt(self._root / self._namespace, keep=_KEPT_CORRUPT, most=most)
+        self._corrupt[self._namespace] = left
+
+    def _without_corrupt(self, limits: Limits) -> Limits:
+        folder, namespace = limits
+        return Limits(
+            None if folder is None else max(folder - sum(self._corrupt.values()), 0),
+            None if namespace is None else namespace - self._corrupt.get(self._namespace, 0),
+        )
 
     def close(self) -> None:
         """Write what is to be noted, and close the index."""
@@ -154,7 +187,8 @@ class Catalog:
             if NAMESPACE.fullmatch(namespace.name):
                 _, more, fewer = self._reconcile(namespace.name)
                 adopted, vanished = adopted + more, vanished + fewer
-                _drop_corrupt(namespace.path, keep=_KEPT_CORRUPT)
+                _, left = _drop_corrupt(namespace.path, keep=_KEPT_CORRUPT)
+                self._corrupt[namespace.name] = left
         return Recovery(removed, adopted, vanished, self.index.rebuilt)
 
     def _settle_all(self, _: None) -> None:
@@ -273,16 +307,21 @@ def opened(path: str | Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _drop_corrupt(namespace: str, keep: int) -> int:
-    """Remove what was set aside but for the newest: how many."""
-    found: list[tuple[int, str]] = []
+def _drop_corrupt(namespace: str | Path, keep: int, most: int = _UNLIMITED) -> tuple[int, int]:
+    """Remove what was set aside but for the newest, of ``most`` bytes: how many, and bytes left."""
+    found: list[tuple[int, int, str]] = []
     for shard in entries(namespace):
         for entry in entries(shard.path):
             if _CORRUPT_NAME.fullmatch(entry.name):
                 with contextlib.suppress(OSError):
-                    found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path))
-    old = sorted(found)[: max(len(found) - keep, 0)]
-    for _, path in old:
+                    about = entry.stat(follow_symlinks=False)
+                    found.append((about.st_mtime_ns, about.st_size, entry.path))
+    kept, removed = 0, 0
+    for number, (_, nbytes, path) in enumerate(sorted(found, reverse=True)):
+        if number < keep and kept + nbytes <= most:
+            kept += nbytes
+            continue
         with contextlib.suppress(OSError):
             os.unlink(path)
-    return len(old)
+            removed += 1
+    return removed, kept

@@ -38,6 +38,8 @@ FP8 = "F8_E4M3"
 
 _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 4096  # ours are near 400 bytes
+_MOST_TOKENS = 1 << 22
+LARGEST = 16 << 30  # bytes of a chunk; what a file declares is not allocated before it is believed
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _DTYPES = {f"torch.{name}": dtype for dtype, name in _TORCH_NAMES.items()}
@@ -271,7 +273,9 @@ def _is_possible(header: ChunkHeader) -> bool:
 
 def _is_chunk_shape(shape: tuple[int, ...]) -> bool:
     is_positive = all(type(size) is int and size > 0 for size in shape)
-    return len(shape) == 5 and shape[1] == 2 and is_positive
+    if len(shape) != 5 or shape[1] != 2 or not is_positive:
+        return False
+    return shape[2] <= _MOST_TOKENS and math.prod(shape) <= LARGEST
 
 
 def _quantized(kv_L2NHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

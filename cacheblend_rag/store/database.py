@@ -97,17 +97,22 @@ class Database:
         """``work`` of the database, which it only reads; may be called twice."""
         return self._run(work, TIMEOUT_S, must=True)
 
-    def write(self, work: Callable[[sqlite3.Connection], Result], *, owed: bool = False) -> Result:
+    def write(
+        self,
+        work: Callable[[sqlite3.Connection], Result],
+        *,
+        owed: Callable[[sqlite3.Connection], object] | None = None,
+    ) -> Result:
         """``work`` of the database as one transaction; may be called twice.
 
         Args:
-            owed: where it can be done in memory only, do it again once the file can be written.
+            owed: what is to be done once the file can be written, where it cannot be now.
         """
 
         def run(db: sqlite3.Connection) -> Result:
             result = _in_transaction(work, db)
-            if owed and self._rung >= _Rung.COPY:
-                self._owed.append(work)
+            if owed is not None and self._rung >= _Rung.COPY:
+                self._owed.append(owed)
             return result
 
         return self._run(run, TIMEOUT_S, must=True)
@@ -119,6 +124,11 @@ class Database:
             BusyError: another process or thread writes.
         """
         return self._run(partial(_in_transaction, work), _SOON_S, must=False)
+
+    def clean(self) -> None:
+        """Leave nothing on the disk of what was deleted, if nobody reads it just now."""
+        with contextlib.suppress(sqlite3.Error):
+            self.read(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
 
     def close(self) -> None:
         """Close the file; a second call does nothing, nor one while another thread hangs in it."""
@@ -188,7 +198,7 @@ class Database:
         self._fill()
         owed, self._owed = self._owed, []
         for work in owed:
-            self.write(work, owed=True)
+            self.write(work, owed=work)
 
     # ---- which database ------------------------------------------------------------------------
 
@@ -291,7 +301,7 @@ def _connect(name: str, patience_s: float, *, uri: bool = False) -> sqlite3.Conn
         name, timeout=patience_s, isolation_level=None, check_same_thread=False, uri=uri
     )
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST_VALUE)
-    for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
+    for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "secure_delete=ON"):
         db.execute(f"PRAGMA {pragma}")
     return db
 

@@ -51,6 +51,7 @@ __all__ = ["MARKER", "DiskStore"]
 _NAMESPACE = re.compile("[a-z0-9-]{1,100}")
 _PLAIN = Encoding()
 _READERS = 8
+_TRIES = 3
 
 
 class DiskStore(KVStore):
@@ -127,21 +128,13 @@ class DiskStore(KVStore):
         path = self._path(key)
         sizes = possible_sizes(key, chunk, self._encoding)
         with explained(self._folder):
-            if (kept := self._kept_bytes(path, sizes)) is not None:
-                if not self._catalog.note_use(key):
-                    self._catalog.note(_info(key, chunk), kept)
-            elif not self._has_room(key, chunk, max(sizes)):
-                return NO_ROOM
-            else:
-                make_folder(path.parent)
-                with atomic_file(path) as descriptor:
-                    nbytes = 0
-                    for part in encode(key, chunk, self._encoding):
-                        write_all(descriptor, part)
-                        nbytes += len(part)
-                    _mark_used(descriptor)
-                self._catalog.note(_info(key, chunk), nbytes)
-                self._counts.wrote(chunk.nbytes)
+            for _ in range(_TRIES):
+                kept = self._kept_bytes(path, sizes)
+                if kept is None and not self._has_room(key, chunk, max(sizes)):
+                    return NO_ROOM
+                nbytes = self._write(path, chunk) if kept is None else kept
+                if self._catalog.note(_info(key, chunk), nbytes, is_new=kept is None):
+                    break  # else another process forgot it meanwhile, which came first then
         return ""
 
     @property
@@ -151,7 +144,7 @@ class DiskStore(KVStore):
     def discard(self, key: str) -> None:
         path = self._path(key)
         with explained(self._folder):
-            path.unlink(missing_ok=True)
+            self._catalog.erase(path.stem)
             self._catalog.note_soon(key)
 
     def touch(self, key: str) -> None:
@@ -187,6 +180,10 @@ class DiskStore(KVStore):
             raw = [bytes.fromhex(document) for document in documents]
             keys = None if only is None else {bytes.fromhex(key) for key in only}
             return [key.hex() for key in self._catalog.index.unlabel(self.namespace, raw, keys)]
+
+    def drop(self, documents: Iterable[str]) -> list[str]:
+        with explained(self._folder):
+            return self._catalog.drop([bytes.fromhex(document) for document in documents])
 
     def scan(self) -> Iterator[ChunkInfo]:
         for _, info in self.scan_after(0):
@@ -245,7 +242,7 @@ class DiskStore(KVStore):
             make_folder(path.parent)
             with atomic_file(path) as descriptor:
                 write_all(descriptor, data)
-            self._catalog.note(_info(key, chunk), len(data))
+            self._catalog.note(_info(key, chunk), len(data), is_new=True)
         return True
 
     def discard_corrupt(self) -> int:
@@ -297,6 +294,17 @@ class DiskStore(KVStore):
                 self._set_aside(path, os.fstat(descriptor))
             return None
 
+    def _write(self, path: Path, chunk: ChunkKV) -> int:
+        make_folder(path.parent)
+        with atomic_file(path) as descriptor:
+            nbytes = 0
+            for part in encode(path.stem, chunk, self._encoding):
+                write_all(descriptor, part)
+                nbytes += len(part)
+            _mark_used(descriptor)
+        self._counts.wrote(chunk.nbytes)
+        return nbytes
+
     def _kept_bytes(self, path: Path, sizes: set[int]) -> int | None:
         """Size of the file that can be left as it is; what cannot be the chunk is set aside."""
         try:
@@ -326,6 +334,7 @@ class DiskStore(KVStore):
                 self._counts.add("corrupt")
                 os.rename(path, _free_name(path))
                 self._catalog.note_later(path.stem)
+                self._catalog.bound_corrupt(self._limits)
 
 
 def _info(key: str, chunk: ChunkKV) -> ChunkInfo:

@@ -126,14 +126,15 @@ def remove_abandoned(folder: str | Path) -> int:
     """Remove the temporaries that dead writers left in ``folder``: how many."""
     count = 0
     for entry in entries(folder):
-        if entry.name.endswith(TEMPORARY_SUFFIX) and _is_abandoned(entry.path):
+        if entry.name.endswith(TEMPORARY_SUFFIX) and is_abandoned(entry.path):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or not ours
                 os.unlink(entry.path)
                 count += 1
     return count
 
 
-def _is_abandoned(path: str) -> bool:
+def is_abandoned(path: str) -> bool:
+    """Whether the writer of this temporary is dead."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

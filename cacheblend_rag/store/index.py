@@ -11,8 +11,10 @@ is run, and what it says of a chunk is checked again when the chunk is used.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sqlite3
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -26,7 +28,8 @@ from cacheblend_rag.store.evict import GDSF, POLICIES, Policy, Usage, age_step, 
 _SCHEMA = (
     "CREATE TABLE chunks (id INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, "
     "key BLOB NOT NULL, nbytes INTEGER NOT NULL, cost REAL NOT NULL, heat REAL NOT NULL, "
-    "tick INTEGER NOT NULL, priority REAL NOT NULL, UNIQUE (namespace, key)) STRICT",
+    "tick INTEGER NOT NULL, priority REAL NOT NULL, putter INTEGER NOT NULL DEFAULT 0, "
+    "put_at REAL NOT NULL DEFAULT 0, UNIQUE (namespace, key)) STRICT",
     "CREATE INDEX by_priority ON chunks (priority, namespace, key, nbytes)",
     "CREATE INDEX by_namespace ON chunks (namespace, priority, key, nbytes)",
     "CREATE TABLE contents (id INTEGER PRIMARY KEY, base INTEGER NOT NULL, "
@@ -62,6 +65,7 @@ _CHECK = (
     f"SELECT (SELECT count(*) FROM chunks WHERE NOT ifnull({_POSSIBLE_CHUNK}, 0)), "
     f"(SELECT count(*) FROM state WHERE {_POSSIBLE_STATE})"
 )
+_PUTTING_S = 60.0  # between a put and its label
 _PAGE = 1000  # rows read at once
 _REMEMBERED = 4  # heats kept of chunks that left, times the number of chunks held
 _FEWEST_REMEMBERED = 1000
@@ -112,6 +116,7 @@ class Index:
 
     def __init__(self, folder: Path, policy: Policy | None, fill: Callable[[], object]) -> None:
         self._asked, self.policy = policy, policy or GDSF()
+        self._name = secrets.randbelow(1 << 62) + 1
         self._database = Database(folder, self._prepare, fill)
 
     @property
@@ -134,9 +139,32 @@ class Index:
 
         self._database.write(add)
 
-    def use(self, namespace: str, key: bytes) -> bool:
-        """Note a use; False where the chunk is not known."""
-        return self._database.write(lambda db: self._use(db, namespace, key))
+    def put(
+        self,
+        namespace: str,
+        content: Content,
+        nbytes: int,
+        cost: float,
+        gone: Callable[[bytes], bool],
+        *,
+        is_new: bool,
+    ) -> bool:
+        """Note that a chunk was put just now: count a use of one that was there. False where it is
+        gone, asked while no other process can forget it.
+
+        Until it is labelled, for a while, it is not dropped with a document of another process.
+        """
+
+        def put(db: sqlite3.Connection) -> bool:
+            if gone(content.key):
+                return False
+            if is_new or not self._use(db, namespace, content.key):
+                self._add(db, namespace, content, nbytes, cost)
+            query = "UPDATE chunks SET putter = ?, put_at = ? WHERE namespace = ? AND key = ?"
+            db.execute(query, (self._name, time.time(), namespace, content.key))
+            return True
+
+        return self._database.write(put)
 
     def remove(self, namespace: str, keys: Collection[bytes]) -> None:
         """Note that chunks are gone."""
@@ -292,8 +320,10 @@ class Index:
 
         def label(db: sqlite3.Connection) -> None:
             db.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", rows)
+            query = "UPDATE chunks SET putter = 0 WHERE namespace = ? AND key = ? AND putter = ?"
+            db.executemany(query, [(namespace, key, self._name) for _, _, key in rows])
 
-        self._database.write(label, owed=True)
+        self._database.write(label, owed=label)
 
     def documents(self, namespace: str) -> set[bytes]:
         """The documents noted."""
@@ -311,7 +341,29 @@ class Index:
         def unlabel(db: sqlite3.Connection) -> list[bytes]:
             return self._unlabel(db, namespace, documents, only)
 
-        return self._database.write(unlabel, owed=True)
+        return self._database.write(unlabel, owed=unlabel)
+
+    def drop(
+        self, namespace: str, documents: Collection[bytes], erase: Callable[[bytes], None]
+    ) -> list[bytes]:
+        """Drop documents, and erase the chunks that none has now while no other process can note
+        anything of them; returns their keys. What another process put just now stays: it will say
+        for which document.
+        """
+
+        def unlabel(db: sqlite3.Connection) -> list[bytes]:
+            return self._unlabel(db, namespace, documents, None)
+
+        def drop(db: sqlite3.Connection) -> list[bytes]:
+            orphans = [key for key in unlabel(db) if not self._is_being_put(db, namespace, key)]
+            for key in orphans:
+                erase(key)
+            self._forget(db, namespace, orphans)
+            return orphans
+
+        dropped = self._database.write(drop, owed=unlabel)
+        self._database.clean()
+        return dropped
 
     def close(self) -> None:
         """Close the file; a second call does nothing, nor one while another thread hangs in it."""
@@ -364,6 +416,11 @@ class Index:
             query = "SELECT 1 FROM documents WHERE namespace = ? AND key = ?"
             orphans += [k for k in keys if db.execute(query, (namespace, k)).fetchone() is None]
         return [key for key in orphans if _is_key(key)]
+
+    def _is_being_put(self, db: sqlite3.Connection, namespace: str, key: bytes) -> bool:
+        query = "SELECT putter, put_at FROM chunks WHERE namespace = ? AND key = ?"
+        putter, put_at = db.execute(query, (namespace, key)).fetchone() or (0, 0.0)
+        return putter not in (0, self._name) and abs(time.time() - put_at) < _PUTTING_S
 
     def _use(self, db: sqlite3.Connection, namespace: str, key: bytes) -> bool:
         found = db.execute(

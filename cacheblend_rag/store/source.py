@@ -11,6 +11,7 @@ from typing import Protocol
 
 PAGE = 4096  # what a disk is read in directly: where in the file, where in memory, how much
 _LARGE = 1 << 20  # less is not worth it
+_DENSEST = 64  # times that a file system may have compressed KV
 _STEP = 1 << 20  # of one call: the system prepares memory for the next while the disk fills this
 _IS_LINUX = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")
 _UNABLE = {errno.EAGAIN, errno.EINVAL, errno.EOPNOTSUPP}
@@ -47,6 +48,8 @@ class FileSource:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise DamagedFileError("not a file")
+        if found.st_size > _LARGE and found.st_blocks * 512 * _DENSEST < found.st_size:
+            raise DamagedFileError("holes")  # as long as one likes, at no cost
         self.size = found.st_size
         self._descriptor = descriptor
 

@@ -118,6 +118,13 @@ class TieredStore(KVStore):
     def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         return self._notes.unlabel(documents, only)
 
+    def drop(self, documents: Iterable[str]) -> list[str]:
+        keys = self._notes.drop(documents)
+        copies = self.fast if self._notes is self.slow else self.slow
+        for key in keys:
+            copies.discard(key)
+        return keys
+
     def scan(self) -> Iterator[ChunkInfo]:
         seen: set[str] = set()
         for info in self.fast.scan():

@@ -24,6 +24,7 @@ from cacheblend_rag.store import (
     open_store,
 )
 from cacheblend_rag.store.base import ask
+from cacheblend_rag.store.index import Index
 from cacheblend_rag.store.remote import RemoteStore, objects, redis
 
 Open = Callable[[], KVStore]
@@ -171,19 +172,20 @@ def test_an_index_made_anew_voids_the_cursor(tmp_path: Path) -> None:
         assert store.changes(cursor).whole
 
 
+def remember(index: Index, keys: list[bytes]) -> None:
+    index._database.write(lambda db: [index._remember(db, "tiny", key, 1.0) for key in keys])
+
+
 def test_more_removals_than_are_remembered_void_the_cursor(tmp_path: Path) -> None:
     with DiskStore(tmp_path, namespace="tiny") as store:
         cursor = store.changes(None).cursor
         index, gone = store._catalog.index, [key_of(seed) for seed in range(5000)]
         for start in range(0, 5000, 100):
             part = [bytes.fromhex(key) for key in gone[start : start + 100]]
-            with index._writing() as db:
-                for key in part:
-                    index._remember(db, "tiny", key, 1.0)
+            remember(index, part)
         assert store.changes(cursor).whole
         cursor = store.changes(None).cursor
-        with index._writing() as db:
-            index._remember(db, "tiny", bytes.fromhex(gone[0]), 1.0)
+        remember(index, [bytes.fromhex(gone[0])])
         assert told(store.changes(cursor)) == ([], [gone[0]])
 
 

@@ -5,11 +5,23 @@ the runs of ``benchmarks/store_faults.py``.
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import os
+import struct
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from chunks import chunk_of, key_of, same
+
+from cacheblend_rag.store import DiskStore
+from cacheblend_rag.store.chunk_file import ChunkHeader
+
+
+def disk(folder: Path) -> DiskStore:
+    return DiskStore(folder, namespace="tiny-r0")
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +57,95 @@ def test_a_disk_full_to_the_last_byte_serves_and_is_pruned(faults: ModuleType) -
     assert counts["served_full"] == counts["told"] == counts["served_after_opening"] == 300
     assert counts["forgotten"] == 1
     assert counts["bytes_after_prune_to_1MiB"] <= 1 << 20
+
+
+# --- forgetting -----------------------------------------------------------------------------------
+
+
+def forgetting(folder: Path, turns: int, go: Any, done: Any) -> None:
+    with disk(folder) as store:
+        for turn in range(turns):
+            go.wait()
+            store.forget(f"a{turn}")
+            done.wait()
+
+
+def test_what_another_process_puts_and_labels_is_not_forgotten(tmp_path: Path) -> None:
+    turns, shared = 40, 6
+    fork = multiprocessing.get_context("fork")
+    go, done = fork.Barrier(2), fork.Barrier(2)
+    other = fork.Process(target=forgetting, args=(tmp_path, turns, go, done))
+    other.start()
+    lost = 0
+    with disk(tmp_path) as store:
+        for turn in range(turns):
+            seeds = range(shared * turn, shared * (turn + 1))
+            for seed in seeds:
+                store.put(key_of(seed), chunk_of(seed))
+            store.label(f"a{turn}", map(key_of, seeds))
+            go.wait(60)
+            for seed in seeds:
+                store.put(key_of(seed), chunk_of(seed))
+            store.label(f"b{turn}", map(key_of, seeds))
+            done.wait(60)
+            lost += sum(not same(store.get(key_of(seed)), chunk_of(seed)) for seed in seeds)
+            store.forget(f"b{turn}")
+            assert not any(store.contains(key_of(seed)) for seed in seeds)
+    other.join(60)
+    assert lost == 0
+
+
+def test_forgetting_leaves_nothing_of_a_document_on_the_disk(tmp_path: Path) -> None:
+    secret = struct.pack("<7i", *chunk_of(1).token_ids)
+    with disk(tmp_path) as store:
+        for _ in range(3):
+            store.put(key_of(1), chunk_of(1))
+            store.label("a", [key_of(1)])
+            path = next(tmp_path.rglob("*.safetensors"))
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+            assert store.get(key_of(1)) is None
+        store.put(key_of(1), chunk_of(1))
+        assert len(list(tmp_path.rglob("*.corrupt-*"))) == 3
+        unfinished = path.with_name(f".{key_of(1)}.0123.tmp")
+        unfinished.write_bytes(secret)
+        os.utime(unfinished, (1, 1))
+        assert store.forget("a") == 1
+        left = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert not [path for path in left if secret in path.read_bytes()]
+
+
+# --- odd files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [7, 1 << 23])
+def test_a_file_that_declares_more_than_it_holds(tmp_path: Path, tokens: int) -> None:
+    """A few KiB on the disk, terabytes by its length and its header."""
+    with disk(tmp_path) as store:
+        store.put(key_of(1), chunk_of(1))
+        store.put(key_of(2), chunk_of(2))
+        path = tmp_path / "v1" / "tiny-r0" / key_of(1)[:2] / f"{key_of(1)}.safetensors"
+        layers = 1 << 30 if tokens == 7 else 1
+        header = ChunkHeader(key_of(1), 1, "BF16", (layers, 2, tokens, 8, 8), "0" * 32, "BF16")
+        text = header.encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(path, header.file_bytes)
+        (tmp_path / "index.sqlite").unlink()
+        assert [info.key for info in store.scan()] == [key_of(2)]
+        assert list(store.verify()) == [(key_of(1), False), (key_of(2), True)]
+        assert store.get(key_of(1)) is None
+        store.put(key_of(1), chunk_of(1))
+        assert same(store.get(key_of(1)), chunk_of(1))
+
+
+def test_what_is_set_aside_is_bounded_and_counts_as_held(tmp_path: Path) -> None:
+    capacity = 20 * 780
+    with DiskStore(tmp_path, namespace="tiny-r0", capacity_bytes=capacity) as store:
+        for seed in range(60):
+            store.put(key_of(seed), chunk_of(seed))
+            path = next(tmp_path.rglob(f"{key_of(seed)}.safetensors"))
+            path.write_bytes(b"x" * 780)
+            assert store.get(key_of(seed)) is None
+            store.put(key_of(100 + seed), chunk_of(seed))
+            held = sum(path.stat().st_size for path in (tmp_path / "v1").rglob("*.*"))
+            assert held <= capacity
+        assert len(list(tmp_path.rglob("*.corrupt-*"))) == 2
