@@ -5,6 +5,7 @@ Shape legend: L layers, N tokens, H KV heads of this rank, D head size.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from abc import ABC, abstractmethod
@@ -25,6 +26,7 @@ _KEY = re.compile("[0-9a-f]{64}")
 _Answer = TypeVar("_Answer")
 
 NO_ROOM = "it is too large, or less worth keeping than what it would push out"
+NOT_FINITE = "its KV is not finite"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,17 @@ class ChunkKV:
     token_ids: tuple[int, ...]
     base: int
     kv_L2NHD: torch.Tensor
+
+    @functools.cached_property
+    def is_finite(self) -> bool:
+        """Whether its KV is numbers, none so large that a rotation could make it infinite. One
+        that is not would spoil every answer that reads it, so no store takes it or hands it out.
+        """
+        import torch
+
+        low, high = self.kv_L2NHD.aminmax()  # NaN, where there is one: no comparison holds then
+        most = torch.finfo(self.kv_L2NHD.dtype).max / 2
+        return bool(low >= -most) and bool(high <= most)
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +121,7 @@ class KVStore(ABC):
           it has nothing intact: absent, evicted or damaged. A damaged entry is counted and set
           aside so it can be put again. Where the store can't be asked (a network or a disk fails),
           ``get`` and ``contains`` raise UnavailableError: that says nothing of the chunk.
+        * KV that is not finite is damaged: ``put`` does not keep it, ``get`` does not return it.
         * ``put`` is idempotent and atomic: a reader or a crash sees the whole chunk or nothing.
         * All methods may be called from several threads.
         * A key is 64 lowercase hexadecimal digits (see ``keys.py``); others raise ValueError.

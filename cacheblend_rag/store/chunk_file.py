@@ -210,7 +210,10 @@ def decode(source: Source, key: str, cipher: Cipher | None = None) -> ChunkKV:
     if is_small:
         scales_L2H = torch.frombuffer(scales, dtype=torch.float32).view(header.scales_shape)
         kv_L2NHD = _widened(kv_L2NHD, scales_L2H, getattr(torch, _TORCH_NAMES[header.dtype]))
-    return ChunkKV(_token_ids(tokens), header.base, kv_L2NHD)
+    chunk = ChunkKV(_token_ids(tokens), header.base, kv_L2NHD)
+    if not chunk.is_finite:
+        raise DamagedFileError("KV that is not finite")
+    return chunk
 
 
 def decode_info(source: Source, key: str, cipher: Cipher | None = None) -> ChunkInfo:

@@ -26,6 +26,7 @@ from threading import Lock
 from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.store.base import (
     NO_ROOM,
+    NOT_FINITE,
     Changes,
     ChunkInfo,
     ChunkKV,
@@ -127,6 +128,9 @@ class DiskStore(KVStore):
     def put(self, key: str, chunk: ChunkKV) -> str:
         path = self._path(key)
         sizes = possible_sizes(key, chunk, self._encoding)
+        if not chunk.is_finite:
+            self._counts.add("corrupt")
+            return NOT_FINITE
         with explained(self._folder):
             for _ in range(_TRIES):
                 kept = self._kept_bytes(path, sizes)

@@ -10,6 +10,7 @@ from threading import Lock
 
 from cacheblend_rag.store.base import (
     NO_ROOM,
+    NOT_FINITE,
     Changes,
     ChunkInfo,
     ChunkKV,
@@ -64,6 +65,9 @@ class MemoryStore(KVStore):
 
     def put(self, key: str, chunk: ChunkKV) -> str:
         check_key(key)
+        if not chunk.is_finite:
+            self._counts.add("corrupt")
+            return NOT_FINITE
         cost = recompute_cost(len(chunk.token_ids))
         if chunk.nbytes <= self._capacity and not self.contains(key):
             chunk = pinned(chunk)

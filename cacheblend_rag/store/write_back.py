@@ -45,6 +45,8 @@ class WriteBackStore(KVStore):
         return self._not_yet_written(key) is not None or self.store.in_memory(key)
 
     def put(self, key: str, chunk: ChunkKV) -> str:
+        if not chunk.is_finite:
+            return self.store.put(key, chunk)  # which does not keep it, and counts it
         with self._lock:
             waiting = sum(other.nbytes for other in self._waiting.values())
             has_room = waiting + chunk.nbytes <= self._most

@@ -14,11 +14,23 @@ def key_of(name: object) -> str:
 
 
 def chunk_of(seed: int, dtype: torch.dtype = torch.bfloat16, num_tokens: int = 7) -> ChunkKV:
-    """Random bits, so NaNs are among them."""
+    """Random bits, but for those of what is not finite."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 256, (2, 2, num_tokens, 2, 4 * dtype.itemsize), generator=generator)
     token_ids = tuple(seed * 1000 + n for n in range(num_tokens))
-    return ChunkKV(token_ids, seed % 5, bits.to(torch.uint8).view(dtype))
+    return ChunkKV(token_ids, seed % 5, finite(bits.to(torch.uint8).view(dtype)))
+
+
+def finite(kv: torch.Tensor) -> torch.Tensor:
+    """The same with ones where it is not finite, or nearly so."""
+    return torch.where(kv.abs() <= torch.finfo(kv.dtype).max / 2, kv, torch.ones_like(kv))
+
+
+def spoiled(chunk: ChunkKV, value: float = float("nan")) -> ChunkKV:
+    """The same with one number replaced."""
+    kv = chunk.kv_L2NHD.clone()
+    kv[-1, 1, -1, -1, -1] = value
+    return ChunkKV(chunk.token_ids, chunk.base, kv)
 
 
 def normal_chunk_of(seed: int, dtype: torch.dtype = torch.bfloat16, num_tokens: int = 7) -> ChunkKV:

@@ -15,7 +15,7 @@ from stat import S_ISDIR
 
 import pytest
 import torch
-from chunks import chunk_of, key_of, same
+from chunks import chunk_of, finite, key_of, same, spoiled
 from safetensors import safe_open
 
 from cacheblend_rag.errors import StoreError, UnavailableError
@@ -28,7 +28,8 @@ from cacheblend_rag.store import (
     NullStore,
     TieredStore,
 )
-from cacheblend_rag.store.chunk_file import header_of
+from cacheblend_rag.store.base import NOT_FINITE
+from cacheblend_rag.store.chunk_file import Encoding, encode, header_of
 from cacheblend_rag.store.evict import LRU
 from cacheblend_rag.store.source import FileSource
 
@@ -92,6 +93,33 @@ def test_get_returns_what_was_put_bit_for_bit(store: KVStore, dtype: torch.dtype
     store.put(key_of(1), chunk)
     assert same(store.get(key_of(1)), chunk)
     assert store.contains(key_of(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "largest"])
+def test_kv_that_is_not_finite_is_not_kept(
+    store: KVStore, value: float | str, dtype: torch.dtype
+) -> None:
+    number = torch.finfo(dtype).max if value == "largest" else float(value)  # two make infinity
+    assert store.put(key_of(1), spoiled(chunk_of(1, dtype), number)) == NOT_FINITE
+    assert store.get(key_of(1)) is None and not store.contains(key_of(1))
+    assert store.stats().corrupt > 0
+    assert store.put(key_of(1), chunk_of(1, dtype)) == ""
+    assert same(store.get(key_of(1)), chunk_of(1, dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_file_of_kv_that_is_not_finite_is_damaged(tmp_path: Path, value: float) -> None:
+    key = key_of(1)
+    with open_disk(tmp_path) as store:
+        store.put(key, chunk_of(1))
+        bad = b"".join(encode(key, spoiled(chunk_of(1), value), Encoding()))
+        file_of(tmp_path, key).write_bytes(bad)
+        assert store.get(key) is None
+        assert store.stats().corrupt == 1 and len(set_aside(tmp_path)) == 1
+        assert not store.put_file(key, bad)
+        store.put(key, chunk_of(1))
+        assert same(store.get(key), chunk_of(1))
 
 
 def test_absent_key(store: KVStore) -> None:
@@ -858,7 +886,8 @@ def test_scan_of_many_chunks_is_quick(
 def large_chunk(seed: int, num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> ChunkKV:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 255, (4, 2, num_tokens, 4, 64 * dtype.itemsize), generator=generator)
-    return ChunkKV(tuple(range(num_tokens)), 3, bits.to(torch.uint8).view(dtype))
+    kv = finite(bits.to(torch.uint8).view(dtype))
+    return ChunkKV(tuple(range(num_tokens)), 3, kv)
 
 
 @pytest.mark.parametrize("is_cached", [True, False])

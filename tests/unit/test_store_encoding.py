@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from chunks import chunk_of, key_of, normal_chunk_of, same
+from chunks import chunk_of, key_of, normal_chunk_of, same, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from cacheblend_rag.store import ChunkKV, DiskStore, Encoding
 from cacheblend_rag.store import seal as seal_module
+from cacheblend_rag.store.base import NOT_FINITE
 from cacheblend_rag.store.chunk_file import decode, decode_info, encode, possible_sizes
 from cacheblend_rag.store.seal import Cipher
 from cacheblend_rag.store.source import BytesSource, DamagedFileError
@@ -107,15 +108,10 @@ def test_eight_bit_files_are_ordinary_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf")])
-def test_what_eight_bits_cannot_hold_is_stored_as_it_is(tmp_path: Path, value: float) -> None:
-    chunk = normal_chunk_of(1)
-    chunk.kv_L2NHD[1, 0, 2, 1, 3] = value
+def test_what_eight_bits_cannot_hold_is_not_kept(tmp_path: Path, value: float) -> None:
     with DiskStore(tmp_path, namespace="tiny-r0", encoding=Encoding(fp8=True)) as store:
-        store.put(key_of(1), chunk)
-        assert same(store.get(key_of(1)), chunk)
-        store.put(key_of(1), chunk)
-        assert store.stats()[:1] == (1,)
-        assert store.stats().corrupt == 0
+        assert store.put(key_of(1), spoiled(normal_chunk_of(1), value)) == NOT_FINITE
+        assert store.get(key_of(1)) is None and store.stats().corrupt == 1
 
 
 def test_zeros_stay_zeros() -> None:

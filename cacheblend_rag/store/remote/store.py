@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store.base import (
+    NOT_FINITE,
     Changes,
     ChunkInfo,
     ChunkKV,
@@ -104,6 +105,9 @@ class RemoteStore(KVStore):
             reason = f"Chunks over {self._largest >> 20} MiB are not kept remotely"
             self._warn("large", reason)
             return reason
+        if not chunk.is_finite:
+            self._counts.add("corrupt")
+            return NOT_FINITE
         try:
             if not self._asked(lambda: self._backend.exists(name)):
                 value = b"".join(encode(key, chunk, self._encoding))
