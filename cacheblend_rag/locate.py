@@ -241,9 +241,9 @@ class ChunkIndex:
         for run in self._runs:
             found = _find(run, hashes)
             is_dead = ~self._alive.values[run.rows_A[found.firsts]]
-            for group, first, end in zip(*(c[is_dead].tolist() for c in found[1:]), strict=True):
+            for slot, first, end in zip(*(c[is_dead].tolist() for c in found[1:]), strict=True):
                 live = self._alive.values[run.rows_A[first:end]]
-                run.live_U[group] = first + live.argmax() if live.any() else end
+                run.table["first"][slot] = first + live.argmax() if live.any() else end
 
     def _is_sparse(self) -> bool:
         num_rows, num_tokens = len(self._keys), len(self._tokens.values)
@@ -298,19 +298,21 @@ class _Entries(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Entries in groups of equal hashes; in a group, the oldest chunk comes first.
+    """Entries in groups of equal hashes, found by a hash table.
 
-    Group u is ``[firsts_U[u], firsts_U[u + 1])``. One more group, without entries, stands at the
-    end for the hashes that are not there.
+    The table is in the order of the hashes: a group's slot is the one that the top bits of its
+    hash name, or the next that is free. Free slots have hash 0, and the last slot the largest.
     """
 
-    hashes_U: Hashes  # sorted
-    firsts_U: Ints
-    live_U: Ints  # the first entry of each group whose chunk was not discarded
-    rows_A: NDArray[np.int32]
+    table: NDArray[np.void]  # of _SLOT
+    marks: NDArray[np.uint8]  # which of eight kinds of hashes there are for each slot to begin at
+    rows_A: NDArray[np.int32]  # in a group, the oldest chunk comes first
     offsets_A: NDArray[np.int32]
-    table: NDArray[np.int32]  # by the top bits of a hash: the first group that has them, or more
-    marks: NDArray[np.uint8]  # by the top bits of a hash: the next three bits of its groups
+
+
+# The entries of a group are [first, end), those before of discarded chunks left out. In one record,
+# since a query spends its time on waiting for memory.
+_SLOT = np.dtype([("hash", np.uint64), ("first", np.int32), ("end", np.int32)])
 
 
 class _Snapshot(NamedTuple):
@@ -327,7 +329,7 @@ class _Found(NamedTuple):
     """Which of some hashes are in a run, and their entries of live chunks, oldest first."""
 
     at: Ints  # index into the hashes
-    groups: Ints
+    slots: Ints
     firsts: Ints  # the entries of at[i] are [firsts[i], ends[i])
     ends: Ints
 
@@ -459,42 +461,52 @@ def _rungs(
 def _new_run(entries: _Entries) -> _Run:
     order = np.argsort(entries.hashes_A, kind="stable")
     hashes_A = entries.hashes_A[order]
-    is_first = np.diff(hashes_A, prepend=~hashes_A[:1]) != 0
-    hashes_U = np.append(hashes_A[is_first], ~np.uint64(0))
-    firsts_U = np.append(np.flatnonzero(is_first), [len(order)] * 2)
-    top_bits = len(hashes_U).bit_length()
-    top_U, mark_U = _top(hashes_U, top_bits)
-    marks = np.zeros(1 << top_bits, np.uint8)
-    np.bitwise_or.at(marks, top_U, mark_U)
-    table = _exclusive_sum(np.bincount(top_U, minlength=1 << top_bits)).astype(np.int32)
-    live_U = firsts_U[:-1].copy()
-    rows_A, offsets_A = entries.rows_A[order], entries.offsets_A[order]
-    return _Run(hashes_U, firsts_U, live_U, rows_A, offsets_A, table, marks)
+    firsts_U = np.flatnonzero(np.diff(hashes_A, prepend=~hashes_A[:1]))
+    ends_U = np.append(firsts_U[1:], len(order))
+    bits = len(firsts_U).bit_length() + 1
+    home_U, mark_U = _home(hashes_A[firsts_U], bits)
+    nth_U = np.arange(len(firsts_U))
+    slots_U = np.maximum.accumulate(home_U - nth_U) + nth_U
+    table = np.zeros(max(1 << bits, int(slots_U[-1]) + 1) + 1, _SLOT)
+    table["hash"][-1] = ~np.uint64(0)
+    table["hash"][slots_U] = hashes_A[firsts_U]
+    table["first"][slots_U], table["end"][slots_U] = firsts_U, ends_U
+    marks = np.zeros(1 << bits, np.uint8)
+    np.bitwise_or.at(marks, home_U, mark_U)
+    return _Run(table, marks, entries.rows_A[order], entries.offsets_A[order])
 
 
 def _live_entries(run: _Run, alive: Bools) -> _Entries:
-    hashes_A = np.repeat(run.hashes_U, np.diff(run.firsts_U))
-    keep = alive[run.rows_A]
-    return _Entries(hashes_A[keep], run.rows_A[keep], run.offsets_A[keep])
+    groups = run.table[run.table["first"] < run.table["end"]]
+    counts = (groups["end"] - groups["first"]).astype(np.int64)
+    at = _ranges(groups["first"].astype(np.int64), counts)
+    at, hashes_A = (
+        at[alive[run.rows_A[at]]],
+        np.repeat(groups["hash"], counts)[alive[run.rows_A[at]]],
+    )
+    return _Entries(hashes_A, run.rows_A[at], run.offsets_A[at])
 
 
-def _top(hashes: Hashes, bits: int) -> tuple[Ints, NDArray[np.uint8]]:
-    """The top bits of each hash, and the number that the next three make as one bit of eight."""
-    top = (hashes >> np.uint64(64 - bits)).astype(np.int64)
+def _home(hashes: Hashes, bits: int) -> tuple[Ints, NDArray[np.uint8]]:
+    """The slot that the top bits of each hash name, and the next three bits as one bit of eight."""
+    slots = (hashes >> np.uint64(64 - bits)).astype(np.int64)
     next_three = (hashes >> np.uint64(61 - bits)).astype(np.uint8) & 7
-    return top, np.left_shift(1, next_three, dtype=np.uint8)
+    return slots, np.left_shift(1, next_three, dtype=np.uint8)
 
 
 def _find(run: _Run, hashes: Hashes) -> _Found:
-    top, mark = _top(hashes, len(run.table).bit_length() - 1)
-    likely = np.flatnonzero(run.marks[top] & mark)
-    wanted, groups = hashes[likely], run.table[top[likely]].astype(np.int64)
-    behind = np.arange(len(likely))
-    while len(behind := behind[run.hashes_U[groups[behind]] < wanted[behind]]):
-        groups[behind] += 1
-    firsts, ends = run.live_U[groups], run.firsts_U[groups + 1]
-    is_there = (run.hashes_U[groups] == wanted) & (firsts < ends)
-    return _Found(*(column[is_there] for column in (likely, groups, firsts, ends)))
+    slots, mark = _home(hashes, len(run.marks).bit_length() - 1)
+    likely = np.flatnonzero(run.marks[slots] & mark)
+    wanted, slots = hashes[likely], slots[likely]
+    groups = run.table[slots]
+    behind = np.flatnonzero(groups["hash"] < wanted)
+    while len(behind):
+        slots[behind] += 1
+        groups[behind] = run.table[slots[behind]]
+        behind = behind[groups["hash"][behind] < wanted[behind]]
+    here = np.flatnonzero((groups["hash"] == wanted) & (groups["first"] < groups["end"]))
+    firsts, ends = (groups[name][here].astype(np.int64) for name in ("first", "end"))
+    return _Found(likely[here], slots[here], firsts, ends)
 
 
 # --- a query: parts of chunks, by rare anchors ---------------------------------------------------
@@ -510,7 +522,8 @@ def _rare_anchors(view: _Snapshot, found: list[_Found]) -> _Anchors:
     order = np.argsort(((stretches << 24 | crowds) << 6 | within) << 8 | runs)
     stretches, crowds = stretches[order], crowds[order]
     before = _exclusive_sum(crowds)
-    before -= before[np.searchsorted(stretches, stretches)]
+    begins = np.searchsorted(stretches, np.arange(at.max(initial=0) // ANCHOR_STRIDE + 1))
+    before -= before[begins[stretches]]
     counts = np.clip(MAX_ANCHORS - before, 0, crowds)
     anchors = [
         _anchors_at(run, at[of_run], firsts[of_run], counts[runs[order] == i])
@@ -577,36 +590,31 @@ def _wholes(
 ) -> _Spans:
     spans = _climb(view, levels, np.unique(np.concatenate([part.at for part in found])))
     # What may become long enough by what is equal beside it has to be compared for that.
-    short = spans.only((spans.lengths_S > 0) & (spans.lengths_S < min_tokens))
+    short = spans.only(spans.lengths_S < min_tokens)
     best = _best_of_each_stretch(view, spans, min_tokens)
     return _widened(view, prompt, _joined(best, short))
 
 
-def _climb(view: _Snapshot, levels: list[Hashes], positions_P: Ints) -> _Spans:
-    """At each of these places one chunk of which the longest known part stands there."""
-    hashes_P, reach_P = np.full(len(positions_P), _SECRET), np.zeros_like(positions_P)
-    rows_P, offsets_P = np.zeros_like(positions_P), np.zeros_like(positions_P)
+def _climb(view: _Snapshot, levels: list[Hashes], positions: Ints) -> _Spans:
+    """At each of these places the oldest chunk of those whose longest known part stands there."""
+    hashes_P, reach_P = np.full(len(positions), _SECRET), np.zeros_like(positions)
+    runs_P, entries_P = np.zeros_like(positions), np.zeros_like(positions)
     for level in reversed(range(len(levels))):
-        at_P = positions_P + reach_P
-        fits = np.flatnonzero(at_P < len(levels[level]))
-        hashes = _mix(hashes_P[fits], levels[level][at_P[fits]])
-        is_found, rows, offsets = _oldest(view, hashes)
-        found = fits[is_found]
-        hashes_P[found] = hashes[is_found]
-        reach_P[found] += ANCHOR_WIDTH << level
-        rows_P[found], offsets_P[found] = rows[is_found], offsets[is_found]
-    return _Spans(positions_P, reach_P, rows_P, offsets_P)
-
-
-def _oldest(view: _Snapshot, hashes: Hashes) -> tuple[Bools, Ints, Ints]:
-    """Which hashes are there, and for those the oldest chunk and the offset in it."""
-    is_found = np.zeros(len(hashes), np.bool_)
-    rows, offsets = np.zeros(len(hashes), np.int64), np.zeros(len(hashes), np.int64)
-    for run in reversed(view.runs):
-        at, _, oldest, _ = _find(run, hashes)
-        is_found[at] = True
-        rows[at], offsets[at] = run.rows_A[oldest], run.offsets_A[oldest]
-    return is_found, rows, offsets
+        fits = np.flatnonzero(positions + reach_P < len(levels[level]))
+        longer = reach_P[fits] + (ANCHOR_WIDTH << level)
+        hashes = _mix(hashes_P[fits], levels[level][(positions + reach_P)[fits]])
+        for number in reversed(range(len(view.runs))):
+            at, _, firsts, _ = _find(view.runs[number], hashes)
+            found = fits[at]
+            hashes_P[found], reach_P[found] = hashes[at], longer[at]
+            runs_P[found], entries_P[found] = number, firsts
+    rows_P, offsets_P = np.zeros_like(positions), np.zeros_like(positions)
+    for number, run in enumerate(view.runs):
+        of_run = runs_P == number
+        rows_P[of_run] = run.rows_A[entries_P[of_run]]
+        offsets_P[of_run] = run.offsets_A[entries_P[of_run]]
+    spans = _Spans(positions, reach_P, rows_P, offsets_P)
+    return spans.only(reach_P > 0)
 
 
 def _widened(view: _Snapshot, prompt: Ids, spans: _Spans) -> _Spans:

@@ -666,7 +666,7 @@ def test_promised_spans_are_all_spans(all_followed: None, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
-def test_hash_collisions_change_nothing(
+def test_equal_ids_decide_where_hashes_collide(
     rng: random.Random, monkeypatch: pytest.MonkeyPatch, all_followed: None, bits: int
 ) -> None:
     strong = locate_module._hash_levels
@@ -680,8 +680,6 @@ def test_hash_collisions_change_nothing(
     prompt, _ = random_prompt(rng, chunks)
     matches = index_of(chunks).locate(prompt)
     assert_sound(matches, chunks, prompt)
-    if bits == 8:
-        assert matches == resolve(chunks, list(all_spans(chunks, prompt, 32)), 32)
 
 
 # --- threads -------------------------------------------------------------------------------------
