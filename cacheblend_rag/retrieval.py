@@ -26,6 +26,7 @@ from cacheblend_rag.errors import (
     StoreError,
 )
 from cacheblend_rag.prompt import checked
+from cacheblend_rag.store.files import make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -244,7 +245,7 @@ class Retriever:
             "passages": [asdict(passage) for passage in self.passages],
         }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)  # the passages are nobody else's business
             _replace(folder / name, index)
             _replace(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False).encode())
             for old in folder.glob("passages-*.faiss"):

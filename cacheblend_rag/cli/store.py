@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -212,13 +213,17 @@ def label(folder: Path, sources: list[str], keys: list[str], tenant: str = "") -
 def _export(args: argparse.Namespace, screen: Screen) -> Done:
     chunks = nbytes = 0
     try:
-        with args.file.open("xb") as target:
+        with open(args.file, "xb", opener=_private) as target:
             for _, size in export(args.store, target, args.namespace):
                 chunks, nbytes = chunks + 1, nbytes + size
     except OSError as error:
         raise StoreError(f"{args.file} cannot be written: {error.strerror}.") from error
     screen.out.print(f"Wrote {chunks} chunks, {megabytes(nbytes)}, to {args.file}.")
     return Done(OK, {"file": str(args.file), "chunks": chunks, "bytes": nbytes})
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _import(args: argparse.Namespace, screen: Screen) -> Done:

@@ -22,7 +22,7 @@ from threading import RLock
 from typing import TypeVar
 
 from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store.files import fix_of
+from cacheblend_rag.store.files import allow, fix_of
 from cacheblend_rag.store.marker import claim
 
 Result = TypeVar("Result")
@@ -244,6 +244,7 @@ class Database:
         self._damaged = self._found_inode()
         db = _connect(str(self._path), patience_s)
         try:
+            allow(self._path, self._folder)
             _write_ahead(db, patience_s)
             db.execute("PRAGMA synchronous=NORMAL")  # after a power cut the last uses may be lost
             self._make_ready(db)
@@ -253,12 +254,13 @@ class Database:
         return db
 
     def _made_anew(self, patience_s: float) -> sqlite3.Connection:
-        claim(self._folder)  # who emptied it took our mark as well
+        claim(self._folder, again=True)
         with _alone_in(self._folder):
             if self._found_inode() in (None, self._damaged):  # else another process was quicker
                 for suffix in ("-journal", "-wal", "-shm", ""):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(f"{self._path}{suffix}")
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             return self._opened(patience_s)
 
     def _make_ready(self, db: sqlite3.Connection) -> None:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -41,7 +42,14 @@ from cacheblend_rag.store.catalog import Catalog, opened
 from cacheblend_rag.store.chunk_file import Encoding, decode, encode, possible_sizes
 from cacheblend_rag.store.counts import EventCounts, found_within
 from cacheblend_rag.store.evict import Policy, recompute_cost
-from cacheblend_rag.store.files import atomic_file, explained, make_folder, write_all
+from cacheblend_rag.store.files import (
+    allow,
+    atomic_file,
+    explained,
+    fix_of,
+    make_folder,
+    write_all,
+)
 from cacheblend_rag.store.index import Limits
 from cacheblend_rag.store.marker import MARKER, check_writable, claim
 from cacheblend_rag.store.parallel import Readers
@@ -53,6 +61,7 @@ _NAMESPACE = re.compile("[a-z0-9-]{1,100}")
 _PLAIN = Encoding()
 _READERS = 8
 _TRIES = 3
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class DiskStore(KVStore):
@@ -98,11 +107,12 @@ class DiskStore(KVStore):
         with explained(folder):
             claim(folder)
             home = folder / "v1" / self.namespace
-            make_folder(home)
-            check_writable(home)
+            allow(folder / "v1", folder)
+            is_writable = self._is_writable(home)
             self._catalog = Catalog(folder, self.namespace, encoding, policy)
             self.recovery = self._catalog.recover()
-            self._counts.add("evictions", self._catalog.trim(self._limits)[self.namespace])
+            if is_writable:
+                self._counts.add("evictions", self._catalog.trim(self._limits)[self.namespace])
 
     def contains(self, key: str) -> bool:
         path = self._path(key)
@@ -243,7 +253,7 @@ class DiskStore(KVStore):
         with explained(self._folder):
             if not self._has_room(key, chunk, len(data)):
                 return False
-            make_folder(path.parent)
+            self._make_shard(path)
             with atomic_file(path) as descriptor:
                 write_all(descriptor, data)
             self._catalog.note(_info(key, chunk), len(data), is_new=True)
@@ -262,6 +272,23 @@ class DiskStore(KVStore):
     def close(self) -> None:
         self._readers.close()
         self._catalog.close()
+
+    def _is_writable(self, home: Path) -> bool:
+        """Whether chunks can be put; where there may be some already, they can be read if not."""
+        try:
+            make_folder(home)
+            check_writable(home)
+        except OSError as error:
+            if not (home.is_dir() or error.errno in _FULL):
+                raise
+            problem = f"The chunk store {self._folder} cannot be written ({error.strerror})"
+            warnings.warn(
+                f"{problem}: what it holds is read, nothing is added. {fix_of(error)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        return True
 
     # ---- one chunk -----------------------------------------------------------------------------
 
@@ -299,7 +326,7 @@ class DiskStore(KVStore):
             return None
 
     def _write(self, path: Path, chunk: ChunkKV) -> int:
-        make_folder(path.parent)
+        self._make_shard(path)
         with atomic_file(path) as descriptor:
             nbytes = 0
             for part in encode(path.stem, chunk, self._encoding):
@@ -308,6 +335,11 @@ class DiskStore(KVStore):
             _mark_used(descriptor)
         self._counts.wrote(chunk.nbytes)
         return nbytes
+
+    def _make_shard(self, path: Path) -> None:
+        if not (self._folder / MARKER).exists():  # it was emptied
+            claim(self._folder, again=True)
+        make_folder(path.parent)
 
     def _kept_bytes(self, path: Path, sizes: set[int]) -> int | None:
         """Size of the file that can be left as it is; what cannot be the chunk is set aside."""

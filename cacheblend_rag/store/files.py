@@ -39,6 +39,10 @@ _ERRNO_OF_SQLITE = {
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
 
+# modes of a file and of a folder; a shared folder hands its group on
+_OF_OWNER = (0o600, 0o700)
+_OF_GROUP = (0o660, 0o2770)
+
 # An abandoned temporary is unlocked. The grace covers the moment between creating and locking one;
 # the long limit is for filesystems that cannot lock.
 _GRACE_SECONDS = 60
@@ -75,8 +79,10 @@ def atomic_file(path: Path) -> Iterator[int]:
     knows its writer lives. When the block raises, nothing is left.
     """
     temporary = path.with_name(f".{path.stem}.{uuid4().hex}{TEMPORARY_SUFFIX}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, stat.S_IRUSR | stat.S_IWUSR)
     try:
+        allow(descriptor, path.parent)
         with contextlib.suppress(OSError):  # no locks on this filesystem: age decides there
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor
@@ -100,8 +106,21 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=stat.S_IRWXU, exist_ok=True)
+    allow(folder, folder.parent)
     sync_folder(folder.parent)
+
+
+def allow(made: int | Path, folder: Path) -> None:
+    """Let the group use what was made in a ``folder`` that is the group's; else only its owner."""
+    try:
+        about, mode = os.stat(made), os.stat(folder).st_mode
+        is_shared = mode & stat.S_ISGID and mode & stat.S_IWGRP
+        allowed = _OF_GROUP if is_shared else _OF_OWNER
+        if stat.S_IMODE(about.st_mode) != (wanted := allowed[stat.S_ISDIR(about.st_mode)]):
+            os.chmod(made, wanted)
+    except OSError:  # another user's, who decides, or cannot be changed
+        pass
 
 
 def sync_folder(folder: Path) -> None:
@@ -127,7 +146,7 @@ def remove_abandoned(folder: str | Path) -> int:
     count = 0
     for entry in entries(folder):
         if entry.name.endswith(TEMPORARY_SUFFIX) and is_abandoned(entry.path):
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or not ours
+            with contextlib.suppress(OSError):  # gone, not ours, or read only
                 os.unlink(entry.path)
                 count += 1
     return count

@@ -320,8 +320,8 @@ class Index:
 
         def label(db: sqlite3.Connection) -> None:
             db.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", rows)
-            query = "UPDATE chunks SET putter = 0 WHERE namespace = ? AND key = ? AND putter = ?"
-            db.executemany(query, [(namespace, key, self._name) for _, _, key in rows])
+            query = "UPDATE chunks SET putter = 0 WHERE namespace = ? AND key = ?"
+            db.executemany(query, [(namespace, key) for _, _, key in rows])
 
         self._database.write(label, owed=label)
 

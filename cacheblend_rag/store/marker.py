@@ -15,8 +15,11 @@ MARKER = "cacheblend-store.json"
 _MARK = {"format": 1, "made_by": "cacheblend-rag"}
 
 
-def claim(folder: Path) -> None:
+def claim(folder: Path, *, again: bool = False) -> None:
     """Mark an empty folder as ours, or check that it is.
+
+    Args:
+        again: it was ours already; who emptied it meanwhile took the mark as well.
 
     Raises:
         StoreError: it holds something else, or another format.
@@ -25,7 +28,8 @@ def claim(folder: Path) -> None:
     marker = folder / MARKER
     if not marker.exists():
         # Listed first, then asked again: another process may be claiming the folder just now.
-        if any(_is_foreign(name) for name in os.listdir(folder)) and not marker.exists():
+        found = [name for name in os.listdir(folder) if not (again and _is_ours(name))]
+        if any(map(_is_foreign, found)) and not marker.exists():
             raise StoreError(
                 f"{folder} holds files but no {MARKER}, so it is not a chunk store. "
                 "Choose an empty or a new folder."
@@ -41,6 +45,10 @@ def claim(folder: Path) -> None:
 
 def _is_foreign(name: str) -> bool:
     return name != "lost+found" and not name.endswith(TEMPORARY_SUFFIX)
+
+
+def _is_ours(name: str) -> bool:
+    return name == "v1" or name.startswith("index.sqlite")
 
 
 def _read_marker(marker: Path) -> object:

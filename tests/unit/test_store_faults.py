@@ -7,7 +7,9 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from chunks import chunk_of, key_of, same
 
+from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store import DiskStore
 from cacheblend_rag.store.chunk_file import ChunkHeader
 
@@ -149,3 +152,76 @@ def test_what_is_set_aside_is_bounded_and_counts_as_held(tmp_path: Path) -> None
             held = sum(path.stat().st_size for path in (tmp_path / "v1").rglob("*.*"))
             assert held <= capacity
         assert len(list(tmp_path.rglob("*.corrupt-*"))) == 2
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def modes(folder: Path) -> set[str]:
+    return {oct(path.stat().st_mode & 0o7077) for path in [folder, *folder.rglob("*")]}
+
+
+def test_only_the_owner_may_read_a_store(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "kv"
+    with disk(folder) as store:
+        store.put(key_of(1), chunk_of(1))
+        assert (folder / "index.sqlite-wal").exists()
+        assert modes(tmp_path / "deep") == {"0o0"}
+        for path in (folder / "v1", folder / "index.sqlite"):  # as an earlier version left them
+            path.chmod(0o755)
+    with disk(folder):
+        assert modes(folder) == {"0o0"}
+
+
+def test_a_folder_of_a_group_is_shared_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    folder.mkdir()
+    folder.chmod(0o2770)
+    umask = os.umask(0o077)
+    try:
+        with disk(folder) as store:
+            store.put(key_of(1), chunk_of(1))
+            assert modes(folder) == {"0o60", "0o2070"}
+    finally:
+        os.umask(umask)
+
+
+def test_a_folder_emptied_under_an_open_store_is_a_store_again(tmp_path: Path) -> None:
+    with disk(tmp_path) as store:
+        store.put(key_of(1), chunk_of(1))
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert store.get(key_of(1)) is None
+        store.put(key_of(2), chunk_of(2))
+        assert [info.key for info in store.scan()] == [key_of(2)]
+    with disk(tmp_path) as store:
+        assert same(store.get(key_of(2)), chunk_of(2))
+    with disk(tmp_path) as store:
+        shutil.rmtree(tmp_path / "v1")
+        (tmp_path / "cacheblend-store.json").unlink()
+        (tmp_path / "somebody's file").touch()
+        with pytest.raises(StoreError, match="not a chunk store"):
+            store.put(key_of(3), chunk_of(3))
+        assert not (tmp_path / "v1").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The index of the chunk store")
+def test_a_read_only_store_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    with disk(folder) as store:
+        for seed in range(5):
+            store.put(key_of(seed), chunk_of(seed))
+    mount = ["mount", "--bind", "-o", "ro", str(folder), str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        with pytest.warns(RuntimeWarning, match="what it holds is read, nothing is added"):
+            store = DiskStore(folder, namespace="tiny-r0", capacity_bytes=1000)
+        with store:
+            assert {info.key for info in store.scan()} == {key_of(seed) for seed in range(5)}
+            assert all(same(store.get(key_of(seed)), chunk_of(seed)) for seed in range(5))
+            assert store.stats().chunks == 5
+            with pytest.raises(StoreError, match="Mount it writable"):
+                store.put(key_of(9), chunk_of(9, num_tokens=2))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
