@@ -178,6 +178,9 @@ def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list
     own = copy.copy(handle.config)
     own.compilation_config = copy.copy(own.compilation_config)
     own.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    # builders may size buffers by it, and every run of a blend's rows is a sequence
+    own.scheduler_config = copy.copy(own.scheduler_config)
+    own.scheduler_config.max_num_seqs = own.scheduler_config.max_num_batched_tokens
     builders = []
     with set_current_vllm_config(own):
         for group in attn_groups[0]:

@@ -95,7 +95,7 @@ class Blender:
 
     def choose(self, task: BlendTask, outcome: BlendOutcome) -> Choice:
         """Load a request's chunks and choose what is computed: what has no stored KV, and of the
-        rest as many tokens as there are rows left; ``outcome`` is filled in.
+        rest as many tokens as the plan's ratio says; ``outcome`` is filled in.
 
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
@@ -108,7 +108,7 @@ class Blender:
         lane = self._lanes(region)
         must_E, candidate_E = _duties(task, region.stored_E, outcome.missing)
         num_must, num_candidates = int(must_E.sum()), int(candidate_E.sum())
-        budget = min(max(task.rows - num_must, 0), num_candidates)
+        budget = min(max(task.computes - num_must, 0), num_candidates)
         must, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
         clock.mark("load")
         if 0 < budget < num_candidates:

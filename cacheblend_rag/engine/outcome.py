@@ -24,8 +24,10 @@ class BlendTask:
         blocks: numbers of the paged blocks that are allocated, the first positions' first.
         write_from: positions below it are in the cache already; prefix_cached: those that vLLM's
             prefix cache had when the request was first scheduled.
+        computes: how many tokens are computed, if no chunk is missing.
         rows: how many of the last tokens vLLM's own steps compute; the blend says which tokens
-            these really are.
+            these really are. Fewer than ``computes`` where vLLM found more tokens in its cache than
+            are there.
     """
 
     request_id: str
@@ -35,6 +37,7 @@ class BlendTask:
     plan: Plan
     blocks: tuple[int, ...]
     write_from: int
+    computes: int
     rows: int
     prefix_cached: int = 0
 

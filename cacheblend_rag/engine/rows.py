@@ -167,7 +167,8 @@ class StepRows:
             why_not = refusal.why
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
-            detail = f"blending failed, computed exactly: {type(error).__name__}: {error}"
+            behind = f" behind {task.write_from} cached tokens" if task.write_from else ""
+            detail = f"blending failed, computed exactly{behind}: {type(error).__name__}: {error}"
             why_not = Why(Reason.BLEND_FAILED, detail)
         rows = torch.arange(task.first_row, task.end, device=self.handle.device)
         self._blends[task.request_id] = _Blend(
@@ -186,7 +187,7 @@ class StepRows:
         lane, positions = self.blender.choose(task, outcome)
         placed, spare = task.write_from, len(positions) - task.rows
         assert spare >= 0, "a blend never computes fewer tokens than it said"
-        if spare:  # a chunk was missing: the first tokens are computed before the step
+        if spare:  # more than there are rows: the first tokens are computed before the step
             lane.open(task.blocks, task.write_from, task.first_row)
             self.blender.recompute(lane, positions[:spare])
             lane.place_through(self.handle.num_layers - 1)

@@ -31,6 +31,7 @@ class _Claim(NamedTuple):
 
     write_from: int  # positions below it are in the cache
     total: int  # tokens that the request has
+    computes: int  # how many of them a blend computes
     rows: int  # the last ones of them, which vLLM schedules
 
 
@@ -141,12 +142,13 @@ class Claims:
         except RefusedError as refusal:
             tracked.why_not = refusal.why
             return self._not_blended(request, tracked)
-        rows = rows_of(plan, request.num_tokens, write_from)
-        tracked.claim = _Claim(write_from, request.num_tokens, rows)
+        total = int(request.num_tokens)
+        computes = rows_of(plan, total, write_from)
+        tracked.claim = _Claim(write_from, total, computes, min(computes, total - hit))
         request.block_hashes = private(
             request.block_hashes, hit // tracked.per_hash, uuid.uuid4().hex
         )
-        return max(int(request.num_tokens) - rows - hit, 0)
+        return total - tracked.claim.rows - hit
 
     def _not_blended(self, request: Any, tracked: _Tracked) -> int:
         """The workers keep its report: its last output never leaves where the front end ends it."""
@@ -169,6 +171,7 @@ class Claims:
             plan=plan,
             blocks=tuple(blocks),
             write_from=claim.write_from,
+            computes=claim.computes,
             rows=claim.rows,
             prefix_cached=tracked.prefix_cached,
         )
@@ -284,6 +287,12 @@ def whole_graphs(vllm_config: Any) -> str:
     mode = compiling.cudagraph_mode or CUDAGraphMode.NONE
     if mode.mixed_mode() == CUDAGraphMode.FULL:
         return f"cudagraph_mode is {mode.name}: steps with prefills are one CUDA graph"
+    if compiling.use_inductor_graph_partition:
+        return "use_inductor_graph_partition is on: a layer's cache update is no call of its own"
+    if any("kvcache" in name and on for name, on in vars(compiling.pass_config).items()):
+        return "a compiler pass fuses a layer's cache update with its rotation"
+    if vllm_config.parallel_config.use_ubatching:
+        return "dual batch overlap is on: a step is run in two halves"
     update = "vllm::unified_kv_cache_update"
     if mode.has_piecewise_cudagraphs() and update not in (compiling.splitting_ops or []):
         return f"{update} is not among compilation_config.splitting_ops"

@@ -1,0 +1,155 @@
+"""What the scheduler is told of a blend, request by request; no engine is started."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cacheblend_rag.engine import schedule
+from cacheblend_rag.engine.schedule import Claims
+from cacheblend_rag.plan import PARAMS_KEY, Kind, Plan, Segment
+from cacheblend_rag.reason import Reason
+
+BLOCK = 16
+IDS = tuple(range(1000, 1200))
+PLAN = Plan(
+    segments=(Segment(0, 10), Segment(10, 176, "k" * 64, 0, Kind.REUSE)),
+    question_start=180,
+    ratio=0.5,
+    selector="query",
+    selector_options={},
+    when="always",
+)
+COMPUTES = 10 + 83 + 24  # before the chunk, half of it, behind the plan
+
+
+class Blocks(SimpleNamespace):
+    def get_block_ids(self) -> tuple[list[int]]:
+        return (list(range(1, 14)),)
+
+
+@pytest.fixture
+def claims(monkeypatch: pytest.MonkeyPatch) -> Claims:
+    monkeypatch.setattr(schedule, "whole_graphs", lambda config: "")
+    monkeypatch.setattr(schedule.compat, "longest_blend", lambda config: None)
+    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK))
+    return Claims(config, None)
+
+
+def request(plan: Plan = PLAN, name: str = "r") -> Any:
+    return SimpleNamespace(
+        request_id=name,
+        kv_transfer_params=plan.to_params(),
+        prompt_token_ids=list(IDS),
+        all_token_ids=list(IDS),
+        num_prompt_tokens=len(IDS),
+        num_tokens=len(IDS),
+        block_hashes=[b"%d" % i for i in range(len(IDS) // BLOCK)],
+        lora_request=None,
+        has_encoder_inputs=False,
+        sampling_params=None,
+        update_block_hashes=lambda: None,
+    )
+
+
+def step(claims: Claims, *, new: dict[str, int], rows: dict[str, int]) -> schedule.Step:
+    """A step of these requests: tokens computed before, by name, and rows."""
+    cached = SimpleNamespace(req_ids=[], num_computed_tokens=[], new_block_ids=[])
+    first = [SimpleNamespace(req_id=n, num_computed_tokens=c) for n, c in new.items()]
+    return claims.step(
+        SimpleNamespace(
+            num_scheduled_tokens=rows,
+            scheduled_new_reqs=first,
+            scheduled_cached_reqs=cached,
+            preempted_req_ids=None,
+        )
+    )
+
+
+def test_as_many_rows_are_scheduled_as_a_blend_computes(claims: Claims) -> None:
+    one = request()
+    claims.begin(one)
+    assert claims.there(one, 0) == len(IDS) - COMPUTES
+    claims.allocated(one, Blocks().get_block_ids()[0])
+    sent = step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": COMPUTES})
+    task = sent.tasks["r"]
+    assert (task.rows, task.computes, task.write_from) == (COMPUTES, COMPUTES, 0)
+    assert sent.batch["r"].rows == COMPUTES
+    assert not step(claims, new={}, rows={"r": 1}).batch, "it decodes"
+
+
+def test_a_hit_is_not_claimed_again(claims: Claims) -> None:
+    one = request()
+    claims.begin(one)
+    found = claims.there(one, 64)
+    claims.allocated(one, Blocks().get_block_ids()[0])
+    task = step(claims, new={"r": 64 + (found or 0)}, rows={"r": 1}).tasks["r"]
+    assert task.write_from == 64 and task.computes == -(-(176 - 64) // 2) + 24
+    assert found == len(IDS) - task.rows - 64
+
+
+def test_what_a_preempted_blend_left_is_computed_again(claims: Claims) -> None:
+    """It finds blocks of its own that were not all computed: no row may be left out for them."""
+    one = request()
+    claims.begin(one)
+    claims.there(one, 0)
+    claims.allocated(one, Blocks().get_block_ids()[0])
+    step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": 40})
+    assert claims.there(one, 112) == 0  # more than a blend leaves alone
+    claims.allocated(one, Blocks().get_block_ids()[0])
+    task = step(claims, new={"r": 112}, rows={"r": len(IDS) - 112}).tasks["r"]
+    assert (task.write_from, task.computes, task.rows) == (0, COMPUTES, len(IDS) - 112)
+    assert task.first_row == 112
+    # whole now: what it finds of its own after another preemption is as it should be
+    assert claims.there(one, 176) == 0
+    assert step(claims, new={"r": 176}, rows={"r": 24}).tasks == {}
+
+
+def test_a_blends_blocks_get_hashes_of_their_own(claims: Claims) -> None:
+    one, other = request(name="one"), request(name="other")
+    exact = list(one.block_hashes)
+    for each in (one, other):
+        claims.begin(each)
+        claims.there(each, 0)
+    assert not set(one.block_hashes) & (set(other.block_hashes) | set(exact))
+
+
+def test_its_blocks_are_shared_once_the_outcome_came(claims: Claims) -> None:
+    def asked(name: str) -> Any:
+        later = request(name=name)
+        claims.begin(later)
+        return later
+
+    first = asked("first")
+    claims.there(first, 0)
+    claims.allocated(first, Blocks().get_block_ids()[0])
+    step(claims, new={"first": len(IDS) - COMPUTES}, rows={"first": COMPUTES})
+    assert not set(asked("too early").block_hashes) & set(first.block_hashes)
+    claims.finished(first)
+    assert not set(asked("early").block_hashes) & set(first.block_hashes)
+    claims.results({"first": {"recomputed": []}}, {})
+    again = asked("again")
+    assert again.block_hashes == first.block_hashes
+    assert claims.there(again, 176) == 0
+    report = claims.finished(again)
+    assert report is not None and report[PARAMS_KEY]["reason"] is Reason.PREFIX_CACHED
+
+
+@pytest.mark.parametrize("early", ["aborted", "failed"])
+def test_blocks_of_a_blend_that_was_not_whole_are_never_shared(claims: Claims, early: str) -> None:
+    one = request()
+    claims.begin(one)
+    claims.there(one, 0)
+    claims.allocated(one, Blocks().get_block_ids()[0])
+    part = 40 if early == "aborted" else COMPUTES
+    step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": part})
+    if early == "failed":
+        why_not = schedule.Why(Reason.BLEND_FAILED, "broken")
+        claims.results({}, {"r": why_not})
+    claims.finished(one)
+    claims.results({"r": {"recomputed": []}} if early == "aborted" else {}, {})
+    retry = request(name="retry")
+    claims.begin(retry)
+    assert not set(retry.block_hashes) & set(one.block_hashes)
