@@ -142,7 +142,7 @@ class CacheBlend:
         if not self.gate.passed:
             return IngestReport(chunks=len(given), reason=self.gate.reason, detail=self.gate.detail)
         chunks = self._numbered(given)
-        most = self.info.max_model_len - len(self._space.prefix_ids)
+        most = min(self.info.max_model_len, self._positions - len(self._space.prefix_ids))
         sorted_out = ingest.by_length(chunks, self.config.min_chunk_tokens, most)
         new = ingest.distinct(sorted_out.useful)
         todo = self._missing(new)
@@ -473,11 +473,11 @@ class CacheBlend:
             )
 
     def _missing(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Chunks that not every rank has stored."""
+        """Chunks that are not stored: of ranks with memory of their own, in that of any."""
         absent, present = set[str](), set[str]()
         keys = [c.key for c in chunks]
         for i in range(0, len(keys), 1000):
-            for of_rank in self._engine.rpc("cacheblend_missing", keys[i : i + 1000]):
+            for of_rank in self._ask_stores("cacheblend_missing", keys[i : i + 1000]):
                 absent.update(of_rank)
                 present.update(set(keys[i : i + 1000]).difference(of_rank))
         if self._space.by_document and (parts := absent & present):
@@ -485,10 +485,14 @@ class CacheBlend:
             self._engine.rpc("cacheblend_forget", list(parts))
         return [c for c in chunks if c.key in absent]
 
+    def _ask_stores(self, method: str, *args: Any) -> list[Any]:
+        """What each rank says of its store; of ranks that share one, only the first speaks."""
+        return [said for said in self._engine.rpc(method, *args) if said is not None]
+
     def _compute(
         self, chunks: Sequence[Chunk], owners: Owners, progress: bool
     ) -> tuple[int, dict[str, str]]:
-        """Prefill and store; the bytes stored, over all ranks, and why what key was not stored."""
+        """Prefill and store; the bytes stored, and why what key was not stored."""
         prefix, stored, not_stored = self._space.prefix_ids, 0, dict[str, str]()
         with tqdm(
             total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
@@ -514,7 +518,7 @@ class CacheBlend:
     def _note_stored(self, batch: Sequence[Chunk], owners: Owners) -> None:
         """``_note`` those of a batch that were stored before it failed."""
         with suppress(CacheBlendError):  # what failed may fail here too, and is raised in any case
-            ranks = self._engine.rpc("cacheblend_missing", [c.key for c in batch])
+            ranks = self._ask_stores("cacheblend_missing", [c.key for c in batch])
             absent = set(itertools.chain.from_iterable(ranks))
             self._note([c for c in batch if c.key not in absent], owners)
 
@@ -527,10 +531,13 @@ class CacheBlend:
         shared = list(prefix_ids[: len(prefix_ids) - len(contexts[0])])
         return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts)
 
+    @property
+    def _positions(self) -> int:
+        """Those of the model; a model that was refused was not asked."""
+        return self.info.positions or self.info.max_model_len
+
     def _key_space(self, config: BlendConfig) -> KeySpace:
-        prefix = ingest_prefix(
-            config, self.tokenizer, self._engine.chat, max_model_len=self.info.max_model_len
-        )
+        prefix = ingest_prefix(config, self.tokenizer, self._engine.chat, positions=self._positions)
         by_document = config.ingest_prefix == "document"
         return KeySpace(self.info.fingerprint, prefix, config.namespace, by_document)
 
@@ -549,7 +556,7 @@ class CacheBlend:
         )
         report = self._probe(report)
         if report.passed:
-            self._index.add_many(ours(self._space, ranks))
+            self._index.add_many(ours(self._space, ranks[0]))
             self._head = self._store_head()
         else:
             self._engine.rpc("cacheblend_unbind")
@@ -562,7 +569,7 @@ class CacheBlend:
             return None
         space = self._space._replace(prefix_ids=(), by_document=False)
         key = space.key(ids)
-        if any(self._engine.rpc("cacheblend_missing", [key])):
+        if any(self._ask_stores("cacheblend_missing", [key])):
             stable = self._prompt_head(timeless=True)
             if stable == ids:
                 self._ingest([Chunk(key, ids)], ())
@@ -651,9 +658,11 @@ class CacheBlend:
     # ---- life ----------------------------------------------------------------------------------
 
     def stats(self) -> list[dict[str, int]]:
-        """Counts of the chunk store, one dict a rank; empty where blending is off."""
+        """Counts of the chunk store; of ``memory://``, which each rank has for itself, one dict a
+        rank. Empty where blending is off.
+        """
         self._check_open()
-        return list(self._engine.rpc("cacheblend_store_stats")) if self.gate.passed else []
+        return self._ask_stores("cacheblend_store_stats") if self.gate.passed else []
 
     def close(self) -> None:
         """Stop the engine; does nothing on the second call."""
@@ -691,13 +700,10 @@ def several(prompts: object) -> list[Prompt]:
     return list(prompts)
 
 
-def ours(
-    space: KeySpace, ranks: Sequence[Sequence[Sequence[Any]]]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Keys and token ids of the chunks of this key space that all ranks' stores hold."""
-    everywhere = set.intersection(*({row[0] for row in rank} for rank in ranks))
-    for key, raw, base in ranks[0]:
-        if key in everywhere and base == len(space.prefix_ids):
+def ours(space: KeySpace, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Keys and token ids of those of a store's chunks that are of this key space."""
+    for key, raw, base in rows:
+        if base == len(space.prefix_ids):
             ids = tuple(array("i", raw))
             if space.key(ids) == key:
                 yield key, ids

@@ -38,7 +38,7 @@ class IngestReport:
         too_long: more tokens than fit a prompt: never reused, so not stored.
         not_stored: why the store did not keep a chunk that was computed, by its key.
         tokens: computed now, without the prefix.
-        bytes: of KV stored now, over all ranks.
+        bytes: of KV stored now.
         seconds: of the whole call.
         reason: why nothing was computed, where the model is served without blending; None else.
         detail: the same as a sentence.

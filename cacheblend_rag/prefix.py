@@ -19,6 +19,7 @@ from cacheblend_rag.errors import ConfigError, PromptError
 from cacheblend_rag.token_ids import token_ids
 
 BEFORE_CHARS = 4096  # of what stands before a chunk; the neutral text, as many tokens, has 1,175
+MOST_AUTO = 1024  # tokens of the prefix that `auto` may choose
 _WORDS = ("Apple", "Zebra")  # of users: what stands before them is the head
 
 NEUTRAL_TEXT = """\
@@ -43,16 +44,20 @@ line.
 
 
 def ingest_prefix(
-    config: BlendConfig, tokenizer: Any, chat: ChatRenderer | None, *, max_model_len: int
+    config: BlendConfig, tokenizer: Any, chat: ChatRenderer | None, *, positions: int
 ) -> tuple[int, ...]:
     """Token ids of the ingest prefix that ``config`` asks for. They are part of every chunk's key,
     so they are the same on every day: the head is the timeless one.
 
-    ``auto`` leaves the neutral text out where the prefix would take more than an eighth of the
-    model's context. That of ``document`` is what a chunk without one is computed behind.
+    ``auto`` leaves the neutral text out where the prefix would take more than ``MOST_AUTO`` tokens
+    or half of the positions. That of ``document`` is what a chunk without one is computed behind.
+
+    Args:
+        positions: those that the model itself was made for. How many of them an engine serves
+            (``max_model_len``) changes nothing, so that all engines of a model share their chunks.
 
     Raises:
-        ConfigError: the prefix fills half of the context or more, or ``document`` was asked for
+        ConfigError: the prefix fills half of the positions or more, or ``document`` was asked for
             without a tokenizer.
     """
     kind = config.ingest_prefix
@@ -70,12 +75,13 @@ def ingest_prefix(
     else:
         ids = prompt_head(config, tokenizer, chat, timeless=True)
         whole = ids + tuple(tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False))
-        if kind == "document" or (kind == "auto" and len(whole) <= max_model_len // 8):
+        fits = len(whole) <= MOST_AUTO and len(whole) * 2 < positions
+        if kind == "document" or (kind == "auto" and fits):
             ids = whole
-    if len(ids) * 2 >= max_model_len:
+    if len(ids) * 2 >= positions:
         raise ConfigError(
-            f"the ingest prefix has {len(ids)} tokens, half of the context of {max_model_len} or "
-            "more; shorten ingest_prefix or system_prompt"
+            f"the ingest prefix has {len(ids)} tokens, half of the model's {positions} positions "
+            "or more; shorten ingest_prefix or system_prompt"
         )
     return ids
 

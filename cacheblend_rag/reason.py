@@ -82,6 +82,8 @@ class Reason(StrEnum):
     """The model's attention looks ahead."""
     SLIDING_WINDOW = "sliding_window"
     """The model's sliding window is shorter than what would be blended."""
+    KV_HEADS = "kv_heads"
+    """The model's layers, or the ranks that share it, have KV heads of different number or size."""
     KV_GROUPS = "kv_groups"
     """The model's layers need more than one block table."""
 

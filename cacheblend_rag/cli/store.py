@@ -89,9 +89,7 @@ def _stats(args: argparse.Namespace, screen: Screen) -> Done:
         size = megabytes(row["bytes"])
         table.add_row(row["namespace"], str(row["chunks"]), str(row["tokens"]), size)
     screen.out.print(table)
-    screen.out.print(
-        f"{passages} passages indexed. A namespace is one tenant's, model's and rank's."
-    )
+    screen.out.print(f"{passages} passages indexed. A namespace is one tenant's and model's.")
     total = {name: sum(row[name] for row in rows) for name in ("chunks", "tokens", "bytes")}
     data = {"store": str(args.store), "namespaces": rows, "total": total, "passages": passages}
     return Done(OK, data)

@@ -94,8 +94,9 @@ class EngineInfo:
     max_num_batched_tokens: int
     vocab_size: int
     fingerprint: str = ""
+    positions: int = 0  # of the model's RoPE table: as far as chunks can be moved
     refusal: Why | None = None  # why this model can't be blended; None: it can, so far
-    kv_bytes_per_token: int = 0
+    kv_bytes_per_token: int = 0  # of all heads
     window: int | None = None  # the largest sliding window of a layer
     longest_blend: int | None = None  # tokens; None: no limit
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -121,6 +121,9 @@ class ModelHandle:
         if not self.attention:
             raise UnsupportedModelError(Reason.NO_ATTENTION, "the model has no attention layers")
         self.layers = list(self.attention.values())
+        if len({(layer.num_kv_heads, layer.head_size) for layer in self.layers}) > 1:
+            detail = "layers have KV heads of different number or size"
+            raise UnsupportedModelError(Reason.KV_HEADS, detail)
 
     @property
     def num_layers(self) -> int:

@@ -13,15 +13,21 @@ import torch
 
 from cacheblend_rag.engine.attention import upload
 from cacheblend_rag.engine.forward import ModelHandle, Pass
+from cacheblend_rag.engine.heads import gather
 from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV, Span
 from cacheblend_rag.store.base import ChunkKV
+from cacheblend_rag.store.part import Heads
 
 
 class Ingestor:
-    """Computes chunks on one rank. The prefix runs once and is kept for the next batch."""
+    """Computes chunks on one rank. The prefix runs once and is kept for the next batch.
 
-    def __init__(self, handle: ModelHandle) -> None:
-        self._handle = handle
+    Where several ranks share the model, they do so together; the leading one gets whole chunks,
+    the others those of their own ``heads``.
+    """
+
+    def __init__(self, handle: ModelHandle, heads: Heads | None = None) -> None:
+        self._handle, self._heads = handle, heads
         self._prefix_ids: tuple[int, ...] = ()
         self._prefix: list[LayerKV] = []
 
@@ -40,7 +46,7 @@ class Ingestor:
         ends = list(itertools.accumulate(map(len, sequences)))
         spans = list(zip([0, *ends], ends, strict=False))
         kept = [(b - len(chunk), b) for chunk, b in zip(chunks, ends, strict=True)]
-        host = _Host(kept, self._handle)
+        host = _Host(kept, self._handle, self._heads)
         step = IsolatedPass(
             spans,
             self._handle.num_layers,
@@ -77,12 +83,15 @@ class _Host:
     filled by a stream of its own beside the forward, where it comes from a GPU.
     """
 
-    def __init__(self, spans: Sequence[Span], handle: ModelHandle) -> None:
+    def __init__(
+        self, spans: Sequence[Span], handle: ModelHandle, heads: Heads | None = None
+    ) -> None:
         layer, dtype = handle.layers[0], handle.config.model_config.dtype
-        self._spans = spans
+        self._spans, self._heads = spans, heads
         on_gpu = handle.device.type == "cuda"
         self._stream = torch.cuda.Stream(handle.device) if on_gpu else None
-        shape = (layer.num_kv_heads, layer.head_size)
+        kept = heads.all if heads is not None and heads.leads else layer.num_kv_heads
+        shape = (kept, layer.head_size)
         self._kv = [
             torch.empty(handle.num_layers, 2, b - a, *shape, dtype=dtype, pin_memory=on_gpu)
             for a, b in spans
@@ -90,6 +99,9 @@ class _Host:
 
     def copy(self, index: int, kv: LayerKV) -> None:
         """Take one layer's K and V of all spans."""
+        if self._heads is not None:
+            whole_2THD = gather(torch.stack([kv.k_TGD, kv.v_TGD]), self._heads)
+            kv = LayerKV(*whole_2THD) if self._heads.leads else kv
         if self._stream is None:
             self._split(index, kv)
             return

@@ -36,6 +36,14 @@ class Rerotator:
         """Positions the table covers."""
         return self._cos.shape[0]
 
+    def sample(self) -> list[list[int]]:
+        """Some of the table, rounded so far that machines agree on it: rows of cosine and sine in
+        64ths, at positions that tell every frequency apart.
+        """
+        rows = [p for p in (0, 1, 8, 64, 512) if p < self.positions]
+        table = torch.cat([self._cos[rows], self._sin[rows]], dim=1).cpu()
+        return [[int(self.is_neox)], *(table * 64).round().int().tolist()]
+
     @functools.cached_property
     def from_start(self) -> Turn:
         """The turns from position 0 to every position of the table."""
@@ -54,6 +62,13 @@ class Rerotator:
     def apply(self, k_NGD: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Keys after ``turn``; a new tensor of the same dtype."""
         return rerotate(k_NGD, turn.cos_NP, turn.sin_NP, is_neox=self.is_neox)
+
+
+def context_length(chosen: Any) -> int:
+    """Positions the model itself was made for, whatever part of them an engine serves; 0 where its
+    configuration does not say.
+    """
+    return int(getattr(chosen.hf_text_config, "max_position_embeddings", 0) or 0)
 
 
 def _the_only_table(model: Any, max_positions: int) -> tuple[torch.Tensor, torch.Tensor, bool]:

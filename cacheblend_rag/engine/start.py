@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -185,9 +186,10 @@ def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]])
         max_model_len=int(model.max_model_len),
         max_num_batched_tokens=int(scheduler.max_num_batched_tokens),
         vocab_size=int(model.get_vocab_size()),
-        fingerprint=_joint([f["fingerprint"] for f in facts]),
+        fingerprint=_joint(f["fingerprint"] for f in facts),
+        positions=min((f.get("positions", 0) for f in facts), default=0),
         refusal=refusal,
-        kv_bytes_per_token=sum(f.get("kv_bytes_per_token", 0) for f in facts),
+        kv_bytes_per_token=max((f.get("kv_bytes_per_token", 0) for f in facts), default=0),
         window=facts[0].get("window") if facts else None,
         longest_blend=facts[0].get("longest_blend") if facts else None,
         extra={"checks": [row for f in facts for row in f.get("checks", [])]},
@@ -198,10 +200,9 @@ def _why(reason: str, detail: str) -> Why:
     return Why(Reason(reason), detail)
 
 
-def _joint(fingerprints: list[str]) -> str:
-    import hashlib
-
-    return hashlib.sha256("/".join(fingerprints).encode()).hexdigest()
+def _joint(parts: Iterable[str]) -> str:
+    """One fingerprint of those of the ranks; most are empty, see ``engine.fingerprint``."""
+    return hashlib.sha256("/".join(filter(None, parts)).encode()).hexdigest()
 
 
 def sampling_params(options: Mapping[str, Any], params: Mapping[str, Any] | None) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from array import array
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,13 @@ from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import WORKER_ERROR
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.connector import CacheBlendConnector
+from cacheblend_rag.engine.fingerprint import fingerprint
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
+from cacheblend_rag.engine.heads import heads_of
 from cacheblend_rag.engine.ingest import Ingestor
 from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.outcome import BlendOutcome
-from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.rope import Rerotator, context_length
 from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import moved_errors
@@ -35,6 +36,7 @@ from cacheblend_rag.errors import CacheBlendError, UnavailableError
 from cacheblend_rag.store import KVStore, open_store
 from cacheblend_rag.store.base import ask, document_id
 from cacheblend_rag.store.notes import Notes
+from cacheblend_rag.store.url import parse_url
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -65,26 +67,27 @@ class WorkerExtension:
     _cacheblend_notes: KVStore | Notes
 
     def cacheblend_inspect(self) -> dict[str, Any]:
-        """Fingerprint of what was loaded on this rank, and why it can't be blended, if so."""
-        model = self.get_model()
-        facts: dict[str, Any] = {"fingerprint": fingerprint(model, self.vllm_config)}
+        """Fingerprint of what was loaded on this rank, or why it can't be blended."""
+        model, facts = self.get_model(), dict[str, Any](fingerprint="")
         try:
             handle = ModelHandle(model, self.vllm_config, self.device)
-            max_len = self.vllm_config.model_config.max_model_len
-            rope = Rerotator(model, max_len, self.device)
+            chosen = self.vllm_config.model_config
+            max_len = int(chosen.max_model_len)
+            rope = Rerotator(model, max(max_len, context_length(chosen)), self.device)
+            self._cacheblend_heads = heads_of(handle)
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
             self._cacheblend_parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
-            layer = handle.layers[0]
-            dtype = self.vllm_config.model_config.dtype
-            facts["kv_bytes_per_token"] = (
-                2 * handle.num_layers * layer.num_kv_heads * layer.head_size * dtype.itemsize
-            )
+            a_head = 2 * handle.num_layers * handle.layers[0].head_size * chosen.dtype.itemsize
+            facts["kv_bytes_per_token"] = a_head * int(chosen.get_total_num_kv_heads())
             windows = [w for layer in handle.layers if (w := compat.sliding_window(layer))]
             facts["window"] = max(windows, default=None)
             facts["longest_blend"] = compat.longest_blend(self.model_runner.kv_cache_config)
+            facts["positions"] = rope.positions
             facts["checks"] = moved_errors(handle, rope, min(max_len, rope.positions))
+            ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            facts["fingerprint"] = fingerprint(model, self.vllm_config, rope, *ranks)
         except UnsupportedModelError as error:
             facts["refusal"] = list(error.why)
         return facts
@@ -92,24 +95,27 @@ class WorkerExtension:
     @_reporting
     def cacheblend_bind(
         self, store_url: str, fingerprint: str, gpu_cache: int = 0, tenant: str = ""
-    ) -> list[list[Any]]:
-        """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows.
+    ) -> list[list[Any]] | None:
+        """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows, or
+        None where another rank speaks for the store.
 
         ``gpu_cache``: bytes of GPU memory for chunks that are used often. ``tenant``: whose chunks
         they are.
         """
-        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        namespace = f"{fingerprint[:32]}-{rank}of{size}"
-        store = open_store(store_url, namespace=namespace, tenant=tenant)
         handle, rope, cache = self._cacheblend_parts
+        heads = self._cacheblend_heads
+        store = open_store(store_url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
+        # what all ranks share one of them speaks for
+        is_shared = parse_url(store_url).scheme != "memory"
+        self._cacheblend_is_silent = heads is not None and is_shared and not heads.leads
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
         blender = Blender(handle, rope, store, self._cacheblend_lanes)
         self._rows().blender = blender
-        Ahead.blender = blender if size == 1 else None
+        Ahead.blender = blender if heads is None else None
         # a store that is all remote keeps none, and then they last as long as the engine
         self._cacheblend_notes = store if store.keeps_documents else Notes()
-        self._cacheblend_ingestor = Ingestor(handle)
-        return list(_rows(store))
+        self._cacheblend_ingestor = Ingestor(handle, heads)
+        return None if self._cacheblend_is_silent else list(_rows(store))
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
@@ -131,8 +137,12 @@ class WorkerExtension:
             rows.blender = Ahead.blender = None
 
     @_reporting
-    def cacheblend_missing(self, keys: list[str]) -> list[str]:
-        """Which of ``keys`` this rank's store does not hold, as far as it can be asked."""
+    def cacheblend_missing(self, keys: list[str]) -> list[str] | None:
+        """Which of ``keys`` this rank's store does not hold, as far as it can be asked; None where
+        another rank speaks for it.
+        """
+        if self._cacheblend_is_silent:
+            return None
         store = self._blender().store
         return [key for key in keys if ask(store.contains, key) is not True]
 
@@ -145,7 +155,8 @@ class WorkerExtension:
         contexts: list[list[int]],
     ) -> tuple[int, dict[str, str]]:
         """Compute chunks, each behind ``prefix_ids`` and its own context, and store them under
-        ``keys``; returns the bytes stored, and why what key was not stored.
+        ``keys``; returns the bytes stored, of all heads where this rank leads, and why what key was
+        not stored.
         """
         store = self._blender().store
         computed = self._cacheblend_ingestor.compute(chunks, prefix_ids, contexts)
@@ -154,6 +165,8 @@ class WorkerExtension:
             for key, chunk in zip(keys, computed, strict=True)
             if (why := store.put(key, chunk))
         }
+        if get_tensor_model_parallel_rank():
+            return 0, refused
         kept = (c.nbytes for key, c in zip(keys, computed, strict=True) if key not in refused)
         return sum(kept), refused
 
@@ -190,8 +203,10 @@ class WorkerExtension:
         """
         return self._cacheblend_notes.unlabel(map(document_id, documents), only)
 
-    def cacheblend_store_stats(self) -> dict[str, int]:
-        """Counts of this rank's store."""
+    def cacheblend_store_stats(self) -> dict[str, int] | None:
+        """Counts of this rank's store; None where another speaks for it."""
+        if self._cacheblend_is_silent:
+            return None
         return dict(self._blender().store.stats()._asdict())
 
     def cacheblend_outcome(self, name: str, positions: bool = False) -> dict[str, Any]:
@@ -232,24 +247,3 @@ def _rows(store: KVStore) -> Iterator[list[Any]]:
     with contextlib.suppress(UnavailableError):
         for info in store.scan():
             yield [info.key, array("i", info.token_ids).tobytes(), info.base]
-
-
-def fingerprint(model: Any, config: VllmConfig) -> str:
-    """sha256 of the weights as they were loaded, their dtype and the KV layout.
-
-    Of every parameter it takes the exact integer sum of all its bytes' words and a spread of
-    samples, so it is quick, and a fine-tune, a quantisation or an adapter merged in all differ.
-    """
-    digest = hashlib.sha256()
-    model_config = config.model_config
-    rope = getattr(model_config.hf_text_config, "rope_parameters", None)
-    digest.update(f"{model_config.dtype}/{model_config.max_model_len}/{rope}".encode())
-    for name, parameter in model.named_parameters():
-        raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
-        words = raw[: raw.numel() // 4 * 4].view(torch.int32)
-        step = max(1, words.numel() // 64)
-        sample = words[::step][:64].cpu().numpy().tobytes()
-        total = int(words.sum(dtype=torch.int64)) if words.numel() else 0
-        digest.update(f"{name}/{tuple(parameter.shape)}/{parameter.dtype}/{total}".encode())
-        digest.update(sample + raw[words.numel() * 4 :].cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from cacheblend_rag.store.disk import DiskStore
 from cacheblend_rag.store.evict import Policy, create_policy
 from cacheblend_rag.store.memory import MemoryStore
 from cacheblend_rag.store.null import NullStore
+from cacheblend_rag.store.part import Heads, PartStore
 from cacheblend_rag.store.seal import cipher_from_environment
 from cacheblend_rag.store.tenants import of_tenant
 from cacheblend_rag.store.tiered import TieredStore
@@ -22,9 +23,11 @@ __all__ = [
     "ChunkKV",
     "DiskStore",
     "Encoding",
+    "Heads",
     "KVStore",
     "MemoryStore",
     "NullStore",
+    "PartStore",
     "StoreStats",
     "TieredStore",
     "WriteBackStore",
@@ -37,12 +40,14 @@ _DEFAULT_MEMORY_BYTES = 4 * 1024**3
 _DEFAULT_TIMEOUT = "5s"
 
 
-def open_store(url: str, *, namespace: str, tenant: str = "") -> KVStore:
+def open_store(
+    url: str, *, namespace: str, tenant: str = "", heads: Heads | None = None
+) -> KVStore:
     """Open the store that ``url`` names.
 
     ========================= ======================================================================
     ``memory://``             in this process; ``capacity`` (4GiB)
-    ``file:///data/kv``       on disk; ``capacity`` of the folder, ``quota`` of this model and rank,
+    ``file:///data/kv``       on disk; ``capacity`` of the folder, ``quota`` of this model,
                               ``memory`` for copies in memory. A plain path may start with ``~``
     ``redis://host:6379/0``   in Redis or Valkey (``rediss://``: over TLS); ``timeout`` (5s) a call,
                               ``write`` (``through``, or ``back``: later, by another thread),
@@ -58,8 +63,11 @@ def open_store(url: str, *, namespace: str, tenant: str = "") -> KVStore:
 
     Args:
         url: what to open.
-        namespace: short name of the model and the rank, which keeps their chunks apart.
+        namespace: short name of the model, which keeps its chunks apart.
         tenant: keeps chunks, counts and documents of tenants apart as well; any text.
+        heads: KV heads of this process, one of several that share the model: stored chunks are
+            whole, ``get`` returns these heads of them. ``put`` takes whole chunks where it leads,
+            its own heads elsewhere, and at once: the others read what it wrote.
 
     Raises:
         StoreError: the URL is not supported or the store cannot be used.
@@ -70,15 +78,20 @@ def open_store(url: str, *, namespace: str, tenant: str = "") -> KVStore:
         return NullStore()
     policy = create_policy(parsed.options["evict"]) if "evict" in parsed.options else None
     if parsed.scheme == "memory":
-        return MemoryStore(parsed.sizes.get("capacity", _DEFAULT_MEMORY_BYTES), policy=policy)
+        capacity = parsed.sizes.get("capacity", _DEFAULT_MEMORY_BYTES)
+        return MemoryStore(capacity, policy=policy, heads=heads)
     namespace = of_tenant(namespace, tenant)
-    slow = _slow_tiers(parsed, namespace, policy)
+    slow = _slow_tiers(parsed, namespace, policy, may_wait=heads is None)
+    if heads is not None:
+        slow = PartStore(slow, heads)
     if "memory" not in parsed.sizes:
         return slow
-    return TieredStore(MemoryStore(parsed.sizes["memory"], policy=policy), slow)
+    return TieredStore(MemoryStore(parsed.sizes["memory"], policy=policy, heads=heads), slow)
 
 
-def _slow_tiers(parsed: StoreURL, namespace: str, policy: Policy | None) -> KVStore:
+def _slow_tiers(
+    parsed: StoreURL, namespace: str, policy: Policy | None, *, may_wait: bool
+) -> KVStore:
     options = dict(parsed.options)
     is_encrypted = options.pop("encrypt", "no") == "yes"
     encoding = Encoding(
@@ -105,6 +118,6 @@ def _slow_tiers(parsed: StoreURL, namespace: str, policy: Policy | None) -> KVSt
     remote: KVStore = open_remote(
         parsed.path, namespace=namespace, encoding=encoding, timeout_s=timeout_s, options=options
     )
-    if is_written_later:
+    if is_written_later and may_wait:
         remote = WriteBackStore(remote)
     return TieredStore(disk, remote) if disk else remote

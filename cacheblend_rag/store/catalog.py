@@ -21,6 +21,7 @@ from cacheblend_rag.store.database import BusyError
 from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import entries, is_abandoned, remove_abandoned
 from cacheblend_rag.store.index import Content, Index, Limits, Mark, Victim
+from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.seal import Cipher
 from cacheblend_rag.store.source import DamagedFileError, FileSource
@@ -47,12 +48,12 @@ class Recovery(NamedTuple):
 
 
 class Catalog:
-    """The files of ``namespace`` below ``<folder>/v1``, and the index of all namespaces there."""
+    """The files of ``namespace`` below ``<folder>/v2``, and the index of all namespaces there."""
 
     def __init__(
         self, folder: Path, namespace: str, encoding: Encoding, policy: Policy | None
     ) -> None:
-        self._root, self._namespace, self._encoding = folder / "v1", namespace, encoding
+        self._root, self._namespace, self._encoding = folder / VERSION, namespace, encoding
         self.index = Index(folder, policy, self._fill)
         self._pending = deque[bytes](maxlen=_MOST_PENDING)
         self._settler = Readers(1)

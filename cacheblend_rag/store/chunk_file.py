@@ -10,7 +10,7 @@ Any safetensors reader opens these files. They are written and read here because
 reader maps the file: a bad sector or a file cut short would then kill the process with SIGBUS, and
 the KV could change after it was checked. Its writer hides the error number and needs a second copy.
 
-Shape legend: L layers, N tokens, H KV heads of this rank, D head size.
+Shape legend: L layers, N tokens, H KV heads (all of the model's), D head size.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
+from cacheblend_rag.keys import FORMAT
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV
 from cacheblend_rag.store.host import empty
 from cacheblend_rag.store.seal import Cipher, SealedSource, sealed_bytes, sealed_parts
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ChunkHeader", "DamagedFileError", "Encoding", "decode", "decode_info", "encode"]
 
-FORMAT = "1"
 FP8 = "F8_E4M3"
 
 _LENGTH = struct.Struct("<Q")
@@ -112,7 +112,7 @@ class ChunkHeader(NamedTuple):
     def encode(self) -> bytes:
         """The JSON header, padded so that the tensors start at a multiple of 8."""
         metadata = {
-            "format": FORMAT,
+            "format": str(FORMAT),
             "key": self.key,
             "base": str(self.base),
             "checksum": self.checksum,

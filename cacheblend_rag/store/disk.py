@@ -4,8 +4,8 @@
 
     <folder>/cacheblend-store.json                        marks the folder as ours
     <folder>/index.sqlite                                 what is there and how much it is used
-    <folder>/v1/<namespace>/<key[:2]>/<key>.safetensors   one chunk (.sealed if encrypted)
-    <folder>/v1/<namespace>/<key[:2]>/<key>.corrupt-<n>   one that failed its check
+    <folder>/v2/<namespace>/<key[:2]>/<key>.safetensors   one chunk (.sealed if encrypted)
+    <folder>/v2/<namespace>/<key[:2]>/<key>.corrupt-<n>   one that failed its check
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from cacheblend_rag.store.files import (
     write_all,
 )
 from cacheblend_rag.store.index import Limits
-from cacheblend_rag.store.marker import MARKER, check_writable, claim
+from cacheblend_rag.store.marker import MARKER, VERSION, check_writable, claim
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.source import BytesSource, DamagedFileError, FileSource
 
@@ -73,7 +73,7 @@ class DiskStore(KVStore):
 
     Args:
         folder: made where it does not exist.
-        namespace: keeps what differs by model or rank apart.
+        namespace: keeps what differs by model apart.
         capacity_bytes: for the whole folder, so that chunks of a model no longer used leave first.
         quota_bytes: for this namespace.
         policy: what leaves first, for all processes on the folder; None: as it was (at first GDSF).
@@ -106,8 +106,8 @@ class DiskStore(KVStore):
         self._counts, self._readers = EventCounts("disk"), Readers(_READERS)
         with explained(folder):
             claim(folder)
-            home = folder / "v1" / self.namespace
-            allow(folder / "v1", folder)
+            home = folder / VERSION / self.namespace
+            allow(folder / VERSION, folder)
             is_writable = self._is_writable(home)
             self._catalog = Catalog(folder, self.namespace, encoding, policy)
             self.recovery = self._catalog.recover()

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from cacheblend_rag.errors import StoreError
+from cacheblend_rag.keys import FORMAT
 from cacheblend_rag.store.catalog import NAMESPACE
 from cacheblend_rag.store.chunk_file import Encoding
 from cacheblend_rag.store.disk import DiskStore
-from cacheblend_rag.store.marker import MARKER
+from cacheblend_rag.store.marker import MARKER, VERSION, check_format
 from cacheblend_rag.store.seal import VARIABLE, cipher_from_environment
 from cacheblend_rag.store.tenants import belongs
 
 _ENCODED = re.compile(r"(?P<name>.*?)(?P<fp8>-fp8)?(?:-sealed-(?P<cipher>[0-9a-f]{8}))?")
-_MEMBER = re.compile(r"v1/(?P<namespace>[a-z0-9-]{1,130})/(?P<key>[0-9a-f]{64})\.[a-z]+")
+_MEMBER = re.compile(
+    r"v(?P<format>[0-9]{1,9})/(?P<namespace>[a-z0-9-]{1,130})/(?P<key>[0-9a-f]{64})\.[a-z]+"
+)
 _LARGEST = 4 << 30  # a larger member of an archive is not ours
 
 
@@ -42,14 +45,15 @@ def namespaces(folder: Path, tenant: str | None = None) -> list[str]:
         tenant: only this one's; "": those of no tenant; None: all there are.
 
     Raises:
-        StoreError: it is no store folder.
+        StoreError: it is no store folder, or of another format.
     """
     if not is_store(folder):
         raise StoreError(
             f"There is no chunk store in {folder}. Make one with 'cacheblend ingest PATH "
             f"--store {folder}', or name another folder."
         )
-    found = sorted(path.name for path in (folder / "v1").iterdir() if path.is_dir())
+    check_format(folder)
+    found = sorted(path.name for path in (folder / VERSION).iterdir() if path.is_dir())
     return [
         name
         for name in found
@@ -83,7 +87,7 @@ def export(folder: Path, target: IO[bytes], tenant: str | None = None) -> Iterat
         for namespace in namespaces(folder, tenant):
             with open_namespace(folder, namespace) as store:
                 for name, data in store.files():
-                    member = tarfile.TarInfo(f"v1/{namespace}/{name}")
+                    member = tarfile.TarInfo(f"{VERSION}/{namespace}/{name}")
                     member.size = len(data)
                     archive.addfile(member, BytesIO(data))
                     yield namespace, len(data)
@@ -94,7 +98,7 @@ def import_(source: IO[bytes], folder: Path) -> Iterator[tuple[str, Imported]]:
     of each member. The archive is not trusted: only our names are read, nothing is extracted.
 
     Raises:
-        StoreError: it is no archive, or the store cannot be written.
+        StoreError: it is no archive, or one of another format, or the store cannot be written.
     """
     stores: dict[str, DiskStore | None] = {}
     try:
@@ -104,6 +108,11 @@ def import_(source: IO[bytes], folder: Path) -> Iterator[tuple[str, Imported]]:
                 if match is None or not member.isreg() or member.size > _LARGEST:
                     yield member.name, Imported(refused=1)
                     continue
+                if int(match["format"]) != FORMAT:
+                    raise StoreError(
+                        f"This archive has chunks of format {match['format']}; this version of "
+                        f"cacheblend-rag reads format {FORMAT} only. Ingest the documents anew."
+                    )
                 namespace = match["namespace"]
                 if namespace not in stores:
                     stores[namespace] = _opened(folder, namespace)

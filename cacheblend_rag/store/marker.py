@@ -8,11 +8,14 @@ import tempfile
 from pathlib import Path
 
 from cacheblend_rag.errors import StoreError
+from cacheblend_rag.keys import FORMAT
 from cacheblend_rag.store.files import TEMPORARY_SUFFIX, atomic_file, make_folder, write_all
 
 MARKER = "cacheblend-store.json"
 
-_MARK = {"format": 1, "made_by": "cacheblend-rag"}
+VERSION = f"v{FORMAT}"  # where chunks of this format are, in folders, archives and remotely
+
+_MARK = {"format": FORMAT, "made_by": "cacheblend-rag"}
 
 
 def claim(folder: Path, *, again: bool = False) -> None:
@@ -36,11 +39,27 @@ def claim(folder: Path, *, again: bool = False) -> None:
             )
         with atomic_file(marker) as descriptor:
             write_all(descriptor, json.dumps(_MARK).encode())
-    if _read_marker(marker) != _MARK:
+    check_format(folder)
+
+
+def check_format(folder: Path) -> None:
+    """Refuse a store whose chunks this version can't read.
+
+    Raises:
+        StoreError: it was made by another version, or its marker is damaged.
+    """
+    mark = _read_marker(folder / MARKER)
+    if mark == _MARK:
+        return
+    fix = f"Delete {folder} and ingest anew, it is only a cache; or choose another folder"
+    found = mark.get("format") if isinstance(mark, dict) else None
+    if type(found) is int and mark == {**_MARK, "format": found}:
+        age = "an older" if found < FORMAT else "a newer"
         raise StoreError(
-            f"{marker} is damaged or of another version of cacheblend-rag (expected "
-            f"{json.dumps(_MARK)}). Choose another folder, or delete this one: it is only a cache."
+            f"{folder} was made by {age} version of cacheblend-rag: it has chunks of format "
+            f"{found}, this version reads format {FORMAT} only. {fix}."
         )
+    raise StoreError(f"{folder / MARKER} is damaged (expected {json.dumps(_MARK)}). {fix}.")
 
 
 def _is_foreign(name: str) -> bool:

@@ -22,6 +22,7 @@ from cacheblend_rag.store.counts import EventCounts
 from cacheblend_rag.store.evict import GDSF, Policy, Ranking, recompute_cost
 from cacheblend_rag.store.host import pinned
 from cacheblend_rag.store.notes import Notes
+from cacheblend_rag.store.part import Heads
 
 _REMEMBERED = 10_000  # changes, for those who follow them
 
@@ -32,13 +33,15 @@ class MemoryStore(KVStore):
     It keeps the chunks themselves and hands out the same tensors each time; where this process uses
     a GPU, it keeps copies in page-locked memory, which the GPU reads several times faster. A chunk
     that does not get in (larger than the capacity, or colder than all it would push out) counts as
-    an eviction.
+    an eviction. Of whole chunks it keeps only ``heads``, where these are given.
     """
 
-    def __init__(self, capacity_bytes: int, *, policy: Policy | None = None) -> None:
+    def __init__(
+        self, capacity_bytes: int, *, policy: Policy | None = None, heads: Heads | None = None
+    ) -> None:
         if capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
-        self._lock, self._capacity = Lock(), capacity_bytes
+        self._lock, self._capacity, self._heads = Lock(), capacity_bytes, heads
         self._chunks: dict[str, ChunkKV] = {}
         self._ranking = Ranking(policy or GDSF(), capacity_bytes)
         self._pins: Counter[str] = Counter()
@@ -65,6 +68,8 @@ class MemoryStore(KVStore):
 
     def put(self, key: str, chunk: ChunkKV) -> str:
         check_key(key)
+        if self._heads is not None:
+            chunk = self._heads.of(chunk) or chunk  # it may be ours alone already
         if not chunk.is_finite:
             self._counts.add("corrupt")
             return NOT_FINITE

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -43,6 +44,8 @@ SMALL = [words(40) for _ in range(200)]
 SMALL_PROMPTS = [
     words(3) + tuple(t for chunk in SMALL[i::29] for t in chunk) + words(12) for i in range(8)
 ]
+FRESH = words(90)  # ingested by two ranks
+FRESH_PROMPT = words(7) + FRESH + words(25)
 
 
 class Known(NamedTuple):
@@ -102,8 +105,7 @@ def on_every_rank(blend: CacheBlend, result: BlendResult) -> list[int]:
 def assert_same(a: BlendResult, b: BlendResult) -> None:
     assert a.token_ids == b.token_ids
     torch.testing.assert_close(logprobs(a), logprobs(b), atol=2e-4, rtol=0)
-    # keys aside: how a model is split over ranks is part of them
-    assert [s[:-1] for s in a.report.segments] == [s[:-1] for s in b.report.segments]
+    assert a.report.segments == b.report.segments  # keys too
 
 
 def assert_same_answers(blend: CacheBlend, known: Known) -> None:
@@ -152,20 +154,28 @@ def test_the_serving_engine_takes_up_the_store(known: Known, model: Path) -> Non
 @pytest.mark.slow
 def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with open_apart(model, tmp_path, **options) as blend:
+    store = shutil.copytree(known.store, tmp_path / "kv")  # what one rank stored, two read
+    with open_apart(model, store, **options) as blend:
         assert blend.gate.passed, blend.gate.detail
-        assert blend.ingest(CHUNKS, progress=False).computed == len(CHUNKS)
-        assert len(blend.stats()) == 2
+        assert len(blend._index) == len(CHUNKS) + len(SMALL)
+        assert blend.ingest(CHUNKS, progress=False).present == len(CHUNKS)
+        assert len(blend.stats()) == 1, "they share the store"
         assert_same_answers(blend, known)
-        # a chunk that one rank alone has lost is missing on both
-        forgotten = next((tmp_path / "v1").glob(f"*-1of2/*/{blend._space.key(CHUNKS[1])}.*"))
-        forgotten.unlink()
+        assert blend.ingest([FRESH], progress=False).computed == 1
+        reused = blend.generate(FRESH_PROMPT, **SAMPLING)
+        assert reused.report.tokens_reused > len(FRESH) // 2
+        (lost,) = store.glob(f"v2/*/*/{blend._space.key(CHUNKS[1])}.*")
+        lost.unlink()
         result = blend.generate(PROMPT[1:], **SAMPLING, recompute_ratio=1.0)
         assert [s.kind for s in result.report.segments].count("missing") == 1
         full = blend.generate(PROMPT[1:], **SAMPLING, mode="full")
         assert result.token_ids == full.token_ids
         torch.testing.assert_close(logprobs(result), logprobs(full), atol=2e-4, rtol=0)
         assert blend.ingest(CHUNKS, progress=False).computed == 1
+    with open_here(model, store) as blend:  # and the other way round
+        assert blend.ingest([FRESH, *CHUNKS], progress=False).present == len(CHUNKS) + 1
+        assert_same(blend.generate(FRESH_PROMPT, **SAMPLING), reused)
+        assert_same_answers(blend, known)
 
 
 @pytest.mark.kill

@@ -24,7 +24,7 @@ KEY = "A" * 43 + "="  # 32 bytes in base64
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two namespaces of four chunks."""
-    for namespace in ("one-0of1", "two-0of1"):
+    for namespace in ("one", "two"):
         with DiskStore(tmp_path / "kv", namespace=namespace) as store:
             for seed in range(4):
                 store.put(key_of(seed), chunk_of(seed))
@@ -95,8 +95,8 @@ def test_export_and_import(
     other = tmp_path / "other"
     data = run(capsys, 0, "import", archive, "--store", other)
     assert (data["added"], data["present"], data["refused"]) == (8, 0, 0)
-    assert namespaces(other) == ["one-0of1", "two-0of1"]
-    with DiskStore(other, namespace="two-0of1") as store:
+    assert namespaces(other) == ["one", "two"]
+    with DiskStore(other, namespace="two") as store:
         assert all(same(store.get(key_of(seed)), chunk_of(seed)) for seed in range(4))
         assert len(list(store.scan())) == 4
     assert run(capsys, 0, "import", archive, "--store", other)["present"] == 8
@@ -123,25 +123,36 @@ def test_a_malicious_archive(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     intact = files(folder)[0]
-    namespace = intact.relative_to(folder / "v1").parts[0]
-    link = tarfile.TarInfo(f"v1/{namespace}/{intact.name}")
+    namespace = intact.relative_to(folder / "v2").parts[0]
+    link = tarfile.TarInfo(f"v2/{namespace}/{intact.name}")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     other = key_of("other")
     members = [
         (tarfile.TarInfo("../../evil"), b"x"),
         (tarfile.TarInfo("/etc/evil"), b"x"),
-        (tarfile.TarInfo(f"v1/../v1/{intact.name}"), intact.read_bytes()),
-        (tarfile.TarInfo(f"v1/{namespace}/{other}.safetensors"), intact.read_bytes()),
-        (tarfile.TarInfo(f"v1/{namespace}/{other}.safetensors"), b"\xff" * 100),
-        (tarfile.TarInfo("v1/x-sealed-00000000/" + intact.name), intact.read_bytes()),
+        (tarfile.TarInfo(f"v2/../v2/{intact.name}"), intact.read_bytes()),
+        (tarfile.TarInfo(f"v2/{namespace}/{other}.safetensors"), intact.read_bytes()),
+        (tarfile.TarInfo(f"v2/{namespace}/{other}.safetensors"), b"\xff" * 100),
+        (tarfile.TarInfo("v2/x-sealed-00000000/" + intact.name), intact.read_bytes()),
         (link, b""),
-        (tarfile.TarInfo(f"v1/{namespace}/{intact.name}"), intact.read_bytes()),
+        (tarfile.TarInfo(f"v2/{namespace}/{intact.name}"), intact.read_bytes()),
     ]
     target = tmp_path / "deep" / "target"
     data = run(capsys, 3, "import", archive_of(tmp_path / "evil.tar", *members), "--store", target)
     assert (data["added"], data["refused"]) == (1, 7)
     assert [path.name for path in files(target)] == [intact.name]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "evil.tar", "kv"]
+
+
+def test_an_archive_of_another_format_is_refused_with_the_reason(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    intact = files(folder)[0]
+    old = (tarfile.TarInfo(f"v1/0123-0of1/{intact.name}"), intact.read_bytes())
+    archive = archive_of(tmp_path / "old.tar", old)
+    assert cli.main(["import", str(archive), "--store", str(tmp_path / "new")]) == 1
+    assert "chunks of format 1" in capsys.readouterr().err
+    assert files(tmp_path / "new") == []
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar" * 1000])
@@ -160,7 +171,7 @@ def test_encrypted_namespaces_need_their_key(
 ) -> None:
     pytest.importorskip("cryptography")
     encoding = Encoding(fp8=True, cipher=Cipher(bytes(32)))
-    with DiskStore(tmp_path / "kv", namespace="one-0of1", encoding=encoding) as store:
+    with DiskStore(tmp_path / "kv", namespace="one", encoding=encoding) as store:
         store.put(key_of(1), chunk_of(1))
     assert cli.main(["stats", "--store", str(tmp_path / "kv")]) == 1
     assert "CACHEBLEND_STORE_KEY is not set" in capsys.readouterr().err
@@ -216,7 +227,7 @@ def documents(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return names
 
 
-def held(folder: Path, namespace: str = "one-0of1") -> list[int]:
+def held(folder: Path, namespace: str = "one") -> list[int]:
     with DiskStore(folder, namespace=namespace) as store:
         return [seed for seed in range(4) if store.contains(key_of(seed))]
 
@@ -224,7 +235,7 @@ def held(folder: Path, namespace: str = "one-0of1") -> list[int]:
 def test_forget(folder: Path, documents: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     data = run(capsys, 0, "forget", documents[0], "--store", folder)
     assert (data["chunks"], data["passages"]) == (2, 2)  # in both namespaces
-    assert held(folder) == held(folder, "two-0of1") == [1, 2, 3]
+    assert held(folder) == held(folder, "two") == [1, 2, 3]
     data = run(capsys, 0, "forget", Path(documents[1]).parent, "--store", folder)
     assert (data["chunks"], data["passages"]) == (4, 0)
     assert held(folder) == [3]

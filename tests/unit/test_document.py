@@ -10,7 +10,7 @@ from cacheblend_rag.ingest import Chunk, batches
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.prefix import (
     BEFORE_CHARS,
-    NEUTRAL_TEXT,
+    MOST_AUTO,
     document_context,
     ingest_prefix,
     prompt_head,
@@ -26,6 +26,13 @@ class Letters:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [ord(letter) for letter in text]
+
+
+class Pairs(Letters):
+    """A tokenizer of pairs of letters."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return super().encode(text, add_special_tokens)[::2]
 
 
 def piece(start: int, end: int, document: str = "d") -> Piece:
@@ -71,23 +78,26 @@ def test_context_is_as_long_as_the_neutral_text() -> None:
 
 def test_prefix_of_a_chunk_without_a_document_is_that_of_auto() -> None:
     auto, document = BlendConfig(), BlendConfig(ingest_prefix="document")
-    long, short = 8 * (1 + len(NEUTRAL_TEXT)), 4 * len(NEUTRAL_TEXT)
-    whole = ingest_prefix(document, Letters(), None, max_model_len=long)
-    assert whole == ingest_prefix(auto, Letters(), None, max_model_len=long)
-    # asked for by name, it is not left out of a short context either
-    assert ingest_prefix(document, Letters(), None, max_model_len=short) == whole
-    assert ingest_prefix(auto, Letters(), None, max_model_len=short) == prompt_head(
-        auto, Letters(), None
+    size = len(ingest_prefix(document, Pairs(), None, positions=8192))
+    assert size <= MOST_AUTO < len(ingest_prefix(document, Letters(), None, positions=8192))
+    for tokenizer, positions in ((Pairs(), 2 * size + 1), (Pairs(), 8192)):
+        whole = ingest_prefix(document, tokenizer, None, positions=positions)
+        assert whole == ingest_prefix(auto, tokenizer, None, positions=positions)
+    head = prompt_head(auto, Letters(), None)
+    assert head == ingest_prefix(auto, Pairs(), None, positions=2 * size), (
+        "half of the model's positions"
     )
-    with pytest.raises(ConfigError, match="half of the context"):
-        ingest_prefix(document, Letters(), None, max_model_len=len(NEUTRAL_TEXT))
+    assert head == ingest_prefix(auto, Letters(), None, positions=8192), "too long"
+    # asked for by name, it is not left out
+    with pytest.raises(ConfigError, match="half of the model's"):
+        ingest_prefix(document, Pairs(), None, positions=2 * size)
     with pytest.raises(ConfigError, match="needs a tokenizer"):
-        ingest_prefix(document, None, None, max_model_len=long)
+        ingest_prefix(document, None, None, positions=8192)
 
 
 def test_keys_of_documents_are_their_own_and_others_stay() -> None:
     space = KeySpace("ab", (1, 2), "tenant")
-    assert space.key((3, 4)) == "996d6e165bfb17cb3972900c9204fec9f217c54674e7353c07475f3e6d9d3acd"
+    assert space.key((3, 4)) == "c0c0c6f11845782cd4035ea9beacf4e5d5eb45b1f246781a119b1002464dd669"
     document = space._replace(by_document=True)
     assert document.key((3, 4)) not in (space.key((3, 4)), document.key((3, 5)))
     assert (space.shared_prefix, document.shared_prefix) == ((1, 2), None)

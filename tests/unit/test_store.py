@@ -31,6 +31,7 @@ from cacheblend_rag.store import (
 from cacheblend_rag.store.base import NOT_FINITE
 from cacheblend_rag.store.chunk_file import Encoding, encode, header_of
 from cacheblend_rag.store.evict import LRU
+from cacheblend_rag.store.folder import namespaces
 from cacheblend_rag.store.source import FileSource
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -41,7 +42,7 @@ def open_disk(folder: Path, capacity: int | None = None, namespace: str = "tiny-
 
 
 def file_of(folder: Path, key: str) -> Path:
-    return folder / "v1" / "tiny-r0" / key[:2] / f"{key}.safetensors"
+    return folder / "v2" / "tiny-r0" / key[:2] / f"{key}.safetensors"
 
 
 def set_aside(folder: Path) -> list[Path]:
@@ -316,7 +317,7 @@ def test_files_are_ordinary_safetensors(tmp_path: Path, dtype: torch.dtype) -> N
         )
     assert same(ChunkKV(tuple(token_ids.tolist()), int(metadata["base"]), kv), chunk)
     assert token_ids.dtype == torch.int32
-    assert (metadata["format"], metadata["key"]) == ("1", key)
+    assert (metadata["format"], metadata["key"]) == ("2", key)
     assert len(metadata["checksum"]) == 32
 
 
@@ -524,7 +525,7 @@ def with_header(intact: bytes, change: Callable[[dict[str, dict[str, object]]], 
         ("__metadata__", "base", "2"),
         ("__metadata__", "base", "1 "),
         ("__metadata__", "base", None),
-        ("__metadata__", "format", "2"),
+        ("__metadata__", "format", "1"),
         ("__metadata__", "key", 5),
         ("__metadata__", "checksum", "0" * 32),
         ("__metadata__", "more", "x"),
@@ -760,7 +761,7 @@ def test_another_users_files_are_still_served(
 def test_a_new_folder_is_marked(tmp_path: Path) -> None:
     open_disk(tmp_path / "kv")
     marker = json.loads((tmp_path / "kv" / "cacheblend-store.json").read_text())
-    assert marker == {"format": 1, "made_by": "cacheblend-rag"}
+    assert marker == {"format": 2, "made_by": "cacheblend-rag"}
 
 
 def test_an_empty_volume_is_accepted(tmp_path: Path) -> None:
@@ -777,13 +778,25 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "marker",
-    [b"", b"\xff", b"[]", b"[" * 100_000, b'{"format": 2, "made_by": "cacheblend-rag"}'],
-    ids=["empty", "binary", "list", "nested", "format-2"],
+    [b"", b"\xff", b"[]", b"[" * 100_000, b'{"format": true, "made_by": "cacheblend-rag"}'],
+    ids=["empty", "binary", "list", "nested", "no number"],
 )
-def test_another_format_is_refused(tmp_path: Path, marker: bytes) -> None:
+def test_a_damaged_marker_is_refused(tmp_path: Path, marker: bytes) -> None:
     (tmp_path / "cacheblend-store.json").write_bytes(marker)
-    with pytest.raises(StoreError, match=r"damaged or of another version.*Choose another folder"):
+    with pytest.raises(StoreError, match=r"is damaged.*choose another folder"):
         open_disk(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "age"), [(1, "an older"), (3, "a newer")])
+def test_another_format_is_refused_with_the_reason(tmp_path: Path, number: int, age: str) -> None:
+    open_disk(tmp_path / "kv")
+    marker = tmp_path / "kv" / "cacheblend-store.json"
+    marker.write_text(json.dumps({"format": number, "made_by": "cacheblend-rag"}))
+    reason = rf"made by {age} version.*format {number}.*reads format 2 only.*Delete .*ingest anew"
+    with pytest.raises(StoreError, match=reason):
+        open_disk(tmp_path / "kv")
+    with pytest.raises(StoreError, match=reason):
+        namespaces(tmp_path / "kv")
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:

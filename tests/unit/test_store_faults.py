@@ -126,7 +126,7 @@ def test_a_file_that_declares_more_than_it_holds(tmp_path: Path, tokens: int) ->
     with disk(tmp_path) as store:
         store.put(key_of(1), chunk_of(1))
         store.put(key_of(2), chunk_of(2))
-        path = tmp_path / "v1" / "tiny-r0" / key_of(1)[:2] / f"{key_of(1)}.safetensors"
+        path = tmp_path / "v2" / "tiny-r0" / key_of(1)[:2] / f"{key_of(1)}.safetensors"
         layers = 1 << 30 if tokens == 7 else 1
         header = ChunkHeader(key_of(1), 1, "BF16", (layers, 2, tokens, 8, 8), "0" * 32, "BF16")
         text = header.encode()
@@ -149,7 +149,7 @@ def test_what_is_set_aside_is_bounded_and_counts_as_held(tmp_path: Path) -> None
             path.write_bytes(b"x" * 780)
             assert store.get(key_of(seed)) is None
             store.put(key_of(100 + seed), chunk_of(seed))
-            held = sum(path.stat().st_size for path in (tmp_path / "v1").rglob("*.*"))
+            held = sum(path.stat().st_size for path in (tmp_path / "v2").rglob("*.*"))
             assert held <= capacity
         assert len(list(tmp_path.rglob("*.corrupt-*"))) == 2
 

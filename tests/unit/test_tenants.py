@@ -47,7 +47,7 @@ class StoringEngine(FakeEngine):
     def rpc(self, method: str, *args: Any) -> list[Any]:
         match method.removeprefix("cacheblend_"), args:
             case "bind", [url, fingerprint, _, tenant]:
-                namespace = f"{fingerprint[:32]}-0of1"
+                namespace = fingerprint[:32]
                 self.store = open_store(url, namespace=namespace, tenant=tenant)
                 held = self.store.scan()
                 return [[[c.key, array("i", c.token_ids).tobytes(), c.base] for c in held]]
@@ -223,7 +223,7 @@ def test_stores_of_tenants_are_apart(tmp_path: Path) -> None:
         assert two.stats()[:3] == (0, 0, 0)
         two.discard(key_of(1))
         assert one.get(key_of(1)) is not None
-    names = [path.name for path in (tmp_path / "kv" / "v1").iterdir()]
+    names = [path.name for path in (tmp_path / "kv" / "v2").iterdir()]
     assert sorted(names) == sorted(of_tenant(MODEL, tenant) for tenant in ("one", "two"))
     with DiskStore(tmp_path / "kv", namespace=MODEL) as bare:
         assert bare.stats().chunks == 0

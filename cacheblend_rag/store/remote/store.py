@@ -24,6 +24,7 @@ from cacheblend_rag.store.base import (
 )
 from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
 from cacheblend_rag.store.counts import EventCounts, found_within
+from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.remote.base import Backend, BackendError, Head
 from cacheblend_rag.store.remote.guard import Guard, PausedError
@@ -39,7 +40,7 @@ _Answer = TypeVar("_Answer")
 
 
 class RemoteStore(KVStore):
-    """Values are the files that ``DiskStore`` writes, named ``cacheblend/v1/<namespace>/<key>``,
+    """Values are the files that ``DiskStore`` writes, named ``cacheblend/v2/<namespace>/<key>``,
     and pass the same checks. A value that fails them is dropped.
 
     The other side decides what it evicts. Where it is gone, slow or talks nonsense, ``put`` says
@@ -49,7 +50,7 @@ class RemoteStore(KVStore):
 
     Args:
         backend: the client; closed with the store.
-        namespace: keeps what differs by model or rank apart.
+        namespace: keeps what differs by model apart.
         encoding: eight bits, encryption. What is encoded differently is kept apart.
         timeout_s: what a call may take, a whole value included.
         largest_bytes: values beyond are not read.
@@ -65,7 +66,7 @@ class RemoteStore(KVStore):
         largest_bytes: int = _LARGEST,
     ) -> None:
         self._backend, self._encoding = backend, encoding
-        self._prefix = f"cacheblend/v1/{namespace}{encoding.folder_suffix}/"
+        self._prefix = f"cacheblend/{VERSION}/{namespace}{encoding.folder_suffix}/"
         self._feed = f"cacheblend/changes/{namespace}{encoding.folder_suffix}"
         self._guard = Guard(backend, timeout_s)
         self._largest = min(largest_bytes, backend.largest)
