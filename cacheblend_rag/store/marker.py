@@ -67,7 +67,7 @@ def _is_foreign(name: str) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return name == "v1" or name.startswith("index.sqlite")
+    return name == VERSION or name.startswith("index.sqlite")
 
 
 def _read_marker(marker: Path) -> object:

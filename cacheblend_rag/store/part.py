@@ -108,6 +108,9 @@ class PartStore(KVStore):
     def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         return self.whole.unlabel(documents, only)
 
+    def drop(self, documents: Iterable[str]) -> list[str]:
+        return self.whole.drop(documents)
+
     def close(self) -> None:
         self.whole.close()
 

@@ -167,7 +167,7 @@ def test_only_the_owner_may_read_a_store(tmp_path: Path) -> None:
         store.put(key_of(1), chunk_of(1))
         assert (folder / "index.sqlite-wal").exists()
         assert modes(tmp_path / "deep") == {"0o0"}
-        for path in (folder / "v1", folder / "index.sqlite"):  # as an earlier version left them
+        for path in (folder / "v2", folder / "index.sqlite"):  # as an earlier version left them
             path.chmod(0o755)
     with disk(folder):
         assert modes(folder) == {"0o0"}
@@ -197,12 +197,12 @@ def test_a_folder_emptied_under_an_open_store_is_a_store_again(tmp_path: Path) -
     with disk(tmp_path) as store:
         assert same(store.get(key_of(2)), chunk_of(2))
     with disk(tmp_path) as store:
-        shutil.rmtree(tmp_path / "v1")
+        shutil.rmtree(tmp_path / "v2")
         (tmp_path / "cacheblend-store.json").unlink()
         (tmp_path / "somebody's file").touch()
         with pytest.raises(StoreError, match="not a chunk store"):
             store.put(key_of(3), chunk_of(3))
-        assert not (tmp_path / "v1").exists()
+        assert not (tmp_path / "v2").exists()
 
 
 @pytest.mark.filterwarnings("ignore:The index of the chunk store")
