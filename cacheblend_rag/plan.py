@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from cacheblend_rag.config import BlendConfig, When
 from cacheblend_rag.costs import Costs
@@ -116,7 +116,7 @@ class Plan:
                 reach=int(data["reach"]),
                 when=data["when"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"malformed plan: {error!r}") from error
         plan._validate()
         return plan
@@ -124,16 +124,18 @@ class Plan:
     def _validate(self) -> None:
         at = 0
         for s in self.segments:
-            if s.start != at or s.end <= s.start or s.offset < 0:
+            if s.start != at or s.end <= s.start or s.offset < 0 or not isinstance(s.key, str):
                 raise ValueError(f"malformed plan: segment {s} does not start at {at}")
             at = s.end
         if not self.segments or not 0 <= self.ratio <= 1 or self.question_start < at:
             raise ValueError("malformed plan: empty, or ratio or question out of range")
         if self.reach < 0:
             raise ValueError(f"malformed plan: reach {self.reach}")
+        if self.when not in get_args(When):
+            raise ValueError(f"malformed plan: when {self.when!r}")
         try:
             create_selector(self.selector, self.selector_options)
-        except ConfigError as error:
+        except (ConfigError, TypeError) as error:
             raise ValueError(f"malformed plan: {error}") from error
 
     def question_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:

@@ -31,6 +31,25 @@ def test_long_contexts_are_blended_and_short_ones_are_not() -> None:
     assert isinstance(refused, NoPlan) and refused.reason is Reason.PREFILL_AS_QUICK
 
 
+def test_copying_runs_beside_computing() -> None:
+    """The longer of the two counts, not both."""
+    made = far_plan(0.5)  # half of 6,144 tokens is computed, all are copied
+    costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0.5e-3, blend_s=0.25)
+    assert costs.blend(made) == pytest.approx(0.25 + 3.072)
+    assert costs._replace(load_s=1e-3).blend(made) == pytest.approx(0.25 + 6.144)
+    assert costs._replace(load_s=0.1e-3).blend(made) == pytest.approx(0.25 + 3.072)
+
+
+@pytest.mark.parametrize(("share", "is_worth_it"), [(0.5, True), (0.8, True), (0.9, False)])
+def test_a_blend_has_to_be_predicted_clearly_quicker(share: float, is_worth_it: bool) -> None:
+    """Predictions of short prompts are off by a seventh: less than that is no gain to count on,
+    while a blend that is predicted a fifth quicker is one.
+    """
+    made = far_plan(0.0)
+    costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=share * 6.144)
+    assert (costs.refusal(made) is None) == is_worth_it
+
+
 def test_slow_loading_refuses_what_fast_loading_does_not() -> None:
     assert isinstance(plan(6, H100._replace(load_s=30e-6)), NoPlan)
     assert isinstance(plan(6, H100._replace(load_s=10e-6)), Plan)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cacheblend_rag import BlendConfig
+from cacheblend_rag import BlendConfig, locate
 from cacheblend_rag.locate import Match
 from cacheblend_rag.plan import Head, Kind, NoPlan, Plan, Segment, make_plan
 from cacheblend_rag.reason import Reason
@@ -83,6 +87,37 @@ def test_exact_only_behind_its_own_prefix_at_its_own_place() -> None:
     assert kind(match(20, 100, offset=40), None) is Kind.HEAD_CUT
 
 
+def test_a_head_cut_by_no_more_than_a_tokeniser_seam_is_no_cut() -> None:
+    """The index finds a chunk of which 8 tokens at an end differ: by then it is the same chunk."""
+
+    def kind(offset: int) -> Kind:
+        made = plan([match(20, 100, offset=offset)])
+        assert isinstance(made, Plan)
+        return made.segments[-1].kind
+
+    assert kind(locate.ANCHOR_MARGIN) is Kind.REUSE
+    assert kind(locate.ANCHOR_MARGIN + 1) is Kind.HEAD_CUT
+
+
+def test_every_option_of_a_request_reaches_its_plan() -> None:
+    made = plan(
+        [match(0, 100)],
+        recompute_ratio=0.4,
+        selector="query",
+        selector_options={"layers": (0.2, 0.5)},
+        reach=7,
+        when="always",
+    )
+    assert isinstance(made, Plan)
+    assert (made.ratio, made.selector, made.reach, made.when) == (0.4, "query", 7, "always")
+    assert made.selector_options == {"layers": (0.2, 0.5)}
+    assert Plan.from_params(json.loads(json.dumps(made.to_params()))) == replace(
+        made, selector_options={"layers": [0.2, 0.5]}
+    )
+    reuse = plan([match(0, 100)], mode="reuse", recompute_ratio=0.4, when="pays")
+    assert isinstance(reuse, Plan) and (reuse.ratio, reuse.when) == (0.0, "always")
+
+
 def test_the_stored_head_is_exact_where_the_prompt_starts_with_it() -> None:
     def made(ids: tuple[int, ...], start: int = 20) -> tuple[Segment, ...]:
         plan = make_plan(
@@ -121,8 +156,22 @@ def test_params_survive_json_and_reject_what_is_malformed() -> None:
         ("segments", [[0, 10, ""]]),
         ("ratio", 2.0),
         ("ratio", None),
+        ("ratio", -0.1),
         ("question_start", 3),
+        ("question_start", "soon"),
+        ("segments", [[0, 16, "", 0, 0], [17, 32, "k", 0, 1]]),
+        ("segments", [[0, 16, "", 0, 0], [15, 32, "k", 0, 1]]),
+        ("segments", [[0, 16, "", 0, 0], [16, 16, "k", 0, 1]]),
+        ("segments", [[0, 16, "k", -1, 1]]),
+        ("segments", 5),
+        ("reach", -1),
+        ("reach", None),
+        ("reach", float("inf")),
+        ("when", "sometimes"),
         ("selector", "best"),
+        ("selector", ["query"]),
+        ("selector_options", {"colour": 1}),
+        ("selector_options", None),
     ]:
         broken = json.loads(json.dumps(params))
         broken["cacheblend"][name] = value
@@ -130,22 +179,92 @@ def test_params_survive_json_and_reject_what_is_malformed() -> None:
             Plan.from_params(broken)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_broken_plan_is_refused_or_sound(data: st.DataObject) -> None:
+    """Whatever another program sends as a part of a plan: what is accepted keeps its promises."""
+    made = plan([match(10, 100)])
+    assert isinstance(made, Plan)
+    params = json.loads(json.dumps(made.to_params()))
+    name = data.draw(st.sampled_from(sorted(params["cacheblend"])))
+    params["cacheblend"][name] = data.draw(JSON)
+    try:
+        read = Plan.from_params(params)
+    except ValueError:
+        return
+    assert read is not None
+    assert [s.start for s in read.segments] == [0, *(s.end for s in read.segments[:-1])]
+    assert all(s.end > s.start and s.offset >= 0 for s in read.segments)
+    assert 0 <= read.ratio <= 1 and read.reach >= 0 and read.question_start >= read.end
+    assert all(isinstance(s.key, str) for s in read.segments) and read.when in ("always", "pays")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_matches_make_a_plan_of_whole_blocks(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 400))
+    cuts = sorted(data.draw(st.sets(st.integers(0, size), max_size=12)))
+    pairs = [pair for pair in pairwise(cuts) if data.draw(st.booleans())]
+    matches = [match(a, b, str(a), data.draw(st.integers(0, 20))) for a, b in pairs]
+    block_size = data.draw(st.sampled_from([1, 16, 32]))
+    made = make_plan(
+        tuple(range(size)), matches, BlendConfig(), prefix_ids=(), block_size=block_size
+    )
+    if isinstance(made, NoPlan):
+        return
+    assert made.end % block_size == 0 and made.end < size
+    assert [s.start for s in made.segments] == [0, *(s.end for s in made.segments[:-1])]
+    served = {(s.start, s.key, s.offset) for s in made.segments if s.key}
+    assert served == {(m.start, m.key, m.offset) for m in matches if m.start < made.end}
+    assert Plan.from_params(made.to_params()) == made
+
+
 def test_settings_tell_apart_what_gives_other_kv() -> None:
-    def settings(ids: tuple[int, ...] = IDS, **options: Any) -> str:
+    def settings_of(ids: tuple[int, ...] = IDS, **options: Any) -> str:
         made = plan([match(10, 100)], ids=ids, **options)
         assert isinstance(made, Plan)
         return made.settings
 
-    assert settings() == settings(when="always") == settings((*IDS[:-1], 7))
-    assert settings() != settings(recompute_ratio=0.2)
-    assert settings() != settings(selector="hkvd")
-    assert settings() != settings(selector_options={"window": 33})
-    assert settings() != settings(reach=0)
+    assert settings_of() == settings_of(when="always") == settings_of((*IDS[:-1], 7))
+    assert settings_of() != settings_of(recompute_ratio=0.2)
+    assert settings_of() != settings_of(selector="hkvd")
+    assert settings_of() != settings_of(selector_options={"window": 33})
+    assert settings_of() != settings_of(reach=0)
 
 
 def test_question_is_what_follows_the_last_chunk() -> None:
     made = plan([match(10, 100)])
     assert isinstance(made, Plan) and made.question_ids(IDS) == IDS[100:]
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [(8, 8), (300, 300), (512, 512), (513, 512), (900, 512)]
+)
+def test_a_long_question_asks_with_its_last_tokens(asked: int, used: int) -> None:
+    """The question's attention is computed beside the prompt: 512 rows bound what that costs, and
+    are more than people ask in; what comes last is what is asked.
+    """
+    ids = tuple(range(1000 + asked))
+    made = plan([match(0, 1000)], ids=ids)
+    assert isinstance(made, Plan) and made.question_ids(ids) == ids[-used:]
+
+
+@pytest.mark.parametrize(("tail", "asks"), [(7, "before"), (8, "after")])
+def test_a_template_s_tail_is_no_question(tail: int, asks: str) -> None:
+    """Chat templates close a message with up to 7 tokens; 8 tokens can be a question."""
+    ids = IDS[: 100 + tail]
+    made = plan([match(40, 100)], ids=ids)
+    assert isinstance(made, Plan)
+    assert made.question_ids(ids) == (IDS[:40] if asks == "before" else ()) + ids[100:]
 
 
 def test_question_before_the_chunks_runs_in_front_of_the_tail() -> None:
