@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import statistics
 import time
@@ -26,6 +25,7 @@ from cacheblend_rag.errors import (
     ClosedError,
     ConfigError,
     EmptyTextError,
+    EngineError,
     PromptError,
     UnavailableError,
 )
@@ -247,7 +247,8 @@ class CacheBlend:
         another store, that is passed over; close only the first front.
         """
         self._check_open()
-        other = copy.copy(self)
+        other = object.__new__(CacheBlend)
+        other.__dict__.update(self.__dict__)
         other.config, other._index = config, ChunkIndex()
         other._space = self._key_space(config)
         other._head = other._store_head() if self.gate.passed else None
@@ -669,6 +670,12 @@ class CacheBlend:
         if not self._closed and self._home.is_here:
             self._closed = True
             self._engine.close()
+
+    def __reduce__(self) -> Any:
+        raise EngineError(
+            "a CacheBlend can't be pickled or copied: it holds a running engine. Make one in each "
+            "process, or pass on the LLM of LlamaIndex or LangChain, which starts one when needed"
+        )
 
     def __enter__(self) -> CacheBlend:
         return self

@@ -12,7 +12,6 @@ from cacheblend_rag import PromptError
 _ROLES = {
     MessageRole.CHATBOT: "assistant",
     MessageRole.MODEL: "assistant",
-    MessageRole.DEVELOPER: "system",
     MessageRole.FUNCTION: "tool",
 }
 

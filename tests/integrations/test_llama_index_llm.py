@@ -7,9 +7,11 @@ import copy
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_models import MISTRAL_FILES, NO_SYSTEM, THINKING, own_chat, with_tekken, with_template
 from fake_engine import ANSWER, MODEL, FakeEngine, fake_blend, sent
 from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
@@ -163,6 +165,49 @@ def test_system_prompt_is_put_first_and_chunks_are_computed_behind_it(
     llm.predict(PromptTemplate("Say {word}"), word="hello")
     assert decoded(llm).startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nSay")
     assert llm.blend.config.system_prompt == "Be kind."
+
+
+def test_a_template_without_a_system_role_starts(engines: list[FakeEngine], tmp_path: Path) -> None:
+    llm = CacheBlendLLM(model=str(with_template(tmp_path, NO_SYSTEM)))
+    assert text_of(llm.complete("Hello")) == TEXT
+    assert llm.metadata.is_chat_model
+    assert decoded(llm).endswith("<turn>user\nHello</turn>\n<turn>model")
+    with pytest.raises(PromptError, match=r"System role not supported.*messages_to_prompt"):
+        llm.chat([ChatMessage(role="system", content="Be brief."), *HELLO])
+    llm.close()
+    with pytest.raises(ConfigError, match="system_prompt can't be used"):
+        CacheBlendLLM(model=str(tmp_path), system_prompt="Be brief.").complete("Hello")
+
+
+def test_mistral_s_own_tokenizer(engines: list[FakeEngine], tmp_path: Path) -> None:
+    folder = with_tekken(tmp_path, MISTRAL_FILES[0])
+    llm = CacheBlendLLM(model=str(folder), engine_args={"tokenizer_mode": "mistral"})
+    assert llm.metadata.is_chat_model
+    llm.chat([ChatMessage(role="system", content="Be brief."), *HELLO])
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert sent(llm.blend)[-1].token_ids == own_chat(folder, messages, "mistral")
+
+
+def test_arguments_of_the_chat_template(engines: list[FakeEngine], tmp_path: Path) -> None:
+    folder = with_template(tmp_path, THINKING)
+    off = {"enable_thinking": False}
+    llm = CacheBlendLLM(model=str(folder), chat_template_kwargs=off)
+    llm.chat(HELLO)
+    assert llm.blend.config.chat_template_kwargs == off
+    assert decoded(llm).endswith("</think>\n\n")
+    llm.chat(HELLO, chat_template_kwargs={"enable_thinking": True})
+    assert "</think>" not in decoded(llm)
+    again = CacheBlendLLM(model=str(folder), sampling={"chat_template_kwargs": off})
+    again.chat(HELLO)
+    assert decoded(llm).endswith("</think>\n\n")
+    with pytest.raises(ConfigError, match="must be a dict"):
+        llm.chat(HELLO, chat_template_kwargs="off")
+
+
+def test_no_secret_is_shown(engines: list[FakeEngine]) -> None:
+    config = BlendConfig(store="rediss://me:s3cr3t@one/0")
+    llm = CacheBlendLLM(model=str(MODEL), blend_config=config, engine_args={"hf_token": "s3cr3t"})
+    assert "s3cr3t" not in f"{llm!r} {llm} {llm.to_dict()} {llm.to_json()} {llm.engine.config}"
 
 
 def test_bad_prompts(llm: CacheBlendLLM) -> None:

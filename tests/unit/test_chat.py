@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping, Sequence
+import copy
+import pickle
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_engine import MODEL, fake_blend, renderer
+from chat_models import (
+    DATED,
+    MISTRAL_FILES,
+    NO_SYSTEM,
+    THINKING,
+    THINKING_HEAD,
+    own_chat,
+    with_tekken,
+    with_template,
+)
+from fake_engine import MODEL, fake_blend
 
-from cacheblend_rag import BlendConfig, CacheBlend, ConfigError, PromptError
+from cacheblend_rag import BlendConfig, CacheBlend, ConfigError, EngineError, PromptError
 from cacheblend_rag.ingest import IngestReport
 
 pytest.importorskip("vllm")
 
-# as Gemma 2's: no system message, and user and assistant in turn
-NO_SYSTEM = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}\
-{{ raise_exception('System role not supported') }}{% endif %}{% for message in messages %}\
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
-{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}\
-{% endif %}<turn>{{ message['role'] + '\n' + message['content'] | trim }}</turn>\n{% endfor %}\
-<turn>model\n"""
-# as Llama 3.2's and Granite's
-DATED = """<|im_start|>system\nToday Date: {{ strftime_now("%d %b %Y") }}\n\n\
-{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}<|im_end|>\n\
-{% for message in messages %}{% if message['role'] != 'system' %}<|im_start|>{{ message['role'] }}
-{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}<|im_start|>assistant\n"""
-# as Qwen3's
-THINKING = """{% for message in messages %}<|im_start|>{{ message['role'] }}
-{{ message['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"""
-# as SmolLM3's: the head has it too
-THINKING_HEAD = "{% if enable_thinking %}/think{% else %}/no_think{% endif %}\n" + THINKING
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one": [{"role": "user", "content": "When does the ferry leave?"}],
     "system": [
@@ -61,46 +52,11 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "user", "content": "Hi"},
     ],
 }
-MISTRAL_FILES = ("tekken_240718.json", "tekken_240911.json")
-
-
-def with_template(folder: Path, template: str | None) -> Path:
-    """The embedded model's folder, without its weights, with another chat template."""
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder / name)
-    described = json.loads((folder / "tokenizer_config.json").read_text())
-    described.pop("chat_template", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return folder
-
-
-def with_tekken(folder: Path, name: str) -> Path:
-    """A folder with Mistral's own tokenizer, as its repositories have it."""
-    import mistral_common
-
-    shutil.copy(MODEL / "config.json", folder / "config.json")
-    [package] = mistral_common.__path__
-    shutil.copy(Path(package) / "data" / name, folder / "tekken.json")
-    return folder
 
 
 def opened(patch: pytest.MonkeyPatch, folder: Path, **options: Any) -> CacheBlend:
     """A CacheBlend over a fake engine of this model."""
     return fake_blend(patch, model=folder, **options)
-
-
-def own_chat(
-    folder: Path, messages: Sequence[Mapping[str, Any]], mode: str = "auto", **arguments: Any
-) -> tuple[int, ...]:
-    """What vLLM's ``LLM.chat`` computes for messages."""
-    from vllm import LLM
-
-    vllm: Any = renderer(str(folder), mode)
-    llm: Any = SimpleNamespace(renderer=vllm, model_config=vllm.model_config, chat_template=None)
-    found = LLM._preprocess_chat(llm, [list(messages)], chat_template_kwargs=arguments)
-    return tuple(found[0]["prompt_token_ids"])
 
 
 def text_of(blend: CacheBlend, ids: Sequence[int]) -> str:
@@ -228,6 +184,14 @@ def test_half_of_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
     blend = fake_blend(monkeypatch)
     with pytest.raises(PromptError, match=r"character 12 of the text, after 'The file caf'"):
         blend.generate("The file caf\udce9.pdf")
+
+
+def test_an_engine_is_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    blend = fake_blend(monkeypatch)
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(EngineError, match="running engine"):
+            copied(blend)
+    assert blend.beside(BlendConfig(ingest_prefix="none")).generate("Hello").text
 
 
 # --- dates ----------------------------------------------------------------------------------------
