@@ -38,6 +38,11 @@ def _check(args: argparse.Namespace, screen: Screen) -> Done:
         else f"[red]refused[/red]: {escape(report.detail)}. It is served without blending."
     )
     screen.out.print(verdict, highlight=False, soft_wrap=True)
+    if report.max_tokens is not None:
+        screen.out.print(
+            f"For its sliding window a blend covers a prompt's first {report.max_tokens} tokens.",
+            soft_wrap=True,
+        )
     if calibration is not None:
         screen.out.print(
             f"'auto' is {calibration.selector} at {calibration.ratio:g}, reach "

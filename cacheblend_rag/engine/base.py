@@ -66,7 +66,8 @@ class GateReport:
         reason: why not, if it is off; ``detail``: the same as a sentence.
         layers: the self-check of every layer (empty where the model was refused before).
         prefill_error: total variation distance between the next-token distributions of ratio 1
-            and of a plain prefill; None where it was not measured.
+            and of a plain prefill, as a share of what the likeliest tokens have; None where it was
+            not measured.
         tolerance: what the layer errors and the prefill error were held against.
         max_tokens: how many of a prompt's first tokens a blend may cover; None: all. A sliding
             window that all layers have bounds it, or one that is too long to be checked here.

@@ -15,7 +15,7 @@ from cacheblend_rag.reason import Reason, Why
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-OLDEST, NEWEST = (0, 26), (0, 32)  # minors tested
+OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
     "'cacheblend-rag[cuda]' (NVIDIA)."

@@ -88,8 +88,8 @@ class _PassImpl(ProxyImpl):
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
@@ -98,6 +98,9 @@ class _PassImpl(ProxyImpl):
         **unused: Any,
     ) -> torch.Tensor:
         assert output_scale is None and output_block_scale is None  # eager passes are not fused
+        if key is None or value is None:
+            detail = "attention layers that put keys and values into the cache themselves"
+            raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
         self._run.attend(self._index, self._layer, query, key, value, output)
         return output
 

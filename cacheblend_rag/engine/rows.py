@@ -184,6 +184,7 @@ class StepRows:
     def _chosen(self, task: BlendTask, outcome: BlendOutcome) -> _Blend:
         if self.blender is None:
             raise RuntimeError("the worker was not bound")
+        assert all(task.blocks), "the null block, which all requests share, is among the blocks"
         lane, positions = self.blender.choose(task, outcome)
         placed, spare = task.write_from, len(positions) - task.rows
         assert spare >= 0, "a blend never computes fewer tokens than it said"

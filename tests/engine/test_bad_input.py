@@ -43,10 +43,10 @@ def test_unsupported_architecture(tmp_path: Path) -> None:
 
 
 def test_vllm_of_an_untested_version() -> None:
-    for version in ("0.25.1", "0.33.0", "1.0.0", "dev"):
+    for version in ("0.25.1", "0.34.0", "1.0.0", "dev"):
         with pytest.raises(EngineMissingError, match=r"pip install"):
             check_version(version)
-    for version in ("0.26.0", "0.32.0", "0.32.1+cpu"):
+    for version in ("0.26.0", "0.33.0", "0.32.1+cpu"):
         check_version(version)
 
 

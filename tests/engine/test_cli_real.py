@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from cacheblend_rag import CacheBlend, cli, demo
-from cacheblend_rag.errors import ModelError
-from cacheblend_rag.models import embedded_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -25,11 +23,8 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    try:
-        return embedded_model(progress=False)
-    except ModelError as error:
-        pytest.skip(f"the embedded model can't be had here: {error}")
+def model(embedded: Path) -> Path:
+    return embedded
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from cacheblend_rag import BlendConfig, CacheBlend, ModelError, PromptError
-from cacheblend_rag.models import embedded_model
+from cacheblend_rag import BlendConfig, CacheBlend, PromptError
 
 pytestmark = pytest.mark.vllm
 
@@ -34,15 +33,11 @@ CHATS: list[list[dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def blend() -> Iterator[CacheBlend]:
+def blend(embedded: Path) -> Iterator[CacheBlend]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        try:
-            model = embedded_model(progress=False)
-        except ModelError as error:
-            pytest.skip(f"the embedded model can't be had here: {error}")
         config = BlendConfig(system_prompt=SYSTEM["content"])
-        with CacheBlend(model, config=config, engine="batch", max_model_len=2048) as started:
+        with CacheBlend(embedded, config=config, engine="batch", max_model_len=2048) as started:
             yield started
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 from cacheblend_rag import cli
-from cacheblend_rag.errors import ModelError
-from cacheblend_rag.models import embedded_model
 
 PASSAGES = {
     "The Varn valley": "The Varn valley lies between two ridges of grey slate. A narrow river, the "
@@ -122,11 +120,7 @@ QUESTIONS = [
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command needs that asks the embedded model; skips where that can't be had."""
-    try:
-        embedded_model(progress=False)
-    except ModelError as error:
-        pytest.skip(f"the embedded model can't be had here: {error}")
+    """What a command needs that asks the embedded model."""
     for name, value in cli.output.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine, install
 
-from cacheblend_rag import CacheBlend, ModelError
-from cacheblend_rag.models import embedded_model
+from cacheblend_rag import CacheBlend
 from cacheblend_rag.shared import SharedEngine
 
 
@@ -26,17 +25,13 @@ os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(_shipped_tokenizers()))
 
 
 @pytest.fixture(scope="session")
-def real() -> Iterator[CacheBlend]:
+def real(embedded: Path) -> Iterator[CacheBlend]:
     """SmolLM2-135M-Instruct on the CPU, in an engine that serves many requests at once."""
-    try:
-        model = embedded_model(progress=False)
-    except ModelError as error:
-        pytest.skip(f"the embedded model can't be had here: {error}")
     cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", str(max(1, min(4, cores))))  # unlike tiny models
         # float32: the same answer in every batch
-        blend = CacheBlend(model, dtype="float32", max_model_len=4096, block_size=32)
+        blend = CacheBlend(embedded, dtype="float32", max_model_len=4096, block_size=32)
     with blend:
         yield blend
 

@@ -33,6 +33,7 @@ class FakeBlend:
     made: list[FakeBlend]
     stored: set[str]
     refusal = ""
+    max_tokens: int | None = None
     fails: type[BaseException] | None = None
     blends = True
     calibration: Calibration | None = None
@@ -49,6 +50,7 @@ class FakeBlend:
             layers=[check, check._replace(shift=8000)],
             prefill_error=None if self.refusal else 1e-5,
             tolerance=(2e-3, 1e-3),
+            max_tokens=self.max_tokens,
         )
         self.info = EngineInfo(
             model=model,
@@ -431,6 +433,16 @@ def test_check_passed_and_refused(
     assert cli.main(["check", "org/model"]) == 3
     captured = capsys.readouterr()
     assert "refused" in captured.out and REFUSAL in captured.out.replace("\n", " ")
+
+
+def test_check_says_how_far_blends_reach(
+    fake: type[FakeBlend], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", "org/model"]) == 0
+    assert "sliding window" not in capsys.readouterr().out
+    fake.max_tokens = 4126
+    assert cli.main(["check", "org/model"]) == 0
+    assert "first 4126 tokens" in capsys.readouterr().out
 
 
 def test_check_shows_a_calibration(

@@ -14,8 +14,7 @@ from cacheblend_rag import cli
 from cacheblend_rag.cli.base import OUR_ERROR
 from cacheblend_rag.engine import answers
 
-if not MODEL.is_dir():
-    pytest.skip("the embedded model was not made yet", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("embedded")
 
 LONG = "A passage about rivers, bridges and clocks that has enough words to be kept. " * 4
 

@@ -89,6 +89,18 @@ def test_another_distribution_is_refused(blended: dict[int, float]) -> None:
     assert "recomputing every token" in report.detail
 
 
+def test_unlikely_tokens_count_as_likely_ones() -> None:
+    """A random prompt's 20 likeliest tokens may have a tenth of the probability together."""
+    flat = {token: math.log(0.005) for token in range(20)}
+    half = replace(OPEN, tolerance=gate.tolerance("bfloat16"))
+    others = {token + 20: probability for token, probability in flat.items()}
+    assert gate.check_prefill(half, flat, dict(flat), True).passed
+    assert not gate.check_prefill(half, flat, others, True).passed
+    for same, passes in ((19, True), (10, False)):
+        mixed = dict(list(flat.items())[:same] + list(others.items())[same:])
+        assert gate.check_prefill(half, flat, mixed, True).passed is passes
+
+
 @pytest.mark.parametrize("nothing", [{}, {7: NAN}])
 def test_two_answers_that_say_nothing_are_not_alike(nothing: dict[int, float]) -> None:
     assert not gate.check_prefill(OPEN, nothing, dict(nothing), True).passed

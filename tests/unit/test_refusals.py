@@ -1,0 +1,86 @@
+"""The README names what is refused."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import cacheblend_rag
+from cacheblend_rag.reason import Reason
+
+PACKAGE = Path(cacheblend_rag.__file__).parent
+WORDS = {
+    Reason.NO_ATTENTION: ("without attention",),
+    Reason.HYBRID: ("recurrent layers", "hybrids"),
+    Reason.MLA: ("MLA",),
+    Reason.ENCODER_DECODER: ("encoder-decoders",),
+    Reason.NOT_GENERATIVE: ("generate no text",),
+    Reason.MROPE: ("M-RoPE",),
+    Reason.NO_ROPE: ("no rotary positions",),
+    Reason.ROPE_TABLES: ("several RoPE tables", "Gemma 3", "LongRoPE"),
+    Reason.MOVED_KEYS_DIFFER: ("NoPE", "self-check", "moves keys otherwise"),
+    Reason.ALIBI: ("ALiBi",),
+    Reason.ATTENTION_LAYER: ("chunked attention", "attention layers of any other class"),
+    Reason.SHARED_KV: ("share KV",),
+    Reason.ATTENTION_SINKS: ("attention sinks",),
+    Reason.NOT_CAUSAL: ("not causal",),
+    Reason.SLIDING_WINDOW: ("sliding window", "max_tokens"),
+    Reason.KV_GROUPS: ("KV cache groups",),
+    Reason.RATIO_ONE_DIFFERS: ("ratio 1 equals a plain prefill",),
+    Reason.SPECULATIVE_DECODING: ("speculative decoding",),
+    Reason.PIPELINE_PARALLEL: ("pipeline parallelism",),
+    Reason.DATA_PARALLEL: ("data parallelism",),
+    Reason.CONTEXT_PARALLEL: ("context parallelism",),
+    Reason.ATTENTION_BACKEND: ("does not expose its cache update",),
+    Reason.KV_HEADS: ("different number of KV heads",),
+    Reason.CUDA_GRAPHS: ("one CUDA graph",),
+    Reason.LORA: ("LoRA", "LoRA adapter"),
+    Reason.ENCODER_INPUTS: ("images", "take images"),
+    Reason.PROMPT_LOGPROBS: ("`prompt_logprobs`",),
+}
+# what the caller's own mode, the chunks found, their costs or the store decide for a request
+NOT_LISTED = {
+    Reason.MODE,
+    Reason.NO_CHUNK_FOUND,
+    Reason.NO_WHOLE_BLOCK,
+    Reason.PREFILL_AS_QUICK,
+    Reason.PREFIX_CACHED,
+    Reason.CHUNKS_MISSING,
+    Reason.BLEND_FAILED,
+    Reason.MALFORMED_PLAN,
+    Reason.NO_TOKEN_LEFT,
+    Reason.NOT_REPORTED,
+    Reason.PROBE_NOT_BLENDED,
+}
+
+
+def section() -> str:
+    text = (PACKAGE.parent / "README.md").read_text()
+    start = text.index("## What is refused")
+    return " ".join(text[start : text.index("\n## ", start)].split())
+
+
+def given() -> set[Reason]:
+    """Every reason that the code gives."""
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "reason.py"]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    return {
+        Reason[node.attr]
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "Reason"
+    }
+
+
+def test_every_refusal_of_the_code_has_its_words() -> None:
+    assert given() == set(Reason), "a reason that is never given"
+    assert WORDS.keys() | NOT_LISTED == given()
+    assert not WORDS.keys() & NOT_LISTED
+
+
+@pytest.mark.parametrize("reason", WORDS)
+def test_the_readme_names_it(reason: Reason) -> None:
+    assert [word for word in WORDS[reason] if word not in section()] == []
