@@ -6,8 +6,7 @@ import itertools
 import statistics
 import time
 import uuid
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from cacheblend_rag.errors import (
 )
 from cacheblend_rag.ingest import Before, Chunk, IngestReport, Owners
 from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.known import KnownChunks
 from cacheblend_rag.locate import ChunkIndex, Match
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
@@ -92,6 +92,7 @@ class CacheBlend:
         self._head: Head | None = None
         self._costs: Costs | None = None
         self._engine: Engine = create_engine(engine, resolve_model(str(model)), engine_args)
+        self._known = KnownChunks(self._engine)
         try:
             self.info = self._engine.info
             self.tokenizer: Any = self._engine.tokenizer
@@ -100,6 +101,8 @@ class CacheBlend:
             self.gate: GateReport = self._open_gate()
             if self.gate.passed:
                 self._costs = self._measure_costs()
+                if self._engine.serves_many:
+                    self._known.follow()
         except BaseException:
             self._engine.close()
             raise
@@ -243,15 +246,19 @@ class CacheBlend:
 
     def beside(self, config: BlendConfig) -> CacheBlend:
         """A second front to the same engine and store, with a configuration of its own: another
-        ingest prefix, say. It knows the chunks that are ingested through it. Where ``config`` names
-        another store, that is passed over; close only the first front.
+        ingest prefix, say. Each knows what is stored by its own configuration, through whichever
+        front or process. Where ``config`` names another store, that is passed over; close only the
+        first front.
         """
         self._check_open()
         other = object.__new__(CacheBlend)
         other.__dict__.update(self.__dict__)
         other.config, other._index = config, ChunkIndex()
         other._space = self._key_space(config)
-        other._head = other._store_head() if self.gate.passed else None
+        other._head = None
+        if self.gate.passed:
+            other._known.join(other._index, other._space)
+            other._head = other._store_head()
         return other
 
     @property
@@ -334,6 +341,8 @@ class CacheBlend:
 
     def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> _Prepared:
         self._check_open()
+        if self.gate.passed and not self._engine.serves_many:
+            self._known.learn_if_due()
         config, sampling, lora = self._split(options)
         clock = [time.perf_counter()]
         ids = self._ids(prompt, config)
@@ -557,7 +566,8 @@ class CacheBlend:
         )
         report = self._probe(report)
         if report.passed:
-            self._index.add_many(ours(self._space, ranks[0]))
+            spoken = [rows for rows in ranks if rows is not None]
+            self._known.begin(self._index, self._space, spoken)
             self._head = self._store_head()
         else:
             self._engine.rpc("cacheblend_unbind")
@@ -669,6 +679,7 @@ class CacheBlend:
         """Stop the engine; does nothing on the second call."""
         if not self._closed and self._home.is_here:
             self._closed = True
+            self._known.close()
             self._engine.close()
 
     def __reduce__(self) -> Any:
@@ -705,15 +716,6 @@ def several(prompts: object) -> list[Prompt]:
     if not isinstance(prompts, Sequence) or not all(is_prompt(p) for p in prompts):
         raise PromptError("pass text, chat messages or token ids, or a list of such prompts")
     return list(prompts)
-
-
-def ours(space: KeySpace, rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Keys and token ids of those of a store's chunks that are of this key space."""
-    for key, raw, base in rows:
-        if base == len(space.prefix_ids):
-            ids = tuple(array("i", raw))
-            if space.key(ids) == key:
-                yield key, ids
 
 
 def _with_id(plan: Plan | NoPlan, request_id: str) -> dict[str, Any] | None:

@@ -6,14 +6,17 @@ Driver side only: these types say what goes in and comes out. The worker side li
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from cacheblend_rag.reason import Reason, Why
 
 WORKER_ERROR = "cacheblend_error"  # key of an RPC result that is an error of ours: its class name
+TICKET = "cacheblend_ticket"  # key of an RPC result that is to come: its number
+_LONGEST_WAIT_S = 0.05  # until it is asked again whether a result is there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +146,13 @@ class Engine(ABC):
     tokenizer: Any
     chat: ChatRenderer
     sampling_names: frozenset[str]  # vLLM's sampling parameters that a caller may set
+    serves_many: bool = False  # calls of several threads run side by side
 
     @abstractmethod
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        """Call ``method`` of the worker extension on every rank; plain data in and out."""
+        """Call ``method`` of the worker extension on every rank; plain data in and out. Returns
+        when it is done. What is done on the store holds up no step of the engine: see ``awaited``.
+        """
 
     @abstractmethod
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
@@ -163,3 +169,22 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the engine and free its memory; does nothing on the second call."""
+
+
+def awaited(call: Callable[..., list[Any]], method: str, *args: Any) -> list[Any]:
+    """The results of ``method``, one a rank. A rank may answer with a ticket, whose result is asked
+    for until it is there: meanwhile the engine goes on.
+
+    Args:
+        call: an RPC, by name.
+    """
+    results = call(method, *args)
+    tickets = [r[TICKET] if isinstance(r, dict) and TICKET in r else None for r in results]
+    wait_s = 0.001
+    while any(ticket is not None for ticket in tickets):
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        for rank, taken in enumerate(call("cacheblend_taken", tickets)):
+            if taken:
+                results[rank], tickets[rank] = taken[0], None
+    return results

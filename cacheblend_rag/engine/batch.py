@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
-from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest
+from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest, awaited
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
 from cacheblend_rag.engine.start import (
@@ -72,9 +72,12 @@ class BatchEngine(Engine):
         self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
+        return unwrap(awaited(self._ranks, method, *args))
+
+    def _ranks(self, method: str, *args: Any) -> list[Any]:
         self._home.check()
         with self._turn, naming_death():
-            return unwrap(self._open().collective_rpc(method, args=args))
+            return list(self._open().collective_rpc(method, args=args))
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         pieces: list[list[EngineOutput]] = [[] for _ in requests]

@@ -7,6 +7,7 @@ vLLM's own step. See ``schedule.py`` and ``rows.py``.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self.claims = Claims(vllm_config, kv_cache_config) if scheduling else None
         self.rows: StepRows | None = None
         self.recent: OrderedDict[str, BlendOutcome | dict[str, Any]] = OrderedDict()
+        self.closing: Callable[[], None] | None = None  # closes the worker's store
         self._done: list[Finished] = []  # not yet reported
         self._unwritten: set[int] = set()  # not yet reported
 
@@ -171,3 +173,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Nothing to wait for."""
+
+    def shutdown(self) -> None:
+        """The worker ends."""
+        if self.closing is not None:
+            self.closing()

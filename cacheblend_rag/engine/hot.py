@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from threading import RLock
 
 import torch
 
@@ -24,18 +25,22 @@ class HotChunk:
 
 
 class HotChunks:
-    """A bounded LRU of whole chunks, filled by the transfers of the requests that use them."""
+    """A bounded LRU of whole chunks, filled by the transfers of the requests that use them. Any
+    thread may discard a chunk.
+    """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity, self.nbytes = capacity, 0
         self._device = device
         self._held: OrderedDict[str, HotChunk] = OrderedDict()
+        self._lock = RLock()
 
     def get(self, key: str) -> HotChunk | None:
         """The chunk under ``key``; also one that another request is still filling."""
-        if key in self._held:
-            self._held.move_to_end(key)
-        return self._held.get(key)
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
 
     def whole(self, key: str) -> ChunkKV | None:
         """The chunk under ``key`` if no other needs to be read for it; from any thread."""
@@ -48,15 +53,17 @@ class HotChunks:
         """
         if chunk.nbytes > self.capacity:
             return None
-        while self.nbytes + chunk.nbytes > self.capacity:
-            self.discard(next(iter(self._held)))
-        there = torch.empty_like(chunk.kv_L2NHD, device=self._device)
-        self._held[key] = HotChunk(replace(chunk, kv_L2NHD=there))
-        self.nbytes += chunk.nbytes
-        return self._held[key]
+        with self._lock:
+            while self.nbytes + chunk.nbytes > self.capacity:
+                self.discard(next(iter(self._held)))
+            there = torch.empty_like(chunk.kv_L2NHD, device=self._device)
+            self._held[key] = HotChunk(replace(chunk, kv_L2NHD=there))
+            self.nbytes += chunk.nbytes
+            return self._held[key]
 
     def discard(self, key: str) -> None:
         """Forget ``key``. Requests that read it keep its memory until they are done."""
-        old = self._held.pop(key, None)
-        if old is not None:
-            self.nbytes -= old.chunk.nbytes
+        with self._lock:
+            old = self._held.pop(key, None)
+            if old is not None:
+                self.nbytes -= old.chunk.nbytes

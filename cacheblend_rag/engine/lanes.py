@@ -35,7 +35,7 @@ class Lanes:
         return None
 
     def forget(self, key: str) -> None:
-        """Drop what is kept of a chunk beside the store."""
+        """Drop what is kept of a chunk beside the store; from any thread."""
 
 
 def open_lanes(

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
-from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest
+from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest, awaited
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
 from cacheblend_rag.engine.start import (
@@ -38,6 +38,7 @@ class ServingEngine(Engine):
     """``AsyncLLM`` with our connector inside."""
 
     _engine: Any = None
+    serves_many = True
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
         prepared = prepare("AsyncEngineArgs", model, options)
@@ -67,7 +68,10 @@ class ServingEngine(Engine):
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         with naming_death():
-            return unwrap(self._call(_rpc(self._open(), method, args)))
+            return unwrap(awaited(self._ranks, method, *args))
+
+    def _ranks(self, method: str, *args: Any) -> list[Any]:
+        return list(self._call(_rpc(self._open(), method, args)))
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         async def collect(request: EngineRequest) -> list[EngineOutput]:

@@ -5,10 +5,8 @@ Arguments and results are plain lists, strings, numbers and bytes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +30,10 @@ from cacheblend_rag.engine.rope import Rerotator, context_length
 from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import moved_errors
-from cacheblend_rag.errors import CacheBlendError, UnavailableError
-from cacheblend_rag.store import KVStore, open_store
-from cacheblend_rag.store.base import ask, document_id
-from cacheblend_rag.store.notes import Notes
+from cacheblend_rag.engine.stored import RankStore
+from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.store import open_store
+from cacheblend_rag.store.follow import Row
 from cacheblend_rag.store.url import parse_url
 
 if TYPE_CHECKING:
@@ -63,8 +61,6 @@ class WorkerExtension:
         vllm_config: VllmConfig
         model_runner: Any
         get_model: Any
-
-    _cacheblend_notes: KVStore | Notes
 
     def cacheblend_inspect(self) -> dict[str, Any]:
         """Fingerprint of what was loaded on this rank, or why it can't be blended."""
@@ -95,7 +91,7 @@ class WorkerExtension:
     @_reporting
     def cacheblend_bind(
         self, store_url: str, fingerprint: str, gpu_cache: int = 0, tenant: str = ""
-    ) -> list[list[Any]] | None:
+    ) -> list[Row] | None:
         """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows, or
         None where another rank speaks for the store.
 
@@ -112,10 +108,11 @@ class WorkerExtension:
         blender = Blender(handle, rope, store, self._cacheblend_lanes)
         self._rows().blender = blender
         Ahead.blender = blender if heads is None else None
-        # a store that is all remote keeps none, and then they last as long as the engine
-        self._cacheblend_notes = store if store.keeps_documents else Notes()
         self._cacheblend_ingestor = Ingestor(handle, heads)
-        return None if self._cacheblend_is_silent else list(_rows(store))
+        leads = not get_tensor_model_parallel_rank()
+        self._cacheblend_store = RankStore(store, self._cacheblend_lanes.forget, leads=leads)
+        self._connector().closing = self._cacheblend_store.close
+        return self._cacheblend_store.follower.start(listed=not self._cacheblend_is_silent)
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
@@ -133,18 +130,14 @@ class WorkerExtension:
         """Turn blending off and close the store: every request is then a plain prefill."""
         rows = self._rows()
         if rows.blender is not None:
-            rows.blender.store.close()
+            self._cacheblend_store.close()
             rows.blender = Ahead.blender = None
 
-    @_reporting
-    def cacheblend_missing(self, keys: list[str]) -> list[str] | None:
+    def cacheblend_missing(self, keys: list[str]) -> Any:
         """Which of ``keys`` this rank's store does not hold, as far as it can be asked; None where
         another rank speaks for it.
         """
-        if self._cacheblend_is_silent:
-            return None
-        store = self._blender().store
-        return [key for key in keys if ask(store.contains, key) is not True]
+        return self._spoken(lambda store: store.missing(keys))
 
     @_reporting
     def cacheblend_ingest(
@@ -153,61 +146,68 @@ class WorkerExtension:
         chunks: list[list[int]],
         prefix_ids: list[int],
         contexts: list[list[int]],
-    ) -> tuple[int, dict[str, str]]:
+    ) -> Any:
         """Compute chunks, each behind ``prefix_ids`` and its own context, and store them under
         ``keys``; returns the bytes stored, of all heads where this rank leads, and why what key was
         not stored.
         """
-        store = self._blender().store
         computed = self._cacheblend_ingestor.compute(chunks, prefix_ids, contexts)
-        refused = {
-            key: why
-            for key, chunk in zip(keys, computed, strict=True)
-            if (why := store.put(key, chunk))
-        }
-        if get_tensor_model_parallel_rank():
-            return 0, refused
-        kept = (c.nbytes for key, c in zip(keys, computed, strict=True) if key not in refused)
-        return sum(kept), refused
+        return self._later(lambda store: store.put(keys, computed))
 
     def cacheblend_prefetch(self, keys: list[str]) -> None:
         """Start bringing ``keys`` nearer, where the store has tiers."""
         self._blender().store.prefetch(keys)
 
-    @_reporting
-    def cacheblend_forget(self, keys: list[str]) -> None:
+    def cacheblend_forget(self, keys: list[str]) -> Any:
         """Drop ``keys`` from the store, and what is kept of them beside it."""
-        for key in keys:
-            self._cacheblend_lanes.forget(key)
-        store = self._blender().store
-        answers = [ask(store.discard, key) for key in keys]  # one that fails must not keep others
-        if failed := [answer for answer in answers if answer is not None]:
-            raise failed[0]
+        return self._later(lambda store: store.forget(keys))
 
-    @_reporting
-    def cacheblend_label(self, documents: list[tuple[str, list[str]]]) -> None:
+    def cacheblend_label(self, documents: list[tuple[str, list[str]]]) -> Any:
         """Note which keys each document consists of."""
-        for document, keys in documents:
-            self._cacheblend_notes.label(document, keys)
+        return self._later(lambda store: store.label(documents))
 
-    @_reporting
-    def cacheblend_labelled(self, documents: list[str]) -> list[str]:
+    def cacheblend_labelled(self, documents: list[str]) -> Any:
         """Which of ``documents`` something is noted for."""
-        noted = self._cacheblend_notes.documents()
-        return [document for document in documents if document_id(document) in noted]
+        return self._later(lambda store: store.labelled(documents))
 
-    @_reporting
-    def cacheblend_unlabel(self, documents: list[str], only: list[str] | None) -> list[str]:
+    def cacheblend_unlabel(self, documents: list[str], only: list[str] | None) -> Any:
         """Drop the notes on ``documents``, or only those on the keys ``only`` among theirs; returns
         the keys dropped that no document consists of any more.
         """
-        return self._cacheblend_notes.unlabel(map(document_id, documents), only)
+        return self._later(lambda store: store.unlabel(documents, only))
 
-    def cacheblend_store_stats(self) -> dict[str, int] | None:
+    def cacheblend_store_stats(self) -> Any:
         """Counts of this rank's store; None where another speaks for it."""
-        if self._cacheblend_is_silent:
-            return None
-        return dict(self._blender().store.stats()._asdict())
+        return self._spoken(lambda store: store.stats())
+
+    def cacheblend_list(self) -> Any:
+        """All that is stored: rows of key, token ids (int32 bytes) and base; None where another rank
+        speaks for the store.
+        """
+        return self._spoken(lambda store: store.list())
+
+    def cacheblend_news(self) -> list[Any] | None:
+        """What was stored and forgotten since the call before, by whom ever: rows as those of
+        ``cacheblend_list``, keys, and whether there was more, which only that tells; None where
+        another rank speaks for the store.
+        """
+        return None if self._cacheblend_is_silent else list(self._cacheblend_store.follower.take())
+
+    def cacheblend_taken(self, tickets: list[int | None]) -> list[Any]:
+        """The result that this rank's ticket of ``tickets`` stands for, in a list, once; an empty
+        list while there is none.
+        """
+        number = tickets[get_tensor_model_parallel_rank()]
+        return [] if number is None else self._cacheblend_store.thread.take(number)
+
+    def _spoken(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
+        """As ``_later``; None where another rank speaks for the store."""
+        return None if self._cacheblend_is_silent else self._later(work)
+
+    def _later(self, work: Callable[[RankStore], Any]) -> dict[str, int]:
+        """Have the store's thread do ``work``: no step waits for a disk or a network."""
+        store = self._cacheblend_store
+        return store.thread.start(lambda: work(store))
 
     def cacheblend_outcome(self, name: str, positions: bool = False) -> dict[str, Any]:
         """What was done for a request whose last output could not carry it: it ended in the step of
@@ -240,10 +240,3 @@ class WorkerExtension:
         blender = self._rows().blender
         assert blender is not None
         return blender
-
-
-def _rows(store: KVStore) -> Iterator[list[Any]]:
-    """What the front door has to know of each chunk, as far as the store can be asked."""
-    with contextlib.suppress(UnavailableError):
-        for info in store.scan():
-            yield [info.key, array("i", info.token_ids).tobytes(), info.base]

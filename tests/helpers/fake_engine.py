@@ -6,6 +6,7 @@ All of the front door runs over it: templates, token ids, keys, index, plans and
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ class FakeEngine(Engine):
         self.behind: dict[str, tuple[int, ...]] = {}  # by key, what it was computed behind
         self.prefetched: list[str] = []
         self.stored: set[str] = set()
+        self.rows: dict[str, Any] = {}  # by key, what the index has to know
         self.notes = Notes()
         self.outcomes: dict[str, dict[str, Any]] = {}  # of requests that a stop string ended
         self.closed = False
@@ -84,7 +86,15 @@ class FakeEngine(Engine):
                     self.behind[key] = (*prefix, *context)
                 self.stored.update(keys)
                 self.ingested += keys
+                rows = zip(keys, chunks, contexts, strict=True)
+                self.rows |= {
+                    k: (k, array("i", ids).tobytes(), len(prefix) + len(c)) for k, ids, c in rows
+                }
                 return [(sum(map(len, chunks)), {})]
+            case "news", _:
+                return [([], [], False)]
+            case "list", _:
+                return [[row for key, row in self.rows.items() if key in self.stored]]
             case "forget", [keys]:
                 self.stored.difference_update(keys)
                 return [None]

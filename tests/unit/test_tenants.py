@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from cacheblend_rag import BlendConfig, CacheBlend, cli
 from cacheblend_rag.cli.base import index_of
 from cacheblend_rag.cli.store import label
 from cacheblend_rag.retrieval import MANIFEST, Passage
-from cacheblend_rag.store import ChunkKV, DiskStore, KVStore, open_store
+from cacheblend_rag.store import DiskStore, open_store
 from cacheblend_rag.store.folder import export, import_, namespaces
 from cacheblend_rag.store.tenants import belongs, of_tenant
 
@@ -35,45 +33,13 @@ def test_a_namespace_says_whose_it_is() -> None:
 # --- the front door -------------------------------------------------------------------------------
 
 pytest.importorskip("vllm")
-from fake_engine import MODEL as TOKENIZER  # noqa: E402 - it needs vLLM's parameters
-from fake_engine import FakeEngine  # noqa: E402
-
-
-class StoringEngine(FakeEngine):
-    """A fake engine whose worker has a real store, opened as the real worker opens it."""
-
-    store: KVStore
-
-    def rpc(self, method: str, *args: Any) -> list[Any]:
-        match method.removeprefix("cacheblend_"), args:
-            case "bind", [url, fingerprint, _, tenant]:
-                namespace = fingerprint[:32]
-                self.store = open_store(url, namespace=namespace, tenant=tenant)
-                held = self.store.scan()
-                return [[[c.key, array("i", c.token_ids).tobytes(), c.base] for c in held]]
-            case "missing", [keys]:
-                return [[key for key in keys if not self.store.contains(key)]]
-            case "ingest", [keys, chunks, prefix, contexts]:
-                for key, ids, context in zip(keys, chunks, contexts, strict=True):
-                    kv_L2NHD = chunk_of(1, num_tokens=len(ids)).kv_L2NHD
-                    base = len(prefix) + len(context)
-                    self.store.put(key, ChunkKV(tuple(ids), base, kv_L2NHD))
-                return [(1, {})]
-            case "forget", [keys]:
-                for key in keys:
-                    self.store.discard(key)
-                return [None]
-            case "store_stats", _:
-                return [dict(self.store.stats()._asdict())]
-        return super().rpc(method, *args)
+import storing_engine  # noqa: E402 - it needs vLLM's parameters
+from fake_engine import MODEL as TOKENIZER  # noqa: E402
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    def create(kind: str, model: str, options: Mapping[str, Any]) -> StoringEngine:
-        return StoringEngine(model, options)
-
-    monkeypatch.setattr("cacheblend_rag.blend.create_engine", create)
+    storing_engine.install(monkeypatch)
 
     def make(namespace: str, options: str = "") -> CacheBlend:
         url = f"{(tmp_path / 'kv').as_uri()}{options}"

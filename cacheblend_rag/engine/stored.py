@@ -1,0 +1,127 @@
+"""The worker's side of the chunk store: what no step of the engine waits for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from cacheblend_rag.engine.base import TICKET, WORKER_ERROR
+from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
+from cacheblend_rag.store.follow import Follower, Row
+from cacheblend_rag.store.notes import Notes
+
+Work = Callable[[], Any]
+
+
+class StoreThread:
+    """One thread that does what it is given, in order; results wait until they are taken."""
+
+    def __init__(self) -> None:
+        self._numbers, self._done = itertools.count(), dict[int, Any]()
+        self._work: SimpleQueue[tuple[int, Work] | None] = SimpleQueue()
+        Thread(target=self._run, name="cacheblend-store", daemon=True).start()
+
+    def start(self, work: Work) -> dict[str, int]:
+        """Have ``work`` done; returns the ticket for its result."""
+        number = next(self._numbers)
+        self._work.put((number, work))
+        return {TICKET: number}
+
+    def take(self, number: int) -> list[Any]:
+        """The result, once; empty while there is none."""
+        return [self._done.pop(number)] if number in self._done else []
+
+    def close(self) -> None:
+        """End the thread when it is done with what it was given; waits for nothing."""
+        self._work.put(None)
+
+    def _run(self) -> None:
+        while (given := self._work.get()) is not None:
+            number, work = given
+            self._done[number] = reported(work)
+
+
+def reported(work: Work) -> Any:
+    """The result of ``work``, or its error as one: raised in a worker, it would arrive nameless."""
+    try:
+        return work()
+    except CacheBlendError as error:
+        return {WORKER_ERROR: type(error).__name__, "message": str(error)}
+    except Exception as error:
+        text = f"the store failed: {type(error).__name__}: {error}"
+        return {WORKER_ERROR: "EngineError", "message": text}
+
+
+class RankStore:
+    """A rank's store, its notes on documents, and who follows its changes.
+
+    Args:
+        store: closed with this.
+        forget: drops what is kept of a chunk beside the store; from any thread.
+        leads: what it stores is what all ranks read, and is counted.
+    """
+
+    def __init__(
+        self, store: KVStore, forget: Callable[[str], object], *, leads: bool = True
+    ) -> None:
+        self.store, self._forget, self._leads = store, forget, leads
+        # a store that is all remote keeps none, and then they last as long as the engine
+        self._notes = store if store.keeps_documents else Notes()
+        self.follower = Follower(store, forget)
+        self.thread = StoreThread()
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Those that are not stored, as far as the store can be asked."""
+        return [key for key in keys if ask(self.store.contains, key) is not True]
+
+    def put(self, keys: Sequence[str], chunks: Sequence[ChunkKV]) -> tuple[int, dict[str, str]]:
+        """The bytes stored, and why what key was not."""
+        stored, refused = 0, dict[str, str]()
+        for key, chunk in zip(keys, chunks, strict=True):
+            if problem := self.store.put(key, chunk):
+                refused[key] = problem
+                continue
+            stored += chunk.nbytes if self._leads else 0
+            self.follower.note([ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)])
+        return stored, refused
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Drop chunks, and what is kept of them beside the store."""
+        answers = [ask(self.store.discard, key) for key in keys]  # of all, whichever fails
+        for key in keys:
+            self._forget(key)
+        self.follower.note(removed=keys)
+        if failed := [answer for answer in answers if answer is not None]:
+            raise failed[0]
+
+    def label(self, documents: Sequence[tuple[str, Sequence[str]]]) -> None:
+        """Note which keys each document consists of."""
+        for document, keys in documents:
+            self._notes.label(document, keys)
+
+    def labelled(self, documents: Sequence[str]) -> list[str]:
+        """Those that something is noted for."""
+        noted = self._notes.documents()
+        return [document for document in documents if document_id(document) in noted]
+
+    def unlabel(self, documents: Sequence[str], only: Sequence[str] | None) -> list[str]:
+        """As ``KVStore.unlabel``, of documents by name."""
+        return self._notes.unlabel(map(document_id, documents), only)
+
+    def stats(self) -> dict[str, int]:
+        """The store's counts."""
+        return dict(self.store.stats()._asdict())
+
+    def list(self) -> list[Row]:
+        """What is stored."""
+        return self.follower.list()
+
+    def close(self) -> None:
+        """End the threads and close the store."""
+        self.follower.close()
+        self.thread.close()
+        self.store.close()
