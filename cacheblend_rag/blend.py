@@ -238,7 +238,7 @@ class CacheBlend:
 
     def retain(self, texts: Iterable[str | Sequence[int]]) -> int:
         """Forget every chunk of this model and namespace that is not among ``texts``; returns how
-        many were forgotten. Chunks that another process stored since this one started stay.
+        many were forgotten, those that other processes stored among them.
         """
         self._check_open()
         kept = {c.key for c in self._numbered(ingest.as_list(texts))}

@@ -92,7 +92,7 @@ def _ingest(args: argparse.Namespace, screen: Screen) -> Done:
         "index": str(index),
         "report": {**asdict(report), "tokens_per_s": rate(report)},
     }
-    return Done(REFUSED if report.reason or left_out else OK, data)
+    return Done(REFUSED if report.reason or report.not_stored or left_out else OK, data)
 
 
 def _read(paths: Sequence[Path], screen: Screen) -> tuple[list[Document], list[LeftOut]]:
@@ -135,6 +135,9 @@ def store_kv(blend: CacheBlend, passages: Sequence[Passage], screen: Screen) -> 
             f"tokens/s, {megabytes(report.bytes)} of KV."
         )
     screen.out.print(line, highlight=False, soft_wrap=True)
+    if report.not_stored:
+        why = escape(next(iter(report.not_stored.values())))
+        screen.out.print(f"[red]{len(report.not_stored)} of them were not stored: {why}[/red]")
     if report.too_short:
         screen.out.print(f"{report.too_short} passages are too short to be worth storing.")
     if report.too_long:

@@ -15,6 +15,7 @@ from cacheblend_rag.store.follow import Follower, Row
 from cacheblend_rag.store.notes import Notes
 
 Work = Callable[[], Any]
+_MOST_RESULTS = 10_000  # that wait to be taken
 
 
 class StoreThread:
@@ -43,6 +44,8 @@ class StoreThread:
         while (given := self._work.get()) is not None:
             number, work = given
             self._done[number] = reported(work)
+            if len(self._done) > _MOST_RESULTS:  # of callers that were interrupted
+                self._done.pop(next(iter(self._done)))
 
 
 def reported(work: Work) -> Any:

@@ -181,7 +181,7 @@ class WorkerExtension:
         return self._spoken(lambda store: store.stats())
 
     def cacheblend_list(self) -> Any:
-        """All that is stored: rows of key, token ids (int32 bytes) and base; None where another rank
+        """All that is stored: rows of key, token ids (int32 bytes), base; None where another rank
         speaks for the store.
         """
         return self._spoken(lambda store: store.list())

@@ -125,5 +125,5 @@ def test_a_stream_goes_on_while_another_process_holds_the_index(
     ingesting.join(30)
     assert ended.is_set()
     request.node.user_properties += [("longest_s", round(max(gaps), 3)), ("pieces", len(gaps))]
+    assert waited, "the index was held, or this shows nothing"
     assert max(gaps) < 1.5
-    assert waited or max(gaps) < 1.5
