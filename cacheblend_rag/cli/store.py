@@ -239,4 +239,9 @@ def _import(args: argparse.Namespace, screen: Screen) -> Done:
         f"{total['refused']} were refused.",
         highlight=False,
     )
+    if total["added"]:
+        screen.out.print(
+            "Every chunk is whole. That it is the KV of its text no check can show, unless it is "
+            "encrypted: import only what you or someone you trust has exported."
+        )
     return Done(REFUSED if total["refused"] else OK, {"store": str(args.store), **total})

@@ -11,8 +11,7 @@ from typing import IO, NamedTuple
 
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.keys import FORMAT
-from cacheblend_rag.store.catalog import NAMESPACE
-from cacheblend_rag.store.chunk_file import Encoding
+from cacheblend_rag.store.chunk_file import LARGEST, Encoding
 from cacheblend_rag.store.disk import DiskStore
 from cacheblend_rag.store.marker import MARKER, VERSION, check_format
 from cacheblend_rag.store.seal import VARIABLE, cipher_from_environment
@@ -22,7 +21,7 @@ _ENCODED = re.compile(r"(?P<name>.*?)(?P<fp8>-fp8)?(?:-sealed-(?P<cipher>[0-9a-f
 _MEMBER = re.compile(
     r"v(?P<format>[0-9]{1,9})/(?P<namespace>[a-z0-9-]{1,130})/(?P<key>[0-9a-f]{64})\.[a-z]+"
 )
-_LARGEST = 4 << 30  # a larger member of an archive is not ours
+_NAME = re.compile("[a-z0-9-]{1,100}")
 
 
 class Imported(NamedTuple):
@@ -55,9 +54,7 @@ def namespaces(folder: Path, tenant: str | None = None) -> list[str]:
     check_format(folder)
     found = sorted(path.name for path in (folder / VERSION).iterdir() if path.is_dir())
     return [
-        name
-        for name in found
-        if NAMESPACE.fullmatch(name) and (tenant is None or belongs(name, tenant))
+        name for name in found if _is_namespace(name) and (tenant is None or belongs(name, tenant))
     ]
 
 
@@ -95,17 +92,20 @@ def export(folder: Path, target: IO[bytes], tenant: str | None = None) -> Iterat
 
 def import_(source: IO[bytes], folder: Path) -> Iterator[tuple[str, Imported]]:
     """Put the chunks of an archive into a store folder, each after every check; yields what became
-    of each member. The archive is not trusted: only our names are read, nothing is extracted.
+    of each member. Only our names are read, nothing is extracted.
+
+    The checks show that a chunk is whole, not that it is the KV of its text: only a sealed one
+    tells who made it.
 
     Raises:
         StoreError: it is no archive, or one of another format, or the store cannot be written.
     """
-    stores: dict[str, DiskStore | None] = {}
+    named, store = "", None  # no more than one is held open, whatever the archive names
     try:
         with tarfile.open(fileobj=source, mode="r|") as archive:
             for member in archive:
                 match = _MEMBER.fullmatch(member.name)
-                if match is None or not member.isreg() or member.size > _LARGEST:
+                if match is None or not _is_ours(member, match["namespace"]):
                     yield member.name, Imported(refused=1)
                     continue
                 if int(match["format"]) != FORMAT:
@@ -113,21 +113,32 @@ def import_(source: IO[bytes], folder: Path) -> Iterator[tuple[str, Imported]]:
                         f"This archive has chunks of format {match['format']}; this version of "
                         f"cacheblend-rag reads format {FORMAT} only. Ingest the documents anew."
                     )
-                namespace = match["namespace"]
-                if namespace not in stores:
-                    stores[namespace] = _opened(folder, namespace)
-                store, content = stores[namespace], archive.extractfile(member)
+                if match["namespace"] != named:
+                    if store is not None:
+                        store.close()
+                    named, store = match["namespace"], _opened(folder, match["namespace"])
+                content = archive.extractfile(member)
                 assert content is not None
                 yield member.name, _import_one(store, match["key"], content)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:
         raise StoreError(
             f"This is no archive of a store, or it is damaged ({error}). "
             "Make one with 'cacheblend export'. What was read so far is kept."
         ) from error
     finally:
-        for opened in stores.values():
-            if opened is not None:
-                opened.close()
+        if store is not None:
+            store.close()
+
+
+def _is_ours(member: tarfile.TarInfo, namespace: str) -> bool:
+    # A sparse member declares more than the archive holds.
+    is_plain = member.isreg() and not member.issparse()
+    return is_plain and member.size <= LARGEST and _is_namespace(namespace)
+
+
+def _is_namespace(name: str) -> bool:
+    match = _ENCODED.fullmatch(name)
+    return match is not None and _NAME.fullmatch(match["name"]) is not None
 
 
 def _opened(folder: Path, namespace: str) -> DiskStore | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from cacheblend_rag.cli.store import label
 from cacheblend_rag.retrieval import MANIFEST, Passage
 from cacheblend_rag.store import DiskStore, Encoding
 from cacheblend_rag.store.folder import namespaces
+from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.seal import Cipher
 
 KEY = "A" * 43 + "="  # 32 bytes in base64
@@ -153,6 +156,42 @@ def test_an_archive_of_another_format_is_refused_with_the_reason(
     assert cli.main(["import", str(archive), "--store", str(tmp_path / "new")]) == 1
     assert "chunks of format 1" in capsys.readouterr().err
     assert files(tmp_path / "new") == []
+
+
+def test_an_archive_with_holes_and_odd_namespaces(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    intact = files(folder)[0]
+    sparse = tarfile.TarInfo(f"{VERSION}/one-0of1/{key_of('other')}.safetensors")
+    sparse.pax_headers = {"GNU.sparse.size": str(4 << 30), "GNU.sparse.map": f"{4 << 30},0"}
+    names = ["-fp8", "x" * 101, "x" * 130, *(f"n{number}" for number in range(40))]
+    members = [
+        (sparse, b""),
+        *(
+            (tarfile.TarInfo(f"{VERSION}/{name}/{intact.name}"), intact.read_bytes())
+            for name in names
+        ),
+    ]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        archive = archive_of(tmp_path / "odd.tar", *members)
+        data = run(capsys, 3, "import", archive, "--store", tmp_path / "to")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (data["added"], data["refused"]) == (40, 4)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+def test_import_says_what_no_check_can_show(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, 0, "export", tmp_path / "kv.tar", "--store", folder)
+    assert (tmp_path / "kv.tar").stat().st_mode & 0o077 == 0
+    command = ["import", str(tmp_path / "kv.tar"), "--store", str(tmp_path / "other")]
+    assert cli.main(command) == 0
+    assert "no check can show" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar" * 1000])
