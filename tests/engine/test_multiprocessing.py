@@ -58,7 +58,8 @@ class Known(NamedTuple):
 
 
 def config(store: Path) -> BlendConfig:
-    return BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}")
+    # without reach: with it, what a step moves depends on where vLLM cuts a prompt into steps
+    return BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}", reach=0)
 
 
 def open_here(path: Path, store: Path) -> CacheBlend:

@@ -226,7 +226,7 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
         assert torch.allclose(logprobs(late), logprobs(plain), atol=2e-4)
         gate.set()
         wait_until(lambda: blender.store.fast.stats().chunks == 4)
-        assert asked(blend, (*ids[:-1], 7)).report.tokens_reused > 0  # nothing was forgotten
+        assert asked(blend, (7, *ids[1:])).report.tokens_reused > 0  # nothing was forgotten
 
         # measured on a GPU only; here a rule that a slow disk has to break
         blender.costs = Costs(prefill_s=1e-4, recompute_s=1e-4, load_s=1e-9, blend_s=0.0)
@@ -237,16 +237,16 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
         for beside, starts, extra in ((blender, 0, 8), (None, 1, 11)):  # None: it is elsewhere
             monkeypatch.setattr(Ahead, "blender", beside)
             _forget_memory(blender.store)
-            refused = asked(blend, (*ids[:-1], extra))
+            refused = asked(blend, (extra, *ids[1:]))
             assert not refused.report.blended and len(begun) == starts
             assert "4 chunks are not in memory, fetching them takes" in refused.report.detail
-            exact = asked(blend, (*ids[:-1], extra), mode="full")
+            exact = asked(blend, (extra, *ids[1:]), mode="full")
             assert torch.allclose(logprobs(refused), logprobs(exact), atol=2e-4)
             wait_until(lambda: blender.store.fast.stats().chunks == 4)
         _forget_memory(blender.store)
-        assert asked(blend, (*ids[:-1], 9), when="always").report.blended
+        assert asked(blend, (9, *ids[1:]), when="always").report.blended
         wait_until(lambda: blender.store.fast.stats().chunks == 4)  # brought for the next one
-        assert asked(blend, (*ids[:-1], 10)).report.blended
+        assert asked(blend, (10, *ids[1:])).report.blended
 
 
 def test_a_chunk_kept_beside_the_store_is_not_read(
@@ -265,11 +265,11 @@ def test_a_chunk_kept_beside_the_store_is_not_read(
         kept = {info.key: blender.store.get(info.key) for info in blender.store.scan()}
         monkeypatch.setattr(blender._lanes, "held", kept.get)
         monkeypatch.setattr(FileSource, "read_into", never)
-        again = asked(blend, (*ids[:-1], 3))
+        again = asked(blend, (3, *ids[1:]))
         assert again.report.tokens_reused == read.report.tokens_reused > 0
         blender.costs = Costs(prefill_s=1e-4, recompute_s=1e-4, load_s=1e-9, blend_s=0.0)
         monkeypatch.setattr(type(blender.store), "bandwidth", 1e5)
-        assert asked(blend, (*ids[:-1], 4)).report.blended, "they are near"
+        assert asked(blend, (4, *ids[1:])).report.blended, "they are near"
 
 
 def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
@@ -284,7 +284,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
         store, ahead = blender.store, []
         monkeypatch.setattr(blender._lanes, "expect", ahead.append)
         reads = store.stats().hits
-        again = asked(blend, (*asking[0][:-1], 5))
+        again = asked(blend, (5, *asking[0][1:]))
         keys = {s.key for s in again.report.segments if s.kind == "reused"}
         assert len(ahead) == 1 and set(ahead[0]) >= keys and len(keys) > 1
         assert store.stats().hits - reads == len(ahead[0]), "each chunk is read once"
@@ -300,7 +300,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
             raise RuntimeError("no memory left")
 
         monkeypatch.setattr(blender._lanes, "expect", fails)
-        assert asked(blend, (*asking[0][:-1], 6)).report.blended
+        assert asked(blend, (6, *asking[0][1:])).report.blended
         store.discard(next(iter(keys)))
         assert asked(blend, (*asking[0], 7)).report.blended, "less is there, and not ahead"
 
