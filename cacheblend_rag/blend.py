@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import itertools
 import statistics
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, overload
@@ -18,6 +20,7 @@ from tqdm import tqdm
 from cacheblend_rag import calibration, gate, ingest, metrics
 from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
+from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
 from cacheblend_rag.errors import (
     CacheBlendError,
@@ -36,13 +39,14 @@ from cacheblend_rag.models import resolve_model
 from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
 from cacheblend_rag.prefix import document_context, ingest_prefix, prompt_head
 from cacheblend_rag.process import Home
-from cacheblend_rag.prompt import Prompt, is_prompt, tokenize, tokenize_chunk
+from cacheblend_rag.prompt import Prompt, is_prompt, owned, tokenize, tokenize_chunk
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import make_report
-from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream, make_result
+from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStream, make_result
 from cacheblend_rag.store.url import parse_size
 
 _TIMING_ROUNDS = 7
+_PREPARING = 2  # threads that prepare prompts for event loops
 _ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
 _PROBE_SAMPLING = {**_ONE_TOKEN, "logprobs": 20}
 
@@ -55,6 +59,14 @@ class _Prepared(NamedTuple):
     mode: str
     stages_s: Mapping[str, float]
     request_id: str
+
+
+class _Options(NamedTuple):
+    """Those of one call: ours, vLLM's sampling parameters, and a LoRA request."""
+
+    config: BlendConfig
+    sampling: Mapping[str, Any]
+    lora_request: Any
 
 
 class CacheBlend:
@@ -89,13 +101,15 @@ class CacheBlend:
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
         self._closed, self._home = False, Home()
         self._index = ChunkIndex()
+        self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
+        self._namespaces = {self.config.namespace}  # of all fronts to this engine
         self._head: Head | None = None
         self._costs: Costs | None = None
         self._engine: Engine = create_engine(engine, resolve_model(str(model)), engine_args)
         self._known = KnownChunks(self._engine)
         try:
             self.info = self._engine.info
-            self.tokenizer: Any = self._engine.tokenizer
+            self._tokenizer: Any = self._engine.tokenizer  # never handed out
             self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
             self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
             self.gate: GateReport = self._open_gate()
@@ -248,18 +262,28 @@ class CacheBlend:
         """A second front to the same engine and store, with a configuration of its own: another
         ingest prefix, say. Each knows what is stored by its own configuration, through whichever
         front or process. Where ``config`` names another store, that is passed over; close only the
-        first front.
+        first front. One of another namespace is another tenant's: it reads none of the KV of the
+        first, vLLM's prefix cache included.
         """
         self._check_open()
         other = object.__new__(CacheBlend)
         other.__dict__.update(self.__dict__)
         other.config, other._index = config, ChunkIndex()
-        other._space = self._key_space(config)
+        other.__dict__.pop("tokenizer", None)  # each has a copy of its own
+        other._namespaces.add(config.namespace)
+        other._space = other._key_space(config)
         other._head = None
         if self.gate.passed:
             other._known.join(other._index, other._space)
             other._head = other._store_head()
         return other
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """A copy of the model's tokenizer, None where the engine has none. What is set on it, such
+        as truncation, does not reach the prompts.
+        """
+        return copy.deepcopy(self._tokenizer)
 
     @property
     def engine(self) -> Engine:
@@ -321,9 +345,22 @@ class CacheBlend:
 
     def astream(self, prompt: Prompt, **options: Any) -> AsyncBlendStream:
         """``stream`` for an event loop: ``async for piece in blend.astream(prompt)``."""
-        prepared = self._prepare(prompt, options)
-        pieces = self._engine.astream(prepared.request)
-        return AsyncBlendStream(pieces, partial(self._finish, prepared))
+        self._check_open()
+        asked = self._split(options)  # what is wrong with them is said here
+        return AsyncBlendStream(partial(self._begin, owned(prompt), asked))
+
+    async def _begin(self, prompt: Prompt, asked: _Options) -> Begun:
+        """Prepare a request beside the event loop: long prompts take a while to tokenise."""
+        try:
+            preparing = self._preparing.submit(self._prepare_split, prompt, asked)
+        except RuntimeError as error:
+            raise ClosedError("this engine was closed; make a new CacheBlend") from error
+        prepared = await asyncio.wrap_future(preparing)
+        return Begun(
+            self._engine.astream(prepared.request),
+            partial(self._finish, prepared),
+            sum(prepared.stages_s.values()),
+        )
 
     def tokenize(
         self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None
@@ -341,9 +378,12 @@ class CacheBlend:
 
     def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> _Prepared:
         self._check_open()
+        return self._prepare_split(prompt, self._split(options))
+
+    def _prepare_split(self, prompt: Prompt, asked: _Options) -> _Prepared:
         if self.gate.passed and not self._engine.serves_many:
             self._known.learn_if_due()
-        config, sampling, lora = self._split(options)
+        config, sampling, lora = asked
         clock = [time.perf_counter()]
         ids = self._ids(prompt, config)
         clock.append(time.perf_counter())
@@ -356,7 +396,7 @@ class CacheBlend:
             token_ids=ids,
             sampling=sampling,
             params=_with_id(plan, request_id),
-            cache_salt=_salt(config.mode, request_id),
+            cache_salt=_salt(config, request_id),
             lora_request=lora,
         )
         names = ("tokenize", "locate", "plan")
@@ -366,7 +406,7 @@ class CacheBlend:
     def _ids(self, prompt: Prompt, config: BlendConfig) -> tuple[int, ...]:
         ids = tokenize(
             prompt,
-            self.tokenizer,
+            self._tokenizer,
             self._engine.chat,
             config.chat_template_kwargs,
             max_model_len=self.info.max_model_len,
@@ -425,7 +465,7 @@ class CacheBlend:
 
     # ---- options -------------------------------------------------------------------------------
 
-    def _split(self, options: Mapping[str, Any]) -> tuple[BlendConfig, dict[str, Any], Any]:
+    def _split(self, options: Mapping[str, Any]) -> _Options:
         """One call's options: ours, the sampling parameters, and a LoRA request."""
         ours = {k: v for k, v in options.items() if k in PER_CALL}
         sampling = {k: v for k, v in options.items() if k not in PER_CALL and k != "lora_request"}
@@ -435,15 +475,15 @@ class CacheBlend:
                 raise unknown_option(name, {*known, *PER_CALL}, "generate")
         if sampling.get("n", 1) != 1:
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
-        if self.tokenizer is None:
+        if self._tokenizer is None:
             sampling.setdefault("detokenize", False)
         config = calibration.resolved(self.config.for_call(ours), self.calibration)
-        return config, sampling, options.get("lora_request")
+        return _Options(config, sampling, options.get("lora_request"))
 
     # ---- store and gate ------------------------------------------------------------------------
 
     def _chunk(self, text: str | Sequence[int]) -> Chunk:
-        ids = tokenize_chunk(text, self.tokenizer)
+        ids = tokenize_chunk(text, self._tokenizer)
         self._check_vocabulary(ids)
         return Chunk(self._space.key(ids), ids)
 
@@ -466,7 +506,7 @@ class CacheBlend:
         for chunk in todo:
             number = first[chunk.key]
             with ingest.naming(f"before, text {number + 1} of {len(before)}"):
-                context = document_context(before[number], neutral, self.tokenizer)
+                context = document_context(before[number], neutral, self._tokenizer)
                 if context:
                     self._check_vocabulary(context)
             placed.append(chunk._replace(context=context))
@@ -547,7 +587,9 @@ class CacheBlend:
         return self.info.positions or self.info.max_model_len
 
     def _key_space(self, config: BlendConfig) -> KeySpace:
-        prefix = ingest_prefix(config, self.tokenizer, self._engine.chat, positions=self._positions)
+        prefix = ingest_prefix(
+            config, self._tokenizer, self._engine.chat, positions=self._positions
+        )
         by_document = config.ingest_prefix == "document"
         return KeySpace(self.info.fingerprint, prefix, config.namespace, by_document)
 
@@ -596,7 +638,7 @@ class CacheBlend:
         self._engine.rpc("cacheblend_label", [(name, [head.key])])
 
     def _prompt_head(self, *, timeless: bool = False) -> tuple[int, ...]:
-        return prompt_head(self.config, self.tokenizer, self._engine.chat, timeless=timeless)
+        return prompt_head(self.config, self._tokenizer, self._engine.chat, timeless=timeless)
 
     def _probe(self, report: GateReport) -> GateReport:
         probe = gate.probe(self.info)
@@ -670,9 +712,12 @@ class CacheBlend:
 
     def stats(self) -> list[dict[str, int]]:
         """Counts of the chunk store; of ``memory://``, which each rank has for itself, one dict a
-        rank. Empty where blending is off.
+        rank. Empty where blending is off. Where several namespaces share the engine, only the
+        number of chunks that this one has.
         """
         self._check_open()
+        if len(self._namespaces) > 1:
+            return [{"chunks": len(self._index)}]
         return self._ask_stores("cacheblend_store_stats") if self.gate.passed else []
 
     def close(self) -> None:
@@ -680,6 +725,7 @@ class CacheBlend:
         if not self._closed and self._home.is_here:
             self._closed = True
             self._known.close()
+            self._preparing.close(drop=True)
             self._engine.close()
 
     def __reduce__(self) -> Any:
@@ -733,10 +779,14 @@ def _probing(ids: tuple[int, ...], plan: Plan | NoPlan) -> EngineRequest:
         token_ids=ids,
         sampling=_PROBE_SAMPLING,
         params=_with_id(plan, name),
-        cache_salt=_salt("full", name),
+        cache_salt=f"full:{name}",
     )
 
 
-def _salt(mode: str, request_id: str) -> str | None:
-    """A full prefill reads no cached block at all."""
-    return f"full:{request_id}" if mode == "full" else None
+def _salt(config: BlendConfig, request_id: str) -> str | None:
+    """A full prefill reads no cached block at all. Tenants read none of one another: it would tell
+    what the other asked.
+    """
+    if config.mode == "full":
+        return f"full:{request_id}"
+    return f"namespace:{config.namespace}" if config.namespace else None

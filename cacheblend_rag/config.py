@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from cacheblend_rag.errors import ConfigError, StoreError
+from cacheblend_rag.errors import ConfigError, PromptError, StoreError
 from cacheblend_rag.select import create_selector
 from cacheblend_rag.store.url import parse_size, redacted
+from cacheblend_rag.token_ids import token_ids
 
 Mode = Literal["blend", "full", "reuse", "off"]
 When = Literal["pays", "always"]
@@ -111,7 +112,7 @@ class BlendConfig:
         if isinstance(self.ingest_prefix, str):
             _one_of("ingest_prefix", self.ingest_prefix, PREFIXES)
         else:
-            object.__setattr__(self, "ingest_prefix", tuple(int(t) for t in self.ingest_prefix))
+            object.__setattr__(self, "ingest_prefix", _token_ids(self.ingest_prefix))
         if self.gpu_cache is not None:
             try:
                 parse_size(self.gpu_cache)
@@ -143,6 +144,13 @@ class BlendConfig:
             given = (self.chat_template_kwargs, options["chat_template_kwargs"])
             options = {**options, "chat_template_kwargs": template_arguments(*given)}
         return replace(self, **options) if options else self
+
+
+def _token_ids(prefix: object) -> tuple[int, ...]:
+    try:
+        return token_ids(prefix)
+    except PromptError as error:
+        raise ConfigError(f"ingest_prefix: {error}") from error
 
 
 def template_arguments(*given: object) -> dict[str, Any]:

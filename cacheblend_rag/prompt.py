@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -20,6 +21,13 @@ def is_prompt(value: object) -> TypeGuard[Prompt]:
     return are_token_ids(value) or (
         isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)
     )
+
+
+def owned(prompt: Prompt) -> Prompt:
+    """A copy that is read later, whatever the caller does with ``prompt`` meanwhile."""
+    if isinstance(prompt, str) or are_token_ids(prompt):
+        return copy.copy(prompt)
+    return copy.deepcopy(prompt)
 
 
 def tokenize(

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from cacheblend_rag.engine.base import EngineOutput
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.report import BlendReport
 
 Finish = Callable[[Sequence[EngineOutput], float], "BlendResult"]
+
+
+class Begun(NamedTuple):
+    """A request that is ready to run, and the seconds that this took."""
+
+    pieces: AsyncIterator[EngineOutput]
+    finish: Finish
+    prepared_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +70,9 @@ def make_result(
 class _Stream:
     """What both kinds of stream share: the pieces so far, and the result at the end."""
 
-    def __init__(self, finish: Finish) -> None:
-        self._finish = finish
+    def __init__(self) -> None:
         self._pieces: list[EngineOutput] = []
         self._result: BlendResult | None = None
-        self._start = time.perf_counter()
 
     @property
     def result(self) -> BlendResult:
@@ -88,8 +95,8 @@ class BlendStream(_Stream, Iterator[str]):
     """Pieces of text as they come; then ``result``. Close it, or use ``with``, to stop early."""
 
     def __init__(self, pieces: Iterator[EngineOutput], finish: Finish) -> None:
-        super().__init__(finish)
-        self._source = pieces
+        super().__init__()
+        self._source, self._finish, self._start = pieces, finish, time.perf_counter()
 
     def __next__(self) -> str:
         piece = next(self._source, None)
@@ -121,27 +128,41 @@ class BlendStream(_Stream, Iterator[str]):
 
 
 class AsyncBlendStream(_Stream, AsyncIterator[str]):
-    """``BlendStream`` for an event loop: ``async for``, ``aclose``, ``async with``."""
+    """``BlendStream`` for an event loop: ``async for``, ``aclose``, ``async with``. The prompt is
+    prepared when the first piece is asked for.
+    """
 
-    def __init__(self, pieces: AsyncIterator[EngineOutput], finish: Finish) -> None:
-        super().__init__(finish)
-        self._source = pieces
+    def __init__(self, begin: Callable[[], Awaitable[Begun]]) -> None:
+        super().__init__()
+        self._begin = begin
+        self._begun: Begun | None = None
+        self._start = 0.0
+        self._closed = False
 
     async def __anext__(self) -> str:
-        piece = await anext(self._source, None)
+        if self._closed:
+            raise StopAsyncIteration
+        if self._begun is None:
+            asked = time.perf_counter()
+            self._begun = await self._begin()
+            self._start = asked + self._begun.prepared_s
+        pieces = self._begun.pieces
+        piece = await anext(pieces, None)
         if piece is None:
             raise StopAsyncIteration
         self._pieces.append(piece)
         if piece.finish_reason is not None:
-            async for _ in self._source:
+            async for _ in pieces:
                 pass
             # may ask the engine once more, so not on this loop
-            self._result = await asyncio.to_thread(self._finish, self._pieces, self._start)
+            finish = self._begun.finish
+            self._result = await asyncio.to_thread(finish, self._pieces, self._start)
         return piece.text
 
     async def aclose(self) -> None:
         """Abort the request if it still runs."""
-        close = getattr(self._source, "aclose", None)
+        self._closed = True
+        close = getattr(self._begun and self._begun.pieces, "aclose", None)
         if close is not None:
             await close()
 

@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-from cacheblend_rag.store.daemons import DaemonPool
+from cacheblend_rag.daemons import DaemonPool
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -286,6 +286,18 @@ def test_a_callers_own_salt_is_kept(blend: CacheBlend) -> None:
     assert cached == [0, 0, planned(blend, BLENDS[0]).end, 0]
 
 
+def test_tenants_read_no_block_of_one_another(blend: CacheBlend) -> None:
+    ids = prompt([words(40), "a", words(30)])
+    fronts = [
+        blend.beside(dataclasses.replace(blend.config, namespace=name)) for name in ("one", "two")
+    ]
+    cached = []
+    for front in (blend, *fronts, *fronts, blend):
+        cached.append(front.generate(ids, mode="off", max_tokens=1).report.tokens_prefix_cached)
+    assert cached[:3] == [0, 0, 0] and min(cached[3:]) > 0
+    assert fronts[0].stats() == [{"chunks": 0}]
+
+
 MALFORMED: list[Any] = [
     {"format": 99},
     {"format": FORMAT},

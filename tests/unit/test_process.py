@@ -19,12 +19,12 @@ pytest.importorskip("vllm")
 from fake_engine import fake_blend
 
 from cacheblend_rag import EngineError
+from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.base import EngineRequest
 from cacheblend_rag.engine.batch import BatchEngine, _Turn
 from cacheblend_rag.engine.serving import ServingEngine
 from cacheblend_rag.process import Home
 from cacheblend_rag.shared import SharedEngine
-from cacheblend_rag.store.daemons import DaemonPool
 
 REQUEST = EngineRequest(token_ids=(1, 2, 3), sampling={})
 

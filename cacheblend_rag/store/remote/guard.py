@@ -7,7 +7,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from threading import Event, Lock, Thread
 from typing import TypeVar
 
-from cacheblend_rag.store.daemons import DaemonPool
+from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError
 
 Result = TypeVar("Result")
