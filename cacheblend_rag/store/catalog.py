@@ -149,6 +149,16 @@ class Catalog:
         in_namespace = self._unlink(self.index.surplus(limits, self._namespace))
         return in_namespace + self._unlink(self.index.surplus(limits))
 
+    def measure(self) -> None:
+        """Take the sizes of all chunks from their files: the index may be wrong about them."""
+        for namespace in entries(self._root):
+            if NAMESPACE.fullmatch(namespace.name):
+                sizes: dict[bytes, int] = {}
+                for key in self._names(namespace.name):
+                    with contextlib.suppress(OSError):  # gone since it was listed
+                        sizes[key] = os.stat(self._place(namespace.name, key.hex())).st_size
+                self.index.measure(namespace.name, sizes)
+
     # ---- files ---------------------------------------------------------------------------------
 
     def all_keys(self) -> list[str]:

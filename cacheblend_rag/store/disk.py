@@ -267,6 +267,7 @@ class DiskStore(KVStore):
     def trim(self, capacity_bytes: int) -> int:
         """Evict, whatever the namespace, until the folder holds that much; how many left."""
         with explained(self._folder):
+            self._catalog.measure()
             return self._catalog.trim(Limits(capacity_bytes, None)).total()
 
     def close(self) -> None:

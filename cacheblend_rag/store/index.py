@@ -16,7 +16,7 @@ import sqlite3
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,6 +244,22 @@ class Index:
 
         return self._database.write(make_room)
 
+    def measure(self, namespace: str, sizes: Mapping[bytes, int]) -> None:
+        """Enter the bytes of files where others are noted."""
+        query = "SELECT key, nbytes FROM chunks WHERE namespace = ?"
+        wrong = [
+            (sizes[key], namespace, key)
+            for key, nbytes in self._all(query, namespace)
+            if key in sizes and sizes[key] != nbytes
+        ]
+
+        def measure(db: sqlite3.Connection) -> None:
+            db.executemany("UPDATE chunks SET nbytes = ? WHERE namespace = ? AND key = ?", wrong)
+            _sum_up(db)
+
+        if wrong:
+            self._database.write(measure)
+
     def surplus(self, limits: Limits, namespace: str | None = None) -> list[Victim]:
         """Forget what is over the limits (lowered since), and say what."""
 
@@ -390,11 +406,7 @@ class Index:
         self.policy = self._asked or POLICIES.get(name, GDSF())
         if self.policy.name != name:
             self._rank_anew(db)
-        db.execute("DELETE FROM totals")  # counted again: a wrong sum would stop all eviction
-        db.execute(
-            "INSERT INTO totals SELECT namespace, count(*), sum(nbytes) FROM chunks "
-            "GROUP BY namespace"
-        )
+        _sum_up(db)  # a wrong sum would stop all eviction
 
     def _all(self, query: str, *values: object) -> list[Any]:
         return self._database.read(lambda db: db.execute(query, values).fetchall())
@@ -539,6 +551,13 @@ class Index:
         rows = db.execute("SELECT heat, cost, nbytes, tick, id FROM chunks").fetchall()
         ranks = [(self._rank(Usage(*row[:4])), row[4]) for row in rows]
         db.executemany("UPDATE chunks SET priority = ? WHERE id = ?", ranks)
+
+
+def _sum_up(db: sqlite3.Connection) -> None:
+    db.execute("DELETE FROM totals")
+    db.execute(
+        "INSERT INTO totals SELECT namespace, count(*), sum(nbytes) FROM chunks GROUP BY namespace"
+    )
 
 
 def _mark_of(db: sqlite3.Connection) -> Mark:

@@ -8,6 +8,7 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -60,6 +61,20 @@ def test_a_disk_full_to_the_last_byte_serves_and_is_pruned(faults: ModuleType) -
     assert counts["served_full"] == counts["told"] == counts["served_after_opening"] == 300
     assert counts["forgotten"] == 1
     assert counts["bytes_after_prune_to_1MiB"] <= 1 << 20
+
+
+@pytest.mark.parametrize("nbytes", [1, 1 << 40])
+def test_pruning_goes_by_the_files(tmp_path: Path, nbytes: int) -> None:
+    with disk(tmp_path) as store:
+        for seed in range(9):
+            store.put(key_of(seed), chunk_of(seed))
+    db = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
+    db.execute("UPDATE chunks SET nbytes = ? WHERE id < 9", (nbytes,))
+    db.close()
+    with disk(tmp_path) as store:
+        assert store.trim(5 * 780) >= 4
+        left = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
+        assert 3 * 780 < sum(left) <= 5 * 780
 
 
 # --- forgetting -----------------------------------------------------------------------------------
