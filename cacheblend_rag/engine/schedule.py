@@ -289,7 +289,7 @@ def whole_graphs(vllm_config: Any) -> str:
         return f"cudagraph_mode is {mode.name}: steps with prefills are one CUDA graph"
     if compiling.use_inductor_graph_partition:
         return "use_inductor_graph_partition is on: a layer's cache update is no call of its own"
-    if any("kvcache" in name and on for name, on in vars(compiling.pass_config).items()):
+    if any("kvcache" in name and on is True for name, on in vars(compiling.pass_config).items()):
         return "a compiler pass fuses a layer's cache update with its rotation"
     if vllm_config.parallel_config.use_ubatching:
         return "dual batch overlap is on: a step is run in two halves"
