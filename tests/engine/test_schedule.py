@@ -153,3 +153,17 @@ def test_blocks_of_a_blend_that_was_not_whole_are_never_shared(claims: Claims, e
     retry = request(name="retry")
     claims.begin(retry)
     assert not set(retry.block_hashes) & set(one.block_hashes)
+
+
+def test_only_passes_that_are_on_keep_layers_from_being_changed() -> None:
+    from vllm.config import CompilationConfig, ParallelConfig
+
+    config = SimpleNamespace(
+        compilation_config=CompilationConfig(), parallel_config=ParallelConfig()
+    )
+    assert schedule.whole_graphs(config) == ""
+    passes = config.compilation_config.pass_config
+    if not hasattr(passes, "fuse_rope_kvcache"):
+        pytest.skip("this vLLM has no such pass")
+    passes.fuse_rope_kvcache = True
+    assert "fuses" in schedule.whole_graphs(config)
