@@ -167,3 +167,37 @@ def test_only_passes_that_are_on_keep_layers_from_being_changed() -> None:
         pytest.skip("this vLLM has no such pass")
     passes.fuse_rope_kvcache = True
     assert "fuses" in schedule.whole_graphs(config)
+
+
+def compiled(**changes: Any) -> Any:
+    """A configuration of vLLM's, of the parts that are looked at."""
+    from vllm.config import CUDAGraphMode
+
+    passes = {"fuse_rope_kvcache": False, "rope_kvcache_fusion_max_token_num": 256}
+    compiling: dict[str, Any] = {
+        "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
+        "splitting_ops": ["vllm::unified_attention", "vllm::unified_kv_cache_update"],
+        "use_inductor_graph_partition": False,
+        "pass_config": SimpleNamespace(**passes),
+        **changes,
+    }
+    ubatching = compiling.pop("use_ubatching", False)
+    parallel = SimpleNamespace(use_ubatching=ubatching)
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(**compiling), parallel_config=parallel
+    )
+
+
+def test_steps_that_cannot_be_changed_are_known() -> None:
+    from vllm.config import CUDAGraphMode
+
+    assert schedule.whole_graphs(compiled()) == ""
+    assert schedule.whole_graphs(compiled(cudagraph_mode=None, splitting_ops=[])) == ""
+    for changes, word in [
+        ({"cudagraph_mode": CUDAGraphMode.FULL}, "FULL"),
+        ({"splitting_ops": ["vllm::unified_attention"]}, "splitting_ops"),
+        ({"use_inductor_graph_partition": True}, "use_inductor_graph_partition"),
+        ({"pass_config": SimpleNamespace(fuse_rope_kvcache=True)}, "pass"),
+        ({"use_ubatching": True}, "dual batch overlap"),
+    ]:
+        assert word in schedule.whole_graphs(compiled(**changes))
