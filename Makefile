@@ -17,7 +17,7 @@ installed := .venv/.installed-$(ENGINE)
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help install fix lint test test-all test-gpu demo bench clean
+.PHONY: help install fix lint test test-all test-gpu mutants demo bench clean
 
 help:
 	@echo "make install    .venv with everything in it (ENGINE=cpu|cuda)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test       tests that need no GPU        make test-all   the slow ones as well"
 	@echo "make test-gpu   tests that need a GPU         make bench      BENCH=<name in benchmarks/>"
 	@echo "make lint       ruff and mypy                 make fix        what ruff can repair"
+	@echo "make mutants    do the unit tests notice changes to the pure modules? (ARGS=<names of mutants>)"
 	@echo "make clean      remove .venv and all caches"
 
 install: $(installed)
@@ -58,6 +59,12 @@ test-all: $(installed)
 test-gpu: $(installed)
 	$(bin)/python -m pytest -m gpu $(ARGS)
 
+# What is mutated, and by which tests it should be noticed: [tool.mutmut] in pyproject.toml.
+mutants: $(installed)
+	$(bin)/python -m pip install --quiet "mutmut>=3.8,<4"
+	PYTHONPATH=kernels:integrations $(bin)/mutmut run --max-children $(JOBS) $(ARGS)
+	$(bin)/mutmut results
+
 demo: $(installed)
 	@$(bin)/cacheblend demo $(ARGS)
 
@@ -65,5 +72,5 @@ bench: $(installed)
 	$(bin)/python benchmarks/$(BENCH).py $(ARGS)
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
