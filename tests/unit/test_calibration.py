@@ -51,6 +51,14 @@ def test_a_calibration_is_found_by_the_weights_it_was_made_with(tmp_path: Path) 
         find("cd" * 32, str(tmp_path / "elsewhere.json"))
 
 
+def test_a_calibration_s_usual_place(home: Path) -> None:
+    """32 of 64 digits tell weights apart, and leave a name that every file system takes."""
+    assert usual_path(WEIGHTS) == home / "calibrations" / f"{'ab' * 16}.json"
+    deep = home / "a" / "b" / "c.json"
+    MADE.save(deep)
+    assert find(WEIGHTS, str(deep)) == MADE
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

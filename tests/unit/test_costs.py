@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from chunks import key_of
 
@@ -48,6 +50,30 @@ def test_a_blend_has_to_be_predicted_clearly_quicker(share: float, is_worth_it: 
     made = far_plan(0.0)
     costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=share * 6.144)
     assert (costs.refusal(made) is None) == is_worth_it
+
+
+def test_a_refusal_says_what_was_predicted() -> None:
+    costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=6.144)
+    refusal = costs.refusal(far_plan(0.25))
+    assert refusal is not None and refusal.detail == (
+        "a plain prefill is as quick here: 6144.0 ms predicted for 6144 tokens, a blend 7680.0 ms "
+        "(when='always' blends all the same)"
+    )
+
+
+def test_fresh_tokens_are_computed() -> None:
+    segments = (Segment(0, 1024), Segment(1024, 2048, "k", 0, Kind.REUSE))
+    made = replace(far_plan(0.0), segments=segments)
+    costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=0)
+    assert costs.blend(made) == pytest.approx(1.024)
+
+
+def test_a_chunk_that_stands_twice_is_fetched_once() -> None:
+    twice = (Segment(0, 100, "k", 0, Kind.REUSE), Segment(100, 150, "k", 0, Kind.REUSE))
+    made = replace(far_plan(0.0), segments=twice)
+    costs = Costs(prefill_s=1.0, recompute_s=1.0, load_s=0, blend_s=0)
+    assert costs.too_far(made, {"k": 149.0}) == set()
+    assert costs.too_far(made, {"k": 150.0}) == {"k"}  # as quick to compute, which is exact
 
 
 def test_slow_loading_refuses_what_fast_loading_does_not() -> None:

@@ -60,6 +60,27 @@ def test_query_keeps_the_first_tokens_of_chunks() -> None:
     ) == {0, 2, 3, 5}
 
 
+def test_first_tokens_come_before_every_other_however_low_all_scores_are() -> None:
+    attention = torch.tensor([0.0, 0.1, 0.3, 0, 0, 0, 0, 0.2, 0])
+    found = evidence(question_N=attention)
+    score = create_selector("query", {"window": 1, "first_share": 0.0, "first": 1}).score(found)
+    assert min(score[0], score[5]) > score[2]
+    found = replace(found, budget=4)
+    score = create_selector("query", {"window": 1, "first_share": 0.5}).score(found)
+    assert min(score[0], score[5]) > score[2]
+
+
+def test_chunks_that_touch_and_pieces_of_one_are_told_apart() -> None:
+    """Two chunks one behind the other, then one with a gap: each token is seen beside its own."""
+    candidate = torch.tensor([1, 1, 1, 1, 0, 1], dtype=torch.bool)
+    offset = torch.tensor([0, 1, 0, 1, 0, 2])
+    attention = torch.tensor([1.0, 3.0, 1.0, 1.0, 5.0, 4.0])
+    found = Evidence(candidate, offset, torch.arange(6), question_N=attention)
+    options = {"window": 1, "spread": 1.0, "first_share": 0.0}
+    score = create_selector("query", options).score(found)
+    assert score.tolist() == pytest.approx([0.25, 0.75, 0.5, 0.5, 0, 1])
+
+
 def test_query_gives_a_share_to_first_tokens() -> None:
     attention = torch.tensor([0.0, 0, 9, 8, 0, 0, 0, 0, 7])
     found = evidence(question_N=attention, budget=5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store import DiskStore, MemoryStore, NullStore, TieredStore, open_store
 from cacheblend_rag.store.remote import RemoteStore
-from cacheblend_rag.store.url import StoreURL, parse_size, parse_url
+from cacheblend_rag.store.url import StoreURL, parse_seconds, parse_size, parse_url, redacted
 
 
 @pytest.mark.parametrize(
@@ -187,3 +187,32 @@ def test_encryption_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_import_needs_no_torch() -> None:
     check = "import sys, cacheblend_rag.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2", 2), ("0.5s", 0.5), ("2 S", 2), ("300ms", 0.3), ("300 MS", 0.3), ("3599.5", 3599.5)],
+)
+def test_times(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0ms", "-1", "2m", "ms", "3600", "1e3"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(StoreError, match="is not a time"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:p@ss@host:6380/2", "redis://***@host:6380/2"),
+        ("REDISS://:secret@host", "REDISS://***@host"),
+        ("s3://key:secret\n@bucket/a", "s3://***@bucket/a"),
+        ("redis://host/0", "redis://host/0"),
+        ("file:///a@b", "file:///a@b"),
+        ("a@b", "a@b"),
+    ],
+)
+def test_no_secret_is_shown(url: str, shown: str) -> None:
+    assert redacted(url) == shown
