@@ -50,6 +50,31 @@ def test_segments_are_contiguous_and_end_on_a_block() -> None:
 def test_one_token_is_left_to_vllm() -> None:
     made = plan([match(0, 320)], ids=tuple(range(320)))
     assert isinstance(made, Plan) and made.end == 304
+    made = plan([match(0, 321)], ids=tuple(range(321)))
+    assert isinstance(made, Plan) and made.end == 320
+
+
+@pytest.mark.parametrize(
+    ("longest", "end", "question_start"),
+    [(None, 192, 205), (200, 192, 205), (192, 192, 205), (191, 176, 176), (100, 96, 96)],
+)
+def test_a_window_bounds_what_a_blend_covers(
+    longest: int | None, end: int, question_start: int
+) -> None:
+    """What lies behind the bound asks, as it would be hidden behind a window otherwise."""
+    made = make_plan(
+        IDS, [match(10, 205)], BlendConfig(), prefix_ids=(), block_size=16, longest=longest
+    )
+    assert isinstance(made, Plan)
+    assert (made.end, made.question_start) == (end, question_start)
+
+
+def test_chunks_behind_a_window_are_not_blended() -> None:
+    made = make_plan(IDS, [match(96, 205)], BlendConfig(), prefix_ids=(), block_size=16, longest=96)
+    assert made == NoPlan(
+        Reason.SLIDING_WINDOW,
+        "a sliding window bounds a blend to 96 tokens, which hold no stored chunk",
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,6 +251,21 @@ def test_any_matches_make_a_plan_of_whole_blocks(data: st.DataObject) -> None:
     served = {(s.start, s.key, s.offset) for s in made.segments if s.key}
     assert served == {(m.start, m.key, m.offset) for m in matches if m.start < made.end}
     assert Plan.from_params(made.to_params()) == made
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [([], "a list"), ({"format": 99}, "plan of format 99, expected"), ({}, "format None")],
+)
+def test_what_is_no_plan_at_all(data: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Plan.from_params({"cacheblend": data})
+
+
+def test_the_ends_of_ranges_belong_to_them() -> None:
+    made = plan([match(0, 100)], recompute_ratio=1.0, reach=0)
+    assert isinstance(made, Plan)
+    assert Plan.from_params(json.loads(json.dumps(made.to_params()))) == made
 
 
 def test_settings_tell_apart_what_gives_other_kv() -> None:

@@ -147,20 +147,30 @@ def test_unknown_options_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "says"),
     [
-        ("query", {"window": 0}),
-        ("query", {"layers": (0.5, 0.5)}),
-        ("query", {"layers": 3}),
-        ("query", {"spread": 2}),
-        ("query", {"first": -1}),
-        ("query", {"first_share": 1.5}),
-        ("query", {"coverage": 0}),
-        ("hkvd", {"deviation": "v"}),
-        ("hkvd", {"check_layer": 0}),
-        ("nobody", {}),
+        ("query", {"window": 0}, "window must be odd and positive, got 0"),
+        ("query", {"window": 4}, "window must be odd and positive, got 4"),
+        ("query", {"layers": (0.5, 0.5)}, "layers must be two shares"),
+        ("query", {"layers": (0.5, 1.5)}, "layers must be two shares"),
+        ("query", {"layers": 3}, "selector 'query'"),
+        ("query", {"spread": 2}, "spread must be a share, 0 to 1, got 2"),
+        ("query", {"first": -1}, "first must be 0 or more, got -1"),
+        ("query", {"first_share": 1.5}, "first_share must be a share, 0 to 1, got 1.5"),
+        ("query", {"coverage": 0}, "coverage must be a share above 0, up to 1, got 0"),
+        ("query", {"coverage": 1.5}, "coverage must be a share above 0, up to 1, got 1.5"),
+        ("hkvd", {"deviation": "v"}, "deviation must be 'k' or 'kv', got 'v'"),
+        ("hkvd", {"check_layer": 0}, "check_layer must be at least 1: layer 0 has no deviation"),
+        ("nobody", {}, "nobody"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(name: str, options: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
+def test_values_that_make_no_sense_are_refused(
+    name: str, options: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
         create_selector(name, options)
+
+
+def test_the_ends_of_ranges_are_values_that_make_sense() -> None:
+    ends = {"layers": (0, 1), "spread": 1, "first": 0, "first_share": 1, "coverage": 1, "window": 1}
+    assert create_selector("query", ends) == create_selector("query", dict(ends))
