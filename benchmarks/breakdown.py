@@ -3,8 +3,8 @@
     python benchmarks/breakdown.py --shape llama-8b --size 6x1024
 
 The engine runs in this process, one request at a time. ``floor`` is a prompt without chunks: what
-vLLM takes for the question alone. ``rest`` is what no stage accounts for: the floor, and the host's
-work for a long prompt. Medians over rounds; stages of a GPU are by its own clock.
+vLLM takes for the question alone. ``rest`` is what no stage accounts for: vLLM's own step, which
+computes the rows, and the host's work. Medians over rounds; stages of a GPU are by its own clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import plots
 from shapes import Words, opened, parser, selecting, size, versions
 
-STAGES = ("tokenize", "locate", "plan", "fetch", "load", "select", "recompute")
+STAGES = ("tokenize", "locate", "plan", "fetch", "load", "select")
 
 
 def main() -> None:

@@ -117,14 +117,12 @@ def median(of_mode: list[dict[str, Any]]) -> float:
 
 def show(rows: dict[str, list[dict[str, Any]]]) -> None:
     full = median(rows["full"])
-    print(
-        f"{'mode':24}{'TTFT ms':>10}{'full/mode':>11}   engine ms: load, select, recompute; tokens"
-    )
+    print(f"{'mode':24}{'TTFT ms':>10}{'full/mode':>11}   engine ms: load, select; tokens")
     for name, of_mode in rows.items():
         report = of_mode[-1]["report"]
         stages = [
             1e3 * statistics.median(r["report"]["stages_s"].get(stage, 0) for r in of_mode)
-            for stage in ("load", "select", "recompute")
+            for stage in ("load", "select")
         ]
         took, parts = median(of_mode), ", ".join(f"{v:.1f}" for v in stages)
         print(
