@@ -86,6 +86,7 @@ class Database:
         self.rebuilt = self._is_closed = False
         self._inode: tuple[int, int] | None = None  # of the file in use
         self._damaged: tuple[int, int] | None = None
+        self._schema = 0  # SQLite's own number of it, which every change raises
         self._pid = 0  # that opened what follows
         self._db: sqlite3.Connection | None = None
         try:
@@ -166,6 +167,8 @@ class Database:
         while True:
             try:
                 assert self._db is not None
+                if _schema_number(self._db) != self._schema:  # changed by something else
+                    self._make_ready(self._db)
                 result = work(self._db)
             except (OSError, StoreError):
                 raise  # of a chunk's file
@@ -266,6 +269,7 @@ class Database:
     def _make_ready(self, db: sqlite3.Connection) -> None:
         try:
             _in_transaction(self._prepare, db)
+            self._schema = _schema_number(db)
         except BaseException:
             db.close()
             raise
@@ -360,6 +364,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _schema_number(db: sqlite3.Connection) -> int:
+    (number,) = db.execute("PRAGMA schema_version").fetchone()
+    return int(number)
 
 
 def _code(error: Exception) -> int:

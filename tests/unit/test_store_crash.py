@@ -38,7 +38,8 @@ def key_of(index: int) -> str:
 def chunk_of(index: int) -> ChunkKV:
     """32 KiB to 2 MiB, told by its index alone."""
     num_tokens = 16 << index % 7
-    first = torch.arange(num_tokens * 1024, dtype=torch.int16) * 31 + index
+    # without the highest bit of the exponent, so that all are finite
+    first = (torch.arange(num_tokens * 1024, dtype=torch.int16) * 31 + index) & ~0x4000
     kv_L2NHD = first.view(torch.bfloat16).view(4, 2, num_tokens, 2, 64)
     return ChunkKV(tuple(range(index, index + num_tokens)), index % 3, kv_L2NHD)
 

@@ -63,6 +63,15 @@ def test_a_disk_full_to_the_last_byte_serves_and_is_pruned(faults: ModuleType) -
     assert counts["bytes_after_prune_to_1MiB"] <= 1 << 20
 
 
+def test_a_trigger_made_under_an_open_store_hides_no_chunk(tmp_path: Path) -> None:
+    with disk(tmp_path) as store:
+        db = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
+        db.execute("CREATE TRIGGER evil AFTER INSERT ON contents BEGIN DELETE FROM contents; END")
+        db.close()
+        store.put(key_of(1), chunk_of(1))
+        assert [info.key for info in store.scan()] == [key_of(1)]
+
+
 @pytest.mark.parametrize("nbytes", [1, 1 << 40])
 def test_pruning_goes_by_the_files(tmp_path: Path, nbytes: int) -> None:
     with disk(tmp_path) as store:
