@@ -595,7 +595,7 @@ def test_refused_prompts(blend: CacheBlend, bad: Any, error: type[Exception]) ->
 
 
 def test_refused_chunks(blend: CacheBlend) -> None:
-    report = blend.ingest([words(1021)], progress=False)
+    report = blend.ingest([words(1025)], progress=False)
     assert (report.too_long, report.computed, report.keys) == (1, 0, [""])
     with pytest.raises(EmptyTextError):
         blend.ingest([()], progress=False)

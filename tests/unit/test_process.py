@@ -57,12 +57,17 @@ class Endless:
             self.left.set()
 
     async def _goes_on(self) -> None:
-        if self.interrupts:
+        if self.interrupts and _waits(threading.main_thread()):
             self.interrupts = False
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         await asyncio.sleep(0.01)
 
     def shutdown(self) -> None: ...
+
+
+def _waits(thread: threading.Thread) -> bool:
+    """Whether a thread waits for a result."""
+    return sys._current_frames()[thread.ident or 0].f_code.co_name == "wait"
 
 
 @pytest.fixture
