@@ -137,12 +137,11 @@ def test_a_refusal_is_told(blend: CacheBlend) -> None:
 
 @pytest.mark.parametrize("blend", ["batch"], indirect=True)  # its worker is in this process
 def test_a_failure_is_told(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Iterator[None]:
+    def broken(*_: Any) -> Any:
         raise RuntimeError("broken on purpose")
-        yield
 
     by_string, by_token = stops(blend, 3)
-    monkeypatch.setattr(Blender, "steps", broken)
+    monkeypatch.setattr(Blender, "choose", broken)
     reports = []
     for options in (by_token, by_string):
         reset(blend)
