@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -420,7 +421,7 @@ class CacheBlend:
         if not self.gate.passed and config.mode not in ("off", "full"):
             assert self.gate.reason is not None
             return NoPlan(self.gate.reason, self.gate.detail)
-        return make_plan(
+        plan = make_plan(
             ids,
             matches,
             config,
@@ -430,6 +431,7 @@ class CacheBlend:
             costs=self._costs,
             longest=self.gate.max_tokens,
         )
+        return replace(plan, space=self._space.key(())) if isinstance(plan, Plan) else plan
 
     def _finish(
         self, prepared: _Prepared, pieces: Sequence[EngineOutput], start: float

@@ -56,7 +56,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What goes with a request to the engine, as ``kv_transfer_params``."""
+    """What goes with a request to the engine, as ``kv_transfer_params``.
+
+    ``space`` tells apart whose chunks these are: of what ingest prefix, say.
+    """
 
     segments: tuple[Segment, ...]
     question_start: int  # end of the last matched chunk
@@ -65,6 +68,7 @@ class Plan:
     selector_options: Mapping[str, Any]
     reach: int = 0
     when: When = "always"
+    space: str = ""
 
     @property
     def end(self) -> int:
@@ -86,6 +90,7 @@ class Plan:
                 },
                 "reach": self.reach,
                 "when": self.when,
+                "space": self.space,
             }
         }
 
@@ -115,6 +120,7 @@ class Plan:
                 selector_options=dict(data["selector_options"]),
                 reach=int(data["reach"]),
                 when=data["when"],
+                space=str(data["space"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"malformed plan: {error!r}") from error

@@ -110,11 +110,11 @@ def test_a_second_front_has_its_own_chunks(blend: CacheBlend) -> None:
     from dataclasses import replace
 
     other = blend.beside(replace(blend.config, ingest_prefix=words(40)))
-    prompt = PROMPTS[0] + words(16)  # asked by no other test: nothing of it is cached
+    prompt = words(8) + PROMPTS[0] + words(16)  # no other test asks what begins so
     assert not other.generate(prompt, mode="reuse", **GREEDY).report.blended
     other.ingest(CHUNKS, progress=False)
     before, behind = (front.generate(prompt, mode="reuse", **SAMPLING) for front in (blend, other))
     assert behind.report.blended and before.report.blended
     assert not torch.equal(logprobs(before), logprobs(behind))
     other.forget(CHUNKS)
-    assert blend.generate(prompt + words(8), mode="reuse", **GREEDY).report.blended
+    assert blend.generate(words(8) + prompt, mode="reuse", **GREEDY).report.blended

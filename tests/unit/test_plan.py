@@ -279,6 +279,8 @@ def test_settings_tell_apart_what_gives_other_kv() -> None:
     assert settings_of() != settings_of(selector="hkvd")
     assert settings_of() != settings_of(selector_options={"window": 33})
     assert settings_of() != settings_of(reach=0)
+    made = plan([match(10, 100)])
+    assert isinstance(made, Plan) and replace(made, space="another").settings != made.settings
 
 
 def test_question_is_what_follows_the_last_chunk() -> None:
