@@ -47,7 +47,8 @@ from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStr
 from cacheblend_rag.store.url import parse_size
 
 _TIMING_ROUNDS = 7
-_PREPARING = 2  # threads that prepare prompts for event loops
+# Threads that prepare prompts for event loops. With two, a loop waits for its turn behind both.
+_PREPARING = 1
 _ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
 _PROBE_SAMPLING = {**_ONE_TOKEN, "logprobs": 20}
 
