@@ -49,7 +49,7 @@ def opened(model: Path) -> Iterator[CacheBlend]:
     config = BlendConfig(ingest_prefix=(), when="always")
     options: dict[str, Any] = {"dtype": FLASH_DTYPE, "max_num_batched_tokens": 512}
     with start_in_process(model, config=config, **options) as engine:
-        engine.tokenizer = Letters()
+        engine._tokenizer = Letters()
         yield engine
 
 
@@ -172,12 +172,12 @@ def test_what_is_refused(opened: CacheBlend, blend: CacheBlend, model: Path) -> 
         blend.ingest([FIRST, SECOND], before=[SECOND], progress=False)
     with pytest.raises(PromptError, match="vocabulary"):
         blend.ingest([FIRST], before=[(VOCAB,)], progress=False)
-    opened.tokenizer = None
+    opened._tokenizer = None
     try:
         with pytest.raises(ConfigError, match="needs a tokenizer"):
             opened.beside(replace(opened.config, ingest_prefix="document"))
     finally:
-        opened.tokenizer = Letters()
+        opened._tokenizer = Letters()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
