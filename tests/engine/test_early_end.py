@@ -5,7 +5,7 @@ reports are those of requests that end in the core.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
