@@ -135,7 +135,7 @@ class PagedPass(Pass):
         fresh: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
         self._cache, self._check, self._before, self._fresh = cache, check, before, fresh
-        self._last = cache.handle.num_layers - 1
+        self.last = cache.handle.num_layers - 1 if check is None else check
         self._slots = cache.slots(blocks, positions)
         self._metadata = cache.metadata(blocks, positions, self._slots)
         self.checked: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -157,7 +157,7 @@ class PagedPass(Pass):
         if self._fresh is not None:
             self._fresh(index, k_TGD, v_TGD)
         self._cache.handle.write(index, k_TGD, v_TGD, self._slots)
-        if index == self._last:
+        if index == self.last:
             self.stop()
         real = self._cache.handle.layers[index]
         metadata = self._metadata[index]

@@ -16,10 +16,13 @@ from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest, awai
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
 from cacheblend_rag.engine.start import (
+    failed,
+    failure,
     make_info,
     naming_death,
     naming_failures,
     naming_refusals,
+    plan_name,
     prepare,
     sampling_names,
     sampling_params,
@@ -113,10 +116,18 @@ class BatchEngine(Engine):
                     for output in engine.step():
                         if output.finished:
                             unfinished.discard(output.request_id)
-                        yield numbers[output.request_id], to_output(output)
+                        number = numbers[output.request_id]
+                        if failed(output):
+                            raise failure(self._causes(requests[number]))
+                        yield number, to_output(output)
             finally:
                 if unfinished and self._home.is_here:
                     engine.abort_request(list(unfinished))
+
+    def _causes(self, request: EngineRequest) -> list[str]:
+        """Why a request could not be computed, by what each rank says."""
+        name = plan_name(request)
+        return self._open().collective_rpc("cacheblend_cause", args=(name,)) if name else []
 
     def _add(self, engine: Any, name: str, request: EngineRequest) -> None:
         params = sampling_params(request.sampling, request.params)

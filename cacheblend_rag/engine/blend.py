@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.attention import Array, upload
@@ -63,7 +62,6 @@ class Blender:
         self.handle, self.rope, self.store, self._lanes = handle, rope, store, lanes
         self.costs: Costs | None = None  # set once they are measured
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
-        self._alone = get_tensor_model_parallel_world_size() == 1
         self._fetched: dict[str, FromStore] = {}  # by a request's id
 
     def expect(self, request_id: str, plan: Plan) -> None:
@@ -100,13 +98,20 @@ class Blender:
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
-        clock, plan, device = outcome.clock, task.plan, self.handle.device
-        found = self._fetched.pop(task.request_id, None) or self._load(plan)
-        clock.mark("fetch")
+        found = self._fetched.pop(task.request_id, None) or self._load(task.plan)
+        outcome.clock.mark("fetch")
         region = Region(task, self._fitting(task, outcome, found))
         outcome.bytes = region.bytes
         lane = self._lanes(region)
-        must_E, candidate_E = _duties(task, region.stored_E, outcome.missing)
+        try:
+            return Choice(lane, self._choose(lane, task, outcome))
+        except BaseException:
+            lane.give_up()
+            raise
+
+    def _choose(self, lane: Lane, task: BlendTask, outcome: BlendOutcome) -> torch.Tensor:
+        clock, plan, device = outcome.clock, task.plan, self.handle.device
+        must_E, candidate_E = _duties(task, lane.region.stored_E, outcome.missing)
         num_must, num_candidates = int(must_E.sum()), int(candidate_E.sum())
         budget = min(max(task.computes - num_must, 0), num_candidates)
         must, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
@@ -123,7 +128,7 @@ class Blender:
         clock.mark("select")
         behind = task.end - max(plan.end, task.write_from)  # of no segment
         outcome.chosen = _to_host(positions[: len(positions) - behind])
-        return Choice(lane, positions)
+        return positions
 
     def recompute(self, lane: Lane, positions: torch.Tensor) -> None:
         """Compute tokens in forwards of our own, whatever becomes of the others."""
@@ -140,10 +145,12 @@ class Blender:
         if isinstance(wanted, QuestionAttention):
             keep = wanted.range(self.handle.num_layers)
             room = self._most_rows - len(task.question)
-            question_E = self._sum(lane.ask(task.question, keep, room))
+            question_E = self.handle.ranks.sum(lane.ask(task.question, keep, room))
         elif isinstance(wanted, KVDeviation):
             check = min(wanted.layer, self.handle.num_layers - 1)
-            deviation_E = self._sum(lane.deviation(check, wanted.values, self._most_rows))
+            deviation_E = self.handle.ranks.sum(
+                lane.deviation(check, wanted.values, self._most_rows)
+            )
         evidence = Evidence(candidate, lane.offset_E, lane.ids_E, question_E, deviation_E, budget)
         picked = selector.choose(evidence, selector.score(evidence))
         if len(picked) < budget:  # the rows are there: they are used
@@ -166,11 +173,7 @@ class Blender:
         ]
         away, is_late = late | unavailable, [s.key in late for s in segments]
         is_gone = [gone and s.key not in away for gone, s in zip(unused, segments, strict=True)]
-        votes = [*unused, *is_gone, *is_late, bool(refusal)]
-        if not self._alone:
-            # float: vLLM's all-reduce between CPU processes takes no integers
-            mine = torch.tensor(votes, dtype=torch.float32, device=self.handle.device)
-            votes = [vote > 0 for vote in get_tp_group().all_reduce(mine).tolist()]
+        votes = self.handle.ranks.any([*unused, *is_gone, *is_late, bool(refusal)])
         if votes[-1]:
             too_slow = Why(Reason.PREFILL_AS_QUICK, "another rank's store is too slow")
             raise RefusedError(*(refusal or too_slow))
@@ -246,11 +249,6 @@ class Blender:
             and 0 <= chunk.base <= self.rope.positions - len(chunk.token_ids)
             and stored == tuple(token_ids[s.start : s.end])
         )
-
-    def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Over the ranks, each of which has some of the heads."""
-        total: torch.Tensor = value if self._alone else get_tp_group().all_reduce(value)
-        return total
 
 
 def rows_of(plan: Plan, num_tokens: int, write_from: int) -> int:

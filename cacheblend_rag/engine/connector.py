@@ -36,15 +36,20 @@ class BlendMetadata(KVConnectorMetadata):
 
 @dataclass
 class BlendResults(KVConnectorWorkerMetadata):
-    """Workers to scheduler: outcomes by request, as plain data, and why blends failed."""
+    """Workers to scheduler: outcomes by request, as plain data, why blends failed, and which
+    requests could not even be computed.
+    """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, Why] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
         assert isinstance(other, BlendResults)
-        return BlendResults(other.outcomes | self.outcomes, other.failed | self.failed)
+        return BlendResults(
+            other.outcomes | self.outcomes, other.failed | self.failed, other.lost | self.lost
+        )
 
 
 class CacheBlendConnector(KVConnectorBase_V1):
@@ -64,7 +69,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self.recent: OrderedDict[str, BlendOutcome | dict[str, Any]] = OrderedDict()
         self.closing: Callable[[], None] | None = None  # closes the worker's store
         self._done: list[Finished] = []  # not yet reported
-        self._unwritten: set[int] = set()  # not yet reported
+        self._lost: dict[str, set[int]] = {}  # requests and their blocks, not yet reported
+        self._block_size = int(vllm_config.cache_config.block_size)
 
     @property
     def blender(self) -> Blender | None:
@@ -105,6 +111,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         results = connector_output.kv_connector_worker_meta
         if isinstance(results, BlendResults):
             assert self.claims is not None
+            self.claims.lose(results.lost)
             self.claims.results(results.outcomes, results.failed)
 
     def request_finished(
@@ -124,9 +131,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
             self._remember(name, report)
         if self.rows is not None:
             self.rows.forget(step.gone)
-            self._unwritten |= self.rows.begin_step(step.tasks, step.batch)
+            self.rows.begin_step(step.tasks, step.batch)
         else:
-            self._unwritten |= {block for task in step.tasks.values() for block in task.blocks}
+            for name, task in step.tasks.items():  # a worker that does not know its model
+                self._lost[name] = set(task.own_blocks(self._block_size))
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing to do: see ``bind_connector_metadata``."""
@@ -141,8 +149,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """Blocks that could not be written in any way: vLLM ends the requests that use them with an
         error (``kv_load_failure_policy="fail"``).
         """
-        unwritten, self._unwritten = self._unwritten, set()
-        return unwritten
+        if self.rows is not None:
+            self._lost |= self.rows.lost()
+        return {block for blocks in self._lost.values() for block in blocks}
 
     def build_connector_worker_meta(self) -> BlendResults | None:
         """Results since the step before; of a blend that the GPU is still at, a step later."""
@@ -156,7 +165,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._done = waiting
         outcomes = {d.request_id: d.outcome.to_dict() for d in ready if d.why_not is None}
         failed = {d.request_id: d.why_not for d in ready if d.why_not is not None}
-        return BlendResults(outcomes, failed) if ready else None
+        lost, self._lost = set(self._lost), {}
+        return BlendResults(outcomes, failed, lost) if ready or lost else None
 
     def _remember(self, name: str, done: BlendOutcome | dict[str, Any]) -> None:
         self.recent[name] = done

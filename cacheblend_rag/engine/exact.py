@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -11,9 +13,29 @@ from cacheblend_rag.engine.outcome import BlendTask
 
 def prefill(cache: PagedCache, task: BlendTask, most_tokens: int) -> None:
     """Compute what vLLM takes for computed, [write_from, first_row), by the backend's own kernels,
-    at most so many tokens at once, and put its KV into the paged cache.
+    at most so many tokens at once, and put its KV into the paged cache. Where one rank can't, all
+    raise. The request's own blocks are cleared before.
+    """
+    cache.handle.ranks.all_or_none(lambda: _prefill(cache, task, most_tokens))
+
+
+def clear(cache: PagedCache, blocks: Sequence[int], most_tokens: int) -> None:
+    """Put zeros in the place of what a failure left: attention multiplies what lies behind a
+    sequence's end in its last block by zero, and zero times NaN is NaN.
     """
     handle = cache.handle
+    dtype = handle.config.model_config.dtype
+    slots = cache.slots(torch.tensor(blocks), torch.arange(len(blocks) * cache.block_size))
+    for some in slots.split(most_tokens):
+        for index, layer in enumerate(handle.layers):
+            shape = (2, len(some), layer.num_kv_heads, layer.head_size)
+            k, v = torch.zeros(shape, dtype=dtype, device=handle.device)
+            handle.write(index, k, v, some)
+
+
+def _prefill(cache: PagedCache, task: BlendTask, most_tokens: int) -> None:
+    handle = cache.handle
+    clear(cache, task.own_blocks(cache.block_size), most_tokens)
     ids = upload(np.array(task.token_ids, dtype=np.int64), handle.device)
     blocks = torch.tensor(task.blocks)
     for tile in torch.arange(task.write_from, task.first_row).split(most_tokens):

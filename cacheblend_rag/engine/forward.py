@@ -17,6 +17,7 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from cacheblend_rag.engine.ranks import Ranks
 from cacheblend_rag.reason import Reason, RefusedError
 
 if TYPE_CHECKING:
@@ -34,8 +35,13 @@ class _StopForward(Exception):
 class Pass(ABC):
     """One forward over chosen tokens: what attention does at each layer.
 
+    Attributes:
+        last: the layer at which it stops, if not before.
+
     Shape legend: T tokens of the pass, H query heads, G KV heads, D head size.
     """
+
+    last: int
 
     @abstractmethod
     def attend(
@@ -52,6 +58,36 @@ class Pass(ABC):
     def stop(self) -> None:
         """End the pass here: nothing above this layer runs."""
         raise _StopForward
+
+
+class _Guarded(Pass):
+    """A pass of one of several ranks: what it raises waits until all are through, since the others
+    run the model's collectives meanwhile.
+    """
+
+    def __init__(self, step: Pass) -> None:
+        self._step, self.last = step, step.last
+        self.error: Exception | None = None
+
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        if self.error is None:
+            try:
+                return self._step.attend(index, layer, q_THD, k_TGD, v_TGD, out_THD)
+            except _StopForward:
+                raise
+            except Exception as error:  # raised again behind the pass
+                self.error = error
+        out_THD.zero_()
+        if index == self.last:
+            self.stop()
 
 
 class ProxyImpl:
@@ -127,6 +163,7 @@ class ModelHandle:
         if len({(layer.num_kv_heads, layer.head_size) for layer in self.layers}) > 1:
             detail = "layers have KV heads of different number or size"
             raise UnsupportedModelError(Reason.KV_HEADS, detail)
+        self.ranks = Ranks()
 
     @property
     def num_layers(self) -> int:
@@ -137,15 +174,25 @@ class ModelHandle:
         """The number of the layer that vLLM calls ``name``."""
         return list(self.attention).index(name)
 
-    @torch.inference_mode()
     def run(self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
-        """Run the model over these tokens, ``step`` doing the attention.
+        """Run the model over these tokens, ``step`` doing the attention. All ranks do it together.
 
         Args:
             step: called once a layer, from the first on, until it stops the pass.
             ids_T: int64 token ids on the model's device.
             positions_T: int64 positions on the model's device.
         """
+        if self.ranks.alone:
+            self._run(step, ids_T, positions_T)
+            return
+        self.ranks.agree()
+        guarded = _Guarded(step)
+        self._run(guarded, ids_T, positions_T)
+        if guarded.error is not None:
+            raise guarded.error
+
+    @torch.inference_mode()
+    def _run(self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
         context = create_forward_context(
             attn_metadata=step,  # only has to be something: our proxies don't read it
             vllm_config=self.config,

@@ -61,6 +61,11 @@ class HotChunks:
             self.nbytes += chunk.nbytes
             return self._held[key]
 
+    def give_up(self, key: str, filled: HotChunk) -> None:
+        """``filled`` will never be whole, if it is not yet."""
+        if not filled.whole and self._held.get(key) is filled:
+            self.discard(key)
+
     def discard(self, key: str) -> None:
         """Forget ``key``. Requests that read it keep its memory until they are done."""
         with self._lock:

@@ -38,8 +38,22 @@ class Ingestor:
         contexts: Sequence[Sequence[int]],
     ) -> list[ChunkKV]:
         """KV of each chunk behind ``prefix_ids`` and its own context, which may be empty, on the
-        CPU; that of prefix and contexts is dropped.
+        CPU; that of prefix and contexts is dropped. Where one rank can't, all raise.
         """
+        try:
+            return self._handle.ranks.all_or_none(
+                lambda: self._compute(chunks, prefix_ids, contexts)
+            )
+        except BaseException:
+            self._prefix, self._prefix_ids = [], ()  # some ranks have it, others may not
+            raise
+
+    def _compute(
+        self,
+        chunks: Sequence[Sequence[int]],
+        prefix_ids: Sequence[int],
+        contexts: Sequence[Sequence[int]],
+    ) -> list[ChunkKV]:
         self._run_prefix(tuple(prefix_ids))
         first = len(prefix_ids)
         sequences = [(*c, *chunk) for c, chunk in zip(contexts, chunks, strict=True)]

@@ -42,7 +42,7 @@ class IsolatedPass(Pass):
         first_position: int = 0,
         keep: Callable[[int, LayerKV], None] | None = None,
     ) -> None:
-        self._spans, self._last, self._prefix = spans, num_layers - 1, prefix
+        self._spans, self.last, self._prefix = spans, num_layers - 1, prefix
         self._first = first_position
         self._keep = keep or self._collect
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
@@ -59,7 +59,7 @@ class IsolatedPass(Pass):
         out_THD: torch.Tensor,
     ) -> None:
         self._keep(index, LayerKV(k_TGD, v_TGD))
-        if index == self._last:
+        if index == self.last:
             self.stop()
         flash = compat.flash_attention(layer)
         if flash is not None:

@@ -115,6 +115,15 @@ class KernelLane(Lane):
         self._computed = 0  # tokens, in earlier forwards
         sources = {s.key: s.chunk for s in region.spans}
         self._transfer = staging.begin(sources)
+        try:
+            self._upload(sources)
+        except BaseException:  # no memory
+            self.give_up()
+            raise
+
+    def _upload(self, sources: Mapping[str, ChunkKV]) -> None:
+        """What the kernels need to know of this request."""
+        region, kernels, rope = self.region, self._kernels, self.rope
         self._table = kernels.table(region.task.blocks, self.device)
         new_E = region.stored_E.copy()
         new_E[: region.write_from] = False
@@ -144,6 +153,9 @@ class KernelLane(Lane):
         """int64 slots of ``positions``, both on the device, as the backend counts them."""
         block, inside = self.view(0).slots(positions)
         return block * self.view(0).k_BSGD.shape[1] + inside
+
+    def give_up(self) -> None:
+        self._transfer.give_up()
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
         """All blocks are there from the start, so all is placed at once."""

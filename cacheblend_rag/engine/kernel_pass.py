@@ -70,6 +70,7 @@ class QuestionPass(Pass):
         self._positions_T, self._slots_T = positions_T, slots_T
         self._asking_T, self._beside_T = asking_T, beside_T
         self._known_N, self._score_GN, self._keep = known_N, score_GN, keep
+        self.last = keep[-1]
 
     def attend(
         self,
@@ -96,5 +97,5 @@ class QuestionPass(Pass):
         )
         if lse is not None:
             question_scores(q_THD, self._asking_T, lse, view, self._score_GN, **options)
-        if index == self._keep[-1]:
+        if index == self.last:
             self.stop()

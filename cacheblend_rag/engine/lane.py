@@ -104,6 +104,9 @@ class Lane(ABC):
     def place_through(self, index: int) -> None:
         """See that the stored KV of layers 0 to ``index`` is in the paged cache, re-rotated."""
 
+    def give_up(self) -> None:  # noqa: B027 - most fill nothing
+        """Nothing more is wanted of it: let go of what its request alone would have filled."""
+
     @abstractmethod
     def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
         """Run the question's tokens, and the tokens between chunks, over the reused KV.

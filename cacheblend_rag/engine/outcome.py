@@ -46,6 +46,10 @@ class BlendTask:
         """One behind the last position."""
         return len(self.token_ids)
 
+    def own_blocks(self, block_size: int) -> tuple[int, ...]:
+        """Those of its blocks that no other request reads before it is whole."""
+        return self.blocks[self.write_from // block_size :]
+
     @property
     def first_row(self) -> int:
         """The position of the first row as vLLM counts."""

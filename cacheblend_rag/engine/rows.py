@@ -16,6 +16,8 @@ Shape legend: E tokens of the request, T rows of the step, S sequences.
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,13 +30,14 @@ from vllm.logger import init_logger
 
 from cacheblend_rag.engine.attention import Array, PagedCache, upload
 from cacheblend_rag.engine.blend import Blender
-from cacheblend_rag.engine.exact import prefill
+from cacheblend_rag.engine.exact import clear, prefill
 from cacheblend_rag.engine.forward import ModelHandle, ProxyImpl, ProxyLayer
 from cacheblend_rag.engine.lane import Lane
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.runner import StepTensors
 from cacheblend_rag.reason import Reason, RefusedError, Why
 
+_KEEP_CAUSES = 1024
 logger = init_logger("vllm.cacheblend_rag")
 
 Mover = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -97,6 +100,7 @@ class _Part(NamedTuple):
     """A blend's rows in this step: which they are, and the positions they get."""
 
     name: str
+    blend: _Blend
     lane: Lane
     place: slice
     positions: torch.Tensor
@@ -109,77 +113,101 @@ class StepRows:
         self.handle, self._cache, self._tensors = handle, cache, tensors
         self.blender: Blender | None = None  # set once the worker is bound
         self._blends: dict[str, _Blend] = {}
-        self._finished: list[Finished] = []
+        self._finished: list[_Blend] = []
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
+        self._lost: dict[str, set[int]] = {}  # not yet told
+        self.causes: OrderedDict[str, str] = OrderedDict()  # of that, by the callers' names
 
-    def begin_step(
-        self, tasks: Mapping[str, BlendTask], batch: Mapping[str, Scheduled]
-    ) -> set[int]:
+    def begin_step(self, tasks: Mapping[str, BlendTask], batch: Mapping[str, Scheduled]) -> None:
         """Called before the model runs.
 
         Args:
             tasks: blends that begin with this step, by request.
             batch: all requests of a step in which a blend has rows; else empty.
-
-        Returns:
-            Numbers of blocks that should be written and can't be.
         """
-        unwritten: set[int] = set()
         for name, scheduled in batch.items():
             if name in tasks:
-                unwritten |= self._begin(tasks[name])
+                self._begin(tasks[name])
             elif name in self._blends:
                 self._blends[name].blocks += scheduled.blocks
         ours = {name: self._blends[name] for name in batch if name in self._blends}
         if not ours:
-            return unwritten
+            return
+        try:
+            self._change(ours, batch)
+        except Exception as error:  # other requests' rows are as they were
+            for blend in ours.values():
+                if blend.lane is not None:
+                    self._lose(blend, _said(error))
+        self._collect(ours)
+
+    def _change(self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]) -> None:
         context = get_forward_context() if is_forward_context_available() else None
         if context is None or context.cudagraph_runtime_mode == CUDAGraphMode.FULL:
             self._compute_beside(ours, batch)
         else:
             self._rewrite(ours, batch, context)
-        self._collect(ours)
-        return unwritten
+
+    def lost(self) -> dict[str, set[int]]:
+        """Requests that could not be computed since the call before, and their own blocks."""
+        lost, self._lost = self._lost, {}
+        return lost
 
     def finished(self) -> list[Finished]:
         """Blends whose last row was in a step since the call before."""
         finished, self._finished = self._finished, []
-        return finished
+        return [Finished(b.task.request_id, b.task.name, b.outcome, b.why_not) for b in finished]
 
     def forget(self, names: Iterable[str]) -> None:
         """Requests that ended, or were preempted."""
         for name in names:
-            self._blends.pop(name, None)
+            blend = self._blends.pop(name, None)
+            if blend is not None and blend.lane is not None:
+                blend.lane.give_up()
 
     # ---- a blend -------------------------------------------------------------------------------
 
-    def _begin(self, task: BlendTask) -> set[int]:
-        """Load and choose. Whatever fails ends in an exact answer: what vLLM takes for computed is
-        then computed here, and the rows are left as they are. Returns the blocks for which even
-        that failed.
+    def _begin(self, task: BlendTask) -> None:
+        """Load and choose. Whatever fails, on any rank, ends in an exact answer: what vLLM takes
+        for computed is then computed here, and the rows are left as they are.
         """
         clock = Clock(self.handle.device)
         outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached)
         try:
-            self._blends[task.request_id] = self._chosen(task, outcome)
-            return set()
+            chosen = self.handle.ranks.all_or_none(lambda: self._chosen(task, outcome))
+            self._blends[task.request_id] = chosen
+            return
         except RefusedError as refusal:
             why_not = refusal.why
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
             behind = f" behind {task.write_from} cached tokens" if task.write_from else ""
-            detail = f"blending failed, computed exactly{behind}: {type(error).__name__}: {error}"
+            detail = f"blending failed, computed exactly{behind}: {_said(error)}"
             why_not = Why(Reason.BLEND_FAILED, detail)
         rows = torch.arange(task.first_row, task.end, device=self.handle.device)
-        self._blends[task.request_id] = _Blend(
-            task, outcome, rows, None, task.end, why_not, list(task.blocks)
-        )
+        blend = _Blend(task, outcome, rows, None, task.end, why_not, list(task.blocks))
+        self._blends[task.request_id] = blend
         try:
             prefill(self._cache, task, self._most_rows)
-        except Exception:
-            logger.exception("%s can't be computed; vLLM ends it with an error", task.request_id)
-            return set(task.blocks[task.write_from // self._cache.block_size :])
-        return set()
+        except Exception as error:
+            self._lose(blend, f"{_said(error)} (before that: {why_not.detail})")
+
+    def _lose(self, blend: _Blend, cause: str) -> None:
+        """Not even an exact answer can be had: vLLM ends the request with an error, since it takes
+        some of its blocks for computed. Where it takes none, every token is a row and nothing else
+        was needed.
+        """
+        logger.exception("%s can't be blended: %s", blend.task.request_id, cause)
+        blend.why_not = Why(Reason.BLEND_FAILED, f"blending failed: {cause}")
+        if blend.task.first_row == blend.task.write_from:
+            return
+        own = blend.blocks[blend.task.write_from // self._cache.block_size :]
+        self._lost[blend.task.request_id] = set(own)
+        self.causes[blend.task.name] = cause
+        while len(self.causes) > _KEEP_CAUSES:
+            self.causes.popitem(last=False)
+        with contextlib.suppress(Exception):  # of the same kind, it is logged above
+            clear(self._cache, own, self._most_rows)
 
     def _chosen(self, task: BlendTask, outcome: BlendOutcome) -> _Blend:
         if self.blender is None:
@@ -189,10 +217,14 @@ class StepRows:
         placed, spare = task.write_from, len(positions) - task.rows
         assert spare >= 0, "a blend never computes fewer tokens than it said"
         if spare:  # more than there are rows: the first tokens are computed before the step
-            lane.open(task.blocks, task.write_from, task.first_row)
-            self.blender.recompute(lane, positions[:spare])
-            lane.place_through(self.handle.num_layers - 1)
             placed = task.first_row
+            try:
+                lane.open(task.blocks, task.write_from, placed)
+                self.blender.recompute(lane, positions[:spare])
+                lane.place_through(self.handle.num_layers - 1)
+            except BaseException:
+                lane.give_up()
+                raise
         return _Blend(task, outcome, positions[spare:], lane, placed, None, list(task.blocks))
 
     def _collect(self, ours: Mapping[str, _Blend]) -> None:
@@ -200,7 +232,7 @@ class StepRows:
             if blend.done >= blend.task.end:
                 del self._blends[name]
                 blend.outcome.clock.mark("load")
-                self._finished.append(Finished(name, blend.task.name, blend.outcome, blend.why_not))
+                self._finished.append(blend)
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -216,7 +248,7 @@ class StepRows:
             blend = ours.get(name)
             if blend is not None and blend.lane is not None:
                 place = slice(int(first), int(end))
-                parts.append(_Part(name, blend.lane, place, blend.rows(batch[name])))
+                parts.append(_Part(name, blend, blend.lane, place, blend.rows(batch[name])))
             elif blend is not None:
                 blend.rows(batch[name])
         if not parts:
@@ -229,7 +261,10 @@ class StepRows:
         layers = self.handle.attention
         context.no_compile_layers = {
             **context.no_compile_layers,
-            **{n: ProxyLayer(_StepImpl(a, i, moves)) for i, (n, a) in enumerate(layers.items())},
+            **{
+                name: ProxyLayer(_StepImpl(layer, i, moves, self._lose))
+                for i, (name, layer) in enumerate(layers.items())
+            },
         }
 
     def _metadata(
@@ -275,9 +310,15 @@ class StepRows:
 class _StepImpl(ProxyImpl):
     """The layer's own attention; what must be in the cache before its K and V goes there first."""
 
-    def __init__(self, layer: Any, index: int, moves: list[tuple[_Part, Mover | None]]) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        index: int,
+        moves: list[tuple[_Part, Mover | None]],
+        lose: Callable[[_Blend, str], None],
+    ) -> None:
         super().__init__(layer)
-        self._index, self._moves = index, moves
+        self._index, self._moves, self._lose = index, moves, lose
 
     def forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         return self._layer.impl.forward(self._layer, *args, **kwargs)
@@ -286,10 +327,19 @@ class _StepImpl(ProxyImpl):
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: Any, slots: Any
     ) -> None:
         for part, move in self._moves:
-            part.lane.place_through(self._index)
-            if move is not None:
-                move(self._index, key[part.place], value[part.place])
+            if part.blend.why_not is not None:
+                continue  # it was lost at a layer below
+            try:
+                part.lane.place_through(self._index)
+                if move is not None:
+                    move(self._index, key[part.place], value[part.place])
+            except Exception as error:  # the other requests of the step go on
+                self._lose(part.blend, _said(error))
         self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _runs(positions: Array) -> tuple[Array, Array]:

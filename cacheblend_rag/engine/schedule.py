@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ class _Tracked:
 
     plan: Plan | None
     why_not: Why | None = None
+    request: Any = None  # vLLM's own
     exact: Sequence[bytes] = ()
     per_hash: int = 1
     shared: int = 0
@@ -80,11 +81,11 @@ class _Tracked:
         done: Mapping[str, Any] = why_not._asdict() if why_not else self.outcome
         return {**done, "prefix_cached": self.prefix_cached}
 
-    def usable(self, hit: int) -> int:
-        """How many of the ``hit`` tokens are in the cache as they should be. After a preemption, a
-        request finds blocks of its own that were not all computed.
-        """
-        return hit if self.whole else min(hit, self.shared)
+    def hide(self) -> None:
+        """Its own blocks are not all computed: it must not find them when it resumes."""
+        first = self.shared // self.per_hash
+        self.request.block_hashes = private(self.request.block_hashes, first, uuid.uuid4().hex)
+        self.whole = False
 
     def share(self, prefixes: BlendedPrefixes) -> None:
         """Its blocks are whole: others may use them."""
@@ -113,6 +114,7 @@ class Claims:
         if PARAMS_KEY not in (request.kv_transfer_params or {}):
             return
         tracked = self._requests[request.request_id] = _admitted(request, self._longest)
+        tracked.request = request
         if tracked.why_not is None and self._whole_graphs:
             tracked.why_not = Why(Reason.CUDA_GRAPHS, self._whole_graphs)
         if tracked.plan is None or tracked.why_not or not request.block_hashes:
@@ -133,7 +135,7 @@ class Claims:
             return 0
         if not tracked.begun:
             tracked.shared = tracked.prefix_cached = hit
-        plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
+        plan, write_from, tracked.claim = tracked.plan, hit, None
         if plan is None or tracked.why_not or write_from >= plan.end:
             return self._not_blended(request, tracked)
         try:
@@ -182,6 +184,9 @@ class Claims:
         plain, self._plain = self._plain, {}
         self._ahead.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
+        for name in gone & self._requests.keys():
+            if self._requests[name].begun and not self._requests[name].whole:
+                self._requests[name].hide()
         if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
             return Step(tasks, {}, gone, plain)
         batch = _batch(scheduled)
@@ -203,6 +208,15 @@ class Claims:
         for name, why_not in failed.items():
             if name in self._requests:
                 self._requests[name].why_not = why_not
+
+    def lose(self, names: Iterable[str]) -> None:
+        """These requests have blocks that were never written. vLLM ends those that still run. One
+        that was preempted meanwhile must not find its blocks when it resumes.
+        """
+        for name in names:
+            tracked = self._requests.get(name)
+            if tracked is not None:
+                tracked.hide()
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request ended; its report's engine part."""

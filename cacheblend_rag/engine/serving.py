@@ -18,10 +18,13 @@ from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest, awai
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
 from cacheblend_rag.engine.start import (
+    failed,
+    failure,
     make_info,
     naming_death,
     naming_failures,
     naming_refusals,
+    plan_name,
     prepare,
     sampling_names,
     sampling_params,
@@ -157,7 +160,14 @@ class ServingEngine(Engine):
                 to_prompt(request), params, name, lora_request=request.lora_request
             )
             async for output in outputs:
+                if failed(output):
+                    raise failure(await self._causes(request))
                 yield to_output(output)
+
+    async def _causes(self, request: EngineRequest) -> list[str]:
+        """Why a request could not be computed, by what each rank says."""
+        name = plan_name(request)
+        return list(await _rpc(self._open(), "cacheblend_cause", (name,))) if name else []
 
     def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
         future = self._submit(work)

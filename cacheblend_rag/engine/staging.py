@@ -102,10 +102,21 @@ class Transfer:
         self._ready: dict[int, torch.cuda.Event] = {}
         self._hot: list[HotChunk] = []  # kept until the request is done with them
         self._filling: list[tuple[str, HotChunk, ChunkKV]] = []
+        self._passing: list[tuple[int, ChunkKV]] = []  # byte offset in a buffer
+        self._buffers: Buffers | None = None
+        self._started = 0
+        self.address_LS = np.empty((staging.num_layers, len(sources)), dtype=np.int64)
+        try:
+            self._lay_out(sources)
+        except BaseException:  # no memory
+            self.give_up()
+            raise
+
+    def _lay_out(self, sources: Mapping[str, ChunkKV]) -> None:
+        """Find room for every source."""
+        staging, num_layers = self._staging, self._staging.num_layers
         passing: list[tuple[int, ChunkKV]] = []
-        num_layers = staging.num_layers
         layers = np.arange(num_layers)
-        self.address_LS = np.empty((num_layers, len(sources)), dtype=np.int64)
         for i, (key, chunk) in enumerate(sources.items()):
             hot = staging.hot.get(key)
             if hot is None:
@@ -126,7 +137,6 @@ class Transfer:
         a_layer = sum(chunk.nbytes for chunk in moving) // num_layers
         self._group = max(1, min(_GROUP_BYTES // max(1, a_layer), num_layers))
         self._num_groups = -(-num_layers // self._group) if moving else 0
-        self._passing: list[tuple[int, ChunkKV]] = []  # byte offset in a buffer
         offset = 0
         for i, chunk in passing:
             step = chunk.nbytes // num_layers
@@ -138,7 +148,6 @@ class Transfer:
             slot = layers // self._group % _BUFFERS
             starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
             self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
-        self._started = 0
 
     def start(self) -> None:
         """Bring as much as there are buffers for."""
@@ -146,9 +155,9 @@ class Transfer:
             self._reach(0)
 
     def give_up(self) -> None:
-        """Nothing will be read."""
-        for key, _, _ in self._filling:
-            self._staging.hot.discard(key)
+        """Nothing more will be read: what is half filled would be held for ever."""
+        for key, hot, _ in self._filling:
+            self._staging.hot.give_up(key, hot)
 
     def arrive(self, index: int) -> range:
         """Make the computing stream wait for layer ``index``; returns it and those that come along.

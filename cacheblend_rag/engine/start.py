@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from cacheblend_rag import errors
 from cacheblend_rag.config import unknown_option
 from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.base import WORKER_ERROR, EngineInfo
+from cacheblend_rag.engine.base import WORKER_ERROR, EngineInfo, EngineRequest
 from cacheblend_rag.errors import (
     CacheBlendError,
     ConfigError,
@@ -19,6 +19,7 @@ from cacheblend_rag.errors import (
     EngineError,
     ModelError,
 )
+from cacheblend_rag.plan import PARAMS_KEY
 from cacheblend_rag.reason import Reason, Why
 
 _OURS = ("kv_transfer_config", "worker_extension_cls")
@@ -160,6 +161,27 @@ def naming_refusals() -> Iterator[None]:
         raise
     except compat.refusals() as error:
         raise ConfigError(f"vLLM refused the request: {_first_line(error)}") from error
+
+
+def failed(output: Any) -> bool:
+    """Whether vLLM ended a request with an error, as this last output of it says."""
+    return bool(output.finished) and output.outputs[0].finish_reason == "error"
+
+
+def plan_name(request: EngineRequest) -> str:
+    """By what name the workers know a request's blend; empty where it has none."""
+    return str(((request.params or {}).get(PARAMS_KEY) or {}).get("request_id", ""))
+
+
+def failure(causes: Iterable[str]) -> EngineError:
+    """What to raise for a request that vLLM ended with an error; ``causes``: what workers say."""
+    known = [cause for cause in causes if cause]
+    if not known:
+        return EngineError("vLLM ended this request with an error; its log has the cause")
+    return EngineError(
+        f"the engine could not compute this request: {known[0]}. Ask again; where memory ran out, "
+        "lower gpu_memory_utilization or max_num_batched_tokens"
+    )
 
 
 def unwrap(results: Iterable[Any]) -> list[Any]:

@@ -110,7 +110,7 @@ class _QuestionPass(Pass):
     def __init__(
         self, lane: TorchLane, fresh_F: torch.Tensor, positions_Q: torch.Tensor, keep: range
     ) -> None:
-        self._lane, self._keep = lane, keep
+        self._lane, self._keep, self.last = lane, keep, keep[-1]
         self._fresh_F, self._num_fresh = fresh_F, len(fresh_F)
         end, device = lane.region.asked, lane.device
         self._query_pos = torch.cat([fresh_F, positions_Q])
@@ -145,7 +145,7 @@ class _QuestionPass(Pass):
             q_THD[n:], k, v, mask[n:], scale=layer.impl.scale, softcap=compat.softcap(layer)
         )
         self.score_A += score[:end]
-        if index == self._keep[-1]:
+        if index == self.last:
             self.stop()
 
     def _mask(self, window: int | None) -> torch.Tensor:

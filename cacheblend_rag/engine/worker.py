@@ -218,6 +218,10 @@ class WorkerExtension:
             return outcome
         return {**outcome.to_dict(), **({"selected": outcome.positions()} if positions else {})}
 
+    def cacheblend_cause(self, name: str) -> str:
+        """Why a request that ended with an error could not be computed; empty if none is known."""
+        return self._rows().causes.get(name, "")
+
     def cacheblend_compared(self, prompts: list[str]) -> list[list[tuple[float, bool]]]:
         """See ``answers.take_compared``; of use where the engine has that logits processor."""
         return answers.take_compared(prompts)

@@ -15,19 +15,23 @@ from engines import EXACT, logprobs, selected, start_in_process
 from tiny import VOCAB, Words, make
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
+from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.base import EngineOutput
-from cacheblend_rag.engine.blend import Blender, BlendTask
+from cacheblend_rag.engine.blend import Blender, BlendTask, FromStore
+from cacheblend_rag.engine.lane import Lane
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.schedule import _admitted
+from cacheblend_rag.engine.torch_lane import TorchLane
 from cacheblend_rag.errors import (
     ClosedError,
     ConfigError,
     EmptyTextError,
+    EngineError,
     PromptError,
     PromptTooLongError,
 )
 from cacheblend_rag.plan import FORMAT, PARAMS_KEY, Kind, Plan
-from cacheblend_rag.reason import Reason
+from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.report import SegmentReport
 from cacheblend_rag.select.query import QuerySelector
 
@@ -365,9 +369,15 @@ def test_a_failing_blend_is_computed_exactly(
     assert_same(good, alone(blend, BLENDS[0], recompute_ratio=0.4))
 
 
+TOO_SLOW = Why(Reason.PREFILL_AS_QUICK, "too slow on purpose")
+
+
 def break_blending(blend: CacheBlend, patch: pytest.MonkeyPatch, place: str) -> None:
     if place == "unbound":
         patch.setattr(connector(blend).rows, "blender", None)
+    elif place == "refused":
+        patch.setattr(Blender, "_load", lambda *args: FromStore(TOO_SLOW, {}))
+        patch.setattr(Ahead, "blender", None)  # it is the worker that refuses
     elif place == "selector":
         patch.setattr(QuerySelector, "score", raises)
     else:
@@ -383,6 +393,107 @@ def break_blending(blend: CacheBlend, patch: pytest.MonkeyPatch, place: str) -> 
 
 def raises(*args: Any) -> Any:
     raise RuntimeError("broken on purpose")
+
+
+@pytest.mark.parametrize("place", ["refused", "start", "middle"])
+def test_a_retry_after_a_failed_blend_is_answered_from_its_own_kv(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    options: dict[str, Any] = {"recompute_ratio": 1.0}
+    for _ in range(3):  # what the pages hold is another user's
+        ask(blend, words(300), mode="off", max_tokens=1)
+    prepared = blend._prepare(BLENDS[0], {**SAMPLING, "recompute_ratio": 0.3, "max_tokens": 40})
+    engine = blend._engine._llm.llm_engine  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        break_blending(blend, patch, place)
+        blend._engine._add(engine, "abandoned", prepared.request)  # type: ignore[attr-defined]
+        engine.step()
+        engine.step()
+        engine.abort_request(["abandoned"])
+    again = ask(blend, BLENDS[0], **options)
+    assert_same(alone(blend, BLENDS[0], mode="full"), again)
+
+
+def test_what_cannot_be_computed_raises(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, plain = alone(blend, BLENDS[0]), alone(blend, PLAINS[0], mode="off")
+    with monkeypatch.context() as patch:
+        break_blending(blend, patch, "start")
+        patch.setattr("cacheblend_rag.engine.rows.prefill", no_memory)
+        for _ in range(2):
+            with pytest.raises(EngineError, match=r"no memory on purpose.*broken on purpose"):
+                blend.generate(BLENDS[0], **SAMPLING)
+        assert_same(plain, alone(blend, PLAINS[0], mode="off"))
+    again = ask(blend, BLENDS[0])
+    assert again.report.blended
+    assert_same(good, again)
+
+
+@pytest.mark.parametrize("where", ["place_through", "mover"])
+def test_a_blend_that_fails_within_the_step_raises(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The other requests of the step are answered."""
+    good, plain = alone(blend, BLENDS[0]), alone(blend, PLAINS[0], mode="off")
+    kind, rest = lane_class(blend), blend._prepare(PLAINS[0], {**SAMPLING, "mode": "off"})
+    engine = blend._engine._llm.llm_engine  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, where, no_memory)
+        with pytest.raises(EngineError, match="no memory on purpose"):
+            blend.generate(BLENDS[0], selector="first_k", **SAMPLING)
+        asked = blend._prepare(BLENDS[0], {**SAMPLING, "selector": "first_k"}).request
+        blend._engine._add(engine, "fails", asked)  # type: ignore[attr-defined]
+        blend._engine._add(engine, "holds", rest.request)  # type: ignore[attr-defined]
+        ended: dict[str, str | None] = {}
+        tokens: list[int] = []
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                piece = output.outputs[0]
+                tokens += piece.token_ids if output.request_id == "holds" else []
+                ended[output.request_id] = piece.finish_reason
+    assert ended == {"fails": "error", "holds": "length"} and tuple(tokens) == plain.token_ids
+    assert_same(good, alone(blend, BLENDS[0]))
+
+
+def no_memory(*args: Any) -> Any:
+    raise MemoryError("no memory on purpose")
+
+
+@pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), 1e4])
+def test_what_a_failing_blend_leaves_harms_nobody(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, rubbish: float
+) -> None:
+    """Attention reads the rest of a block, times zero."""
+    plain = [alone(blend, ids, mode="off") for ids in MIXED]
+
+    def spoiling(self: Blender, task: BlendTask, outcome: BlendOutcome) -> Any:
+        fill(self, task, rubbish)
+        raises()
+
+    monkeypatch.setattr(Blender, "choose", spoiling)
+    for one, other in zip(plain, blend.generate(MIXED, **SAMPLING), strict=True):
+        assert_same(one, other)
+    reset(blend)
+    for one, other in zip(plain, blend.generate(MIXED, mode="off", **SAMPLING), strict=True):
+        assert_same(one, other)
+
+
+def fill(blender: Blender, task: BlendTask, value: float) -> None:
+    """Put ``value`` into every slot of a task's blocks."""
+    device = blender.handle.device
+    slots = torch.tensor([b * BLOCK + i for b in task.blocks for i in range(BLOCK)], device=device)
+    for index, layer in enumerate(blender.handle.layers):
+        shape = (2, len(slots), layer.num_kv_heads, layer.head_size)
+        k, v = torch.full(shape, value, device=device)
+        blender.handle.write(index, k, v, slots)
+
+
+def lane_class(blend: CacheBlend) -> type[Lane]:
+    """Whose lanes this engine takes."""
+    if connector(blend).blender._lanes.reason:
+        return TorchLane
+    from cacheblend_rag.engine.kernel_lane import KernelLane
+
+    return KernelLane
 
 
 def test_a_request_that_vllm_refuses_leaves_nothing_behind(blend: CacheBlend) -> None:

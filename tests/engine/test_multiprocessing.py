@@ -22,7 +22,11 @@ from engines import logprobs, start
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
+from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.ingest import Ingestor
+from cacheblend_rag.engine.torch_lane import TorchLane
 from cacheblend_rag.errors import EngineDeadError
+from cacheblend_rag.reason import Reason
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -177,6 +181,61 @@ def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
         assert blend.ingest([FRESH, *CHUNKS], progress=False).present == len(CHUNKS) + 1
         assert_same(blend.generate(FRESH_PROMPT, **SAMPLING), reused)
         assert_same_answers(blend, known)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_leaves_no_other_waiting(
+    known: Known, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each place where one can: both compute exactly then, and the next request is blended."""
+    order = tmp_path / "place"
+    order.write_text("")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # so that workers fail as told here
+    for kind, name in [*PLACES, (Ingestor, "_run_prefix")]:
+        monkeypatch.setattr(kind, name, failing(getattr(kind, name), name, order))
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with open_apart(model, tmp_path / "store", **options) as blend:
+        assert blend.gate.passed, blend.gate.detail
+        assert blend.ingest(CHUNKS, progress=False).computed == len(CHUNKS)
+        full = blend.generate(PROMPT, **SAMPLING, mode="full")
+        for number, (_, name) in enumerate(PLACES):
+            order.write_text(name)
+            began = time.monotonic()
+            result = blend.generate(PROMPT, **SAMPLING, recompute_ratio=0.3 + number / 100)
+            order.write_text("")
+            assert result.report.reason is Reason.BLEND_FAILED, name
+            assert result.token_ids == full.token_ids
+            torch.testing.assert_close(logprobs(result), logprobs(full), atol=2e-4, rtol=0)
+            later = blend.generate(PROMPT, **SAMPLING, recompute_ratio=0.6 + number / 100)
+            assert later.report.blended
+            assert time.monotonic() - began < 60
+        order.write_text("_run_prefix")
+        with pytest.raises(Exception, match=r"on purpose|another rank"):
+            blend.ingest([words(60)], progress=False)
+        order.write_text("")
+        assert blend.ingest([words(60)], progress=False).computed == 1
+
+
+PLACES: list[tuple[Any, str]] = [
+    (Blender, "_load"),
+    (TorchLane, "__init__"),
+    (TorchLane, "layer"),
+    (TorchLane, "ask"),
+    (Blender, "_choose"),
+]
+
+
+def failing(work: Callable[..., Any], name: str, order: Path) -> Callable[..., Any]:
+    """``work``, which the second rank can't do while the file ``order`` has its name."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        if order.read_text() == name and get_tensor_model_parallel_rank() == 1:
+            raise MemoryError("no memory on purpose")
+        return work(*args, **options)
+
+    return run
 
 
 @pytest.mark.kill

@@ -1,0 +1,546 @@
+"""Whose KV a request reads: vLLM's scheduler, cache manager and block pool, our connector on both
+sides, and in the model's place a ledger of what was written into which slot.
+
+A slot's entry stands for all that its KV depends on: the tokens up to its position, and whether
+stored KV is among what it was computed from, and by which settings. Blends fail and are refused,
+requests are aborted, preempted and asked again; none may ever be answered from an entry that is not
+its own, nor one that wants exact KV from any other, nor a block be found by an exact hash before it
+holds that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from tiny import Words, make
+
+from cacheblend_rag import BlendConfig
+from cacheblend_rag.engine.connector import CacheBlendConnector
+from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
+from cacheblend_rag.engine.rows import Finished, Scheduled
+from cacheblend_rag.engine.start import prepare
+from cacheblend_rag.locate import Match
+from cacheblend_rag.plan import PARAMS_KEY, Plan, make_plan
+from cacheblend_rag.reason import Reason, Why
+
+pytestmark = pytest.mark.vllm
+
+BLOCK = 16
+STEP_TOKENS = 96
+RUBBISH = 0  # an entry that is nobody's
+WRONG = 1  # the token that is sampled from KV of somebody else
+
+Array = np.ndarray[Any, np.dtype[np.int64]]
+Fate = Literal["blends", "refused", "fails", "lost"]
+
+
+def entries(tokens: Sequence[int], settings: str) -> Array:
+    """What the slots of a prompt should hold."""
+    pasts = itertools.accumulate(tokens, lambda *both: hash(both), initial=hash(settings))
+    return np.array(list(pasts)[1:], dtype=np.int64)
+
+
+EXACT = ""  # the settings of what no stored KV is in
+
+
+class Own(NamedTuple):
+    """The entries that may stand in a request's slots: exact ones and, of a blend, blended ones."""
+
+    exact: Array
+    blended: Array
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], settings: str) -> Own:
+        return cls(entries(tokens, EXACT), entries(tokens, settings))
+
+
+class Ledger:
+    """The paged cache of a model that notes what it would have computed from what it has read."""
+
+    def __init__(self, blocks: int) -> None:
+        self.slot = np.full(blocks * BLOCK, RUBBISH, dtype=np.int64)
+
+    def slots(self, blocks: Sequence[int], at: Array) -> Array:
+        return np.array(blocks, dtype=np.int64)[at // BLOCK] * BLOCK + at % BLOCK
+
+    def compute(self, blocks: Sequence[int], own: Own, at: Array) -> bool:
+        """Positions ``at``, ascending, over all those before the last of them; whether that holds
+        what it should.
+        """
+        last = int(at[-1])
+        self.slot[self.slots(blocks, at)] = own.exact[at]
+        read = self.slot[self.slots(blocks, np.arange(last + 1))]
+        is_exact = bool((read == own.exact[: last + 1]).all())
+        right = bool(((read == own.exact[: last + 1]) | (read == own.blended[: last + 1])).all())
+        if not is_exact:
+            self.slot[self.slots(blocks, at)] = own.blended[at] if right else RUBBISH
+        return right
+
+    def place(self, blocks: Sequence[int], own: Own, at: Array) -> None:
+        self.slot[self.slots(blocks, at)] = own.blended[at]
+
+    def spoil(self, blocks: Sequence[int], at: Array) -> None:
+        """What a failing blend leaves."""
+        self.slot[self.slots(blocks, at)] = RUBBISH
+
+
+@dataclass
+class Blend:
+    task: BlendTask
+    blocks: list[int]
+    positions: Array  # of each row
+    own: Own
+    why_not: Why | None = None
+    placed: int = 0
+    done: int = 0
+
+    def finished(self) -> Finished:
+        outcome = BlendOutcome(Clock(torch.device("cpu")), self.task.plan.segments)
+        return Finished(self.task.request_id, self.task.name, outcome, self.why_not)
+
+
+class Rows:
+    """Stands where ``StepRows`` does: blends of which some are refused and some fail."""
+
+    blender = None
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._draw = ledger, random.Random(3)
+        self.fates: Iterator[Fate] = iter(())
+        self.met: Counter[str] = Counter()
+        self.under_way: dict[str, Blend] = {}
+        self._finished: list[Finished] = []
+        self._lost: dict[str, set[int]] = {}
+
+    def begin_step(self, tasks: Mapping[str, BlendTask], batch: Mapping[str, Scheduled]) -> None:
+        for name, scheduled in batch.items():
+            if name in tasks:
+                self._begin(tasks[name])
+            elif name in self.under_way:
+                self.under_way[name].blocks += scheduled.blocks
+
+    def rows(self, name: str, start: int, end: int) -> Array | None:
+        """The positions of a request's rows in this step; what is stored is placed. None where no
+        blend is under way.
+        """
+        blend = self.under_way.get(name)
+        if blend is None:
+            return None
+        if blend.why_not is None:
+            new = np.arange(blend.placed, end)
+            stored = np.setdiff1d(new[new < blend.task.plan.end], blend.positions)
+            self._ledger.place(blend.blocks, blend.own, stored)
+            blend.placed = max(blend.placed, end)
+        if end >= blend.task.end:
+            self._finished.append(self.under_way.pop(name).finished())
+        first = blend.task.first_row
+        return blend.positions[start - first : end - first]
+
+    def finished(self) -> list[Finished]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def lost(self) -> dict[str, set[int]]:
+        lost, self._lost = self._lost, {}
+        return lost
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.under_way.pop(name, None)
+
+    def _begin(self, task: BlendTask) -> None:
+        fate = next(self.fates, "blends")
+        self.met[fate] += 1
+        own = Own.of(task.token_ids, task.plan.settings)
+        blend = Blend(task, list(task.blocks), self._chosen(task), own, placed=task.write_from)
+        self.under_way[task.request_id] = blend
+        if fate == "blends":
+            return
+        blend.why_not = Why(Reason.BLEND_FAILED, f"{fate} on purpose")
+        blend.positions = np.arange(task.first_row, task.end)
+        there = np.arange(task.write_from, task.first_row)
+        if fate != "refused":
+            held = len(task.blocks) * BLOCK
+            self._ledger.spoil(task.blocks, np.arange(task.write_from, held))
+        if fate == "lost" and len(there):
+            self._lost[task.request_id] = set(task.own_blocks(BLOCK))
+        elif len(there):
+            self._ledger.compute(task.blocks, own, there)
+
+    def _chosen(self, task: BlendTask) -> Array:
+        """As many positions as there are rows: all behind the plan, and others at random."""
+        behind = np.arange(max(task.plan.end, task.write_from), task.end)
+        near = range(task.write_from, task.plan.end)
+        some = sorted(self._draw.sample(near, task.rows - len(behind)))
+        return np.concatenate([np.array(some, dtype=np.int64), behind])
+
+
+class Row(NamedTuple):
+    """A request as the model runner keeps it."""
+
+    tokens: list[int]
+    blocks: list[int]
+    settings: str
+
+
+class Runner:
+    """Runs what the scheduler says, as vLLM's model runners do."""
+
+    def __init__(self, config: Any, caches: Any, scheduler: Any, blocks: int) -> None:
+        from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+
+        self.scheduler, self.ledger = scheduler, Ledger(blocks)
+        self.connector = CacheBlendConnector(config, KVConnectorRole.WORKER, caches)
+        self.blends = Rows(self.ledger)
+        self.connector.rows = self.blends  # type: ignore[assignment]
+        self._rows: dict[str, Row] = {}
+        self._draw = random.Random(2)
+
+    def execute(self, output: Any) -> Any:
+        from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+        self._take_up(output)
+        self.connector.bind_connector_metadata(output.kv_connector_metadata)
+        names = list(output.num_scheduled_tokens)
+        sampled = [self._forward(name, output.num_scheduled_tokens[name]) for name in names]
+        self.connector.get_finished(output.finished_req_ids)
+        done = KVConnectorOutput(
+            invalid_block_ids=self.connector.get_block_ids_with_load_errors(),
+            kv_connector_worker_meta=self.connector.build_connector_worker_meta(),
+        )
+        self.connector.clear_connector_metadata()
+        numbers = {name: i for i, name in enumerate(names)}
+        return ModelRunnerOutput(names, numbers, sampled, kv_connector_output=done)
+
+    def _take_up(self, output: Any) -> None:
+        self._computed = {}
+        for new in output.scheduled_new_reqs:
+            self._begin(new.req_id, new.block_ids[0])
+            self._computed[new.req_id] = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for i, name in enumerate(cached.req_ids):
+            if name in cached.resumed_req_ids:
+                self._begin(name, cached.new_block_ids[i][0])
+            elif cached.new_block_ids[i] is not None:
+                self._rows[name].blocks.extend(cached.new_block_ids[i][0])
+            self._computed[name] = cached.num_computed_tokens[i]
+
+    def _begin(self, name: str, blocks: Sequence[int]) -> None:
+        request = self.scheduler.requests[name]
+        plan = Plan.from_params(request.kv_transfer_params)
+        settings = EXACT if plan is None else plan.settings
+        self._rows[name] = Row(list(request.all_token_ids), list(blocks), settings)
+
+    def _forward(self, name: str, count: int) -> list[int]:
+        row, start = self._rows[name], self._computed[name]
+        end, own = start + count, Own.of(row.tokens, row.settings)
+        at = self.blends.rows(name, start, end)
+        right = self.ledger.compute(row.blocks, own, np.arange(start, end) if at is None else at)
+        if end < len(row.tokens):
+            return []
+        row.tokens.append(self._draw.randrange(2, 500) if right else WRONG)
+        return [row.tokens[-1]]
+
+
+class Asked(NamedTuple):
+    """A prompt, and its plan as a request carries it."""
+
+    ids: tuple[int, ...]
+    params: dict[str, Any] | None = None
+
+
+class Ground:
+    """One engine; ``ahead``: it schedules the next step before it hears of the last one."""
+
+    def __init__(self, path: Path, blocks: int, *, ahead: bool = False) -> None:
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        options = {
+            "skip_tokenizer_init": True,
+            "block_size": BLOCK,
+            "max_model_len": 512,
+            "max_num_batched_tokens": STEP_TOKENS,
+            "max_num_seqs": 8,
+            "num_gpu_blocks_override": blocks,
+        }
+        config = prepare("EngineArgs", str(path), options).engine_args.create_engine_config()
+        config.cache_config.num_gpu_blocks = blocks
+        spec = FullAttentionSpec(
+            block_size=BLOCK, num_kv_heads=4, head_size=32, dtype=config.model_config.dtype
+        )
+        caches = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK, sha256)
+        self._exact: dict[Any, Array] = {}  # what a block of an exact hash holds
+        kind = AsyncScheduler if ahead else Scheduler
+        self.scheduler = kind(
+            vllm_config=config,
+            kv_cache_config=caches,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK,
+        )
+        self.runner = Runner(config, caches, self.scheduler, blocks)
+        self.ledger, self.blends = self.runner.ledger, self.runner.blends
+        self._ahead, self._in_flight = ahead, deque[tuple[Any, Any]]()
+        self.wrong: list[str] = []
+        self.ended: dict[str, str] = {}
+        self.reports: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, asked: Asked, max_tokens: int = 4) -> None:
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        extra = {"kv_transfer_params": asked.params} if asked.params else None
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+        self.scheduler.add_request(
+            Request(
+                name,
+                list(asked.ids),
+                params,
+                None,
+                block_hasher=self._hashes,
+            )
+        )
+
+    def _hashes(self, request: Any) -> Any:
+        """Hashes of a request's newly filled blocks; exact are those that follow an exact one."""
+        new, before = self._hasher(request), request.block_hashes
+        if new and (not before or before[-1] in self._exact):
+            own = entries(request.all_token_ids, EXACT)
+            for i, block_hash in enumerate(new, len(before)):
+                self._exact[block_hash] = own[i * BLOCK : (i + 1) * BLOCK]
+        return new
+
+    def abort(self, name: str) -> None:
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        self.ended[name] = "abort"
+
+    def step(self, abort: Sequence[str] = ()) -> None:
+        """One step of the engine; ``abort`` comes while the model runs."""
+        output = self.scheduler.schedule()
+        self._in_flight.append((output, self.runner.execute(output)))
+        for name in abort:
+            self.abort(name)
+        if len(self._in_flight) > self._ahead:
+            self._hear()
+        if not self._ahead:
+            self.check_cached()
+
+    def drain(self) -> None:
+        """Until nothing is left to do."""
+        while self.scheduler.has_requests() or self._in_flight:
+            self.step()
+            while self._in_flight:
+                self._hear()
+            self.check_cached()
+
+    def _hear(self) -> None:
+        for outputs in self.scheduler.update_from_output(*self._in_flight.popleft()).values():
+            for output in outputs.outputs:
+                if WRONG in output.new_token_ids:
+                    self.wrong.append(f"{output.request_id} is answered from other KV")
+                if output.finish_reason is not None:
+                    self.ended[output.request_id] = str(output.finish_reason)
+                    params = output.kv_transfer_params or {}
+                    self.reports[output.request_id] = params.get(PARAMS_KEY, {})
+
+    def check_cached(self) -> None:
+        """Every block that can be found by an exact hash holds what that says."""
+        held = self.ledger.slot.reshape(-1, BLOCK)
+        for number, block in enumerate(self.pool.blocks):
+            if block.block_hash is not None:
+                exact = self._exact.get(get_block_hash(block.block_hash))
+                if exact is not None and not np.array_equal(held[number], exact):
+                    self.wrong.append(f"block {number} is found by its hash, and holds other KV")
+
+    @property
+    def pool(self) -> Any:
+        return self.scheduler.kv_cache_manager.block_pool
+
+
+def get_block_hash(found: Any) -> Any:
+    from vllm.v1.core.kv_cache_utils import get_block_hash
+
+    return get_block_hash(found)
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+words = Words(5)
+CHUNKS = {name: words(size) for name, size in zip("abcdef", (70, 33, 64, 100, 41, 90), strict=True)}
+
+
+def asked(names: str, question: tuple[int, ...], **options: Any) -> Asked:
+    """Chunks by name with a token before each, and a question."""
+    ids: tuple[int, ...] = ()
+    matches = []
+    for name in names:
+        ids += (3,)
+        chunk = CHUNKS[name]
+        matches.append(Match(len(ids), len(ids) + len(chunk), name * 64, 0, len(chunk)))
+        ids += chunk
+    ids += question
+    plan = make_plan(ids, matches, BlendConfig(**options), prefix_ids=(), block_size=BLOCK)
+    return Asked(ids, plan.to_params() if isinstance(plan, Plan) else None)
+
+
+# ---- one story at a time -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: Path) -> Path:
+    return make("llama", tiny_models)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("fate", ["blends", "refused", "fails", "lost"])
+def test_a_retry_of_what_was_abandoned_reads_its_own_kv(
+    model: Path, fate: Fate, steps: int, ahead: bool
+) -> None:
+    ground = Ground(model, blocks=40, ahead=ahead)
+    ground.add("someone else", asked("def", words(20), mode="off"))
+    ground.drain()
+    mine = asked("abc", words(150))
+    ground.blends.fates = iter([fate])
+    ground.add("first", mine, max_tokens=50)
+    for _ in range(steps):
+        ground.step()
+    if "first" in ground.scheduler.requests:
+        ground.abort("first")
+    ground.add("again", mine)
+    ground.drain()
+    assert ground.blends.met[fate] > 0
+    # vLLM hears of lost blocks a step later, and may have given them to another request by then
+    assert ground.ended["again"] == "length" or (ahead and fate == "lost")
+    assert not ground.wrong
+
+
+@pytest.mark.parametrize("fate", ["refused", "fails"])
+def test_what_fails_is_computed_exactly_and_blended_anew(model: Path, fate: Fate) -> None:
+    ground = Ground(model, blocks=40)
+    mine = asked("abc", words(30))
+    ground.blends.fates = iter([fate])
+    for name in ("first", "second", "third"):
+        ground.add(name, mine)
+        ground.drain()
+        assert ground.ended[name] == "length" and not ground.wrong
+    assert ground.reports["first"]["reason"] == Reason.BLEND_FAILED
+    assert "on purpose" in ground.reports["first"]["detail"]
+    assert "reason" not in ground.reports["second"]
+    assert ground.reports["third"]["reason"] == Reason.PREFIX_CACHED
+
+
+def test_what_cannot_be_computed_ends_with_an_error(model: Path) -> None:
+    ground = Ground(model, blocks=40)
+    mine = asked("abc", words(30))
+    ground.blends.fates = iter(["lost"])
+    ground.add("first", mine)
+    ground.add("beside", Asked(words(50)))
+    ground.drain()
+    assert ground.ended == {"first": "error", "beside": "length"}
+    ground.add("again", mine)
+    ground.drain()
+    assert ground.ended["again"] == "length" and not ground.wrong
+
+
+def test_a_follow_up_reads_what_was_blended_before_it(model: Path) -> None:
+    ground = Ground(model, blocks=40)
+    first = asked("ab", words(40))
+    ground.add("first", first, max_tokens=20)
+    ground.drain()
+    further = first.ids + words(30)
+    assert first.params is not None
+    ground.add("next", Asked(further, first.params))
+    ground.add("exact", Asked(further))
+    ground.drain()
+    assert ground.reports["next"]["prefix_cached"] >= len(first.ids) // BLOCK * BLOCK
+    assert not ground.wrong
+
+
+# ---- thousands at random -------------------------------------------------------------------------
+
+FATES: list[Fate] = ["blends", "blends", "blends", "refused", "fails"]
+
+
+def storm(path: Path, seed: int, requests: int, record: Any, *, ahead: bool, loses: bool) -> None:
+    draw = random.Random(seed)
+    ground = Ground(path, blocks=draw.choice([33, 33, 40, 60, 120]), ahead=ahead)
+    fates = [*FATES, "lost"] if loses else FATES
+    ground.blends.fates = iter(lambda: draw.choice(fates), None)  # type: ignore[arg-type]
+    preempt, counts = ground.scheduler._preempt_request, Counter[str]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts["preempted"] += 1
+        return preempt(*args, **kwargs)
+
+    ground.scheduler._preempt_request = counted
+    names, past = [f"{seed}-{i}" for i in range(requests)], list[Asked]()
+    for name in names:
+        if past and draw.random() < 0.5:
+            mine = again(draw, draw.choice(past[-6:]))
+        else:
+            mine = at_random(draw)
+            past.append(mine)
+        ground.add(name, mine, max_tokens=draw.choice([1, 2, 30, 90]))
+        for _ in range(draw.choice([0, 1, 1, 2, 6])):
+            live = list(ground.scheduler.requests)
+            ground.step([draw.choice(live)] if live and draw.random() < 0.1 else [])
+    ground.drain()
+    assert not ground.wrong, ground.wrong[:3]
+    assert ground.pool.get_num_free_blocks() == len(ground.pool.blocks) - 1
+    assert not ground.scheduler.connector.claims._requests and not ground.blends.under_way
+    ended = Counter(ground.ended.values())
+    assert set(ended) <= {"length", "abort", "error"} and bool(ended["error"]) == loses
+    assert sum(ended.values()) == requests and counts["preempted"]
+    counts["cached"] = sum(r.get("prefix_cached", 0) > 0 for r in ground.reports.values())
+    for what, count in (ended | counts | ground.blends.met).items():
+        record(what, count)
+
+
+def at_random(draw: random.Random) -> Asked:
+    names = "".join(draw.choices("abcdef", k=draw.choice([1, 1, 2, 3])))
+    question = CHUNKS["f"][: draw.choice([2, 9, 40, 85])]
+    mode = draw.choice(["blend", "blend", "blend", "off"])
+    ratio = draw.choice([0.15, 0.15, 0.5, 1.0])
+    return asked(names, question, mode=mode, recompute_ratio=ratio)
+
+
+def again(draw: random.Random, mine: Asked) -> Asked:
+    """The same, the same without a blend, or a next turn."""
+    if draw.random() < 0.3 and len(mine.ids) < 350:
+        return Asked(mine.ids + CHUNKS["e"][: draw.choice([5, 30])], mine.params)
+    return mine if draw.random() < 0.8 else Asked(mine.ids)
+
+
+@pytest.mark.parametrize("loses", [False, True], ids=["", "loses"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_storm(model: Path, seed: int, ahead: bool, loses: bool, record_property: Any) -> None:
+    storm(model, seed, 300, record_property, ahead=ahead, loses=loses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loses", [False, True], ids=["", "loses"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("seed", range(100, 108))
+def test_a_long_storm(
+    model: Path, seed: int, ahead: bool, loses: bool, record_property: Any
+) -> None:
+    storm(model, seed, 2000, record_property, ahead=ahead, loses=loses)
