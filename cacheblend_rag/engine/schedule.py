@@ -81,8 +81,14 @@ class _Tracked:
         done: Mapping[str, Any] = why_not._asdict() if why_not else self.outcome
         return {**done, "prefix_cached": self.prefix_cached}
 
+    def usable(self, hit: int) -> int:
+        """How many of the ``hit`` tokens are in the cache as they should be. After a preemption, a
+        request finds blocks of its own that were not all computed.
+        """
+        return hit if self.whole else min(hit, self.shared)
+
     def hide(self) -> None:
-        """Its own blocks are not all computed: it must not find them when it resumes."""
+        """Its own blocks were never written: it must not find them when it resumes."""
         first = self.shared // self.per_hash
         self.request.block_hashes = private(self.request.block_hashes, first, uuid.uuid4().hex)
         self.whole = False
@@ -135,7 +141,7 @@ class Claims:
             return 0
         if not tracked.begun:
             tracked.shared = tracked.prefix_cached = hit
-        plan, write_from, tracked.claim = tracked.plan, hit, None
+        plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
             return self._not_blended(request, tracked)
         try:
@@ -184,9 +190,6 @@ class Claims:
         plain, self._plain = self._plain, {}
         self._ahead.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
-        for name in gone & self._requests.keys():
-            if self._requests[name].begun and not self._requests[name].whole:
-                self._requests[name].hide()
         if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
             return Step(tasks, {}, gone, plain)
         batch = _batch(scheduled)

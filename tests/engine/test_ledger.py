@@ -161,9 +161,16 @@ class Rows:
         fate = next(self.fates, "blends")
         self.met[fate] += 1
         own = Own.of(task.token_ids, task.plan.settings)
-        blend = Blend(task, list(task.blocks), self._chosen(task), own, placed=task.write_from)
+        chosen = self._chosen(task)
+        early, rows = np.split(chosen, [len(chosen) - task.rows])
+        blend = Blend(task, list(task.blocks), rows, own, placed=task.write_from)
         self.under_way[task.request_id] = blend
         if fate == "blends":
+            if len(early):  # there are fewer rows: these are computed before the step
+                blend.placed = task.first_row
+                near = np.arange(task.write_from, task.first_row)
+                self._ledger.place(task.blocks, own, np.setdiff1d(near, chosen))
+                self._ledger.compute(task.blocks, own, early)
             return
         blend.why_not = Why(Reason.BLEND_FAILED, f"{fate} on purpose")
         blend.positions = np.arange(task.first_row, task.end)
@@ -177,10 +184,10 @@ class Rows:
             self._ledger.compute(task.blocks, own, there)
 
     def _chosen(self, task: BlendTask) -> Array:
-        """As many positions as there are rows: all behind the plan, and others at random."""
+        """The positions that are computed: all behind the plan, and others at random."""
         behind = np.arange(max(task.plan.end, task.write_from), task.end)
         near = range(task.write_from, task.plan.end)
-        some = sorted(self._draw.sample(near, task.rows - len(behind)))
+        some = sorted(self._draw.sample(near, task.computes - len(behind)))
         return np.concatenate([np.array(some, dtype=np.int64), behind])
 
 
