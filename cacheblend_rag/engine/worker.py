@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.logger import init_logger
 
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import answers, compat
@@ -31,7 +32,7 @@ from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.engine.stored import RankStore
-from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.store import open_store
 from cacheblend_rag.store.follow import Row
 from cacheblend_rag.store.url import parse_url
@@ -39,9 +40,13 @@ from cacheblend_rag.store.url import parse_url
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+logger = init_logger("vllm.cacheblend_rag")
+
 
 def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Hand an error of ours to the caller as a result: raised here, it would arrive nameless."""
+    """Hand an error to the caller as a result. Raised here, ours would arrive nameless, and of
+    several ranks' answers vLLM would leave all behind the first error for the call that comes next.
+    """
 
     @functools.wraps(method)
     def run(*args: Any) -> Any:
@@ -49,6 +54,10 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(*args)
         except CacheBlendError as error:
             return {WORKER_ERROR: type(error).__name__, "message": str(error)}
+        except Exception as error:  # whatever it is, the caller raises it
+            logger.exception("%s failed", method.__name__)
+            detail = f"the engine's worker failed: {type(error).__name__}: {error}"
+            return {WORKER_ERROR: EngineError.__name__, "message": detail}
 
     return run
 

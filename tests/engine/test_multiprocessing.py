@@ -22,7 +22,7 @@ from engines import logprobs, start
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
-from cacheblend_rag.errors import EngineDeadError
+from cacheblend_rag.errors import EngineDeadError, EngineError
 from cacheblend_rag.reason import Reason
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
@@ -209,7 +209,7 @@ def test_a_rank_that_fails_leaves_no_other_waiting(
             assert blend.generate(ids, **SAMPLING).report.blended
             assert time.monotonic() - began < 60, "vLLM's own limits are minutes"
         order.write_text("_run_prefix")
-        with pytest.raises(Exception, match=r"on purpose|another rank"):
+        with pytest.raises(EngineError, match=r"on purpose|another rank"):
             blend.ingest([words(60)], progress=False)
         order.write_text("")
         assert blend.ingest([words(60)], progress=False).computed == 1
