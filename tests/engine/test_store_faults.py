@@ -302,7 +302,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
         monkeypatch.setattr(blender._lanes, "expect", fails)
         assert asked(blend, (6, *asking[0][1:])).report.blended
         store.discard(next(iter(keys)))
-        assert asked(blend, (*asking[0], 7)).report.blended, "less is there, and not ahead"
+        assert asked(blend, (7, *asking[0][1:])).report.blended, "less is there, and not ahead"
 
 
 def _forget_memory(store: TieredStore) -> None:
