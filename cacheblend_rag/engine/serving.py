@@ -199,9 +199,13 @@ class ServingEngine(Engine):
 
 
 async def _start(engine_args: Any) -> Any:
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(engine_args)
+    # vLLM's own limits for a server. With the smaller ones of an unnamed use, the rows of a long
+    # prompt's blend would not fit one step.
+    server = UsageContext.OPENAI_API_SERVER
+    return AsyncLLM.from_engine_args(engine_args, usage_context=server)
 
 
 async def _rpc(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
