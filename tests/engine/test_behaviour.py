@@ -86,7 +86,7 @@ def everything_stored(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Every test starts with all chunks and an empty prefix cache, and leaves no request behind.
     What is done to the store behind the front door is told it by no feed.
     """
-    monkeypatch.setattr(blend._known, "learn_if_due", lambda: None)
+    monkeypatch.setattr(blend._known, "_learn", lambda: None)
     if not blend._closed:
         blend.ingest(list(CHUNKS.values()), progress=False)
         reset(blend)
