@@ -169,7 +169,8 @@ def test_pieces_of_passages_stand_behind_one_another(
     behind = [tokenizer.decode(ids) for ids in engine.behind.values()]
     pieces = [text for text in behind if text.endswith("be kept. A\n\n")]
     assert len(pieces) == 1, "both passages go on alike: the first is taken"
-    assert len({len(engine.behind[key]) for key in engine.ingested}) == 2, "the head, and the rest"
+    lengths = {len(engine.behind[key]) for key in engine.ingested}
+    assert len(lengths) == 3, "the head, the gate's probe, and the rest"
     assert "cut is None, was 30" in refused(capsys, *common)
     run(capsys, *common[:-1], tmp_path / "whole")
     other = [tmp_path / "out", tmp_path / "whole"]
