@@ -98,11 +98,11 @@ def test_what_another_puts_and_forgets_is_told(opening: Open) -> None:
     assert added == keys(1) and set(removed) - set(keys("never there")) == set(keys(2))
 
 
+@pytest.mark.parametrize("opening", ["disk"], indirect=True)  # servers are processes apart
 def test_a_process_apart_is_followed(opening: Open, request: pytest.FixtureRequest) -> None:
     here = opening()
     cursor = here.changes(None).cursor
-    if not isinstance(here, DiskStore):
-        pytest.skip("the servers are another process already")
+    assert isinstance(here, DiskStore)
     code = (
         "import sys; sys.path.insert(0, 'tests/helpers')\n"
         "from pathlib import Path\n"
