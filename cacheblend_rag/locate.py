@@ -480,10 +480,8 @@ def _live_entries(run: _Run, alive: Bools) -> _Entries:
     groups = run.table[run.table["first"] < run.table["end"]]
     counts = (groups["end"] - groups["first"]).astype(np.int64)
     at = _ranges(groups["first"].astype(np.int64), counts)
-    at, hashes_A = (
-        at[alive[run.rows_A[at]]],
-        np.repeat(groups["hash"], counts)[alive[run.rows_A[at]]],
-    )
+    live = alive[run.rows_A[at]]
+    at, hashes_A = at[live], np.repeat(groups["hash"], counts)[live]
     return _Entries(hashes_A, run.rows_A[at], run.offsets_A[at])
 
 

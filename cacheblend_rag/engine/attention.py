@@ -119,9 +119,8 @@ class PagedCache:
 class PagedPass(Pass):
     """Write each layer's K and V of these tokens into the cache, then attend over the cache.
 
-    Stops after writing the last layer. With ``check``, stops there before writing and keeps that
-    layer's K and V: the probe pass of KV deviation. ``before`` is called with each layer's number
-    before the layer is touched, ``fresh`` with it and its fresh K and V.
+    Stops after writing the last layer. ``before`` is called with each layer's number before the
+    layer is touched, ``fresh`` with it and its fresh K and V.
     """
 
     def __init__(
@@ -130,15 +129,13 @@ class PagedPass(Pass):
         blocks: torch.Tensor,
         positions: torch.Tensor,
         *,
-        check: int | None = None,
         before: Callable[[int], None] | None = None,
         fresh: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
-        self._cache, self._check, self._before, self._fresh = cache, check, before, fresh
-        self.last = cache.handle.num_layers - 1 if check is None else check
+        self._cache, self._before, self._fresh = cache, before, fresh
+        self.last = cache.handle.num_layers - 1
         self._slots = cache.slots(blocks, positions)
         self._metadata = cache.metadata(blocks, positions, self._slots)
-        self.checked: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def attend(
         self,
@@ -151,9 +148,6 @@ class PagedPass(Pass):
     ) -> None:
         if self._before is not None:
             self._before(index)
-        if index == self._check:
-            self.checked = (k_TGD, v_TGD)
-            self.stop()
         if self._fresh is not None:
             self._fresh(index, k_TGD, v_TGD)
         self._cache.handle.write(index, k_TGD, v_TGD, self._slots)

@@ -170,10 +170,6 @@ class Transfer:
         last = min((number + 1) * self._group, self._staging.num_layers)
         return range(index, last)
 
-    def arrived(self, index: int) -> bool:
-        """Whether layer ``index`` is there: ``arrive`` would not wait. Starts the transfer too."""
-        return not self._num_groups or self._ready[self._reach(index)].query()
-
     def used(self, layers: range) -> None:
         """These layers were read, up to the end of what came with them, and all before them."""
         if self._buffers is not None:

@@ -126,12 +126,8 @@ class Index:
 
     # ---- chunks --------------------------------------------------------------------------------
 
-    def add(self, namespace: str, content: Content, nbytes: int, cost: float) -> None:
-        """Note that a chunk is there, as used now; replaces an older note."""
-        self.add_many(namespace, [(content, nbytes, cost)])
-
     def add_many(self, namespace: str, chunks: Collection[tuple[Content, int, float]]) -> None:
-        """``add`` of each, in one transaction."""
+        """Note that chunks are there, as used now, in one transaction; replaces older notes."""
 
         def add(db: sqlite3.Connection) -> None:
             for content, nbytes, cost in chunks:
@@ -165,10 +161,6 @@ class Index:
             return True
 
         return self._database.write(put)
-
-    def remove(self, namespace: str, keys: Collection[bytes]) -> None:
-        """Note that chunks are gone."""
-        self._database.write(lambda db: self._forget(db, namespace, keys))
 
     def remove_if(
         self, namespace: str, keys: Collection[bytes], gone: Callable[[bytes], bool]
@@ -225,7 +217,7 @@ class Index:
             return None
 
         def make_room(db: sqlite3.Connection) -> list[Victim] | None:
-            usage = self._next_usage(db, namespace, key, cost, nbytes)  # counted by ``add``
+            usage = self._next_usage(db, namespace, key, cost, nbytes)  # counted by ``put``
             victims: dict[tuple[str, bytes], Victim] = {}
             for scope, limit in ((namespace, limits.namespace), (None, limits.folder)):
                 if limit is None:
