@@ -23,6 +23,7 @@ from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
+from cacheblend_rag.engine.base import spoken
 from cacheblend_rag.errors import (
     CacheBlendError,
     ClosedError,
@@ -539,8 +540,7 @@ class CacheBlend:
         return [c for c in chunks if c.key in absent]
 
     def _ask_stores(self, method: str, *args: Any) -> list[Any]:
-        """What each rank says of its store; of ranks that share one, only the first speaks."""
-        return [said for said in self._engine.rpc(method, *args) if said is not None]
+        return spoken(self._engine.rpc(method, *args))
 
     def _compute(
         self, chunks: Sequence[Chunk], owners: Owners, progress: bool
@@ -611,8 +611,7 @@ class CacheBlend:
         )
         report = self._probe(report)
         if report.passed:
-            spoken = [rows for rows in ranks if rows is not None]
-            self._known.begin(self._index, self._space, spoken)
+            self._known.begin(self._index, self._space, spoken(ranks))
             self._head = self._store_head()
         else:
             self._engine.rpc("cacheblend_unbind")

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from cacheblend_rag.engine import Engine
+from cacheblend_rag.engine.base import spoken
 from cacheblend_rag.errors import ClosedError, EngineDeadError, StoreError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex
@@ -41,7 +42,7 @@ class KnownChunks:
         """Keep another front's ``index`` in step from now on."""
         with self._lock, suppress(StoreError):  # it is away: the news will say when it is not
             self._fronts[index] = space
-            self._list(self._spoken("cacheblend_list"))
+            self._list(spoken(self._engine.rpc("cacheblend_list")))
 
     def follow(self) -> None:
         """Learn in a thread, twice a second, until ``close``."""
@@ -84,7 +85,7 @@ class KnownChunks:
                 return
 
     def _learn(self) -> None:
-        news = self._spoken("cacheblend_news")
+        news = spoken(self._engine.rpc("cacheblend_news"))
         for held, (_, removed, _) in zip(self._held, news, strict=True):
             held.difference_update(removed)
             self._drop(removed)
@@ -93,11 +94,7 @@ class KnownChunks:
         for added, _, _ in news:
             self._add(added)
         if any(whole for _, _, whole in news):
-            self._list(self._spoken("cacheblend_list"))
-
-    def _spoken(self, method: str) -> list[Any]:
-        """What the ranks say that speak for a store."""
-        return [said for said in self._engine.rpc(method) if said is not None]
+            self._list(spoken(self._engine.rpc("cacheblend_list")))
 
     def _list(self, ranks: Sequence[Sequence[Row]]) -> None:
         self._held = [{row[0] for row in rank} for rank in ranks]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.reason import Reason, Why
 
 WORKER_ERROR = "cacheblend_error"  # key of an RPC result that is an error of ours: its class name
@@ -169,6 +170,23 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the engine and free its memory; does nothing on the second call."""
+
+
+def as_result(error: Exception, failed: str) -> dict[str, str]:
+    """What an RPC returns in place of a result: an error by name, which the caller raises. One that
+    is not ours becomes an EngineError that says what ``failed``.
+    """
+    if isinstance(error, CacheBlendError):
+        return {WORKER_ERROR: type(error).__name__, "message": str(error)}
+    message = f"{failed}: {type(error).__name__}: {error}"
+    return {WORKER_ERROR: EngineError.__name__, "message": message}
+
+
+def spoken(results: Iterable[Any]) -> list[Any]:
+    """Of an RPC's results, one a rank, those of ranks that speak for a store: of ranks that share
+    one, only the first does.
+    """
+    return [result for result in results if result is not None]
 
 
 def awaited(call: Callable[..., list[Any]], method: str, *args: Any) -> list[Any]:

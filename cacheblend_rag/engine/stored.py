@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
-from threading import Thread
+from concurrent.futures import Future
 from typing import Any
 
-from cacheblend_rag.engine.base import TICKET, WORKER_ERROR
-from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.daemons import DaemonPool
+from cacheblend_rag.engine.base import TICKET, as_result
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
 from cacheblend_rag.store.follow import Follower, Row
 from cacheblend_rag.store.notes import Notes
@@ -22,41 +21,35 @@ class StoreThread:
     """One thread that does what it is given, in order; results wait until they are taken."""
 
     def __init__(self) -> None:
-        self._numbers, self._done = itertools.count(), dict[int, Any]()
-        self._work: SimpleQueue[tuple[int, Work] | None] = SimpleQueue()
-        Thread(target=self._run, name="cacheblend-store", daemon=True).start()
+        self._numbers, self._results = itertools.count(), dict[int, Future[Any]]()
+        self._pool = DaemonPool(1, "cacheblend-store")
 
     def start(self, work: Work) -> dict[str, int]:
         """Have ``work`` done; returns the ticket for its result."""
         number = next(self._numbers)
-        self._work.put((number, work))
+        self._results[number] = self._pool.submit(_reported, work)
+        if len(self._results) > _MOST_RESULTS:  # of callers that were interrupted
+            self._results.pop(next(iter(self._results)))
         return {TICKET: number}
 
     def take(self, number: int) -> list[Any]:
         """The result, once; empty while there is none."""
-        return [self._done.pop(number)] if number in self._done else []
+        result = self._results.get(number)
+        if result is None or not result.done():
+            return []
+        return [self._results.pop(number).result()]
 
     def close(self) -> None:
         """End the thread when it is done with what it was given; waits for nothing."""
-        self._work.put(None)
-
-    def _run(self) -> None:
-        while (given := self._work.get()) is not None:
-            number, work = given
-            self._done[number] = reported(work)
-            if len(self._done) > _MOST_RESULTS:  # of callers that were interrupted
-                self._done.pop(next(iter(self._done)))
+        self._pool.close(drop=False)
 
 
-def reported(work: Work) -> Any:
+def _reported(work: Work) -> Any:
     """The result of ``work``, or its error as one: raised in a worker, it would arrive nameless."""
     try:
         return work()
-    except CacheBlendError as error:
-        return {WORKER_ERROR: type(error).__name__, "message": str(error)}
     except Exception as error:
-        text = f"the store failed: {type(error).__name__}: {error}"
-        return {WORKER_ERROR: "EngineError", "message": text}
+        return as_result(error, "the store failed")
 
 
 class RankStore:
@@ -89,7 +82,7 @@ class RankStore:
                 refused[key] = problem
                 continue
             stored += chunk.nbytes if self._leads else 0
-            self.follower.note([ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)])
+            self.follower.note([ChunkInfo.of(key, chunk)])
         return stored, refused
 
     def forget(self, keys: Sequence[str]) -> None:

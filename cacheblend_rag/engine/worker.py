@@ -18,7 +18,7 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import answers, compat
 from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.attention import PagedCache
-from cacheblend_rag.engine.base import WORKER_ERROR
+from cacheblend_rag.engine.base import as_result
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.fingerprint import fingerprint
@@ -32,7 +32,7 @@ from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.engine.stored import RankStore
-from cacheblend_rag.errors import CacheBlendError, EngineError
+from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.store import open_store
 from cacheblend_rag.store.follow import Row
 from cacheblend_rag.store.url import parse_url
@@ -52,12 +52,10 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         try:
             return method(*args)
-        except CacheBlendError as error:
-            return {WORKER_ERROR: type(error).__name__, "message": str(error)}
         except Exception as error:  # whatever it is, the caller raises it
-            logger.exception("%s failed", method.__name__)
-            detail = f"the engine's worker failed: {type(error).__name__}: {error}"
-            return {WORKER_ERROR: EngineError.__name__, "message": detail}
+            if not isinstance(error, CacheBlendError):
+                logger.exception("%s failed", method.__name__)
+            return as_result(error, "the engine's worker failed")
 
     return run
 

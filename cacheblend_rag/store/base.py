@@ -70,6 +70,11 @@ class ChunkInfo(NamedTuple):
     base: int
     nbytes: int
 
+    @classmethod
+    def of(cls, key: str, chunk: ChunkKV) -> ChunkInfo:
+        """That of the chunk under ``key``."""
+        return cls(key, chunk.token_ids, chunk.base, chunk.nbytes)
+
 
 class StoreStats(NamedTuple):
     """Counts since the store was opened, and what it holds now."""

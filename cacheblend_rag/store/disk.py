@@ -147,7 +147,7 @@ class DiskStore(KVStore):
                 if kept is None and not self._has_room(key, chunk, max(sizes)):
                     return NO_ROOM
                 nbytes = self._write(path, chunk) if kept is None else kept
-                if self._catalog.note(_info(key, chunk), nbytes, is_new=kept is None):
+                if self._catalog.note(ChunkInfo.of(key, chunk), nbytes, is_new=kept is None):
                     break  # else another process forgot it meanwhile, which came first then
         return ""
 
@@ -256,7 +256,7 @@ class DiskStore(KVStore):
             self._make_shard(path)
             with atomic_file(path) as descriptor:
                 write_all(descriptor, data)
-            self._catalog.note(_info(key, chunk), len(data), is_new=True)
+            self._catalog.note(ChunkInfo.of(key, chunk), len(data), is_new=True)
         return True
 
     def discard_corrupt(self) -> int:
@@ -372,10 +372,6 @@ class DiskStore(KVStore):
                 os.rename(path, _free_name(path))
                 self._catalog.note_later(path.stem)
                 self._catalog.bound_corrupt(self._limits)
-
-
-def _info(key: str, chunk: ChunkKV) -> ChunkInfo:
-    return ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
 
 
 def _is_damaged(path: Path) -> bool:

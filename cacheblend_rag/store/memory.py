@@ -128,7 +128,7 @@ class MemoryStore(KVStore):
         with self._lock:
             held = list(self._chunks.items())
         for key, chunk in held:
-            yield _info(key, chunk)
+            yield ChunkInfo.of(key, chunk)
 
     def changes(self, cursor: object) -> Changes:
         with self._lock:
@@ -136,7 +136,7 @@ class MemoryStore(KVStore):
             if not 0 <= since <= len(self._changed):
                 return Changes(self._changes, whole=True)
             keys = dict.fromkeys(islice(reversed(self._changed), since))
-            added = [_info(key, self._chunks[key]) for key in keys if key in self._chunks]
+            added = [ChunkInfo.of(key, self._chunks[key]) for key in keys if key in self._chunks]
             removed = [key for key in keys if key not in self._chunks]
             return Changes(self._changes, added, removed)
 
@@ -153,7 +153,3 @@ class MemoryStore(KVStore):
     def _note(self, key: str) -> None:
         self._changed.append(key)
         self._changes += 1
-
-
-def _info(key: str, chunk: ChunkKV) -> ChunkInfo:
-    return ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)

@@ -71,7 +71,7 @@ class WriteBackStore(KVStore):
             waiting = dict(self._waiting)
         for key, chunk in waiting.items():
             if key not in known:
-                yield ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
+                yield ChunkInfo.of(key, chunk)
         for info in self.store.scan_others(known):
             if info.key not in waiting:
                 yield info

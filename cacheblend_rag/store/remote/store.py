@@ -192,7 +192,7 @@ class RemoteStore(KVStore):
         chunk = self._get(key, head.name)  # its head is longer than what was read
         if chunk is None:
             return None
-        return ChunkInfo(key, chunk.token_ids, chunk.base, chunk.nbytes)
+        return ChunkInfo.of(key, chunk)
 
     def _name(self, key: str) -> str:
         check_key(key)
