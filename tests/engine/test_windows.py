@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
 # On a GPU, kernels round by batch shape
 EXACT = 1e-3 if torch.cuda.is_available() else 1e-4
 WINDOW = 96
-UNIFORM = ("mistral", "phi3")  # the others have layers without a window too
+UNIFORM = ("mistral", "starcoder2", "phi3")  # the others have layers without a window too
 words = Words(7)
 PREFIX = words(4)
 A, B, C, D = (words(size) for size in (50, 37, 130, 90))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from tiny import undecorated
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 
 class Part(NamedTuple):
@@ -62,9 +63,10 @@ class Reference:
     """A model, its layers' KV as lists of [keys, values], each [1, G, N, D]."""
 
     def __init__(self, path: Path, prefix: Sequence[int]) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        with undecorated(AutoConfig.from_pretrained(path)):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
         for module in self.model.modules():
             # vLLM's Transformers backend decorates some of these classes in this very process
             module.do_not_compile = True

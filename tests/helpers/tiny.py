@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 VOCAB = 512
@@ -112,8 +116,25 @@ def make(name: str, folder: Path, **changes: Any) -> Path:
         kind, differs = {**FAMILIES, **REFUSED}[name]
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**_COMMON, **differs, **changes})
-        AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+        with undecorated(config):
+            AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
     return path
+
+
+@contextmanager
+def undecorated(config: Any) -> Iterator[None]:
+    """Models of transformers are made as ever, also of a class that vLLM's Transformers backend has
+    decorated in this process: it then asks for a configuration of vLLM's that holds the model's.
+    """
+    if "vllm" not in sys.modules:
+        yield
+        return
+    from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+
+    plain = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    plain.model_config = SimpleNamespace(hf_config=config)  # type: ignore[assignment]
+    with set_current_vllm_config(plain):
+        yield
 
 
 def make_with_tokenizer(name: str, folder: Path, **changes: Any) -> Path:
