@@ -99,8 +99,7 @@ def make_report(
     Args:
         engine: ``prefix_cached``, and, where it did not blend, ``reason`` and ``detail``; of a
             blend ``recomputed`` per segment, ``missing``, ``late`` and ``unavailable`` segment
-            numbers, ``seconds``,
-            ``bytes``.
+            numbers, ``seconds``, ``bytes``.
     """
     cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
     common: dict[str, Any] = {

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread a process: tiny models gain nothing from more, those wait for one another on busy
-# cores, and `make test` has a process for each of two. The variables are for processes to come;
-# this one's PyTorch has read them already.
+# cores, and `make test` has a process for each of two. PyTorch reads them when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+import torch
+
 # float32 means float32: vLLM's own Triton attention would multiply in TF32
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 if not torch.cuda.is_available():

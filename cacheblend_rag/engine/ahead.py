@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from threading import Event
 from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakValueDictionary
 
 from vllm.logger import init_logger
 
@@ -24,16 +25,33 @@ _AT_ONCE = 8  # requests whose chunks are fetched
 class Ahead:
     """One for an engine.
 
-    Attributes:
-        blender: that of the only worker; None where there are several, or it is elsewhere.
+    Args:
+        engine_id: vLLM's, by which the two sides of one engine find each other: a process may have
+            several engines.
     """
 
-    blender: ClassVar[Blender | None] = None
+    _here: ClassVar[WeakValueDictionary[str, Blender]] = WeakValueDictionary()
 
-    def __init__(self) -> None:
+    def __init__(self, engine_id: str) -> None:
+        self._engine_id = engine_id
         self._fetching: dict[str, Event] = {}  # set when all is there that will be
         self._readers = Readers(_AT_ONCE)
         self._announced = False  # a blend of the step being built
+
+    @classmethod
+    def offer(cls, engine_id: str, blender: Blender) -> None:
+        """The only worker of an engine has this blender, until it is closed."""
+        cls._here[engine_id] = blender
+
+    @classmethod
+    def withdraw(cls, engine_id: str) -> None:
+        """The worker blends no more."""
+        cls._here.pop(engine_id, None)
+
+    @property
+    def blender(self) -> Blender | None:
+        """The only worker's; None where there are several, or it is in another process."""
+        return self._here.get(self._engine_id)
 
     def waits(self, request_id: str, plan: Plan) -> bool:
         """Whether a blend should not begin yet.
@@ -41,21 +59,22 @@ class Ahead:
         Raises:
             RefusedError: it is not worth it.
         """
-        if self.blender is None:
+        blender = self.blender
+        if blender is None:
             return False
         fetched = self._fetching.get(request_id)
         if fetched is not None and not fetched.is_set():
             return True
-        why_not = self.blender.refusal(request_id) if fetched else self.blender.consider(plan)[0]
+        why_not = blender.refusal(request_id) if fetched else blender.consider(plan)[0]
         if why_not:
             raise RefusedError(*why_not)
         if fetched:
             return False
-        if not self.blender.is_near(plan):
+        if not blender.is_near(plan):
             self._fetching[request_id] = Event()
             self._readers.start(lambda name: self._fetch(name, plan), [request_id])
             return True
-        self._announce(request_id, plan)
+        self._announce(blender, request_id, plan)
         return False
 
     def end_of_step(self) -> None:
@@ -65,24 +84,24 @@ class Ahead:
     def forget(self, request_id: str) -> None:
         """A request ended."""
         self._fetching.pop(request_id, None)
-        if self.blender is not None:
-            self.blender.forget(request_id)
+        if (blender := self.blender) is not None:
+            blender.forget(request_id)
 
     def _fetch(self, request_id: str, plan: Plan) -> None:
         there = self._fetching.get(request_id)
         try:
-            if self.blender is not None and there is not None:
-                self.blender.fetch(request_id, plan)
+            if (blender := self.blender) is not None and there is not None:
+                blender.fetch(request_id, plan)
         finally:  # what could not be fetched is asked for again by the worker, which reports why
             if there is not None:
                 there.set()
 
-    def _announce(self, request_id: str, plan: Plan) -> None:
+    def _announce(self, blender: Blender, request_id: str, plan: Plan) -> None:
         """Have the KV of a step's first blend come while the rest of the step is prepared."""
-        if self._announced or self.blender is None:
+        if self._announced:
             return
         self._announced = True
         try:
-            self.blender.expect(request_id, plan)
+            blender.expect(request_id, plan)
         except Exception:  # it comes later then; what is wrong shows where the worker reports it
             logger.exception("the KV of %s was not brought ahead", request_id)

@@ -12,6 +12,8 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from cacheblend_rag.engine.base import Engine, EngineOutput, EngineRequest, awaited
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
@@ -80,6 +82,7 @@ class BatchEngine(Engine):
     def _ranks(self, method: str, *args: Any) -> list[Any]:
         self._home.check()
         with self._turn, naming_death():
+            _take_thread_count()
             return list(self._open().collective_rpc(method, args=args))
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
@@ -113,6 +116,7 @@ class BatchEngine(Engine):
                     unfinished.add(name)
                 while unfinished:
                     self._home.check()
+                    _take_thread_count()
                     for output in engine.step():
                         if output.finished:
                             unfinished.discard(output.request_id)
@@ -146,6 +150,13 @@ class BatchEngine(Engine):
         if self._llm is None:
             raise ClosedError("this engine was closed; make a new CacheBlend")
         return self._llm
+
+
+def _take_thread_count() -> None:
+    """A thread takes the number of OpenMP threads that the program has set at the first operation
+    which needs it. vLLM plans attention before, with the default, and then fails.
+    """
+    torch.get_num_threads()
 
 
 def _watch(core: Any) -> None:

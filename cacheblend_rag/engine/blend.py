@@ -1,4 +1,4 @@
-"""One blend, on one rank: load, re-rotate, choose what is computed. Vllm's own steps compute it.
+"""One blend, on one rank: load, re-rotate, choose what vLLM's own steps compute.
 
 Shape legend: E tokens of the request.
 """

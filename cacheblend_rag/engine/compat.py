@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
+SPECULATIVE = Why(
+    Reason.SPECULATIVE_DECODING,
+    "speculative decoding is on: the draft model would not see the blended KV",
+)
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
     "'cacheblend-rag[cuda]' (NVIDIA)."
@@ -108,10 +112,7 @@ def engine_refusal(config: VllmConfig) -> Why | None:
             "LoRA is on: a blend's own passes would use the adapters of the batch beside it",
         )
     if config.speculative_config is not None:
-        return Why(
-            Reason.SPECULATIVE_DECODING,
-            "speculative decoding is on: the draft model would not see the blended KV",
-        )
+        return SPECULATIVE
     if parallel.pipeline_parallel_size > 1:
         return Why(
             Reason.PIPELINE_PARALLEL,

@@ -18,7 +18,7 @@ class BlendTask:
     """One request's blend, from the scheduler to every rank.
 
     Attributes:
-            request_id: vLLM's own; name: the caller's.
+        request_id: vLLM's own; name: the caller's.
         token_ids: all tokens that the request has so far.
         question: token ids whose attention selects.
         blocks: numbers of the paged blocks that are allocated, the first positions' first.

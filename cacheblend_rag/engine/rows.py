@@ -86,8 +86,8 @@ class _Blend:
     blocks: list[int] = field(default_factory=list)
     done: int = 0
 
-    def rows(self, scheduled: Scheduled) -> torch.Tensor:
-        """The positions of this step's rows; their blocks are open to the lane."""
+    def advance(self, scheduled: Scheduled) -> torch.Tensor:
+        """Go on by this step's rows: open their blocks to the lane, and return their positions."""
         first = scheduled.computed - self.task.first_row
         self.done = scheduled.computed + scheduled.rows
         if self.lane is not None:
@@ -248,9 +248,9 @@ class StepRows:
             blend = ours.get(name)
             if blend is not None and blend.lane is not None:
                 place = slice(int(first), int(end))
-                parts.append(_Part(name, blend, blend.lane, place, blend.rows(batch[name])))
+                parts.append(_Part(name, blend, blend.lane, place, blend.advance(batch[name])))
             elif blend is not None:
-                blend.rows(batch[name])
+                blend.advance(batch[name])
         if not parts:
             return
         for part in parts:
@@ -298,7 +298,7 @@ class StepRows:
         """
         order = self._tensors.order({name: s.rows for name, s in batch.items()})
         for name, blend in ours.items():
-            positions = blend.rows(batch[name])
+            positions = blend.advance(batch[name])
             if blend.lane is None:
                 continue
             if blend.done < blend.task.end:

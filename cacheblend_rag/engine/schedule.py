@@ -113,7 +113,7 @@ class Claims:
         self._ended: OrderedDict[str, _Tracked] = OrderedDict()  # whose outcomes have not come
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
         self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
-        self._ahead = Ahead()
+        self._ahead = Ahead(str(vllm_config.kv_transfer_config.engine_id))
 
     def begin(self, request: Any) -> None:
         """A request arrived; nothing of it was looked up yet."""

@@ -22,9 +22,8 @@ from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.lane import Lane, Region
 from cacheblend_rag.engine.rope import Rerotator
 
-_AT_ONCE = (
-    4 << 20
-)  # bytes: layers together, for operations' fixed costs, but still in a CPU's cache
+# Bytes of layers taken together: operations have fixed costs, and a CPU's cache still holds these.
+_AT_ONCE = 4 << 20
 
 
 class TorchLane(Lane):

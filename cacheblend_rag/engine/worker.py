@@ -114,7 +114,8 @@ class WorkerExtension:
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
         blender = Blender(handle, rope, store, self._cacheblend_lanes)
         self._rows().blender = blender
-        Ahead.blender = blender if heads is None else None
+        if heads is None:
+            Ahead.offer(self._engine_id, blender)
         self._cacheblend_ingestor = Ingestor(handle, heads)
         leads = not get_tensor_model_parallel_rank()
         self._cacheblend_store = RankStore(store, self._cacheblend_lanes.forget, leads=leads)
@@ -138,7 +139,8 @@ class WorkerExtension:
         rows = self._rows()
         if rows.blender is not None:
             self._cacheblend_store.close()
-            rows.blender = Ahead.blender = None
+            rows.blender = None
+            Ahead.withdraw(self._engine_id)
 
     def cacheblend_missing(self, keys: list[str]) -> Any:
         """Which of ``keys`` this rank's store does not hold, as far as it can be asked; None where
@@ -236,6 +238,10 @@ class WorkerExtension:
     def cacheblend_drop_answers(self, prompts: list[str]) -> None:
         """See ``answers.drop``."""
         answers.drop(prompts)
+
+    @property
+    def _engine_id(self) -> str:
+        return str(self.vllm_config.kv_transfer_config.engine_id)
 
     def _connector(self) -> CacheBlendConnector:
         connector = get_kv_transfer_group()

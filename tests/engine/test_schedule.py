@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cacheblend_rag.engine import schedule
+from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.schedule import Claims
 from cacheblend_rag.plan import PARAMS_KEY, Kind, Plan, Segment
 from cacheblend_rag.reason import Reason
@@ -34,7 +35,10 @@ class Blocks(SimpleNamespace):
 def claims(monkeypatch: pytest.MonkeyPatch) -> Claims:
     monkeypatch.setattr(schedule, "whole_graphs", lambda config: "")
     monkeypatch.setattr(schedule.compat, "longest_blend", lambda config: None)
-    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK))
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=BLOCK),
+        kv_transfer_config=SimpleNamespace(engine_id="this"),
+    )
     return Claims(config, None)
 
 
@@ -78,6 +82,30 @@ def test_as_many_rows_are_scheduled_as_a_blend_computes(claims: Claims) -> None:
     assert (task.rows, task.computes, task.write_from) == (COMPUTES, COMPUTES, 0)
     assert sent.batch["r"].rows == COMPUTES
     assert not step(claims, new={}, rows={"r": 1}).batch, "it decodes"
+
+
+def test_another_engine_of_this_process_is_not_asked(claims: Claims) -> None:
+    class Others:
+        """Its chunks are far, and it never gets them."""
+
+        def consider(self, plan: Plan) -> Any:
+            return None, set()
+
+        def is_near(self, plan: Plan) -> bool:
+            return False
+
+        def fetch(self, *args: Any) -> None:
+            raise AssertionError
+
+        def forget(self, request_id: str) -> None:
+            raise AssertionError
+
+    others: Any = Others()
+    Ahead.offer("another", others)
+    one = request()
+    claims.begin(one)
+    assert claims.there(one, 0) == len(IDS) - COMPUTES
+    claims.finished(one)
 
 
 def test_a_hit_is_not_claimed_again(claims: Claims) -> None:

@@ -31,14 +31,6 @@ Open = Callable[[], KVStore]
 
 
 @pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    pytest.importorskip("redis")
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="module")
 def s3_url() -> Iterator[str]:
     with s3_bucket() as url:
         yield f"{url}&timeout=20s"

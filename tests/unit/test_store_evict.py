@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from benchmark import benchmark
 from chunks import chunk_of, key_of, same
 from hypothesis import given
 from hypothesis import strategies as st
@@ -345,14 +344,7 @@ def test_documents_of_namespaces_are_apart(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "store_hits.py"
-    spec = importlib.util.spec_from_file_location("store_hits", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["store_hits"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("store_hits")
 
 
 @pytest.mark.parametrize("exponent", [0.8, 1.0])

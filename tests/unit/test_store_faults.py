@@ -4,19 +4,18 @@ the runs of ``benchmarks/store_faults.py``.
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import shutil
 import sqlite3
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmark import benchmark
 from chunks import chunk_of, key_of, same
 
 from cacheblend_rag.errors import StoreError
@@ -30,14 +29,7 @@ def disk(folder: Path) -> DiskStore:
 
 @pytest.fixture(scope="module")
 def faults() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "store_faults.py"
-    spec = importlib.util.spec_from_file_location("store_faults", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["store_faults"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("store_faults")
 
 
 @pytest.mark.filterwarnings("ignore:The index of the chunk store")

@@ -27,14 +27,6 @@ Open = Callable[..., RemoteStore]
 
 
 @pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    pytest.importorskip("redis")
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="module")
 def s3_url() -> Iterator[str]:
     with s3_bucket() as url:
         yield url
