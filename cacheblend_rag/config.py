@@ -20,15 +20,15 @@ When = Literal["pays", "always"]
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
 REACH = 64  # chosen on the tuning half of docs/quality.md's questions
 PREFIXES = ("auto", "head", "document", "bos", "none")
-PER_CALL = (
+PER_REQUEST = (
     "mode",
     "recompute_ratio",
     "selector",
     "selector_options",
     "reach",
     "when",
-    "chat_template_kwargs",
 )
+PER_CALL = (*PER_REQUEST, "chat_template_kwargs")
 _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
     "add_generation_prompt",
     "chat_template",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -19,9 +20,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
+from cacheblend_rag.planner import Message
 from cacheblend_rag.reason import Why
 
 _KEEP_OUTCOMES = 1024
@@ -36,19 +39,23 @@ class BlendMetadata(KVConnectorMetadata):
 
 @dataclass
 class BlendResults(KVConnectorWorkerMetadata):
-    """Workers to scheduler: outcomes by request, as plain data, why blends failed, and which
-    requests could not even be computed.
+    """Workers to scheduler: outcomes by request, as plain data, why blends failed, which requests
+    could not even be computed, and what each rank says beside that.
     """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, Why] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
+    said: dict[int, list[Message]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
         assert isinstance(other, BlendResults)
         return BlendResults(
-            other.outcomes | self.outcomes, other.failed | self.failed, other.lost | self.lost
+            other.outcomes | self.outcomes,
+            other.failed | self.failed,
+            other.lost | self.lost,
+            other.said | self.said,
         )
 
 
@@ -58,6 +65,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
     Attributes:
         claims: the scheduler's side.
         rows: the worker's side; None until the worker is bound.
+        link: to the other side.
         recent: what was done for the last requests, by the caller's names, for ``rpc``.
     """
 
@@ -71,6 +79,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._done: list[Finished] = []  # not yet reported
         self._lost: dict[str, set[int]] = {}  # requests and their blocks, not yet reported
         self._block_size = int(vllm_config.cache_config.block_size)
+        self.link = Link.of(str(vllm_config.kv_transfer_config.engine_id))
 
     @property
     def blender(self) -> Blender | None:
@@ -111,6 +120,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         results = connector_output.kv_connector_worker_meta
         if isinstance(results, BlendResults):
             assert self.claims is not None
+            for rank, messages in sorted(results.said.items()):
+                self.claims.planning.deliver(rank, messages)
             self.claims.lose(results.lost)
             self.claims.results(results.outcomes, results.failed)
 
@@ -166,7 +177,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
         outcomes = {d.request_id: d.outcome.to_dict() for d in ready if d.why_not is None}
         failed = {d.request_id: d.why_not for d in ready if d.why_not is not None}
         lost, self._lost = set(self._lost), {}
-        return BlendResults(outcomes, failed, lost) if ready or lost else None
+        said = {} if self.link.is_heard else self._said()
+        return BlendResults(outcomes, failed, lost, said) if ready or lost or said else None
+
+    def _said(self) -> dict[int, list[Message]]:
+        messages = self.link.take()
+        return {get_tensor_model_parallel_rank(): messages} if messages else {}
 
     def _remember(self, name: str, done: BlendOutcome | dict[str, Any]) -> None:
         self.recent[name] = done
@@ -185,6 +201,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """Nothing to wait for."""
 
     def shutdown(self) -> None:
-        """The worker ends."""
+        """This side ends."""
         if self.closing is not None:
             self.closing()
+        if self.claims is not None:
+            self.claims.planning.close()

@@ -62,7 +62,11 @@ class Finished(NamedTuple):
     def report(self) -> dict[str, Any]:
         """Of what was not blended."""
         why_not = self.why_not._asdict() if self.why_not is not None else {}
-        return {**why_not, "prefix_cached": self.outcome.prefix_cached}
+        return {
+            **self.outcome.planned,
+            **why_not,
+            "prefix_cached": self.outcome.prefix_cached,
+        }
 
 
 @dataclass
@@ -172,7 +176,7 @@ class StepRows:
         for computed is then computed here, and the rows are left as they are.
         """
         clock = Clock(self.handle.device)
-        outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached)
+        outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached, task.planned)
         try:
             chosen = self.handle.ranks.all_or_none(lambda: self._chosen(task, outcome))
             self._blends[task.request_id] = chosen

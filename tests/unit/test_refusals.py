@@ -49,8 +49,10 @@ NOT_LISTED = {
     Reason.PREFIX_CACHED,
     Reason.CHUNKS_MISSING,
     Reason.BLEND_FAILED,
-    Reason.MALFORMED_PLAN,
-    Reason.NO_TOKEN_LEFT,
+    Reason.MALFORMED_OPTIONS,
+    Reason.PLANNING_FAILED,
+    Reason.PROMPT_EMBEDS,
+    Reason.NOT_READY,
     Reason.NOT_REPORTED,
     Reason.PROBE_NOT_BLENDED,
 }
