@@ -423,8 +423,7 @@ class CacheBlend:
         return Why(self.gate.reason, self.gate.detail)
 
     def _params(self, config: BlendConfig, request_id: str, space: str = "") -> dict[str, Any]:
-        options = {name: getattr(config, name) for name in PER_REQUEST}
-        options["selector_options"] = dict(config.selector_options)
+        options = {n: v for n, v in config.request_defaults().items() if n in PER_REQUEST}
         names = {"space": space or self._name, "request_id": request_id}
         return {PARAMS_KEY: {**options, **names}}
 

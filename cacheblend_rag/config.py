@@ -132,6 +132,30 @@ class BlendConfig:
         shown |= {n: dict(v) for n, v in shown.items() if isinstance(v, Mapping)}
         return f"BlendConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any], what: str) -> BlendConfig:
+        """From plain data, such as JSON; ``what`` has these options, for messages.
+
+        Raises:
+            ConfigError: unknown options or refused values.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise unknown_option(str(name), known, what)
+        try:
+            return cls(**options)
+        except (TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{what}: {error}") from error
+
+    def request_defaults(self) -> dict[str, Any]:
+        """As plain data, what requests may change, and what else decides their plans."""
+        names = (*PER_REQUEST, "min_chunk_tokens")
+        options = {name: getattr(self, name) for name in names}
+        return {**options, "selector_options": dict(self.selector_options)}
+
     def digest(self) -> str:
         """Tells configurations apart, without saying what they are."""
         return hashlib.sha256(repr(self).encode()).hexdigest()

@@ -62,13 +62,13 @@ class Limits(NamedTuple):
         why_not: nothing is blended.
         longest: tokens that a blend may cover; None: all.
         costs: what was measured; None where nothing was.
-        exact: every token is computed, whatever a request asks for: blends are being proved.
+        proving: blends were not proved yet: those that begin are to do it.
     """
 
     why_not: Why | None = None
     longest: int | None = None
     costs: Costs | None = None
-    exact: bool = False
+    proving: bool = False
 
 
 class Lost(NamedTuple):
@@ -81,11 +81,14 @@ Message = Space | Limits | News | Lost  # to who plans
 
 
 class Planned(NamedTuple):
-    """A plan or why there is none, the request's mode, and the seconds that it took by stage."""
+    """A plan or why there is none, the request's mode, the seconds that it took by stage, and
+    whether the blend has to prove something.
+    """
 
     plan: Plan | NoPlan
     mode: str
     seconds: Mapping[str, float]
+    proves: bool = False
 
 
 class Planner:
@@ -152,7 +155,7 @@ class Planner:
         if isinstance(plan, Plan):
             plan = replace(plan, space=space.keys.key(()))
         seconds = {"locate": located - start, "plan": time.perf_counter() - located}
-        return Planned(plan, config.mode, seconds)
+        return Planned(plan, config.mode, seconds, self._limits.proving)
 
     def _open(self, space: Space) -> None:
         self._spaces[space.name] = space
@@ -190,8 +193,6 @@ class Planner:
         except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
             raise ConfigError(f"refused option: {error}") from error
         config = resolved(config, space.calibration)
-        if self._limits.exact and config.mode in ("blend", "reuse"):
-            config = replace(config, mode="blend", recompute_ratio=1.0, when="always")
         return space, config
 
 

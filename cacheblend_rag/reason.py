@@ -94,6 +94,8 @@ class Reason(StrEnum):
     # what the gate measured
     MOVED_KEYS_DIFFER = "moved_keys_differ"
     """Moved keys or values are not those computed there."""
+    ROWS_DIFFER = "rows_differ"
+    """Rows of vLLM's step are not what a plain prefill gives."""
     PROBE_NOT_BLENDED = "probe_not_blended"
     """The engine did not blend the probe prompt."""
     RATIO_ONE_DIFFERS = "ratio_one_differs"

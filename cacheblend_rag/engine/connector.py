@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -19,11 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from cacheblend_rag.engine import binding
+from cacheblend_rag.engine.binding import Said
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
+from cacheblend_rag.engine.start import BY_FRONT_DOOR
 from cacheblend_rag.planner import Message
 from cacheblend_rag.reason import Why
 
@@ -79,7 +83,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._done: list[Finished] = []  # not yet reported
         self._lost: dict[str, set[int]] = {}  # requests and their blocks, not yet reported
         self._block_size = int(vllm_config.cache_config.block_size)
-        self.link = Link.of(str(vllm_config.kv_transfer_config.engine_id))
+        given = vllm_config.kv_transfer_config
+        self.link = Link.of(str(given.engine_id))
+        self._config = vllm_config
+        self._binds = given.kv_connector_extra_config != BY_FRONT_DOOR
+        self._runner: Any = None
+        if self._binds:  # what cannot be written must not be read, whatever vLLM's default is
+            given.kv_load_failure_policy = "fail"
 
     @property
     def blender(self) -> Blender | None:
@@ -132,11 +142,23 @@ class CacheBlendConnector(KVConnectorBase_V1):
         assert self.claims is not None
         return False, self.claims.finished(request)
 
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
+        """What the workers said when they were bound."""
+        assert self.claims is not None
+        for rank, said in sorted(metadata.items()):
+            if isinstance(said, Said):
+                self.claims.planning.deliver(rank, said.messages)
+                if said.store is not None and self.closing is None:
+                    self.closing = binding.follow(self.link, *said.store)
+
     # ---- worker side ---------------------------------------------------------------------------
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins: the only hook that both runners call before every forward."""
         super().bind_connector_metadata(connector_metadata)
+        if self._runner is not None:  # beside a connector whose handshake hides ours
+            for message in self._bind(told=True).messages:
+                self.link.say(message)
         step: Step = connector_metadata.step
         for name, report in step.plain.items():
             self._remember(name, report)
@@ -147,12 +169,27 @@ class CacheBlendConnector(KVConnectorBase_V1):
             for name, task in step.tasks.items():  # a worker that does not know its model
                 self._lost[name] = set(task.own_blocks(self._block_size))
 
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        """The worker has its model now."""
+        if self._binds:
+            self._runner = binding.model_runner()
+
+    def get_handshake_metadata(self) -> Said | None:
+        """The engine is about to start."""
+        return self._bind(told=self.link.is_heard) if self._runner is not None else None
+
+    def _bind(self, *, told: bool) -> Said:
+        runner, self._runner = self._runner, None
+        with torch.inference_mode():
+            return binding.bind(self, runner, self._config, told=told)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing to do: see ``bind_connector_metadata``."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Nothing is loaded between steps; requests that ended are forgotten."""
         if self.rows is not None:
+            self.rows.prove()
             self.rows.forget(finished_req_ids)
         return None, None
 

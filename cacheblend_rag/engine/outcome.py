@@ -29,6 +29,7 @@ class BlendTask:
             these really are. Fewer than ``computes`` where vLLM found more tokens in its cache than
             are there.
         planned: the scheduler's part of the report.
+        proves: it is to show that blends are right; see ``proof.py``.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class BlendTask:
     rows: int
     prefix_cached: int = 0
     planned: Mapping[str, Any] = field(default_factory=dict)
+    proves: bool = False
 
     @property
     def end(self) -> int:

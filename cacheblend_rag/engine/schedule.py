@@ -74,6 +74,7 @@ class _Tracked:
     plan: Plan | None = None
     why_not: Why | None = None
     mode: str = "blend"
+    proves: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
     exact: Sequence[bytes] = ()
     per_hash: int = 1
@@ -153,7 +154,8 @@ class Claims:
         """If the request is planned by now, its blocks get the hashes to look for."""
         if tracked.planning is None or not tracked.planning.done():
             return
-        (plan, tracked.mode, tracked.seconds), tracked.planning = tracked.planning.result(), None
+        planned, tracked.planning = tracked.planning.result(), None
+        plan, tracked.mode, tracked.seconds, tracked.proves = planned
         if isinstance(plan, NoPlan):
             tracked.why_not = Why(*plan)
             return
@@ -221,6 +223,7 @@ class Claims:
             rows=claim.rows,
             prefix_cached=tracked.prefix_cached,
             planned=tracked.planned(),
+            proves=tracked.proves,
         )
 
     def step(self, scheduled: Any) -> Step:

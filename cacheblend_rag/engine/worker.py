@@ -19,7 +19,6 @@ from cacheblend_rag.engine import answers, compat
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import as_result
 from cacheblend_rag.engine.blend import Blender
-from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.fingerprint import fingerprint
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.heads import heads_of
@@ -33,6 +32,7 @@ from cacheblend_rag.engine.selfcheck import moved_errors
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.known import News, Row
+from cacheblend_rag.plan import Head
 from cacheblend_rag.planner import Limits, Message, Space
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.store import open_store
@@ -40,6 +40,8 @@ from cacheblend_rag.store.url import parse_url
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from cacheblend_rag.engine.connector import CacheBlendConnector
 
 logger = init_logger("vllm.cacheblend_rag")
 
@@ -106,11 +108,18 @@ class WorkerExtension:
         ``gpu_cache``: bytes of GPU memory for chunks that are used often. ``tenant``: whose chunks
         they are.
         """
+        self._open_store(store_url, fingerprint, gpu_cache, tenant)
+        return self._connector().link.is_heard
+
+    def _open_store(
+        self, url: str, fingerprint: str, gpu_cache: int, tenant: str, *, follows: bool = True
+    ) -> None:
+        """``follows``: the scheduler's side learns from this rank what becomes of the store."""
         handle, rope, cache = self._cacheblend_parts
         heads = self._cacheblend_heads
-        store = open_store(store_url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
+        store = open_store(url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
         # what all ranks share one of them speaks for
-        is_shared = parse_url(store_url).scheme != "memory"
+        is_shared = parse_url(url).scheme != "memory"
         self._cacheblend_is_silent = heads is not None and is_shared and not heads.leads
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
         blender = Blender(handle, rope, store, self._cacheblend_lanes)
@@ -121,11 +130,10 @@ class WorkerExtension:
         self._connector().closing = self._cacheblend_store.close
         link = self._connector().link
         link.blender = blender if heads is None else None
-        if self._cacheblend_is_silent:
+        if self._cacheblend_is_silent or not follows:
             self._cacheblend_store.follower.start(None)
         else:
             link.follow(self._cacheblend_store.follower)
-        return link.is_heard
 
     def cacheblend_open(self, space: dict[str, Any], known: list[Row] | None = None) -> Any:
         """Have requests of a space planned.
@@ -144,9 +152,11 @@ class WorkerExtension:
         """Blend from now on, ``longest`` tokens of a prompt at most, where it is worth these
         ``costs``.
         """
-        measured = Costs(**costs) if costs else None
-        self._blender().costs = measured
-        self._say(Limits(longest=longest, costs=measured))
+        self._limit(Limits(longest=longest, costs=Costs(**costs) if costs else None))
+
+    def _limit(self, limits: Limits) -> None:
+        self._blender().costs = limits.costs
+        self._say(limits)
 
     def cacheblend_waits(self) -> bool:
         """Whether the scheduler's side has something to learn, which the next step tells it."""
@@ -255,15 +265,25 @@ class WorkerExtension:
         """See ``answers.drop``."""
         answers.drop(prompts)
 
+    def _store_head(self, head: Head) -> None:
+        """Store the prompts' usual first tokens, unless all ranks have them."""
+        missing = bool(self._cacheblend_store.missing([head.key]))
+        if self._cacheblend_parts[0].ranks.any([missing])[0]:
+            computed = self._cacheblend_ingestor.compute([head.token_ids], [], [[]])
+            self._cacheblend_store.put([head.key], computed)
+
+    def _list_store(self) -> None:
+        if not self._cacheblend_is_silent:
+            self._cacheblend_store.follower.list()
+
     def _say(self, message: Message) -> None:
         """Tell the scheduler's side what all ranks know."""
         if not get_tensor_model_parallel_rank():
             self._connector().link.say(message)
 
     def _connector(self) -> CacheBlendConnector:
-        connector = get_kv_transfer_group()
-        assert isinstance(connector, CacheBlendConnector)
-        return connector
+        connector: Any = get_kv_transfer_group()
+        return connector  # type: ignore[no-any-return]
 
     def _rows(self) -> StepRows:
         rows = self._connector().rows

@@ -83,7 +83,9 @@ class FakeEngine(Engine):
     def rpc(self, method: str, *args: Any) -> list[Any]:
         self._open()
         match method.removeprefix("cacheblend_"), args:
-            case (("bind" | "unbind"), _):
+            case "bind", _:
+                return [True]
+            case "unbind", _:
                 return [None]
             case "open", [space, *known]:
                 self.planner.learn(0, Space.from_plain(space))
