@@ -118,8 +118,11 @@ class BlendConfig:
                 parse_size(self.gpu_cache)
             except StoreError as error:
                 raise ConfigError(f"gpu_cache: {error}") from error
-        for name in ("system_prompt", "likely_system_prompt"):
+        for name in ("system_prompt", "likely_system_prompt", "calibration"):
             _check_text(name, getattr(self, name))
+        for name in ("store", "namespace"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a text")
         arguments = MappingProxyType(template_arguments(self.chat_template_kwargs))
         object.__setattr__(self, "chat_template_kwargs", arguments)
         object.__setattr__(self, "selector_options", MappingProxyType(dict(self.selector_options)))
