@@ -167,3 +167,30 @@ def test_the_script_is_there_and_has_these_options(line: str) -> None:
     sources += [(ROOT / "benchmarks" / name).read_text() for name in ("shapes.py", "plots.py")]
     options = [a for a in arguments if a.startswith("--")]
     assert [o for o in options if not any(f'"{o}"' in source for source in sources)] == []
+
+
+# --- for contributors -----------------------------------------------------------------------------
+
+
+def test_the_hooks_of_pre_commit_are_valid() -> None:
+    from pre_commit.clientlib import load_config
+
+    hooks = [
+        hook
+        for repo in load_config(ROOT / ".pre-commit-config.yaml")["repos"]
+        for hook in repo["hooks"]
+    ]
+    assert {"ruff-check", "ruff-format", "reference"} <= {hook["id"] for hook in hooks}
+    entries = [hook["entry"].split() for hook in hooks if hook.get("language") == "system"]
+    assert all((ROOT / e[1]).is_file() for e in entries if e[0].endswith("python"))
+
+
+def test_the_workflow_runs_what_continuous_integration_runs() -> None:
+    import yaml
+
+    flow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step for job in flow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in [step.get("run") for step in steps]
+    for template in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"):
+        _, front, body = template.read_text().split("---\n", 2)
+        assert {"name", "about"} <= yaml.safe_load(front).keys() and body.strip()
