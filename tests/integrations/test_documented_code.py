@@ -81,6 +81,17 @@ def test_debug_page(engines: list[FakeEngine], capsys: pytest.CaptureFixture[str
     assert "True None" in shown and "stored KV, keys re-rotated" in shown
 
 
+def test_python_page(engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
+    messages = [{"role": "user", "content": f"{CHUNK}\n\nWho rings the bell?"}]
+    scope = {"MODEL": embedded_model(), "chunks": [CHUNK], "messages": messages}
+    for number, code in enumerate(blocks((ROOT / "docs" / "python.md").read_text())):
+        exec(compile(code, f"python.md, block {number}", "exec"), scope)
+    shown = capsys.readouterr().out
+    assert "1 computed, 0 there before" in shown and "mode 0.3 hkvd" in shown
+    assert "1 chunks forgotten" in shown
+    assert engines[0].prefetched and engines[0].closed
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_tutorial(running: SharedEngine, capsys: pytest.CaptureFixture[str]) -> None:

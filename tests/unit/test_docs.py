@@ -69,6 +69,13 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_pages_tell_what_is_true_today(page: Path) -> None:
+    """Results of other versions, and commits, are in benchmarks/results/."""
+    past = r"\b(by now|since then|used to|formerly|(?=[a-f]*\d)[0-9a-f]{7})\b"
+    assert re.findall(past, page.read_text().replace("is used to", ""), re.IGNORECASE) == []
+
+
 def test_lengths_of_sentences() -> None:
     count = script("sentences")
     text = (
