@@ -59,18 +59,18 @@ class BlendConfig:
             calibrate`` found for this model; the defaults where it found none.
         selector: which of them: a name of ``cacheblend_rag.select.SELECTORS``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
-        reach: tokens over which a recomputed token moves the reused ones around it as it was moved
-            itself; 0: they stay as they are. Brings answers nearer to a full prefill's
-            (docs/quality.md).
+        reach: each recomputed token also corrects the reused tokens near it in its chunk, by a part
+            of its own change. At this distance in tokens the part has fallen to 1/e; 0: none is
+            corrected. Brings answers closer to a full prefill's (docs/quality.md).
         calibration: a file that ``cacheblend calibrate --file`` wrote, for ``auto``; else the one
             it keeps for these weights.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
-        ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
-            and ``system_prompt`` put before the context, then neutral text), ``head`` (the same
-            without the neutral text), ``document`` (the head, then the last tokens of what stands
-            before the chunk in its own document, as many as the neutral text has, which fills up
-            where less is known; see ``CacheBlend.ingest``), ``bos`` (the BOS token, if the model
-            has one), ``none``, or a sequence of token ids.
+        ingest_prefix: what a chunk is computed behind. ``auto``: the head, which the chat template
+            and ``system_prompt`` put before the context, then neutral text. ``head``: the same
+            without the neutral text. ``document``: the head, then the text before the chunk in its
+            own document, as many tokens as the neutral text has (see ``CacheBlend.ingest``); the
+            neutral text fills up where less is known. ``bos``: the BOS token, if the model has one.
+            ``none``: nothing. Or a sequence of token ids.
         system_prompt: the system prompt your requests use; the template's default where None. Leave
             out of it what changes, such as a date: it is part of every chunk's key.
         likely_system_prompt: the same as a guess, where ``system_prompt`` is None: passed over
