@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +17,7 @@ import torch
 from engines import SHARE, start_in_process
 from tiny import VOCAB, Words, make
 
-from cacheblend_rag import BlendConfig
+from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.engine.runner import StepTensors
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.store import open_store
@@ -208,3 +213,64 @@ def test_with_a_worker_in_another_process(
         assert "recomputed" in server.ask(prompt(A, B)).report
     finally:
         server.close()
+
+
+@pytest.mark.slow
+def test_a_stock_client_of_a_stock_server(embedded: Path, tmp_path: Path) -> None:
+    """vLLM's server as docs/serving.md starts it, and the openai package."""
+    from openai import OpenAI
+
+    store = tmp_path / "kv"
+    chunks = [
+        f"Boat {n} is painted in colour {n}, and its captain is number {n}. " * 6 for n in range(4)
+    ]
+    asked = [
+        {"role": "user", "content": "\n\n".join(chunks[n] for n in order) + "\n\nWho?"}
+        for order in ((2, 0, 1), (1, 3, 2, 0))
+    ]
+    options = {"dtype": "float32", "max_model_len": 2048}
+    with CacheBlend(embedded, config=BlendConfig(store=str(store)), **options) as blend:
+        blend.ingest(chunks[:3], progress=False)
+    connector = {
+        "kv_connector": "CacheBlendConnector",
+        "kv_connector_module_path": "cacheblend_rag.engine.connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"store": str(store)},
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(embedded)]
+    command += ["--served-model-name", "m", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "2048", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
+    command += ["--kv-transfer-config", json.dumps(connector)]
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as server,
+    ):
+        try:
+            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+            def report(messages: Any, **options: Any) -> tuple[str, dict[str, Any]]:
+                body = {"kv_transfer_params": {"cacheblend": options}} if options else None
+                answer: Any = client.chat.completions.create(
+                    model="m", messages=messages, max_tokens=6, temperature=0, extra_body=body
+                )
+                return answer.choices[0].message.content, answer.kv_transfer_params["cacheblend"]
+
+            def is_up() -> bool:
+                time.sleep(1)
+                assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                with contextlib.suppress(Exception):
+                    return bool(client.models.list().data)
+                return False
+
+            until(is_up)
+            text, proof = report([asked[0]])
+            plain, off = report([asked[0]], mode="off")
+            assert sum(proof["recomputed"]) and text == plain and off["prefix_cached"] == 0
+            blended = report([asked[1]])[1]
+            assert blended["bytes"] > 0 and blended["missing"] == []
+            assert report([asked[1]], mode="off")[1]["reason"] == "mode"
+        finally:
+            server.terminate()

@@ -39,6 +39,8 @@ WORDS = {
     Reason.LORA: ("LoRA", "LoRA adapter"),
     Reason.ENCODER_INPUTS: ("images", "take images"),
     Reason.PROMPT_LOGPROBS: ("`prompt_logprobs`",),
+    Reason.PROMPT_EMBEDS: ("embeddings",),
+    Reason.ROWS_DIFFER: ("ratio 1 equals a plain prefill",),
 }
 # what the caller's own mode, the chunks found, their costs or the store decide for a request
 NOT_LISTED = {
@@ -51,7 +53,6 @@ NOT_LISTED = {
     Reason.BLEND_FAILED,
     Reason.MALFORMED_OPTIONS,
     Reason.PLANNING_FAILED,
-    Reason.PROMPT_EMBEDS,
     Reason.NOT_READY,
     Reason.NOT_REPORTED,
     Reason.PROBE_NOT_BLENDED,
