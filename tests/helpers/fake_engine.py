@@ -194,7 +194,8 @@ class FakeEngine(Engine):
         if request.params is None:
             self.plans.append(None)
             return {}
-        plan, mode, seconds = self.planner.plan(request.token_ids, request.params[PARAMS_KEY])
+        planned = self.planner.plan(request.token_ids, request.params[PARAMS_KEY])
+        plan, mode, seconds, _ = planned
         self.plans.append(plan if isinstance(plan, Plan) else None)
         done = _outcome(plan) if isinstance(plan, Plan) else plan._asdict()
         return {"mode": mode, **done, "seconds": dict(seconds)}
