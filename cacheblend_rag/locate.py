@@ -48,6 +48,7 @@ FREE_TOKENS, TOKENS_PER_TOKEN = 1 << 18, 16  # tokens of chunks that are compare
 _BATCH_TOKENS = 1 << 18  # work arrays of a batch stay within a few MB, near the CPU's cache
 _MOST_CROWDED = (1 << 24) - 1  # more chunks with one anchor are all the same
 _RUN_RATIO = 8  # each run of anchors is at least this many times the next
+_SMALL_RUN = 4096  # anchors of which the last run only may have fewer: each run is asked each time
 _SHIFT_BIAS = 1 << 31  # makes a shift non-negative, so that row and shift pack into one int64
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 # Nobody outside this process can make two windows collide on purpose.
@@ -229,7 +230,7 @@ class ChunkIndex:
             return
         merged = [entries]
         num_entries = len(entries.hashes_A)
-        while self._runs and len(self._runs[-1].rows_A) < _RUN_RATIO * num_entries:
+        while self._runs and len(self._runs[-1].rows_A) < max(_RUN_RATIO * num_entries, _SMALL_RUN):
             merged.insert(0, _live_entries(self._runs.pop(), self._alive.values))
             num_entries += len(merged[0].hashes_A)
         joined = _Entries(*map(np.concatenate, zip(*merged, strict=True)))
@@ -498,14 +499,15 @@ def _home(hashes: Hashes, bits: int) -> tuple[Ints, NDArray[np.uint8]]:
 
 def _find(run: _Run, hashes: Hashes) -> _Found:
     slots, mark = _home(hashes, len(run.marks).bit_length() - 1)
-    likely = np.flatnonzero(run.marks[slots] & mark)
+    likely = np.flatnonzero(run.marks.take(slots) & mark != 0)  # quick for booleans only
     wanted, slots = hashes[likely], slots[likely]
+    held = run.table["hash"]
+    behind = np.flatnonzero(held[slots] < wanted)
+    at, sought = slots[behind], wanted[behind]
+    while (further := held[at] < sought).any():
+        at += further
+    slots[behind] = at
     groups = run.table[slots]
-    behind = np.flatnonzero(groups["hash"] < wanted)
-    while len(behind):
-        slots[behind] += 1
-        groups[behind] = run.table[slots[behind]]
-        behind = behind[groups["hash"][behind] < wanted[behind]]
     here = np.flatnonzero((groups["hash"] == wanted) & (groups["first"] < groups["end"]))
     firsts, ends = (groups[name][here].astype(np.int64) for name in ("first", "end"))
     return _Found(likely[here], slots[here], firsts, ends)
@@ -516,8 +518,8 @@ def _find(run: _Run, hashes: Hashes) -> _Found:
 
 def _rare_anchors(view: _Snapshot, found: list[_Found]) -> _Anchors:
     """In every stretch of 64 prompt tokens the anchors of the fewest chunks, up to 8."""
-    # One number that sorts by stretch, crowd, place and run, and holds them all: NumPy sorts numbers
-    # several times faster than it finds their order.
+    # One number that sorts by stretch, crowd, place and run, and holds them all: NumPy sorts
+    # numbers several times faster than it finds their order.
     numbers = np.concatenate([_sortable(part, run) for run, part in enumerate(found)])
     numbers.sort()
     stretches, crowds = numbers >> 38, numbers >> 14 & _MOST_CROWDED
@@ -597,7 +599,10 @@ def _equal_spans(view: _Snapshot, prompt: Ids, overlaps: _Overlaps) -> _Spans:
 def _wholes(
     view: _Snapshot, prompt: Ids, levels: list[Hashes], found: list[_Found], min_tokens: int
 ) -> _Spans:
-    spans = _climb(view, levels, np.unique(np.concatenate([part.at for part in found])))
+    is_found = np.zeros(len(levels[0]), np.bool_)
+    for part in found:
+        is_found[part.at] = True
+    spans = _climb(view, levels, np.flatnonzero(is_found))
     # What may become long enough by what is equal beside it has to be compared for that.
     short = spans.only(spans.lengths_S < min_tokens)
     best = _best_of_each_stretch(view, spans, min_tokens)
