@@ -543,7 +543,8 @@ def _rare_anchors(view: _Snapshot, found: list[_Found]) -> _Anchors:
 def _sortable(found: _Found, run: int) -> Ints:
     stretches, within = found.at // ANCHOR_STRIDE, found.at % ANCHOR_STRIDE
     crowds = np.minimum(found.ends - found.firsts, _MOST_CROWDED)
-    return ((stretches << 24 | crowds) << 6 | within) << 8 | run
+    numbers: Ints = ((stretches << 24 | crowds) << 6 | within) << 8 | run
+    return numbers
 
 
 def _anchors_at(run: _Run, at: Ints, firsts: Ints, counts: Ints) -> _Anchors:
