@@ -117,7 +117,9 @@ def test_redis_killed_hung_and_back(
     assert counts["healthy"] == 3
 
 
+@pytest.mark.parametrize("seconds", [0, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_remote_that_was_away_is_used_again(
+    seconds: float,
     server: RedisServer,
     tiny_models: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -130,12 +132,14 @@ def test_a_remote_that_was_away_is_used_again(
         index = planner(blend).known.index(blend._name)
         known = index.keys()
         server.process.send_signal(signal.SIGSTOP)
+        back = time.monotonic() + seconds
         away = [asked(blend, (*ids, 2)).report for ids in asking]
         assert not any(report.tokens_reused for report in away)
         assert not any(report.missing_keys for report in away)
         kinds = {s.kind for report in away for s in report.segments if s.key}
         assert kinds == {"late"}
         assert planner(blend) and index.keys() == known
+        time.sleep(max(0.0, back - time.monotonic()))
         server.process.send_signal(signal.SIGCONT)
         returned = time.monotonic()
         store = get_kv_transfer_group().blender.store
