@@ -55,7 +55,8 @@ class TorchLane(Lane):
                 stored = chunk.kv_L2NHD[index:last, :, offset : offset + end - start]
                 kv[:, :, start:end].copy_(stored, non_blocking=True)
             self._first = index
-            self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._turn), kv[:, 1]
+            some = slice(index, last)
+            self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._turn, some), kv[:, 1]
         return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:

@@ -21,7 +21,12 @@ _LOGITS = 1 << 26  # attention logits held at once, float32
 
 
 def rerotate(
-    k_NGD: torch.Tensor, cos_NP: torch.Tensor, sin_NP: torch.Tensor, *, is_neox: bool
+    k_NGD: torch.Tensor,
+    cos_NP: torch.Tensor,
+    sin_NP: torch.Tensor,
+    *,
+    is_neox: bool,
+    first: int = 0,
 ) -> torch.Tensor:
     """Turn rotated keys by a further angle per token (CacheBlend, section 4.3 and appendix).
 
@@ -29,26 +34,28 @@ def rerotate(
     the key at ``new`` after a rotation by ``(new - old) * theta_p``. Values are not rotated.
 
     Args:
-        k_NGD: keys in any floating dtype; dimensions above ``2P`` are not rotary and stay. Further
-            dimensions may come first.
-        cos_NP: float32 cosine of the further angle.
+        k_NGD: keys in any floating dtype. Further dimensions may come first.
+        cos_NP: float32 cosine of the further angle; may have the further dimensions of ``k_NGD``.
         sin_NP: float32 sine of it.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
+        first: the first of the 2P rotary dimensions; the others stay.
 
     Returns:
         A new tensor of the shape and dtype of ``k_NGD``; computed in float32.
     """
     pairs = cos_NP.shape[-1]
-    cos, sin = cos_NP[:, None], sin_NP[:, None]
-    first = slice(pairs) if is_neox else slice(0, 2 * pairs, 2)
-    second = slice(pairs, 2 * pairs) if is_neox else slice(1, 2 * pairs, 2)
+    middle, end = first + pairs, first + 2 * pairs
+    one, two = slice(first, middle), slice(middle, end)
+    if not is_neox:
+        one, two = slice(first, end, 2), slice(first + 1, end, 2)
+    cos, sin = cos_NP.unsqueeze(-2), sin_NP.unsqueeze(-2)
     out = torch.empty_like(k_NGD)
-    out[..., 2 * pairs :] = k_NGD[..., 2 * pairs :]
-    a, b = k_NGD[..., first].float(), k_NGD[..., second].float()
+    out[..., :first], out[..., end:] = k_NGD[..., :first], k_NGD[..., end:]
+    a, b = k_NGD[..., one].float(), k_NGD[..., two].float()
     turned = a * cos
-    out[..., first] = turned.addcmul_(b, sin, value=-1)
+    out[..., one] = turned.addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=turned)
-    out[..., second] = turned.addcmul_(a, sin)
+    out[..., two] = turned.addcmul_(a, sin)
     return out
 
 
