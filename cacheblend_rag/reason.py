@@ -77,7 +77,7 @@ class Reason(StrEnum):
     SHARED_KV = "shared_kv"
     """Layers of the model share KV with one another."""
     ATTENTION_SINKS = "attention_sinks"
-    """The model's attention has sinks as parameters."""
+    """The model's attention has sinks as parameters, which the attention backend does not show."""
     NOT_CAUSAL = "not_causal"
     """The model's attention looks ahead."""
     SLIDING_WINDOW = "sliding_window"
@@ -90,6 +90,8 @@ class Reason(StrEnum):
     # what the gate measured
     MOVED_KEYS_DIFFER = "moved_keys_differ"
     """Moved keys or values are not those computed there."""
+    ATTENTION_DIFFERS = "attention_differs"
+    """Attention outside of the paged cache is not that of the model's backend."""
     PROBE_NOT_BLENDED = "probe_not_blended"
     """The engine did not blend the probe prompt."""
     RATIO_ONE_DIFFERS = "ratio_one_differs"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from cacheblend_kernels.move import Movers
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.place import Sources, place
+from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, upload
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import QuestionGraphs
@@ -180,7 +181,7 @@ class KernelLane(Lane):
             is_neox=self.rope.is_neox,
         )
 
-    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
+    def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
         region, beyond = self.region, self.region.end - self.region.asked
         glue = region.glue(most_glue)
         glue = glue[glue >= region.write_from]
@@ -246,11 +247,13 @@ class KernelLanes(Lanes):
         super().__init__(handle, rope, cache, "")
         if rope.first:
             raise KernelsUnusableError(f"keys are rotated from dimension {rope.first} on")
+        if any(compat.sinks(layer) is not None for layer in handle.layers):
+            raise KernelsUnusableError("the model's attention has sinks")
         self._kernels = KernelCache(handle, cache.block_size)
         self._hot = HotChunks(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
         self._graphs = QuestionGraphs(handle, self._kernels.view)
-        self._graphs.prepare(QuerySelector().evidence.range(handle.num_layers))
+        self._graphs.prepare(QuerySelector().evidence.among(handle.sees_all))
 
     def __call__(self, region: Region) -> Lane:
         if len(region.task.blocks) * self._cache.block_size < region.end:

@@ -64,7 +64,7 @@ class QuestionPass(Pass):
         beside_T: torch.Tensor,
         known_N: torch.Tensor | None,
         score_GN: torch.Tensor,
-        keep: range,
+        keep: tuple[int, ...],
         before: Callable[[int], None] | None = None,
     ) -> None:
         self._handle, self._view, self._before = handle, view, before

@@ -1,4 +1,5 @@
 """The worker's half of the gate: are keys really movable by rotation, and by which, layer by layer?
+And is attention outside of the paged cache that of the layer's own backend?
 
 Shape legend: T tokens, G KV heads, H query heads, D head size.
 """
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV
 from cacheblend_rag.engine.rope import Rerotator, Table
@@ -25,9 +27,25 @@ class Moved(NamedTuple):
     layers: list[LayerKV]
 
 
+class Measured(NamedTuple):
+    """How keys move, and what shows it.
+
+    Attributes:
+        checks: how well ``rope`` explains moved keys: rows of layer, shift, relative error of K,
+            relative error of V.
+        attention: how well our own attention equals the backend's: rows of layer, relative error,
+            whether the backend's cache rounds K and V. The last layer has none: no pass of ours
+            attends there.
+    """
+
+    rope: Rerotator
+    checks: list[list[Any]]
+    attention: list[list[Any]]
+
+
 def measured(
-    handle: ModelHandle, tables: Sequence[Table], max_len: int
-) -> tuple[Rerotator, list[list[Any]]]:
+    handle: ModelHandle, cache: PagedCache, tables: Sequence[Table], max_len: int
+) -> Measured:
     """Compute random tokens at position 0 and further on, and find by which of ``tables`` each
     layer's keys moved.
 
@@ -35,16 +53,14 @@ def measured(
     errors are as large as the keys. Each layer is judged for the same input. What attention puts
     out may depend on position (queries that are scaled by it); that is no matter of moving keys.
 
-    Returns:
-        How keys move, and how well that explains them: rows of layer, shift, relative error of K,
-        relative error of V.
+    Writes to the first blocks of ``cache``: no request runs yet.
     """
     far = min(max_len, max(len(table.cos_XP) for table in tables))
     fitting = [table for table in tables if len(table.cos_XP) >= far]
     generator = torch.Generator().manual_seed(0)
     vocab = handle.config.model_config.get_vocab_size()
     ids = torch.randint(0, vocab, (NUM_TOKENS,), generator=generator).to(handle.device)
-    at_home = _Recording(handle)
+    at_home = _Recording(cache)
     handle.run(at_home, ids, torch.arange(NUM_TOKENS, device=handle.device))
     moved = []
     for shift in (_NEAR, far - NUM_TOKENS):
@@ -52,12 +68,13 @@ def measured(
         handle.run(away, ids, torch.arange(shift, shift + NUM_TOKENS, device=handle.device))
         moved.append(Moved(shift, away.layers))
     rope = _explanation(fitting, at_home.layers, moved, handle.device)
-    return rope, [
+    checks = [
         [layer, shift, key_error, _relative(here.v_TGD, there.v_TGD)]
         for shift, layers in moved
         for layer, (here, there) in enumerate(zip(at_home.layers, layers, strict=True))
         for key_error in [_key_error(rope, layer, here, there, shift)]
     ]
+    return Measured(rope, checks, at_home.compared)
 
 
 def _explanation(
@@ -103,11 +120,18 @@ def _key_error(rope: Rerotator, layer: int, here: LayerKV, there: LayerKV, shift
 
 
 class _Recording(IsolatedPass):
-    """Keeps what attention puts out at each layer, beside K and V."""
+    """Keeps what attention puts out at each layer, beside K and V, and compares it with what the
+    layer's backend puts out for the same input.
+    """
 
-    def __init__(self, handle: ModelHandle) -> None:
-        super().__init__([(0, NUM_TOKENS)], handle.num_layers)
+    def __init__(self, cache: PagedCache) -> None:
+        super().__init__([(0, NUM_TOKENS)], cache.handle.num_layers)
         self.outputs: list[torch.Tensor] = []
+        self.compared: list[list[Any]] = []
+        self._handle, at = cache.handle, torch.arange(NUM_TOKENS)
+        blocks = torch.arange(1, 2 + NUM_TOKENS // cache.block_size)
+        self._slots = cache.slots(blocks, at)
+        self._metadata = cache.metadata(blocks, at, self._slots)
 
     def attend(
         self,
@@ -120,6 +144,12 @@ class _Recording(IsolatedPass):
     ) -> None:
         super().attend(index, layer, q_THD, k_TGD, v_TGD, out_THD)
         self.outputs.append(out_THD.clone())
+        self._handle.write(index, k_TGD, v_TGD, self._slots)
+        real, metadata = self._handle.layers[index], self._metadata[index]
+        theirs = torch.empty_like(out_THD)
+        real.impl.forward(real, q_THD, k_TGD, v_TGD, real.kv_cache, metadata, output=theirs)
+        is_rounded = real.kv_cache.dtype != k_TGD.dtype
+        self.compared.append([index, _relative(out_THD, theirs), is_rounded])
 
 
 class _Replaying(IsolatedPass):

@@ -78,10 +78,10 @@ class WorkerExtension:
             max_len = int(chosen.max_model_len)
             longest = max(max_len, context_length(chosen))
             tables = tables_of(model, longest, handle.layers[0].head_size)
-            rope, facts["checks"] = measured(handle, tables, max_len)
             self._cacheblend_heads = heads_of(handle)
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
+            rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
             self._cacheblend_parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
             a_head = 2 * handle.num_layers * handle.layers[0].head_size * chosen.dtype.itemsize

@@ -87,6 +87,7 @@ def masked_attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of R query rows over N keys, each row seeing the keys ``visible_RN`` marks.
 
@@ -95,12 +96,15 @@ def masked_attention(
         visible_RN: bool, at least one true a row.
         scale: factor on the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)`` where it is not 0.
+        sinks_H: one more logit of each head, of a key without a value.
 
     Returns:
         [R, H, D] in the dtype of ``q_RHD``.
     """
-    if softcap:
-        return question_attention(q_RHD, k_NGD, v_NGD, visible_RN, scale=scale, softcap=softcap)[0]
+    if softcap or sinks_H is not None:
+        return question_attention(
+            q_RHD, k_NGD, v_NGD, visible_RN, scale=scale, softcap=softcap, sinks_H=sinks_H
+        )[0]
     out = F.scaled_dot_product_attention(
         q_RHD.transpose(0, 1)[None],
         k_NGD.transpose(0, 1)[None],
@@ -120,6 +124,7 @@ def question_attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``masked_attention`` that also tells how much attention each key got.
 
@@ -134,6 +139,10 @@ def question_attention(
     hidden_RN = ~visible_RN
     out = torch.empty(rows, heads, v_NGD.shape[-1], dtype=q_RHD.dtype, device=q_RHD.device)
     out_RGXD = out.view(rows, groups, -1, v_NGD.shape[-1])
+    sinks_GX1 = None
+    if sinks_H is not None:
+        by_row = sinks_H.float().view(groups, -1, 1).expand(groups, heads // groups, rows)
+        sinks_GX1 = by_row.reshape(groups, -1, 1)
     score = torch.zeros(keys, device=q_RHD.device)
     at_once = max(1, _LOGITS // (rows * heads // groups * keys))  # groups: bounds the memory
     for g in range(0, groups, at_once):
@@ -145,7 +154,10 @@ def question_attention(
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         logits.view(-1, heads // groups, rows, keys).masked_fill_(hidden_RN, -torch.inf)
-        weights = logits.softmax(-1)
+        if sinks_GX1 is None:
+            weights = logits.softmax(-1)
+        else:
+            weights = torch.cat([logits, sinks_GX1[some]], -1).softmax(-1)[..., :-1]
         score += weights.sum((0, 1))
         context = (weights @ v_GND).view(-1, heads // groups, rows, v_NGD.shape[-1])
         out_RGXD[:, some] = context.permute(2, 0, 1, 3).to(out.dtype)

@@ -75,8 +75,8 @@ def takes_rows_for_another_requests(patch: pytest.MonkeyPatch) -> None:
     [
         (turns_one_position_too_far, Reason.MOVED_KEYS_DIFFER),
         (turns_into_nothing, Reason.MOVED_KEYS_DIFFER),
-        (looks_ahead, Reason.RATIO_ONE_DIFFERS),
-        (looks_at_the_wrong_place, Reason.RATIO_ONE_DIFFERS),
+        (looks_ahead, Reason.ATTENTION_DIFFERS),
+        (looks_at_the_wrong_place, Reason.ATTENTION_DIFFERS),
         (takes_rows_for_another_requests, Reason.RATIO_ONE_DIFFERS),
     ],
 )
@@ -115,3 +115,13 @@ def test_layers_that_get_one_anothers_table_are_refused(
         assert blend.ingest([CHUNK], progress=False).computed == 0
         result = blend.generate(PROMPT, **FULL_LOGPROBS)
         assert not result.report.blended and result.report.reason is Reason.MOVED_KEYS_DIFFER
+
+
+def test_attention_without_the_models_sinks_is_refused(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = attention.own_options
+    monkeypatch.setattr(attention, "own_options", lambda layer: {**own(layer), "sinks_H": None})
+    with start_in_process(make("gpt_oss", tiny_models), prefix=PREFIX) as blend:
+        assert not blend.gate.passed and blend.gate.reason is Reason.ATTENTION_DIFFERS
+        assert blend.ingest([CHUNK], progress=False).computed == 0

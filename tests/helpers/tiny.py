@@ -91,6 +91,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    # sinks as parameters
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 32,
+            "sliding_window": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    ),
     # some layers do not rotate
     "cohere2": ("cohere2", {"sliding_window": 64, "logit_scale": 1.0}),
     "exaone4": ("exaone4", {"sliding_window": 64, "sliding_window_pattern": 4}),
@@ -172,7 +183,10 @@ def make(name: str, folder: Path, **changes: Any) -> Path:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**_COMMON, **differs, **changes})
         with undecorated(config):
-            AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+            model = AutoModelForCausalLM.from_config(config).float()
+        for parameter in (p for name, p in model.named_parameters() if name.endswith("sinks")):
+            torch.nn.init.normal_(parameter, std=1.0)  # as large as logits, or they do nothing
+        model.save_pretrained(path)
     return path
 
 

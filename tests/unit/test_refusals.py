@@ -21,6 +21,7 @@ WORDS = {
     Reason.NO_ROPE: ("no rotary positions",),
     Reason.ROPE_TABLES: ("RoPE tables that depend on more",),
     Reason.MOVED_KEYS_DIFFER: ("self-check", "moves keys otherwise"),
+    Reason.ATTENTION_DIFFERS: ("our own attention equals vLLM's",),
     Reason.ALIBI: ("ALiBi",),
     Reason.ATTENTION_LAYER: ("chunked attention", "attention layers of any other class"),
     Reason.SHARED_KV: ("share KV",),
