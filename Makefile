@@ -17,15 +17,20 @@ installed := .venv/.installed-$(ENGINE)
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help install fix lint test test-all test-gpu mutants demo bench clean
+.PHONY: help install fix lint test test-all test-gpu mutants docs hooks demo bench clean
 
 help:
-	@echo "make install    .venv with everything in it (ENGINE=cpu|cuda)"
+	@echo "make install    .venv with everything in it (ENGINE=cpu|cuda, PYTHON=python3.12)"
 	@echo "make demo       answer questions over documents, with and without CacheBlend"
-	@echo "make test       tests that need no GPU        make test-all   the slow ones as well"
-	@echo "make test-gpu   tests that need a GPU         make bench      BENCH=<name in benchmarks/>"
-	@echo "make lint       ruff and mypy                 make fix        what ruff can repair"
+	@echo "make test       tests that need no GPU (JOBS=2, ARGS=\"-k store -x\")"
+	@echo "make test-all   the slow ones as well"
+	@echo "make test-gpu   tests that need a GPU"
+	@echo "make lint       ruff and mypy"
+	@echo "make fix        what ruff can repair and format; docs/reference.md and docs/prompt.svg anew"
+	@echo "make docs       the documentation as a site in build/site, and how long its sentences are"
+	@echo "make hooks      run ruff and file checks at each git commit (pre-commit)"
 	@echo "make mutants    do the unit tests notice changes to the pure modules? (ARGS=<names of mutants>)"
+	@echo "make bench      one benchmark (BENCH=<name in benchmarks/>, ARGS=\"...\")"
 	@echo "make clean      remove .venv and all caches"
 
 install: $(installed)
@@ -36,6 +41,8 @@ $(installed): pyproject.toml scripts/install.sh
 fix: $(installed)
 	$(bin)/python -m ruff check --fix .
 	$(bin)/python -m ruff format .
+	$(bin)/python scripts/reference.py
+	$(bin)/python scripts/picture.py
 
 lint: $(installed)
 	$(bin)/python -m ruff check .
@@ -64,6 +71,15 @@ mutants: $(installed)
 	$(bin)/python -m pip install --quiet "mutmut>=3.8,<4"
 	PYTHONPATH=kernels:integrations $(bin)/mutmut run --max-children $(JOBS) $(ARGS)
 	$(bin)/mutmut results
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(installed)
+	$(bin)/python scripts/reference.py --check
+	$(bin)/python -m mkdocs build --strict --quiet
+	@$(bin)/python scripts/sentences.py
+
+hooks: $(installed)
+	$(bin)/python -m pre_commit install
 
 demo: $(installed)
 	@$(bin)/cacheblend demo $(ARGS)

@@ -8,9 +8,9 @@ import itertools
 import statistics
 import time
 import uuid
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, overload
 from tqdm import tqdm
 
 from cacheblend_rag import calibration, gate, ingest, metrics
-from cacheblend_rag.config import PER_CALL, BlendConfig, unknown_option
+from cacheblend_rag.config import PER_CALL, PER_REQUEST, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
@@ -35,19 +35,20 @@ from cacheblend_rag.errors import (
 )
 from cacheblend_rag.ingest import Before, Chunk, IngestReport, Owners
 from cacheblend_rag.keys import KeySpace
-from cacheblend_rag.known import KnownChunks
-from cacheblend_rag.locate import ChunkIndex, Match
+from cacheblend_rag.known import ours
 from cacheblend_rag.models import resolve_model
-from cacheblend_rag.plan import PARAMS_KEY, Head, NoPlan, Plan, make_plan
+from cacheblend_rag.plan import PARAMS_KEY, Head, Plan
+from cacheblend_rag.planner import Space
 from cacheblend_rag.prefix import document_context, ingest_prefix, prompt_head
 from cacheblend_rag.process import Home
 from cacheblend_rag.prompt import Prompt, is_prompt, owned, tokenize, tokenize_chunk
-from cacheblend_rag.reason import Reason
+from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.report import make_report
 from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStream, make_result
 from cacheblend_rag.store.url import parse_size
 
 _TIMING_ROUNDS = 7
+_SYNC_EVERY_S = 0.5
 # Threads that prepare prompts for event loops. With two, a loop waits for its turn behind both.
 _PREPARING = 1
 _ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
@@ -55,12 +56,16 @@ _PROBE_SAMPLING = {**_ONE_TOKEN, "logprobs": 20}
 
 
 class _Prepared(NamedTuple):
-    """A request ready for the engine, and what its report will need."""
+    """A request ready for the engine, and what its report will need.
+
+    Attributes:
+        why_not: why the engine is not asked to blend.
+    """
 
     request: EngineRequest
-    plan: Plan | NoPlan
+    why_not: Why | None
     mode: str
-    stages_s: Mapping[str, float]
+    tokenize_s: float
     request_id: str
 
 
@@ -103,13 +108,11 @@ class CacheBlend:
         self.config = config or BlendConfig()
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
         self._closed, self._home = False, Home()
-        self._index = ChunkIndex()
         self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
         self._namespaces = {self.config.namespace}  # of all fronts to this engine
-        self._head: Head | None = None
-        self._costs: Costs | None = None
+        self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
+        self._is_heard, self._synced_at = True, 0.0
         self._engine: Engine = create_engine(engine, resolve_model(str(model)), engine_args)
-        self._known = KnownChunks(self._engine)
         try:
             self.info = self._engine.info
             self._tokenizer: Any = self._engine.tokenizer  # never handed out
@@ -117,9 +120,7 @@ class CacheBlend:
             self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
             self.gate: GateReport = self._open_gate()
             if self.gate.passed:
-                self._costs = self._measure_costs()
-                if self._engine.serves_many:
-                    self._known.follow()
+                self._limit(self._measure_costs())
         except BaseException:
             self._engine.close()
             raise
@@ -192,7 +193,7 @@ class CacheBlend:
         contain them. Texts that are not stored are passed over.
         """
         self._check_open()
-        keys = [c.key for c in self._numbered(ingest.as_list(texts)) if c.key in self._index]
+        keys = [c.key for c in self._numbered(ingest.as_list(texts))]
         if self.gate.passed and keys:
             self._engine.rpc("cacheblend_prefetch", keys)
 
@@ -207,12 +208,12 @@ class CacheBlend:
         """
         self._check_open()
         keys = list(dict.fromkeys(keys))
-        known = sum(key in self._index for key in keys)
-        if self.gate.passed:
-            self._engine.rpc("cacheblend_forget", keys)
-        for key in keys:
-            self._index.discard(key)
-        return known
+        if not (self.gate.passed and keys):
+            return 0
+        absent = set.union(*map(set, self._ask_stores("cacheblend_missing", keys)))
+        self._engine.rpc("cacheblend_forget", keys)
+        self._sync()
+        return len(keys) - len(absent)
 
     def key(self, text: str | Sequence[int]) -> str:
         """The key that ``ingest`` stores a chunk under.
@@ -259,7 +260,20 @@ class CacheBlend:
         """
         self._check_open()
         kept = {c.key for c in self._numbered(ingest.as_list(texts))}
-        return self.forget_keys(self._index.keys() - kept)
+        return self.forget_keys(self.stored() - kept)
+
+    def stored(self) -> set[str]:
+        """The keys of all chunks of this model, namespace and ingest prefix that are stored, by
+        whichever process.
+
+        Raises:
+            StoreError: the store cannot be asked.
+        """
+        self._check_open()
+        if not self.gate.passed:
+            return set()
+        ranks = self._ask_stores("cacheblend_list")
+        return set.intersection(*({key for key, _ in ours(self._space, rows)} for rows in ranks))
 
     def beside(self, config: BlendConfig) -> CacheBlend:
         """A second front to the same engine and store, with a configuration of its own: another
@@ -271,14 +285,12 @@ class CacheBlend:
         self._check_open()
         other = object.__new__(CacheBlend)
         other.__dict__.update(self.__dict__)
-        other.config, other._index = config, ChunkIndex()
+        other.config, other._name = config, uuid.uuid4().hex
         other.__dict__.pop("tokenizer", None)  # each has a copy of its own
         other._namespaces.add(config.namespace)
         other._space = other._key_space(config)
-        other._head = None
         if self.gate.passed:
-            other._known.join(other._index, other._space)
-            other._head = other._store_head()
+            other._open_space()
         return other
 
     @cached_property
@@ -362,7 +374,7 @@ class CacheBlend:
         return Begun(
             self._engine.astream(prepared.request),
             partial(self._finish, prepared),
-            sum(prepared.stages_s.values()),
+            prepared.tokenize_s,
         )
 
     def tokenize(
@@ -384,27 +396,36 @@ class CacheBlend:
         return self._prepare_split(prompt, self._split(options))
 
     def _prepare_split(self, prompt: Prompt, asked: _Options) -> _Prepared:
-        if self.gate.passed and not self._engine.serves_many:
-            self._known.learn_if_due()
         config, sampling, lora = asked
-        clock = [time.perf_counter()]
+        start = time.perf_counter()
         ids = self._ids(prompt, config)
-        clock.append(time.perf_counter())
-        matches = self._index.locate(ids, min_tokens=config.min_chunk_tokens)
-        clock.append(time.perf_counter())
-        plan = self._decide(ids, matches, config)
-        clock.append(time.perf_counter())
+        tokenize_s = time.perf_counter() - start
+        why_not = self._why_not(config)
+        if why_not is None:
+            self._sync_if_due()
         request_id = f"{self._session}-{next(self._numbers)}"
         request = EngineRequest(
             token_ids=ids,
             sampling=sampling,
-            params=_with_id(plan, request_id),
+            params=None if why_not else self._params(config, request_id),
             cache_salt=_salt(config, request_id),
             lora_request=lora,
         )
-        names = ("tokenize", "locate", "plan")
-        stages = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
-        return _Prepared(request, plan, config.mode, stages, request_id)
+        return _Prepared(request, why_not, config.mode, tokenize_s, request_id)
+
+    def _why_not(self, config: BlendConfig) -> Why | None:
+        """Why the engine is not asked to blend."""
+        if config.mode in ("off", "full"):
+            return Why(Reason.MODE, f"mode is {config.mode!r}")
+        if self.gate.passed:
+            return None
+        assert self.gate.reason is not None
+        return Why(self.gate.reason, self.gate.detail)
+
+    def _params(self, config: BlendConfig, request_id: str, space: str = "") -> dict[str, Any]:
+        options = {n: v for n, v in config.request_defaults().items() if n in PER_REQUEST}
+        names = {"space": space or self._name, "request_id": request_id}
+        return {PARAMS_KEY: {**options, **names}}
 
     def _ids(self, prompt: Prompt, config: BlendConfig) -> tuple[int, ...]:
         ids = tokenize(
@@ -417,54 +438,32 @@ class CacheBlend:
         self._check_vocabulary(ids)
         return ids
 
-    def _decide(
-        self, ids: tuple[int, ...], matches: Sequence[Any], config: BlendConfig
-    ) -> Plan | NoPlan:
-        if not self.gate.passed and config.mode not in ("off", "full"):
-            assert self.gate.reason is not None
-            return NoPlan(self.gate.reason, self.gate.detail)
-        plan = make_plan(
-            ids,
-            matches,
-            config,
-            prefix_ids=self._space.shared_prefix,
-            block_size=self.info.block_size,
-            head=self._head,
-            costs=self._costs,
-            longest=self.gate.max_tokens,
-        )
-        return replace(plan, space=self._space.key(())) if isinstance(plan, Plan) else plan
-
     def _finish(
         self, prepared: _Prepared, pieces: Sequence[EngineOutput], start: float
     ) -> BlendResult:
-        last, waited = pieces[-1], sum(prepared.stages_s.values())
+        last, waited = pieces[-1], prepared.tokenize_s
         report = make_report(
-            prepared.plan,
-            self._engine_part(prepared.plan, prepared.request_id, pieces),
+            prepared.why_not,
+            self._engine_part(prepared, pieces),
             mode=prepared.mode,
             tokens_total=len(prepared.request.token_ids),
             ttft_s=pieces[0].at - start + waited,
             total_s=last.at - start + waited,
-            stages_s=prepared.stages_s,
+            tokenize_s=waited,
         )
         metrics.observe(report)
-        for key in report.missing_keys:
-            self._index.discard(key)
-            if self._head is not None and key == self._head.key:
-                self._head = None
         return make_result(prepared.request.token_ids, pieces, report, prepared.request_id)
 
     def _engine_part(
-        self, plan: Plan | NoPlan, request_id: str, pieces: Sequence[EngineOutput]
+        self, prepared: _Prepared, pieces: Sequence[EngineOutput]
     ) -> Mapping[str, Any]:
         """What the engine says it did. The last piece does not tell where the request ended in the
         very step of its blend, and where the front end ended it, as at a stop string.
         """
         engine = pieces[-1].engine
-        if isinstance(plan, NoPlan) or "recomputed" in engine or "reason" in engine:
+        if prepared.why_not or "recomputed" in engine or "reason" in engine:
             return engine
-        outcome: Mapping[str, Any] = self._engine.rpc("cacheblend_outcome", request_id)[0]
+        outcome: Mapping[str, Any] = self._engine.rpc("cacheblend_outcome", prepared.request_id)[0]
         return outcome
 
     # ---- options -------------------------------------------------------------------------------
@@ -565,7 +564,7 @@ class CacheBlend:
 
     def _note(self, chunks: Sequence[Chunk], owners: Owners) -> None:
         """From here on these chunks are found in prompts, and forgotten with their documents."""
-        self._index.add_many((c.key, c.token_ids) for c in chunks)
+        self._sync()
         self.label(ingest.by_document(chunks, owners))
 
     def _note_stored(self, batch: Sequence[Chunk], owners: Owners) -> None:
@@ -602,20 +601,51 @@ class CacheBlend:
         if not report.passed:
             return report
         self._space = self._key_space(self.config)
-        ranks = self._engine.rpc(
+        heard = self._engine.rpc(
             "cacheblend_bind",
             self.config.store,
             self.info.fingerprint,
             parse_size(self.config.gpu_cache) if self.config.gpu_cache else 0,
             self.config.namespace,
         )
+        self._is_heard = all(heard)
+        self._longest = report.max_tokens
+        self._limit(None)
         report = self._probe(report)
         if report.passed:
-            self._known.begin(self._index, self._space, spoken(ranks))
-            self._head = self._store_head()
+            self._longest = report.max_tokens
+            self._open_space()
         else:
             self._engine.rpc("cacheblend_unbind")
         return report
+
+    def _limit(self, costs: Costs | None) -> None:
+        self._engine.rpc("cacheblend_limit", self._longest, costs and costs._asdict())
+        self._sync()
+
+    def _open_space(self) -> None:
+        """Have this front's requests planned by its own configuration."""
+        options = {"min_chunk_tokens": self.config.min_chunk_tokens}
+        head = self._store_head()
+        space = Space(name=self._name, keys=self._space, head=head, options=options)
+        self._engine.rpc("cacheblend_open", space.to_plain())
+        self._sync()
+
+    def _sync(self) -> None:
+        """Let the engine's scheduler know what its workers did. In one process it knows at once;
+        else that travels with a step, and there is one.
+        """
+        if self._is_heard:
+            return
+        self._synced_at = time.monotonic()
+        if any(self._engine.rpc("cacheblend_waits")):
+            token = EngineRequest(token_ids=(0,), sampling=_ONE_TOKEN)
+            self._engine.generate([token])
+
+    def _sync_if_due(self) -> None:
+        """``_sync``, twice a second at most: other processes store chunks too."""
+        if time.monotonic() >= self._synced_at + _SYNC_EVERY_S:
+            self._sync()
 
     def _store_head(self) -> Head | None:
         """The head of chat prompts, stored at position 0: exact where a prompt starts with it."""
@@ -646,36 +676,32 @@ class CacheBlend:
         probe = gate.probe(self.info)
         if probe is None:
             return report
-        ids, chunk = probe.ids, probe.chunk
-        key = self._space.key(chunk)
-        self._ingest([Chunk(key, chunk)], probe.head)
-        plan = make_plan(
-            ids,
-            [Match(start, start + len(chunk), key, 0, len(chunk)) for start in probe.starts],
-            self.config.for_call({"mode": "blend", "recompute_ratio": 1.0, "when": "always"}),
-            prefix_ids=probe.head,  # so the first chunk's KV is exact, and its tokens have no rows
-            block_size=self.info.block_size,
-            longest=report.max_tokens,
-        )
-        assert isinstance(plan, Plan)
-        why_not = NoPlan(Reason.MODE, "the gate's plain prefill")
-        [[alone]] = self._engine.generate([_probing(ids, why_not)])
+        name = f"probe-{self._name}"
+        # behind the probe's own head, so that the first chunk's KV is exact, and has no rows
+        space = KeySpace(self.info.fingerprint, probe.head, self.config.namespace)
+        key = space.key(probe.chunk)
+        self._ingest([Chunk(key, probe.chunk)], probe.head)
+        # whether the store took it or not: then it is missing, and computed with the others
+        known = [[key, array("i", probe.chunk).tobytes(), len(probe.head)]]
+        self._engine.rpc("cacheblend_open", Space(name=name, keys=space).to_plain(), known)
+        self._sync()
+        [[alone]] = self._engine.generate([_probing(probe.ids)])
         # beside a request of one row and a plain prefill: were their rows taken for one another's,
         # nothing else would say so
-        beside = [_probing(ids[:1], why_not), _probing(ids, why_not)]
-        blended = _probing(ids, plan)
+        config = self.config.for_call({"mode": "blend", "recompute_ratio": 1.0, "when": "always"})
+        blended = _probing(probe.ids, self._params(config, name, name))
+        beside = [_probing(probe.ids[:1]), _probing(probe.ids)]
         _, *together = self._engine.generate([*beside, blended])
-        assert blended.params is not None
-        name = blended.params[PARAMS_KEY]["request_id"]
-        done = "recomputed" in self._engine_part(plan, name, together[1])
+        done = self._engine_part(_Prepared(blended, None, "blend", 0.0, name), together[1])
         with suppress(UnavailableError):  # the store keeps the probe then
             self._engine.rpc("cacheblend_forget", [key])
         for [piece] in together:
             assert alone.logprobs is not None and piece.logprobs is not None
-            report = gate.check_prefill(report, alone.logprobs[0], piece.logprobs[0], done)
+            both = alone.logprobs[0], piece.logprobs[0]
+            report = gate.check_prefill(report, *both, "recomputed" in done)
             if not report.passed:
                 return report
-        return gate.within_what_was_proved(report, self.info, len(ids))
+        return gate.within_what_was_proved(report, self.info, len(probe.ids))
 
     def _measure_costs(self) -> Costs | None:
         """What the workers measured, corrected by requests from end to end; None on a CPU."""
@@ -688,10 +714,10 @@ class CacheBlend:
         ids = prompts[0][1]
         chunk = Chunk(self._space.key(ids), ids)
         self._ingest([chunk], self._space.prefix_ids)
-        self._index.add(chunk.key, chunk.token_ids)
+        self._sync()
         plain, blended = {"mode": "full"}, {"mode": "blend", "when": "always"}
         taken: dict[str, list[float]] = {"full": [], "blend": []}
-        plan: Plan | NoPlan = NoPlan(Reason.MODE, "not timed")
+        plan: Plan | None = None
         for parts in prompts:
             for options in (plain, blended):
                 start = time.perf_counter()
@@ -699,16 +725,15 @@ class CacheBlend:
                 pieces = self._engine.generate([prepared.request])[0]
                 seconds = time.perf_counter() - start
                 # the store's speed is known apart
-                done = self._engine_part(prepared.plan, prepared.request_id, pieces)
+                done = self._engine_part(prepared, pieces)
                 fetched = done.get("seconds", {}).get("fetch", 0.0)
                 taken[options["mode"]].append(seconds - fetched)
-            plan = prepared.plan
+            plan = Plan.from_dict(done["plan"]) if done.get("plan") else None
         with suppress(UnavailableError):
             self.forget_keys([chunk.key])
-        if isinstance(plan, Plan):
-            costs = costs.corrected(plan, *(statistics.median(taken[mode]) for mode in taken))
-            self._engine.rpc("cacheblend_correct_costs", costs.blend_s)
-        return costs
+        if plan is None:
+            return costs
+        return costs.corrected(plan, *(statistics.median(taken[mode]) for mode in taken))
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -719,14 +744,13 @@ class CacheBlend:
         """
         self._check_open()
         if len(self._namespaces) > 1:
-            return [{"chunks": len(self._index)}]
+            return [{"chunks": len(self.stored())}]
         return self._ask_stores("cacheblend_store_stats") if self.gate.passed else []
 
     def close(self) -> None:
         """Stop the engine; does nothing on the second call."""
         if not self._closed and self._home.is_here:
             self._closed = True
-            self._known.close()
             self._preparing.close(drop=True)
             self._engine.close()
 
@@ -766,22 +790,13 @@ def several(prompts: object) -> list[Prompt]:
     return list(prompts)
 
 
-def _with_id(plan: Plan | NoPlan, request_id: str) -> dict[str, Any] | None:
-    if isinstance(plan, NoPlan):
-        return None
-    params = plan.to_params()
-    params[PARAMS_KEY]["request_id"] = request_id
-    return params
-
-
-def _probing(ids: tuple[int, ...], plan: Plan | NoPlan) -> EngineRequest:
+def _probing(ids: tuple[int, ...], params: dict[str, Any] | None = None) -> EngineRequest:
     """A request of the gate's, of which nothing is in vLLM's prefix cache."""
-    name = uuid.uuid4().hex
     return EngineRequest(
         token_ids=ids,
         sampling=_PROBE_SAMPLING,
-        params=_with_id(plan, name),
-        cache_salt=f"full:{name}",
+        params=params,
+        cache_salt=f"full:{uuid.uuid4().hex}",
     )
 
 

@@ -20,15 +20,15 @@ When = Literal["pays", "always"]
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
 REACH = 64  # chosen on the tuning half of docs/quality.md's questions
 PREFIXES = ("auto", "head", "document", "bos", "none")
-PER_CALL = (
+PER_REQUEST = (
     "mode",
     "recompute_ratio",
     "selector",
     "selector_options",
     "reach",
     "when",
-    "chat_template_kwargs",
 )
+PER_CALL = (*PER_REQUEST, "chat_template_kwargs")
 _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
     "add_generation_prompt",
     "chat_template",
@@ -59,18 +59,18 @@ class BlendConfig:
             calibrate`` found for this model; the defaults where it found none.
         selector: which of them: a name of ``cacheblend_rag.select.SELECTORS``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
-        reach: tokens over which a recomputed token moves the reused ones around it as it was moved
-            itself; 0: they stay as they are. Brings answers nearer to a full prefill's
-            (docs/quality.md).
+        reach: each recomputed token also corrects the reused tokens near it in its chunk, by a part
+            of its own change. At this distance in tokens the part has fallen to 1/e; 0: none is
+            corrected. Brings answers closer to a full prefill's (docs/quality.md).
         calibration: a file that ``cacheblend calibrate --file`` wrote, for ``auto``; else the one
             it keeps for these weights.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
-        ingest_prefix: what a chunk is computed behind: ``auto`` (the head that the chat template
-            and ``system_prompt`` put before the context, then neutral text), ``head`` (the same
-            without the neutral text), ``document`` (the head, then the last tokens of what stands
-            before the chunk in its own document, as many as the neutral text has, which fills up
-            where less is known; see ``CacheBlend.ingest``), ``bos`` (the BOS token, if the model
-            has one), ``none``, or a sequence of token ids.
+        ingest_prefix: what a chunk is computed behind. ``auto``: the head, which the chat template
+            and ``system_prompt`` put before the context, then neutral text. ``head``: the same
+            without the neutral text. ``document``: the head, then the text before the chunk in its
+            own document, as many tokens as the neutral text has (see ``CacheBlend.ingest``); the
+            neutral text fills up where less is known. ``bos``: the BOS token, if the model has one.
+            ``none``: nothing. Or a sequence of token ids.
         system_prompt: the system prompt your requests use; the template's default where None. Leave
             out of it what changes, such as a date: it is part of every chunk's key.
         likely_system_prompt: the same as a guess, where ``system_prompt`` is None: passed over
@@ -118,8 +118,11 @@ class BlendConfig:
                 parse_size(self.gpu_cache)
             except StoreError as error:
                 raise ConfigError(f"gpu_cache: {error}") from error
-        for name in ("system_prompt", "likely_system_prompt"):
+        for name in ("system_prompt", "likely_system_prompt", "calibration"):
             _check_text(name, getattr(self, name))
+        for name in ("store", "namespace"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a text")
         arguments = MappingProxyType(template_arguments(self.chat_template_kwargs))
         object.__setattr__(self, "chat_template_kwargs", arguments)
         object.__setattr__(self, "selector_options", MappingProxyType(dict(self.selector_options)))
@@ -131,6 +134,30 @@ class BlendConfig:
         shown["store"] = redacted(self.store)
         shown |= {n: dict(v) for n, v in shown.items() if isinstance(v, Mapping)}
         return f"BlendConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], what: str) -> BlendConfig:
+        """From plain data, such as JSON; ``what`` has these options, for messages.
+
+        Raises:
+            ConfigError: unknown options or refused values.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise unknown_option(str(name), known, what)
+        try:
+            return cls(**options)
+        except (TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{what}: {error}") from error
+
+    def request_defaults(self) -> dict[str, Any]:
+        """As plain data, what requests may change, and what else decides their plans."""
+        names = (*PER_REQUEST, "min_chunk_tokens")
+        options = {name: getattr(self, name) for name in names}
+        return {**options, "selector_options": dict(self.selector_options)}
 
     def digest(self) -> str:
         """Tells configurations apart, without saying what they are."""

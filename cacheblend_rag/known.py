@@ -1,120 +1,76 @@
-"""Which chunks the fronts of one engine find in prompts, in step with the engine's store."""
+"""Which chunks the prompts of an engine are searched for, in step with its stores."""
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from threading import Event, Lock, Thread
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
-from cacheblend_rag.engine import Engine
-from cacheblend_rag.engine.base import spoken
-from cacheblend_rag.errors import ClosedError, EngineDeadError, StoreError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex
 
-_EVERY_S = 0.5
+Row = Sequence[Any]  # key, token ids as int32 bytes, base: tokens that stood before the chunk
 
-Row = Sequence[Any]  # key, token ids as int32 bytes, base
+
+class News(NamedTuple):
+    """What became of a rank's store since the news before.
+
+    Attributes:
+        added, removed: chunks, and keys of chunks.
+        whole: ``added`` is all that is stored.
+    """
+
+    added: Sequence[Row]
+    removed: Sequence[str] = ()
+    whole: bool = False
 
 
 class KnownChunks:
-    """Brings what any process stored or forgot into the indexes of an engine's fronts. A chunk is
-    known where every rank's store has it.
+    """An index for each key space. A chunk is known where every rank that was heard of has it. Not
+    safe to be changed by two threads at once; ``locate`` may run beside a change.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._lock, self._closed = engine, Lock(), Event()
-        self._fronts: WeakKeyDictionary[ChunkIndex, KeySpace] = WeakKeyDictionary()
-        self._held: list[set[str]] = []  # keys, by rank
-        self._due = 0.0
+    def __init__(self) -> None:
+        self._spaces: dict[str, tuple[KeySpace, ChunkIndex]] = {}
+        self._held: dict[int, set[str]] = {}  # keys, by rank
 
-    def begin(self, index: ChunkIndex, space: KeySpace, ranks: Sequence[Sequence[Row]]) -> None:
-        """Keep the first front's ``index`` in step from now on; ``ranks`` lists what each has."""
-        with self._lock:
-            self._fronts[index] = space
-            self._list(ranks)
-
-    def join(self, index: ChunkIndex, space: KeySpace) -> None:
-        """Keep another front's ``index`` in step from now on."""
-        with self._lock, suppress(StoreError):  # it is away: the news will say when it is not
-            self._fronts[index] = space
-            self._list(spoken(self._engine.rpc("cacheblend_list")))
-
-    def follow(self) -> None:
-        """Learn in a thread, twice a second, until ``close``."""
-        Thread(target=self._run, name="cacheblend-known", daemon=True).start()
-
-    def learn_if_due(self) -> None:
-        """``learn``, twice a second at most: for engines that serve one call at a time. Where what
-        is stored can't be listed, the next call tries again.
+    def open(self, name: str, space: KeySpace) -> None:
+        """From the next news on, know the chunks of ``space``; those from before come with a
+        ``whole`` one.
         """
-        if time.monotonic() < self._due or not self._lock.acquire(blocking=False):
-            return  # who holds the lock may wait for this very thread's stream to end
-        try:
-            self._due = time.monotonic() + _EVERY_S
-            with suppress(StoreError):
-                self._learn()
-        finally:
-            self._lock.release()
+        self._spaces.setdefault(name, (space, ChunkIndex()))
 
-    def learn(self) -> None:
-        """Take what the workers learnt since the call before; waits for no store, but for a listing
-        where that is needed.
+    def index(self, name: str) -> ChunkIndex:
+        """The chunks of a space."""
+        return self._spaces[name][1]
 
-        Raises:
-            StoreError: what is stored could not be listed; the next call tries again.
+    def learn(self, rank: int, news: News) -> None:
+        """Take what became of the store of ``rank``."""
+        held = self._held.setdefault(rank, set())
+        if news.whole:
+            held.clear()
+            held.update(row[0] for row in news.added)
+            everywhere = self._everywhere()
+            for _, index in self._spaces.values():
+                for key in index.keys() - everywhere:
+                    index.discard(key)
+        held.difference_update(news.removed)
+        self.lose(news.removed)
+        held.update(row[0] for row in news.added)
+        there = [row for row in news.added if all(row[0] in held for held in self._held.values())]
+        for space, index in self._spaces.values():
+            index.add_many(ours(space, there))
+
+    def lose(self, keys: Iterable[str]) -> None:
+        """These chunks could not be had: prompts are not searched for them until they are stored
+        again.
         """
-        with self._lock:
-            self._learn()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._closed.set()
-
-    def _run(self) -> None:
-        while not self._closed.wait(_EVERY_S):
-            try:
-                self.learn()
-            except StoreError:
-                continue  # it is away
-            except (ClosedError, EngineDeadError):
-                return
-
-    def _learn(self) -> None:
-        news = spoken(self._engine.rpc("cacheblend_news"))
-        for held, (_, removed, _) in zip(self._held, news, strict=True):
-            held.difference_update(removed)
-            self._drop(removed)
-        for held, (added, _, _) in zip(self._held, news, strict=True):
-            held.update(row[0] for row in added)
-        for added, _, _ in news:
-            self._add(added)
-        if any(whole for _, _, whole in news):
-            self._list(spoken(self._engine.rpc("cacheblend_list")))
-
-    def _list(self, ranks: Sequence[Sequence[Row]]) -> None:
-        self._held = [{row[0] for row in rank} for rank in ranks]
-        for index in self._fronts:
-            for key in index.keys() - self._everywhere():
+        for key in keys:
+            for _, index in self._spaces.values():
                 index.discard(key)
-        self._add(ranks[0])
 
     def _everywhere(self) -> set[str]:
-        return set.intersection(*self._held)
-
-    def _drop(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            for index in self._fronts:
-                index.discard(key)
-
-    def _add(self, rows: Iterable[Row]) -> None:
-        there = [row for row in rows if all(row[0] in held for held in self._held)]
-        for index, space in self._fronts.items():
-            index.add_many(ours(space, there))
+        return set.intersection(*self._held.values())
 
 
 def ours(space: KeySpace, rows: Iterable[Row]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -16,16 +16,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from cacheblend_rag.config import BlendConfig, When
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.locate import Match
 from cacheblend_rag.reason import Reason
-from cacheblend_rag.select import create_selector
 
-FORMAT = 3
 PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params
 BOUNDARY_TOKENS = 8  # a head cut by no more than this is a tokeniser seam, not a cut
 MIN_QUESTION_TOKENS = 8  # a shorter rest is a template's tail, not a question
@@ -56,7 +53,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What goes with a request to the engine, as ``kv_transfer_params``.
+    """What is done for a request.
 
     ``space`` tells apart whose chunks these are: of what ingest prefix, say.
     """
@@ -75,74 +72,20 @@ class Plan:
         """The first position behind all segments."""
         return self.segments[-1].end
 
-    def to_params(self) -> dict[str, Any]:
-        """Plain data for vLLM's ``kv_transfer_params``."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for reports."""
         return {
-            PARAMS_KEY: {
-                "format": FORMAT,
-                "segments": [[s.start, s.end, s.key, s.offset, int(s.kind)] for s in self.segments],
-                "question_start": self.question_start,
-                "ratio": self.ratio,
-                "selector": self.selector,
-                "selector_options": {
-                    k: list(v) if isinstance(v, tuple) else v
-                    for k, v in self.selector_options.items()
-                },
-                "reach": self.reach,
-                "when": self.when,
-                "space": self.space,
-            }
+            "segments": [[s.start, s.end, s.key, s.offset, int(s.kind)] for s in self.segments],
+            "question_start": self.question_start,
+            "when": self.when,
+            **self._choosing(),
         }
 
     @classmethod
-    def from_params(cls, params: Mapping[str, Any] | None) -> Plan | None:
-        """The plan inside ``kv_transfer_params``; None where there is none.
-
-        Raises:
-            ValueError: it is malformed or of another format.
-        """
-        data = (params or {}).get(PARAMS_KEY)
-        if data is None:
-            return None
-        if not isinstance(data, Mapping):
-            raise ValueError(f"malformed plan: a {type(data).__name__}")
-        if data.get("format") != FORMAT:
-            raise ValueError(f"plan of format {data.get('format')!r}, expected {FORMAT}")
-        try:
-            plan = cls(
-                segments=tuple(
-                    Segment(int(s), int(e), k, int(o), Kind(n))
-                    for s, e, k, o, n in data["segments"]
-                ),
-                question_start=int(data["question_start"]),
-                ratio=float(data["ratio"]),
-                selector=data["selector"],
-                selector_options=dict(data["selector_options"]),
-                reach=int(data["reach"]),
-                when=data["when"],
-                space=str(data["space"]),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"malformed plan: {error!r}") from error
-        plan._validate()
-        return plan
-
-    def _validate(self) -> None:
-        at = 0
-        for s in self.segments:
-            if s.start != at or s.end <= s.start or s.offset < 0 or not isinstance(s.key, str):
-                raise ValueError(f"malformed plan: segment {s} does not start at {at}")
-            at = s.end
-        if not self.segments or not 0 <= self.ratio <= 1 or self.question_start < at:
-            raise ValueError("malformed plan: empty, or ratio or question out of range")
-        if self.reach < 0:
-            raise ValueError(f"malformed plan: reach {self.reach}")
-        if self.when not in get_args(When):
-            raise ValueError(f"malformed plan: when {self.when!r}")
-        try:
-            create_selector(self.selector, self.selector_options)
-        except (ConfigError, TypeError) as error:
-            raise ValueError(f"malformed plan: {error}") from error
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that ``to_dict`` wrote."""
+        segments = tuple(Segment(s, e, key, o, Kind(n)) for s, e, key, o, n in data["segments"])
+        return cls(**{**data, "segments": segments})
 
     def question_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """The tokens whose attention may choose what is recomputed.
@@ -161,10 +104,18 @@ class Plan:
     @property
     def settings(self) -> str:
         """A digest of how tokens are chosen: blended KV answers only requests with the same one."""
-        data = self.to_params()[PARAMS_KEY]
-        for name in ("segments", "question_start", "when"):
-            del data[name]
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._choosing(), sort_keys=True).encode()).hexdigest()
+
+    def _choosing(self) -> dict[str, Any]:
+        return {
+            "ratio": self.ratio,
+            "selector": self.selector,
+            "selector_options": {
+                k: list(v) if isinstance(v, tuple) else v for k, v in self.selector_options.items()
+            },
+            "reach": self.reach,
+            "space": self.space,
+        }
 
 
 class Head(NamedTuple):

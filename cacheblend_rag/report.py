@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from cacheblend_rag.plan import Kind, NoPlan, Plan, Segment
+from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, Why
 
 _COMPUTED = ("fresh", "missing", "late")
@@ -48,7 +48,7 @@ class BlendReport:
         selector: name of the selector; None where nothing was blended.
         ttft_s: seconds from submitting the request to its first token.
         total_s: seconds to the last token.
-        stages_s: seconds a stage: ``tokenize``, ``locate``, ``plan`` in the caller; in the engine
+        stages_s: seconds a stage: ``tokenize`` in the caller; in the engine ``locate``, ``plan``,
             ``fetch`` (waiting for the store), ``load`` (to the device, what nothing else hides),
             ``select`` and ``recompute``, on a GPU by its own clock.
         bytes_loaded: bytes of KV taken from the store, on one rank.
@@ -85,21 +85,22 @@ class BlendReport:
 
 
 def make_report(
-    plan: Plan | NoPlan,
+    why_not: Why | None,
     engine: Mapping[str, Any],
     *,
     mode: str,
     tokens_total: int,
     ttft_s: float,
     total_s: float,
-    stages_s: Mapping[str, float],
+    tokenize_s: float,
 ) -> BlendReport:
-    """Merge the plan with what the engine says it did.
+    """From what the engine says it did.
 
     Args:
+        why_not: why it was not asked to blend; None if it was.
         engine: ``prefix_cached``, and, where it did not blend, ``reason`` and ``detail``; of a
-            blend ``recomputed`` per segment, ``missing``, ``late`` and ``unavailable`` segment
-            numbers, ``seconds``, ``bytes``.
+            blend the ``plan``, ``recomputed`` per segment, ``missing``, ``late`` and
+            ``unavailable`` segment numbers, ``seconds``, ``bytes``.
     """
     cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
     common: dict[str, Any] = {
@@ -108,12 +109,13 @@ def make_report(
         "ttft_s": ttft_s,
         "total_s": total_s,
         "tokens_prefix_cached": cached,
-        "stages_s": {**stages_s, **engine.get("seconds", {})},
+        "stages_s": {"tokenize": tokenize_s, **engine.get("seconds", {})},
     }
-    if isinstance(plan, NoPlan) or "recomputed" not in engine:
-        why = Why(*plan) if isinstance(plan, NoPlan) else _why(engine)
+    if why_not or "recomputed" not in engine:
+        why = why_not or _why(engine)
         rest = SegmentReport(cached, tokens_total, "fresh", 0, why.detail)
         return _not_blended(why, [*_cached_segment(cached), rest], common)
+    plan = Plan.from_dict(engine["plan"])
     segments = [*_cached_segment(cached), *_segments(plan, engine, cached, tokens_total)]
     if not any(s.kind == "reused" for s in segments):
         return _not_blended(_why_nothing_was_reused(segments), segments, common)

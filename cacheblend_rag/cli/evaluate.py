@@ -31,9 +31,19 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--report", nargs="+", type=Path, metavar="FILE", help="only join and score these results"
     )
-    parser.add_argument("--selectors", nargs="*", default=["query", "hkvd"], metavar="S")
-    parser.add_argument("--ratios", nargs="*", type=share, default=[0.15], metavar="R")
-    parser.add_argument("--prefixes", nargs="+", default=["auto", "none"], metavar="P")
+    parser.add_argument(
+        "--selectors", nargs="*", default=["query", "hkvd"], metavar="S", help="rows of these"
+    )
+    parser.add_argument(
+        "--ratios",
+        nargs="*",
+        type=share,
+        default=[0.15],
+        metavar="R",
+        help="each selector at these",
+    )
+    text = "what chunks are computed behind, of the row 'reuse'; the first one of all rows"
+    parser.add_argument("--prefixes", nargs="+", default=["auto", "none"], metavar="P", help=text)
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="more rows by name")
     parser.add_argument("--only-rows", nargs="+", metavar="ROW", help="these and full, no others")
     parser.add_argument(
@@ -42,7 +52,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--scatter", action="store_true", help="with --cut: half of these chunks, in random order"
     )
-    parser.add_argument("--split", choices=["tune", "report", "all"], default="all")
+    parser.add_argument(
+        "--split",
+        choices=["tune", "report", "all"],
+        default="all",
+        help="which half of the questions",
+    )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="mark recomputed tokens")
 
 
@@ -53,9 +68,11 @@ def add_asking(parser: argparse.ArgumentParser, *, out: str, group: int) -> None
         "--data", nargs="+", type=Path, metavar="PATH", help="files of questions, or folders"
     )
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"({out})")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=7, help="shuffles each file's questions")
     parser.add_argument("--limit", type=positive, metavar="N", help="questions a file")
-    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N")
+    parser.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N parts"
+    )
     parser.add_argument(
         "--group",
         type=positive,
@@ -66,7 +83,12 @@ def add_asking(parser: argparse.ArgumentParser, *, out: str, group: int) -> None
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer")
     parser.add_argument("--dtype", help="(float32 on a CPU, else the model's own)")
     parser.add_argument(
-        "--engine-arg", nargs="*", type=_engine_arg, default=[], metavar="NAME=VALUE"
+        "--engine-arg",
+        nargs="*",
+        type=_engine_arg,
+        default=[],
+        metavar="NAME=VALUE",
+        help="vLLM's engine arguments by their own names",
     )
 
 

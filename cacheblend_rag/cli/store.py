@@ -53,12 +53,12 @@ def add(commands: Any) -> None:
     add_store(prune)
 
     out = command(commands, "export", _export, "write the store to one file")
-    out.add_argument("file", type=Path, metavar="FILE.tar")
+    out.add_argument("file", type=Path, metavar="FILE.tar", help="is made; must not exist")
     add_store(out)
     add_namespace(out, None)
 
     into = command(commands, "import", _import, "add what an exported file holds")
-    into.add_argument("file", type=Path, metavar="FILE.tar")
+    into.add_argument("file", type=Path, metavar="FILE.tar", help="what 'export' wrote")
     add_store(into)
 
     forget = command(commands, "forget", _forget, "drop documents: their passages and their KV")

@@ -6,11 +6,11 @@ way to the GPU while vLLM prepares the step.
 from __future__ import annotations
 
 from threading import Event
-from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
+from cacheblend_rag.engine.link import Link
 from cacheblend_rag.plan import Plan
 from cacheblend_rag.reason import RefusedError
 from cacheblend_rag.store.parallel import Readers
@@ -26,32 +26,14 @@ class Ahead:
     """One for an engine.
 
     Args:
-        engine_id: vLLM's, by which the two sides of one engine find each other: a process may have
-            several engines.
+        link: has the only worker's blender, where that is in this process.
     """
 
-    _here: ClassVar[WeakValueDictionary[str, Blender]] = WeakValueDictionary()
-
-    def __init__(self, engine_id: str) -> None:
-        self._engine_id = engine_id
+    def __init__(self, link: Link) -> None:
+        self._link = link
         self._fetching: dict[str, Event] = {}  # set when all is there that will be
         self._readers = Readers(_AT_ONCE)
         self._announced = False  # a blend of the step being built
-
-    @classmethod
-    def offer(cls, engine_id: str, blender: Blender) -> None:
-        """The only worker of an engine has this blender, until it is closed."""
-        cls._here[engine_id] = blender
-
-    @classmethod
-    def withdraw(cls, engine_id: str) -> None:
-        """The worker blends no more."""
-        cls._here.pop(engine_id, None)
-
-    @property
-    def blender(self) -> Blender | None:
-        """The only worker's; None where there are several, or it is in another process."""
-        return self._here.get(self._engine_id)
 
     def waits(self, request_id: str, plan: Plan) -> bool:
         """Whether a blend should not begin yet.
@@ -59,7 +41,7 @@ class Ahead:
         Raises:
             RefusedError: it is not worth it.
         """
-        blender = self.blender
+        blender = self._link.blender
         if blender is None:
             return False
         fetched = self._fetching.get(request_id)
@@ -84,13 +66,13 @@ class Ahead:
     def forget(self, request_id: str) -> None:
         """A request ended."""
         self._fetching.pop(request_id, None)
-        if (blender := self.blender) is not None:
+        if (blender := self._link.blender) is not None:
             blender.forget(request_id)
 
     def _fetch(self, request_id: str, plan: Plan) -> None:
         there = self._fetching.get(request_id)
         try:
-            if (blender := self.blender) is not None and there is not None:
+            if (blender := self._link.blender) is not None and there is not None:
                 blender.fetch(request_id, plan)
         finally:  # what could not be fetched is asked for again by the worker, which reports why
             if there is not None:

@@ -18,6 +18,7 @@ from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.lane import Lane, Loaded, Region
 from cacheblend_rag.engine.lanes import Lanes
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask
+from cacheblend_rag.engine.proof import Proof
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, RefusedError, Why
@@ -43,6 +44,7 @@ class Choice(NamedTuple):
 
     lane: Lane
     positions: torch.Tensor
+    proof: Proof | None = None
 
 
 class Blender:
@@ -98,13 +100,23 @@ class Blender:
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
-        found = self._fetched.pop(task.request_id, None) or self._load(task.plan)
+        proof, loaded = None, list[Loaded]()
+        found = self._fetched.pop(task.request_id, None)
+        if task.proves and task.first_row > task.write_from:  # else its rows are all tokens
+            proof = Proof(self.handle, task.token_ids, self._most_rows)
+            loaded = [
+                Loaded(s.start, s.end, s.start, s.key, proof.chunk)
+                for s in task.plan.segments
+                if s.key
+            ]
+        else:
+            loaded = self._fitting(task, outcome, found or self._load(task.plan))
         outcome.clock.mark("fetch")
-        region = Region(task, self._fitting(task, outcome, found))
+        region = Region(task, loaded)
         outcome.bytes = region.bytes
         lane = self._lanes(region)
         try:
-            return Choice(lane, self._choose(lane, task, outcome))
+            return Choice(lane, self._choose(lane, task, outcome), proof)
         except BaseException:
             lane.give_up()
             raise

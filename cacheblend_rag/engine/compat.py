@@ -76,6 +76,13 @@ def no_chat_template() -> type[Exception]:
     return found
 
 
+def renderer(config: VllmConfig) -> Any:
+    """vLLM's own of chat messages and text, with the model's tokenizer, if it has one."""
+    from vllm.renderers import renderer_from_config
+
+    return renderer_from_config(config)
+
+
 def model_refusal(model: ModelConfig) -> Why | None:
     """Why this architecture can't be blended exactly; None if nothing speaks against it.
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -18,10 +20,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from cacheblend_rag.engine import binding
+from cacheblend_rag.engine.binding import Said
 from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
+from cacheblend_rag.engine.start import BY_FRONT_DOOR
+from cacheblend_rag.planner import Message
 from cacheblend_rag.reason import Why
 
 _KEEP_OUTCOMES = 1024
@@ -36,19 +43,23 @@ class BlendMetadata(KVConnectorMetadata):
 
 @dataclass
 class BlendResults(KVConnectorWorkerMetadata):
-    """Workers to scheduler: outcomes by request, as plain data, why blends failed, and which
-    requests could not even be computed.
+    """Workers to scheduler: outcomes by request, as plain data, why blends failed, which requests
+    could not even be computed, and what each rank says beside that.
     """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, Why] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
+    said: dict[int, list[Message]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
         assert isinstance(other, BlendResults)
         return BlendResults(
-            other.outcomes | self.outcomes, other.failed | self.failed, other.lost | self.lost
+            other.outcomes | self.outcomes,
+            other.failed | self.failed,
+            other.lost | self.lost,
+            other.said | self.said,
         )
 
 
@@ -58,6 +69,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
     Attributes:
         claims: the scheduler's side.
         rows: the worker's side; None until the worker is bound.
+        link: to the other side.
         recent: what was done for the last requests, by the caller's names, for ``rpc``.
     """
 
@@ -71,6 +83,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._done: list[Finished] = []  # not yet reported
         self._lost: dict[str, set[int]] = {}  # requests and their blocks, not yet reported
         self._block_size = int(vllm_config.cache_config.block_size)
+        given = vllm_config.kv_transfer_config
+        self.link = Link.of(str(given.engine_id))
+        self._config = vllm_config
+        self._binds = given.kv_connector_extra_config != BY_FRONT_DOOR
+        self._runner: Any = None
+        if self._binds:  # what cannot be written must not be read, whatever vLLM's default is
+            given.kv_load_failure_policy = "fail"
 
     @property
     def blender(self) -> Blender | None:
@@ -111,6 +130,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         results = connector_output.kv_connector_worker_meta
         if isinstance(results, BlendResults):
             assert self.claims is not None
+            for rank, messages in sorted(results.said.items()):
+                self.claims.planning.deliver(rank, messages)
             self.claims.lose(results.lost)
             self.claims.results(results.outcomes, results.failed)
 
@@ -121,11 +142,23 @@ class CacheBlendConnector(KVConnectorBase_V1):
         assert self.claims is not None
         return False, self.claims.finished(request)
 
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
+        """What the workers said when they were bound."""
+        assert self.claims is not None
+        for rank, said in sorted(metadata.items()):
+            if isinstance(said, Said):
+                self.claims.planning.deliver(rank, said.messages)
+                if said.store is not None and self.closing is None:
+                    self.closing = binding.follow(self.link, *said.store)
+
     # ---- worker side ---------------------------------------------------------------------------
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins: the only hook that both runners call before every forward."""
         super().bind_connector_metadata(connector_metadata)
+        if self._runner is not None:  # beside a connector whose handshake hides ours
+            for message in self._bind(told=True).messages:
+                self.link.say(message)
         step: Step = connector_metadata.step
         for name, report in step.plain.items():
             self._remember(name, report)
@@ -136,12 +169,27 @@ class CacheBlendConnector(KVConnectorBase_V1):
             for name, task in step.tasks.items():  # a worker that does not know its model
                 self._lost[name] = set(task.own_blocks(self._block_size))
 
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        """The worker has its model now."""
+        if self._binds:
+            self._runner = binding.model_runner()
+
+    def get_handshake_metadata(self) -> Said | None:
+        """The engine is about to start."""
+        return self._bind(told=self.link.is_heard) if self._runner is not None else None
+
+    def _bind(self, *, told: bool) -> Said:
+        runner, self._runner = self._runner, None
+        with torch.inference_mode():
+            return binding.bind(self, runner, self._config, told=told)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing to do: see ``bind_connector_metadata``."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Nothing is loaded between steps; requests that ended are forgotten."""
         if self.rows is not None:
+            self.rows.prove()
             self.rows.forget(finished_req_ids)
         return None, None
 
@@ -166,7 +214,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
         outcomes = {d.request_id: d.outcome.to_dict() for d in ready if d.why_not is None}
         failed = {d.request_id: d.why_not for d in ready if d.why_not is not None}
         lost, self._lost = set(self._lost), {}
-        return BlendResults(outcomes, failed, lost) if ready or lost else None
+        said = {} if self.link.is_heard else self._said()
+        return BlendResults(outcomes, failed, lost, said) if ready or lost or said else None
+
+    def _said(self) -> dict[int, list[Message]]:
+        messages = self.link.take()
+        return {get_tensor_model_parallel_rank(): messages} if messages else {}
 
     def _remember(self, name: str, done: BlendOutcome | dict[str, Any]) -> None:
         self.recent[name] = done
@@ -185,6 +238,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """Nothing to wait for."""
 
     def shutdown(self) -> None:
-        """The worker ends."""
+        """This side ends."""
         if self.closing is not None:
             self.closing()
+        if self.claims is not None:
+            self.claims.planning.close()

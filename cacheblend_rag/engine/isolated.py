@@ -140,14 +140,16 @@ class _Packed(NamedTuple):
         return cls(upload(torch.cat(rows), device), query_bounds, key_bounds, most, most + behind)
 
 
-def fresh_kv(handle: ModelHandle, ids_T: torch.Tensor, check: int, most_tokens: int) -> LayerKV:
-    """K and V of layer ``check`` of a plain prefill that begins with these tokens, at most so many
-    of them at once.
+def fresh_kv(
+    handle: ModelHandle, ids_T: torch.Tensor, layers: int, most_tokens: int
+) -> list[LayerKV]:
+    """K and V of the first ``layers`` of a plain prefill that begins with these tokens, at most so
+    many of them at once.
     """
     known: list[LayerKV] = []
     for ids in ids_T.split(most_tokens):
         first = known[0].k_TGD.shape[0] if known else 0
-        step = IsolatedPass([(0, len(ids))], check + 1, prefix=known, first_position=first)
+        step = IsolatedPass([(0, len(ids))], layers, prefix=known, first_position=first)
         handle.run(step, ids, torch.arange(first, first + len(ids), device=ids.device))
         known = (
             [
@@ -157,7 +159,7 @@ def fresh_kv(handle: ModelHandle, ids_T: torch.Tensor, check: int, most_tokens: 
             if known
             else step.layers
         )
-    return known[check]
+    return known
 
 
 def prefill_seconds(handle: ModelHandle) -> float:

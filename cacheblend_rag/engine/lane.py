@@ -131,7 +131,7 @@ class Lane(ABC):
         """
         at = torch.arange(self.region.asked, device=self.device)
         self.place_through(check)  # starts a transfer, which small uploads must come before
-        k, v = fresh_kv(self.handle, self.ids_E[at], check, most_tokens)
+        k, v = fresh_kv(self.handle, self.ids_E[at], check + 1, most_tokens)[check]
         cached_k, cached_v = self._reused(check, at)
         distance = key_deviation(k, cached_k)
         if values:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class BlendTask:
         rows: how many of the last tokens vLLM's own steps compute; the blend says which tokens
             these really are. Fewer than ``computes`` where vLLM found more tokens in its cache than
             are there.
+        planned: the scheduler's part of the report.
+        proves: it is to show that blends are right; see ``proof.py``.
     """
 
     request_id: str
@@ -40,6 +42,8 @@ class BlendTask:
     computes: int
     rows: int
     prefix_cached: int = 0
+    planned: Mapping[str, Any] = field(default_factory=dict)
+    proves: bool = False
 
     @property
     def end(self) -> int:
@@ -111,6 +115,7 @@ class BlendOutcome:
             of those of them that the store may have, but not soon enough; unavailable: of those of
             them for which it could not be asked.
         prefix_cached: positions below it were in vLLM's prefix cache.
+        planned: the scheduler's part of the report.
         bytes: of stored KV used.
         chosen: int64 positions computed, ascending, on the host; on a GPU they arrive there with
             the clock's last mark.
@@ -119,6 +124,7 @@ class BlendOutcome:
     clock: Clock
     segments: Sequence[Segment]
     prefix_cached: int = 0
+    planned: Mapping[str, Any] = field(default_factory=dict)
     missing: list[int] = field(default_factory=list)
     late: list[int] = field(default_factory=list)
     unavailable: list[int] = field(default_factory=list)
@@ -142,6 +148,7 @@ class BlendOutcome:
         bounds = torch.tensor([[s.start, s.end] for s in self.segments])
         counts = torch.searchsorted(chosen, bounds).diff(dim=1).flatten().tolist()
         reused = [bool(s.key) and i not in self.missing for i, s in enumerate(self.segments)]
+        gone = [i for i in self.missing if i not in self.late and i not in self.unavailable]
         return {
             "recomputed": [n if kept else 0 for n, kept in zip(counts, reused, strict=True)],
             "prefix_cached": self.prefix_cached,
@@ -150,4 +157,11 @@ class BlendOutcome:
             "unavailable": self.unavailable,
             "seconds": seconds,
             "bytes": self.bytes,
+            "lost": [self.segments[i].key for i in gone],
         }
+
+    def report(self) -> dict[str, Any]:
+        """``to_dict`` with the scheduler's part."""
+        done = self.to_dict()
+        seconds = {**self.planned.get("seconds", {}), **done["seconds"]}
+        return {**self.planned, **done, "seconds": seconds}

@@ -34,7 +34,9 @@ from cacheblend_rag.engine.exact import clear, prefill
 from cacheblend_rag.engine.forward import ModelHandle, ProxyImpl, ProxyLayer
 from cacheblend_rag.engine.lane import Lane
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
+from cacheblend_rag.engine.proof import Proof
 from cacheblend_rag.engine.runner import StepTensors
+from cacheblend_rag.gate import tolerance
 from cacheblend_rag.reason import Reason, RefusedError, Why
 
 _KEEP_CAUSES = 1024
@@ -62,7 +64,11 @@ class Finished(NamedTuple):
     def report(self) -> dict[str, Any]:
         """Of what was not blended."""
         why_not = self.why_not._asdict() if self.why_not is not None else {}
-        return {**why_not, "prefix_cached": self.outcome.prefix_cached}
+        return {
+            **self.outcome.planned,
+            **why_not,
+            "prefix_cached": self.outcome.prefix_cached,
+        }
 
 
 @dataclass
@@ -74,6 +80,7 @@ class _Blend:
         lane: None where the rows are the tokens that vLLM takes them for.
         blocks: those allocated so far.
         placed: the first position whose stored KV may be wanting in the cache.
+        proof: of blends that are to show that they are right.
         done: tokens that are computed when this step ends, as vLLM counts.
     """
 
@@ -82,6 +89,7 @@ class _Blend:
     positions: torch.Tensor
     lane: Lane | None
     placed: int
+    proof: Proof | None = None
     why_not: Why | None = None
     blocks: list[int] = field(default_factory=list)
     done: int = 0
@@ -107,16 +115,24 @@ class _Part(NamedTuple):
 
 
 class StepRows:
-    """Blends under way on this rank. All ranks of a tensor parallel group take the same steps."""
+    """Blends under way on this rank. All ranks of a tensor parallel group take the same steps.
+
+    Attributes:
+        blender: what decides; None until the worker is bound.
+        proved: is told what a proof came to: None if blends are right.
+        causes: why requests could not be computed, by the callers' names.
+    """
 
     def __init__(self, handle: ModelHandle, cache: PagedCache, tensors: StepTensors) -> None:
         self.handle, self._cache, self._tensors = handle, cache, tensors
-        self.blender: Blender | None = None  # set once the worker is bound
+        self.blender: Blender | None = None
         self._blends: dict[str, _Blend] = {}
         self._finished: list[_Blend] = []
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._lost: dict[str, set[int]] = {}  # not yet told
-        self.causes: OrderedDict[str, str] = OrderedDict()  # of that, by the callers' names
+        self._dtype = str(handle.config.model_config.dtype).removeprefix("torch.")
+        self.proved: Callable[[Why | None], object] = lambda why_not: None
+        self.causes: OrderedDict[str, str] = OrderedDict()
 
     def begin_step(self, tasks: Mapping[str, BlendTask], batch: Mapping[str, Scheduled]) -> None:
         """Called before the model runs.
@@ -153,6 +169,22 @@ class StepRows:
         lost, self._lost = self._lost, {}
         return lost
 
+    def prove(self) -> None:
+        """Called behind the model's forward: judge the blends that were to prove something."""
+        for blend in self._finished:
+            proof, blend.proof = blend.proof, None
+            if proof is None or blend.why_not is not None:
+                continue
+            error, bound = proof.error(), tolerance(self._dtype)[0]
+            if error is None:
+                continue
+            if self.handle.ranks.any([not error <= bound])[0]:
+                detail = f"rows of vLLM's step differ by {error:.3g} ({bound:g} allowed)"
+                self._lose(blend, detail)
+                self.proved(Why(Reason.ROWS_DIFFER, detail))
+            else:
+                self.proved(None)
+
     def finished(self) -> list[Finished]:
         """Blends whose last row was in a step since the call before."""
         finished, self._finished = self._finished, []
@@ -172,7 +204,7 @@ class StepRows:
         for computed is then computed here, and the rows are left as they are.
         """
         clock = Clock(self.handle.device)
-        outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached)
+        outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached, task.planned)
         try:
             chosen = self.handle.ranks.all_or_none(lambda: self._chosen(task, outcome))
             self._blends[task.request_id] = chosen
@@ -185,7 +217,7 @@ class StepRows:
             detail = f"blending failed, computed exactly{behind}: {_said(error)}"
             why_not = Why(Reason.BLEND_FAILED, detail)
         rows = torch.arange(task.first_row, task.end, device=self.handle.device)
-        blend = _Blend(task, outcome, rows, None, task.end, why_not, list(task.blocks))
+        blend = _Blend(task, outcome, rows, None, task.end, None, why_not, list(task.blocks))
         self._blends[task.request_id] = blend
         try:
             prefill(self._cache, task, self._most_rows)
@@ -213,7 +245,7 @@ class StepRows:
         if self.blender is None:
             raise RuntimeError("the worker was not bound")
         assert all(task.blocks), "the null block, which all requests share, is among the blocks"
-        lane, positions = self.blender.choose(task, outcome)
+        lane, positions, proof = self.blender.choose(task, outcome)
         placed, spare = task.write_from, len(positions) - task.rows
         assert spare >= 0, "a blend never computes fewer tokens than it said"
         if spare:  # more than there are rows: the first tokens are computed before the step
@@ -225,7 +257,8 @@ class StepRows:
             except BaseException:
                 lane.give_up()
                 raise
-        return _Blend(task, outcome, positions[spare:], lane, placed, None, list(task.blocks))
+        blocks = list(task.blocks)
+        return _Blend(task, outcome, positions[spare:], lane, placed, proof, None, blocks)
 
     def _collect(self, ours: Mapping[str, _Blend]) -> None:
         for name, blend in ours.items():
@@ -262,7 +295,7 @@ class StepRows:
         context.no_compile_layers = {
             **context.no_compile_layers,
             **{
-                name: ProxyLayer(_StepImpl(layer, i, moves, self._lose))
+                name: ProxyLayer(_StepImpl(layer, i, moves, self._lose, i == len(layers) - 1))
                 for i, (name, layer) in enumerate(layers.items())
             },
         }
@@ -316,9 +349,11 @@ class _StepImpl(ProxyImpl):
         index: int,
         moves: list[tuple[_Part, Mover | None]],
         lose: Callable[[_Blend, str], None],
+        is_last: bool,
     ) -> None:
         super().__init__(layer)
         self._index, self._moves, self._lose = index, moves, lose
+        self._is_last = is_last
 
     def forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         return self._layer.impl.forward(self._layer, *args, **kwargs)
@@ -335,6 +370,8 @@ class _StepImpl(ProxyImpl):
                     move(self._index, key[part.place], value[part.place])
             except Exception as error:  # the other requests of the step go on
                 self._lose(part.blend, _said(error))
+            if part.blend.proof is not None and self._is_last:
+                part.blend.proof.note(part.positions, key[part.place], value[part.place])
         self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
 
 

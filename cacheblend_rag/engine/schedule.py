@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,9 +18,12 @@ from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.blend import rows_of
 from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, private, tokens_per_hash
+from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.outcome import BlendTask
+from cacheblend_rag.engine.planning import Planning
 from cacheblend_rag.engine.rows import Scheduled
-from cacheblend_rag.plan import PARAMS_KEY, Kind, Plan
+from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan
+from cacheblend_rag.planner import Planned, Planner
 from cacheblend_rag.reason import Reason, RefusedError, Why
 
 _MOST_ENDED = 1024
@@ -52,9 +56,11 @@ class Step(NamedTuple):
 
 @dataclass
 class _Tracked:
-    """What is known of an unfinished request that carries a plan.
+    """What is known of an unfinished request that is planned.
 
     Attributes:
+        name: by which its sender asks for its report.
+        planning: the plan to come, until it is taken.
         why_not: why it is not blended (any more).
         exact: the exact hashes of the prompt's blocks.
         per_hash: tokens a hash stands for.
@@ -62,9 +68,14 @@ class _Tracked:
         claim: of the blend under way; None before and once all of its rows are scheduled.
     """
 
-    plan: Plan | None
+    request: Any  # vLLM's own
+    name: str
+    planning: Future[Planned] | None = None
+    plan: Plan | None = None
     why_not: Why | None = None
-    request: Any = None  # vLLM's own
+    mode: str = "blend"
+    proves: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
     exact: Sequence[bytes] = ()
     per_hash: int = 1
     shared: int = 0
@@ -75,11 +86,17 @@ class _Tracked:
     outcome: dict[str, Any] = field(default_factory=dict)
     prefix: Prefix | None = None  # its blocks, once it ended
 
+    def planned(self) -> dict[str, Any]:
+        """The scheduler's part of the report."""
+        plan = self.plan.to_dict() if self.plan is not None and self.begun else None
+        return {"mode": self.mode, "plan": plan, "seconds": dict(self.seconds)}
+
     def report(self) -> dict[str, Any]:
         """See ``report.make_report``; not whole before the outcome is there."""
         why_not = self.why_not or (None if self.begun else _CACHED)
         done: Mapping[str, Any] = why_not._asdict() if why_not else self.outcome
-        return {**done, "prefix_cached": self.prefix_cached}
+        seconds = {**self.seconds, **done.get("seconds", {})}
+        return {**self.planned(), **done, "seconds": seconds, "prefix_cached": self.prefix_cached}
 
     def usable(self, hit: int) -> int:
         """How many of the ``hit`` tokens are in the cache as they should be. After a preemption, a
@@ -104,8 +121,11 @@ class Claims:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         cache = vllm_config.cache_config
-        self._longest = compat.longest_blend(kv_cache_config)
         self._block_size = int(cache.block_size)
+        link = Link.of(str(vllm_config.kv_transfer_config.engine_id))
+        self.planning = Planning(
+            link, Planner(self._block_size, compat.longest_blend(kv_cache_config))
+        )
         self._hash_block_size = getattr(cache, "hash_block_size", None)
         self._whole_graphs = whole_graphs(vllm_config)
         self._requests: dict[str, _Tracked] = {}
@@ -113,25 +133,42 @@ class Claims:
         self._ended: OrderedDict[str, _Tracked] = OrderedDict()  # whose outcomes have not come
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
         self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
-        self._ahead = Ahead(str(vllm_config.kv_transfer_config.engine_id))
+        self._ahead = Ahead(link)
 
     def begin(self, request: Any) -> None:
         """A request arrived; nothing of it was looked up yet."""
-        if PARAMS_KEY not in (request.kv_transfer_params or {}):
+        given = request.kv_transfer_params or {}
+        options = given.get(PARAMS_KEY)
+        if options is None and not self.planning.planner.plans_all:
             return
-        tracked = self._requests[request.request_id] = _admitted(request, self._longest)
-        tracked.request = request
-        if tracked.why_not is None and self._whole_graphs:
-            tracked.why_not = Why(Reason.CUDA_GRAPHS, self._whole_graphs)
-        if tracked.plan is None or tracked.why_not or not request.block_hashes:
+        tracked = self._requests[request.request_id] = _Tracked(request, _name(request, options))
+        tracked.why_not = self._refusal(request)
+        if tracked.why_not is None:
+            tracked.planning = self.planning.begin(request.prompt_token_ids, options or {})
+            self._take_plan(tracked)
+
+    def _refusal(self, request: Any) -> Why | None:
+        return Why(Reason.CUDA_GRAPHS, self._whole_graphs) if self._whole_graphs else _why(request)
+
+    def _take_plan(self, tracked: _Tracked) -> None:
+        """If the request is planned by now, its blocks get the hashes to look for."""
+        if tracked.planning is None or not tracked.planning.done():
+            return
+        planned, tracked.planning = tracked.planning.result(), None
+        plan, tracked.mode, tracked.seconds, tracked.proves = planned
+        if isinstance(plan, NoPlan):
+            tracked.why_not = Why(*plan)
+            return
+        tracked.plan, request = plan, tracked.request
+        if not request.block_hashes:
             return
         exact = tracked.exact = list(request.block_hashes)
         per = tracked.per_hash = tokens_per_hash(request, self._hash_block_size, self._block_size)
-        known = self._prefixes.find(exact, request.prompt_token_ids, tracked.plan.settings, per)
+        known = self._prefixes.find(exact, request.prompt_token_ids, plan.settings, per)
         if known is not None:
             request.block_hashes = known
-        elif tracked.plan.when == "always":  # exact KV is no reason not to
-            first = _first_approximate(tracked.plan) // per
+        elif plan.when == "always":  # exact KV is no reason not to
+            first = _first_approximate(plan) // per
             request.block_hashes = private(exact, first, uuid.uuid4().hex)
 
     def there(self, request: Any, hit: int) -> int | None:
@@ -139,17 +176,20 @@ class Claims:
         tracked = self._requests.get(request.request_id)
         if tracked is None:
             return 0
+        if tracked.planning is not None:  # what vLLM found, it found by other hashes
+            self._take_plan(tracked)
+            return None
         if not tracked.begun:
             tracked.shared = tracked.prefix_cached = hit
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
-            return self._not_blended(request, tracked)
+            return self._not_blended(tracked)
         try:
             if not tracked.begun and self._ahead.waits(request.request_id, plan):
                 return None
         except RefusedError as refusal:
             tracked.why_not = refusal.why
-            return self._not_blended(request, tracked)
+            return self._not_blended(tracked)
         total = int(request.num_tokens)
         computes = rows_of(plan, total, write_from)
         tracked.claim = _Claim(write_from, total, computes, min(computes, total - hit))
@@ -158,10 +198,10 @@ class Claims:
         )
         return total - tracked.claim.rows - hit
 
-    def _not_blended(self, request: Any, tracked: _Tracked) -> int:
+    def _not_blended(self, tracked: _Tracked) -> int:
         """The workers keep its report: its last output never leaves where the front end ends it."""
         if not tracked.begun:
-            self._plain[_name(request)] = tracked.report()
+            self._plain[tracked.name] = tracked.report()
         return 0
 
     def allocated(self, request: Any, blocks: Sequence[int]) -> None:
@@ -173,7 +213,7 @@ class Claims:
         tracked.begun, tracked.whole = True, False
         self._tasks[request.request_id] = BlendTask(
             request_id=request.request_id,
-            name=_name(request),
+            name=tracked.name,
             token_ids=tuple(request.all_token_ids[: claim.total]),
             question=plan.question_ids(request.prompt_token_ids),
             plan=plan,
@@ -182,6 +222,8 @@ class Claims:
             computes=claim.computes,
             rows=claim.rows,
             prefix_cached=tracked.prefix_cached,
+            planned=tracked.planned(),
+            proves=tracked.proves,
         )
 
     def step(self, scheduled: Any) -> Step:
@@ -206,6 +248,7 @@ class Claims:
             tracked = self._requests.get(name)
             if tracked is not None and not tracked.outcome:
                 tracked.outcome = outcome
+            self.planning.lose(outcome.get("lost", ()))
             if (ended := self._ended.pop(name, None)) is not None:
                 ended.share(self._prefixes)
         for name, why_not in failed.items():
@@ -243,37 +286,26 @@ class Claims:
         return tracked is not None and tracked.claim is not None
 
 
-def _name(request: Any) -> str:
-    """The caller's name of a request that carries a plan, which may be malformed."""
-    data = request.kv_transfer_params[PARAMS_KEY]
-    name = data.get("request_id") if isinstance(data, Mapping) else None
+def _name(request: Any, options: object) -> str:
+    """By what name the sender of a request asks for its report."""
+    name = options.get("request_id") if isinstance(options, Mapping) else None
     return str(name or request.request_id)
 
 
-def _admitted(request: Any, longest: int | None) -> _Tracked:
-    """Read a request's plan; refuse what would not be right."""
-    try:
-        plan = Plan.from_params(request.kv_transfer_params)
-    except ValueError as error:
-        return _Tracked(None, Why(Reason.MALFORMED_PLAN, str(error)))
+def _why(request: Any) -> Why | None:
+    """Why a request can't be blended, whatever is in its prompt."""
     sampling = request.sampling_params
-    why_not = None
-    if plan is None or request.prompt_token_ids is None:
-        why_not = Why(Reason.MALFORMED_PLAN, "the request has no prompt of token ids")
-    elif plan.end >= request.num_prompt_tokens:
-        why_not = Why(Reason.NO_TOKEN_LEFT, "the plan leaves vLLM no token to compute")
-    elif longest is not None and plan.end > longest:
-        detail = f"vLLM keeps {longest} tokens for this model's sliding window"
-        why_not = Why(Reason.SLIDING_WINDOW, f"{detail}, the plan covers {plan.end}")
-    elif request.lora_request is not None:
-        why_not = Why(Reason.LORA, "the request uses a LoRA adapter")
-    elif request.has_encoder_inputs:
-        detail = "the prompt contains images or other encoder inputs"
-        why_not = Why(Reason.ENCODER_INPUTS, detail)
-    elif sampling is not None and sampling.prompt_logprobs is not None:
-        detail = "prompt_logprobs needs every prompt token computed"
-        why_not = Why(Reason.PROMPT_LOGPROBS, detail)
-    return _Tracked(plan, why_not)
+    if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
+        return Why(Reason.PROMPT_EMBEDS, "the prompt is given as embeddings")
+    if sampling is None:
+        return Why(Reason.NOT_GENERATIVE, "the request generates no text")
+    if request.lora_request is not None:
+        return Why(Reason.LORA, "the request uses a LoRA adapter")
+    if request.has_encoder_inputs:
+        return Why(Reason.ENCODER_INPUTS, "the prompt contains images or other encoder inputs")
+    if sampling.prompt_logprobs is not None:
+        return Why(Reason.PROMPT_LOGPROBS, "prompt_logprobs needs every prompt token computed")
+    return None
 
 
 def _first_approximate(plan: Plan) -> int:

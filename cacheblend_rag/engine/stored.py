@@ -9,8 +9,9 @@ from typing import Any
 
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.base import TICKET, as_result
+from cacheblend_rag.known import Row
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
-from cacheblend_rag.store.follow import Follower, Row
+from cacheblend_rag.store.follow import Follower, row_of
 from cacheblend_rag.store.notes import Notes
 
 Work = Callable[[], Any]
@@ -114,7 +115,7 @@ class RankStore:
 
     def list(self) -> list[Row]:
         """What is stored."""
-        return self.follower.list()
+        return [row_of(info) for info in self.store.scan()]
 
     def close(self) -> None:
         """End the threads and close the store."""

@@ -16,11 +16,9 @@ from vllm.logger import init_logger
 
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import answers, compat
-from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import as_result
 from cacheblend_rag.engine.blend import Blender
-from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.fingerprint import fingerprint
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.heads import heads_of
@@ -33,12 +31,17 @@ from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import measured
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.known import News, Row
+from cacheblend_rag.plan import Head
+from cacheblend_rag.planner import Limits, Message, Space
+from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.store import open_store
-from cacheblend_rag.store.follow import Row
 from cacheblend_rag.store.url import parse_url
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from cacheblend_rag.engine.connector import CacheBlendConnector
 
 logger = init_logger("vllm.cacheblend_rag")
 
@@ -99,49 +102,79 @@ class WorkerExtension:
     @_reporting
     def cacheblend_bind(
         self, store_url: str, fingerprint: str, gpu_cache: int = 0, tenant: str = ""
-    ) -> list[Row] | None:
-        """Open the store, blend from now on; returns [key, token ids (int32 bytes), base] rows, or
-        None where another rank speaks for the store.
+    ) -> bool:
+        """Open the store. Blends begin with ``cacheblend_limit``. Returns whether the scheduler's
+        side hears at once what this rank does.
 
         ``gpu_cache``: bytes of GPU memory for chunks that are used often. ``tenant``: whose chunks
         they are.
         """
+        self._open_store(store_url, fingerprint, gpu_cache, tenant)
+        return self._connector().link.is_heard
+
+    def _open_store(
+        self, url: str, fingerprint: str, gpu_cache: int, tenant: str, *, follows: bool = True
+    ) -> None:
+        """``follows``: the scheduler's side learns from this rank what becomes of the store."""
         handle, rope, cache = self._cacheblend_parts
         heads = self._cacheblend_heads
-        store = open_store(store_url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
+        store = open_store(url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
         # what all ranks share one of them speaks for
-        is_shared = parse_url(store_url).scheme != "memory"
+        is_shared = parse_url(url).scheme != "memory"
         self._cacheblend_is_silent = heads is not None and is_shared and not heads.leads
         self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
         blender = Blender(handle, rope, store, self._cacheblend_lanes)
         self._rows().blender = blender
-        if heads is None:
-            Ahead.offer(self._engine_id, blender)
         self._cacheblend_ingestor = Ingestor(handle, heads)
         leads = not get_tensor_model_parallel_rank()
         self._cacheblend_store = RankStore(store, self._cacheblend_lanes.forget, leads=leads)
         self._connector().closing = self._cacheblend_store.close
-        return self._cacheblend_store.follower.start(listed=not self._cacheblend_is_silent)
+        link = self._connector().link
+        link.blender = blender if heads is None else None
+        if self._cacheblend_is_silent or not follows:
+            self._cacheblend_store.follower.start(None)
+        else:
+            link.follow(self._cacheblend_store.follower)
+
+    def cacheblend_open(self, space: dict[str, Any], known: list[Row] | None = None) -> Any:
+        """Have requests of a space planned.
+
+        Args:
+            space: as ``planner.Space.to_plain`` writes it.
+            known: rows of chunks that are taken for stored; None: those that are.
+        """
+        self._say(Space.from_plain(space))
+        if known is not None:
+            self._say(News(known))
+            return None
+        return self._spoken(lambda store: store.follower.list())
+
+    def cacheblend_limit(self, longest: int | None, costs: dict[str, float] | None) -> None:
+        """Blend from now on, ``longest`` tokens of a prompt at most, where it is worth these
+        ``costs``.
+        """
+        self._limit(Limits(longest=longest, costs=Costs(**costs) if costs else None))
+
+    def _limit(self, limits: Limits) -> None:
+        self._blender().costs = limits.costs
+        self._say(limits)
+
+    def cacheblend_waits(self) -> bool:
+        """Whether the scheduler's side has something to learn, which the next step tells it."""
+        return self._connector().link.waits
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
-        measured = self._cacheblend_lanes.costs()
-        self._blender().costs = Costs(**measured) if measured else None
-        return measured
-
-    def cacheblend_correct_costs(self, blend_s: float) -> None:
-        """Take ``Costs.blend_s`` from who measured it from end to end."""
-        blender = self._blender()
-        assert blender.costs is not None
-        blender.costs = blender.costs._replace(blend_s=blend_s)
+        return self._cacheblend_lanes.costs()
 
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
         rows = self._rows()
         if rows.blender is not None:
+            self._say(Limits(why_not=Why(Reason.NOT_READY, "blending was turned off")))
             self._cacheblend_store.close()
             rows.blender = None
-            Ahead.withdraw(self._engine_id)
+            self._connector().link.end()
 
     def cacheblend_missing(self, keys: list[str]) -> Any:
         """Which of ``keys`` this rank's store does not hold, as far as it can be asked; None where
@@ -196,13 +229,6 @@ class WorkerExtension:
         """
         return self._spoken(lambda store: store.list())
 
-    def cacheblend_news(self) -> list[Any] | None:
-        """What was stored and forgotten since the call before, by whom ever: rows as those of
-        ``cacheblend_list``, keys, and whether there was more, which only that tells; None where
-        another rank speaks for the store.
-        """
-        return None if self._cacheblend_is_silent else list(self._cacheblend_store.follower.take())
-
     def cacheblend_taken(self, tickets: list[int | None]) -> list[Any]:
         """The result that this rank's ticket of ``tickets`` stands for, in a list, once; an empty
         list while there is none.
@@ -226,7 +252,7 @@ class WorkerExtension:
         outcome = self._connector().recent.get(name, {})
         if not isinstance(outcome, BlendOutcome):
             return outcome
-        return {**outcome.to_dict(), **({"selected": outcome.positions()} if positions else {})}
+        return {**outcome.report(), **({"selected": outcome.positions()} if positions else {})}
 
     def cacheblend_cause(self, name: str) -> str:
         """Why a request that ended with an error could not be computed; empty if none is known."""
@@ -240,14 +266,25 @@ class WorkerExtension:
         """See ``answers.drop``."""
         answers.drop(prompts)
 
-    @property
-    def _engine_id(self) -> str:
-        return str(self.vllm_config.kv_transfer_config.engine_id)
+    def _store_head(self, head: Head) -> None:
+        """Store the prompts' usual first tokens, unless all ranks have them."""
+        missing = bool(self._cacheblend_store.missing([head.key]))
+        if self._cacheblend_parts[0].ranks.any([missing])[0]:
+            computed = self._cacheblend_ingestor.compute([head.token_ids], [], [[]])
+            self._cacheblend_store.put([head.key], computed)
+
+    def _list_store(self) -> None:
+        if not self._cacheblend_is_silent:
+            self._cacheblend_store.follower.list()
+
+    def _say(self, message: Message) -> None:
+        """Tell the scheduler's side what all ranks know."""
+        if not get_tensor_model_parallel_rank():
+            self._connector().link.say(message)
 
     def _connector(self) -> CacheBlendConnector:
-        connector = get_kv_transfer_group()
-        assert isinstance(connector, CacheBlendConnector)
-        return connector
+        connector: Any = get_kv_transfer_group()
+        return connector  # type: ignore[no-any-return]
 
     def _rows(self) -> StepRows:
         rows = self._connector().rows

@@ -1,28 +1,19 @@
-"""Following what other processes and machines do to a store, for as long as it is open."""
+"""Following what becomes of a store, by whichever process or machine, for as long as it is open."""
 
 from __future__ import annotations
 
 import warnings
 from array import array
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from threading import Event, Lock, Thread
-from typing import NamedTuple
 
 from cacheblend_rag.errors import UnavailableError
+from cacheblend_rag.known import News, Row
 from cacheblend_rag.store.base import ChunkInfo, KVStore
 
 _EVERY_S = 1.0
-_MOST_NEWS = 10_000  # chunks that wait to be taken
-
-Row = tuple[str, bytes, int]  # key, token ids as int32, base: what an index needs to know
-
-
-class News(NamedTuple):
-    """What an index does not know yet."""
-
-    added: list[Row]
-    removed: list[str]
-    whole: bool  # there was more: only a listing tells
+_MOST_NEWS = 10_000  # chunks that wait to be taken; more are listed anew
 
 
 class Follower:
@@ -36,55 +27,61 @@ class Follower:
 
     def __init__(self, store: KVStore, forget: Callable[[str], object]) -> None:
         self._store, self._forget = store, forget
+        self._wake: Callable[[], object] | None = None
+        self._asking = Lock()  # held while the store is asked
         self._lock, self._closed = Lock(), Event()
         self._cursor: object = None
         self._news: dict[str, Row | None] = {}  # None: it went
+        self._whole = False  # the news is all that is stored
         self._own: set[str] = set()  # changed by this process while the store is being asked
-        self._whole, self._said = False, False
+        self._stale, self._said = False, False  # stale: only a listing tells what is stored
         self._thread = Thread(target=self._run, name="cacheblend-follow", daemon=True)
 
-    def start(self, *, listed: bool = True) -> list[Row] | None:
-        """Begin; returns what is stored, where that is to be ``listed``: nothing where the store
-        cannot be asked yet.
+    def start(self, wake: Callable[[], object] | None) -> None:
+        """Begin.
+
+        Args:
+            wake: called, from any thread, when there is news; None where nobody takes it: then none
+                is kept.
         """
+        self._wake = wake
         try:
             self._cursor = self._store.changes(None).cursor
-            return self.list() if listed else None
         except UnavailableError:
-            self._whole = True
-            return []
-        finally:
-            self._thread.start()
+            self._stale = True
+        self._thread.start()
 
-    def list(self) -> list[Row]:
-        """Everything stored, which answers ``News.whole``.
-
-        Raises:
-            UnavailableError: the store cannot be asked; the news goes on saying that it is to be.
+    def list(self) -> None:
+        """Have the next news be all that is stored. Where the store cannot be asked, it is tried
+        again for as long as it takes.
         """
-        with self._lock:
-            self._whole = False
-        try:
-            return [_row(info) for info in self._store.scan()]
-        except UnavailableError:
-            with self._lock:
-                self._whole = True
-            raise
+        with suppress(UnavailableError), self._asking:
+            self._list()
+        self._tell()
 
     def note(self, infos: Iterable[ChunkInfo] = (), removed: Iterable[str] = ()) -> None:
         """This process put or discarded chunks just now: older news of them is void."""
         with self._lock:
-            for key, row in [*((i.key, _row(i)) for i in infos), *((k, None) for k in removed)]:
+            for key, row in [*((i.key, row_of(i)) for i in infos), *((k, None) for k in removed)]:
                 self._own.add(key)
                 self._keep(key, row)
+        self._tell()
 
-    def take(self) -> News:
+    @property
+    def has_news(self) -> bool:
+        """Whether ``take`` would return some."""
+        return bool(self._news) or self._whole
+
+    def take(self) -> News | None:
         """The news since the call before; waits for nothing."""
         with self._lock:
+            if not self.has_news:
+                return None
             news, self._news = self._news, {}
-            whole = self._whole
+            whole, self._whole = self._whole, False
         added = [row for row in news.values() if row is not None]
-        return News(added, [key for key, row in news.items() if row is None], whole)
+        removed = [] if whole else [key for key, row in news.items() if row is None]
+        return News(added, removed, whole)
 
     def close(self) -> None:
         """End the thread; what hangs is left behind."""
@@ -93,7 +90,11 @@ class Follower:
     def _run(self) -> None:
         while not self._closed.wait(_EVERY_S):
             try:
-                self._ask()
+                with self._asking:
+                    self._ask()
+                    if self._stale and self._wake is not None:
+                        self._list()
+                self._tell()
             except UnavailableError:
                 continue
             except Exception as error:  # one that died would leave the engine behind for good
@@ -110,17 +111,36 @@ class Follower:
                 self._keep(key, None)
             for info in changes.added:
                 if info.key not in self._own:
-                    self._keep(info.key, _row(info))
-            self._whole |= changes.whole
+                    self._keep(info.key, row_of(info))
+            self._stale |= changes.whole
         for key in removed:
             self._forget(key)
 
+    def _list(self) -> None:
+        with self._lock:
+            self._own.clear()
+            self._stale = False
+        try:
+            listed: dict[str, Row | None] = {i.key: row_of(i) for i in self._store.scan()}
+        except UnavailableError:
+            self._stale = True
+            raise
+        with self._lock:
+            own = {key: self._news[key] for key in self._own if key in self._news}
+            self._news, self._whole = listed | own, True
+
+    def _tell(self) -> None:
+        if self._wake is not None and self.has_news:
+            self._wake()
+
     def _keep(self, key: str, row: Row | None) -> None:
+        if self._wake is None:
+            return
         self._news.pop(key, None)  # the latest comes last
         self._news[key] = row
-        if len(self._news) > _MOST_NEWS:
+        if len(self._news) > _MOST_NEWS and not self._whole:
             self._news.clear()
-            self._whole = True
+            self._stale = True
 
     def _say(self, error: Exception) -> None:
         if not self._said:
@@ -129,5 +149,6 @@ class Follower:
             warnings.warn(f"{text}; it is tried again.", RuntimeWarning, stacklevel=2)
 
 
-def _row(info: ChunkInfo) -> Row:
+def row_of(info: ChunkInfo) -> Row:
+    """What an index has to know of a chunk."""
     return info.key, array("i", info.token_ids).tobytes(), info.base

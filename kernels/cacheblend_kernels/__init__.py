@@ -1,4 +1,9 @@
-"""Tensor operations of a blend. Plain torch today; ``reference`` is the specification of each."""
+"""Tensor operations of a blend.
+
+``reference`` is the specification of each in plain torch, and what a CPU runs. The Triton kernels
+have a file an operation: ``attention``, ``move`` and ``place``. They are imported from there, and
+only where there is a GPU.
+"""
 
 from cacheblend_kernels.reference import (
     key_deviation,

@@ -74,6 +74,7 @@ def scattered_attention(
     k, v = cache.k_BSGD, cache.v_BSGD
     ek, ev = (extra.k_XGD, extra.v_XGD) if extra is not None else (empty, empty)
     count = count_1 if count_1 is not None else empty
+    # One launch for all rows, or one for all but the last ones and one for those.
     for part in _parts(rows, share, cache, split=count_1 is not None and window is None):
         some = min(_LAST, rows) if part == _ONLY_LAST else rows
         tiles, block_m, splits = _grid(some, share, cache)
@@ -81,6 +82,7 @@ def scattered_attention(
             partial = torch.empty(splits, some, heads, dim, dtype=lse.dtype, device=lse.device)
             partial_lse = torch.empty(splits, some, heads, dtype=lse.dtype, device=lse.device)
         else:
+            # The partial result of a single split is the result, so it is written in place.
             partial, partial_lse = out_RHD, lse
         _attention_kernel[(tiles, groups, splits)](
             q_RHD, position_R, k, v, cache.table, partial, partial_lse,
@@ -169,6 +171,7 @@ def _cap(x, softcap):
     return softcap * (2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * x / softcap)) - 1.0)
 
 
+# Triton would compile once more for each of these that happens to be 1 or a multiple of 16.
 @triton.jit(
     do_not_specialize=[
         "rows",
@@ -196,9 +199,12 @@ def _attention_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     g, z = tl.program_id(1), tl.program_id(2)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    # The query heads that share a KV head lie side by side in a tile: its keys are loaded once
+    # for all of them, and few rows still fill a matrix product.
     to_row, head = m // SHARE, g * SHARE + m % SHARE
     live, row = to_row < rows, to_row
     if ONLY_LAST:
+        # Only the device knows how many rows are real, so a CUDA graph serves any number.
         row = to_row + tl.maximum(tl.load(count) - LAST, 0)
         live = live & (row < tl.load(count))
     d = tl.arange(0, BLOCK_D)
@@ -212,6 +218,8 @@ def _attention_kernel(
         q + row[:, None] * q_row + head[:, None] * DIM + d[None],
         mask=live[:, None] & in_d[None], other=0.0,
     )  # fmt: skip
+    # Softmax while the keys go by (FlashAttention): acc and total are sums of weights relative
+    # to 2 ** most. They fade when a larger logit comes. Base 2, because exp2 is one instruction.
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     most = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -220,14 +228,17 @@ def _attention_kernel(
     first_row = tl.min(tl.where(live, at, 1 << 30))
     first = 0
     if WINDOW:
+        # down to a multiple of BLOCK_N, at which every step starts
         first = tl.maximum(first_row - window + 1, 0) // BLOCK_N * BLOCK_N
     blocks = tl.cdiv(last - first, BLOCK_N)
+    # each split takes some of the keys; _combine_kernel joins their softmaxes
     each = tl.cdiv(blocks, splits)
     begin = first + z * each * BLOCK_N
     end = tl.minimum(begin + each * BLOCK_N, last)
     n = tl.arange(0, BLOCK_N)
     plain = begin
     if not (WINDOW or KNOWN):  # keys that every row of the tile sees
+        # Every row of the tile stands behind these keys, so they need no mask: most steps.
         plain = tl.maximum(begin, tl.minimum(end, first_row + 1) // BLOCK_N * BLOCK_N)
     # block numbers are read a step ahead, or every load of keys would wait for its own
     ahead = tl.load(table + (begin + n) // SIZE, mask=begin + n < plain, other=0)
@@ -271,11 +282,13 @@ def _attention_kernel(
             queries, acc, most, total, keys, values, see, scale, softcap, SOFTCAP
         )
     if EXTRA:  # noqa: SIM102 - decided when compiled, the inner one when run
+        # in one split, or these keys would count once in each
         if z == splits - 1:
             for first_x in range(0, extra, BLOCK_N):
                 x = first_x + n
                 there = x < extra
                 where = tl.load(extra_position + x, mask=there, other=1 << 30).to(tl.int32)
+                # An extra key without a position lies at 1 << 30: no row sees it.
                 see = (where[None] <= at[:, None]) & there[None] & live[:, None]
                 if WINDOW:
                     see = see & (at[:, None] - where[None] < window)
@@ -290,6 +303,7 @@ def _attention_kernel(
                 acc, most, total = _masked(
                     queries, acc, most, total, keys, values, see, scale, softcap, SOFTCAP
                 )
+    # a row without any key becomes 0, and its lse -inf: it weighs nothing beside other splits
     some = tl.where(total > 0, total, 1.0)
     result = tl.where(live[:, None], acc / some[:, None], 0.0)
     there = to_row < rows
@@ -309,7 +323,8 @@ def _masked(q, acc, most, total, k, v, see, scale, softcap, SOFTCAP: tl.constexp
         logits = _cap(logits, softcap)
     logits = tl.where(see, logits, -float("inf"))
     new = tl.maximum(most, tl.max(logits, 1))
-    sure = tl.where(new == -float("inf"), 0.0, new)  # a row that has seen nothing yet
+    # A row that has seen no key yet has no largest logit; -inf - -inf would be NaN, and stay so.
+    sure = tl.where(new == -float("inf"), 0.0, new)
     weights = tl.exp2(logits - sure[:, None])
     fade = tl.exp2(most - sure)
     total = total * fade + tl.sum(weights, 1)
@@ -326,6 +341,7 @@ def _combine_kernel(
     at = tl.program_id(0)  # row and head
     row = at // HEADS
     if ONLY_LAST:
+        # the last rows only: partials begin at 0, the output where these rows are
         row += tl.maximum(tl.load(count) - LAST, 0)
         if row >= tl.load(count):
             return
@@ -357,6 +373,7 @@ def _score_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     g, context = tl.program_id(1), tl.load(length)
+    # launched for the longest context that the graph may meet
     if tl.program_id(0) * BLOCK_N >= context:
         return
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -370,6 +387,8 @@ def _score_kernel(
     open_j = there
     if KNOWN:
         open_j = open_j & (tl.load(known + j, mask=there, other=0) != 0)
+    # A program owns its keys and goes through all rows itself. Atomic adds of programs that own
+    # rows would round differently from run to run, and a prompt would get other tokens chosen.
     got = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, rows * SHARE, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
@@ -383,6 +402,7 @@ def _score_kernel(
         logits = tl.dot(queries, keys, input_precision="ieee") * scale
         if SOFTCAP:
             logits = _cap(logits, softcap)
+        # the softmax's denominator, known from the attention of these rows
         total = tl.load(lse + row * lse_row + head, mask=live, other=0.0)
         see = (j[None] <= at[:, None]) & open_j[None] & live[:, None]
         if WINDOW:

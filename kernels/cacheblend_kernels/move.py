@@ -98,6 +98,7 @@ def _off_kernel(
     first, rows = tl.load(pass_2), tl.load(pass_2 + 1)
     if t >= rows:
         return
+    # a token between chunks: nothing is stored that it could be off
     if tl.load(chunk + first + t) < 0:
         return
     at = tl.load(position + first + t)
@@ -109,6 +110,7 @@ def _off_kernel(
     kind: tl.constexpr = off.dtype.element_ty
     d = tl.arange(0, BLOCK_D)
     whole = d < DIM
+    # Fresh K and V are compared with what lies in the cache: this runs before they are written.
     gone = tl.load(new_v + d, mask=whole).to(tl.float32) - tl.load(old_v + d, mask=whole)
     tl.store(to + GROUPS * DIM + d, gone.to(kind), whole)
     if 2 * PAIRS < DIM:
@@ -123,6 +125,7 @@ def _off_kernel(
     b = tl.load(new_k + two, mask=some).to(tl.float32) - tl.load(old_k + two, mask=some)
     co = tl.load(cos + at * PAIRS + p, mask=some)
     si = tl.load(sin + at * PAIRS + p, mask=some)
+    # Turned back by the token's own angle, so that differences at unlike positions can be added.
     tl.store(to + one, (a * co + b * si).to(kind), some)
     tl.store(to + two, (b * co - a * si).to(kind), some)
 
@@ -144,12 +147,15 @@ def _move_kernel(
     in_d, in_p = d < DIM, p < PAIRS
     one = p if NEOX else 2 * p
     two = p + PAIRS if NEOX else 2 * p + 1
+    # A fixed number of programs strides over the context: a CUDA graph cannot launch more.
     for start in range(tl.program_id(0) * BLOCK_N, context, tl.num_programs(0) * BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         mine = tl.load(chunk + n, mask=n < context, other=-1)
         moves = mine >= 0
+        # Recomputed tokens ascend, so those within reach of this stretch are a run of them.
         low = tl.load(before + tl.maximum(start - far, 0))
         high = tl.load(before + tl.minimum(start + BLOCK_N + far, context))
+        # no token of the stretch moves: an empty run, as a loop can't be left early
         if tl.max(mine) < 0:
             high = low
         total = tl.zeros([BLOCK_N], tl.float32)
@@ -163,10 +169,13 @@ def _move_kernel(
             at = tl.load(position + r, mask=there, other=0).to(tl.int32)
             theirs = tl.load(chunk_of_row + r, mask=there, other=-1)
             distance = tl.abs(n[:, None] - at[None]).to(tl.float32)
+            # Tokens of another chunk miss another context: their differences say nothing here.
             heard = (mine[:, None] == theirs[None]) & moves[:, None] & (distance <= FAR * reach)
             say = tl.where(heard, tl.exp2(-distance * nearness), 0.0)
+            # of all passes, later ones too: each pass adds its own part of the same mean
             total += tl.sum(say, 1)
             t = r - first
+            # Of this pass: only its differences are known.
             now = there & (t >= 0) & (t < rows) & (theirs >= 0)
             say = say.to(kind)
             row = off + (t * 2 * GROUPS + g) * DIM
@@ -184,6 +193,7 @@ def _move_kernel(
                     other=0.0,
                 )  # fmt: skip
                 sum_rest = tl.dot(say, rest, sum_rest, input_precision="ieee")
+        # 1 + total, not total: a token whose neighbours are far or few hardly moves.
         share = 1.0 / (1.0 + total)
         block = tl.load(table + n // SIZE, mask=moves, other=0).to(tl.int64)
         to_k = k + block * k_block + n % SIZE * k_place + g * k_head
@@ -198,6 +208,7 @@ def _move_kernel(
             was = tl.load(where, mask=rest).to(tl.float32)
             tl.store(where, (was + sum_rest * share[:, None]).to(kind), rest)
         some = moves[:, None] & in_p[None]
+        # turned on from position 0 to where the moved token stands
         co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)
         si = tl.load(sin + n[:, None] * PAIRS + p[None], mask=some)
         a, b = sum_a * share[:, None], sum_b * share[:, None]

@@ -29,6 +29,7 @@ class PagedKV(NamedTuple):
 
     def slots(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Block and place within it of each position; int64 [N] each."""
+        # a view of vLLM's cache: blocks of a request lie anywhere in it
         size = self.k_BSGD.shape[1]
         return self.table[positions_N // size].long(), positions_N % size
 

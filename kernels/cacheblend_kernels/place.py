@@ -82,16 +82,20 @@ def _place_kernel(
     t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     g, layer = tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = like.dtype.element_ty
+    # Layers are addresses, not tensors: one launch serves caches that were allocated apart.
+    # Nothing checks that they have the strides and the dtype of the one that is passed.
     k = tl.load(caches + 2 * layer).to(tl.pointer_type(kind))
     v = tl.load(caches + 2 * layer + 1).to(tl.pointer_type(kind))
     here = t < n
     c = tl.load(chunk + t, mask=here, other=0)
+    # A source holds K, then V, of one chunk at one layer, so its V begins n * G * D elements on.
     base = tl.load(address + layer * num_chunks + c, mask=here, other=0)
     far = tl.load(length + c, mask=here, other=0) * (GROUPS * DIM)  # elements from K to V
     from_k = (tl.load(row + t, mask=here, other=0).to(tl.int64) * GROUPS + g) * DIM
     source = base.to(tl.pointer_type(kind)) + from_k
 
     position = tl.load(positions + t, mask=here, other=0)
+    # 64 bits: a block number times the stride of a block exceeds 32 in large caches
     block = tl.load(table + position // SIZE, mask=here, other=0).to(tl.int64)
     inside = position % SIZE
     to_k = k + block * k_block + inside * k_place + g * k_head
@@ -100,17 +104,21 @@ def _place_kernel(
     d = tl.arange(0, BLOCK_D)
     whole = here[:, None] & (d < DIM)[None]
     tl.store(to_v[:, None] + d[None], tl.load((source + far)[:, None] + d[None], mask=whole), whole)
+    # partial rotary: what is not rotated is copied
     if 2 * PAIRS < DIM:
         rest = whole & (d >= 2 * PAIRS)[None]
         tl.store(to_k[:, None] + d[None], tl.load(source[:, None] + d[None], mask=rest), rest)
 
     p = tl.arange(0, BLOCK_P)
+    # Two loads and two stores a pair instead of one shuffled row: the pairs of NeoX lie P apart.
     some = here[:, None] & (p < PAIRS)[None]
     first = p if NEOX else 2 * p
     second = p + PAIRS if NEOX else 2 * p + 1
     a = tl.load(source[:, None] + first[None], mask=some).to(tl.float32)
     b = tl.load(source[:, None] + second[None], mask=some).to(tl.float32)
     at = t[:, None] * PAIRS + p[None]
+    # The angle of the move alone: keys are stored rotated at their old positions. In float32,
+    # so that a key is rounded once.
     co = tl.load(cos + at, mask=some)
     si = tl.load(sin + at, mask=some)
     tl.store(to_k[:, None] + first[None], (a * co - b * si).to(kind), some)

@@ -73,9 +73,11 @@ def nearness(
         float32 [N, R].
     """
     distance_NR = (position_N[:, None] - position_R[None]).abs().float()
+    # cut off at FAR: the kernel then looks at a bounded run of recomputed tokens
     weight_NR = torch.exp(-distance_NR / reach) * (distance_NR <= FAR * reach)
     if same_chunk_NR is not None:
         weight_NR = weight_NR * same_chunk_NR
+    # 1 + sum, not sum: a mean would move a token as far as its only, distant neighbour
     return weight_NR / (1 + weight_NR.sum(1, keepdim=True))
 
 
@@ -144,6 +146,7 @@ def question_attention(
         by_row = sinks_H.float().view(groups, -1, 1).expand(groups, heads // groups, rows)
         sinks_GX1 = by_row.reshape(groups, -1, 1)
     score = torch.zeros(keys, device=q_RHD.device)
+    # groups of heads at a time: logits of all would be rows x heads x keys
     at_once = max(1, _LOGITS // (rows * heads // groups * keys))  # groups: bounds the memory
     for g in range(0, groups, at_once):
         some = slice(g, g + at_once)
@@ -212,10 +215,12 @@ def moved(
     k_NGD, v_NGD = (old.float() for old in cache.gather(everywhere_N))
     same_NR = (chunk_N[:, None] == movers.chunk_R[None]) & (movers.chunk_R >= 0)
     weight_NR = nearness(everywhere_N, at_R, movers.reach_1, same_NR)
+    # back to position 0, where differences at unlike positions can be added
     off_k = rerotate(k_RGD.float() - k_NGD[at_R], cos_NP[at_R], -sin_NP[at_R], is_neox=is_neox)
     off_v = v_RGD.float() - v_NGD[at_R]
     sum_k, sum_v = (torch.einsum("nr,rgd->ngd", weight_NR, off) for off in (off_k, off_v))
     block, inside = cache.slots(everywhere_N)
+    # and on to where each moved token stands
     turned = rerotate(sum_k, cos_NP, sin_NP, is_neox=is_neox)
     cache.k_BSGD[block, inside] = (k_NGD + turned).to(cache.k_BSGD.dtype)
     cache.v_BSGD[block, inside] = (v_NGD + sum_v).to(cache.v_BSGD.dtype)

@@ -11,16 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from engines import EXACT, FLASH_DTYPE, logprobs, selected, start_in_process
+from engines import (
+    EXACT,
+    FLASH_DTYPE,
+    logprobs,
+    planned,
+    planner,
+    selected,
+    start_in_process,
+)
 from tiny import VOCAB, Words, make
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
-from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.base import EngineOutput
 from cacheblend_rag.engine.blend import Blender, BlendTask, FromStore
 from cacheblend_rag.engine.lane import Lane
 from cacheblend_rag.engine.outcome import BlendOutcome
-from cacheblend_rag.engine.schedule import _admitted
+from cacheblend_rag.engine.schedule import _why
 from cacheblend_rag.engine.torch_lane import TorchLane
 from cacheblend_rag.errors import (
     ClosedError,
@@ -30,10 +37,11 @@ from cacheblend_rag.errors import (
     PromptError,
     PromptTooLongError,
 )
-from cacheblend_rag.plan import FORMAT, PARAMS_KEY, Kind, Plan
+from cacheblend_rag.plan import PARAMS_KEY, Kind
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.report import SegmentReport
 from cacheblend_rag.select.query import QuerySelector
+from cacheblend_rag.store.follow import Follower
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
 
@@ -86,7 +94,7 @@ def everything_stored(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Every test starts with all chunks and an empty prefix cache, and leaves no request behind.
     What is done to the store behind the front door is told it by no feed.
     """
-    monkeypatch.setattr(blend._known, "_learn", lambda: None)
+    monkeypatch.setattr(Follower, "_ask", lambda self: None)
     if not blend._closed:
         blend.ingest(list(CHUNKS.values()), progress=False)
         reset(blend)
@@ -175,12 +183,6 @@ def kinds(result: BlendResult) -> list[str]:
 
 def of_kind(result: BlendResult, kind: str) -> list[SegmentReport]:
     return [s for s in result.report.segments if s.kind == kind]
-
-
-def planned(blend: CacheBlend, ids: tuple[int, ...], **options: Any) -> Plan:
-    plan = blend._prepare(ids, {**SAMPLING, **options}).plan
-    assert isinstance(plan, Plan)
-    return plan
 
 
 def key_of(blend: CacheBlend, name: str) -> str:
@@ -314,42 +316,51 @@ def test_tenants_read_no_block_of_one_another(blend: CacheBlend) -> None:
 
 
 MALFORMED: list[Any] = [
-    {"format": 99},
-    {"format": FORMAT},
-    {"format": FORMAT, "segments": "nonsense"},
+    {"space": "another's"},
+    {"segments": [[0, 32, "k", 0, 1]]},
+    {"recompute_ration": 1},
+    {1: 2},
+    ["mode"],
     "nonsense",
+    5,
 ]
 
 
-@pytest.mark.parametrize("plan", MALFORMED)
-def test_a_malformed_plan_is_served_exactly(blend: CacheBlend, plan: Any) -> None:
+@pytest.mark.parametrize("options", MALFORMED, ids=str)
+def test_options_that_are_none_of_ours_are_served_exactly(blend: CacheBlend, options: Any) -> None:
     plain = alone(blend, BLENDS[0], mode="off")
     prepared = blend._prepare(BLENDS[0], SAMPLING)
-    pieces = by_hand(blend, dataclasses.replace(prepared.request, params={PARAMS_KEY: plan}))
+    pieces = by_hand(blend, dataclasses.replace(prepared.request, params={PARAMS_KEY: options}))
     result = blend._finish(prepared, pieces, pieces[0].at - 1)
-    assert not result.report.blended and "plan" in result.report.detail
+    assert result.report.reason is Reason.MALFORMED_OPTIONS and result.report.detail
     assert_same(plain, result)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"ratio": 2.0},
-        {"ratio": None},
+        {"recompute_ratio": 2.0},
+        {"recompute_ratio": None},
+        {"recompute_ratio": "0.5"},
         {"selector": "no such"},
+        {"selector": ["query"]},
         {"selector_options": 3},
-        {"segments": [[0, 32, "", 0, 0], [40, 64, "", 0, 0]]},
-        {"segments": []},
-        {"question_start": 3},
+        {"selector_options": {"colour": 1}},
+        {"reach": -1},
+        {"reach": float("inf")},
+        {"mode": "nonsense"},
+        {"when": 3},
+        {"space": 5},
+        {"space": None},
     ],
     ids=str,
 )
-def test_a_damaged_plan_is_served_exactly(blend: CacheBlend, change: dict[str, Any]) -> None:
+def test_a_refused_option_is_served_exactly(blend: CacheBlend, change: dict[str, Any]) -> None:
     prepared = blend._prepare(BLENDS[0], SAMPLING)
     assert prepared.request.params is not None
     params = {PARAMS_KEY: {**prepared.request.params[PARAMS_KEY], **change}}
     pieces = by_hand(blend, dataclasses.replace(prepared.request, params=params))
-    assert Reason(pieces[-1].engine["reason"]) is Reason.MALFORMED_PLAN
+    assert Reason(pieces[-1].engine["reason"]) is Reason.MALFORMED_OPTIONS
     assert pieces[-1].engine["detail"]
 
 
@@ -388,7 +399,7 @@ def break_blending(blend: CacheBlend, patch: pytest.MonkeyPatch, place: str) -> 
         patch.setattr(connector(blend).rows, "blender", None)
     elif place == "refused":
         patch.setattr(Blender, "_load", lambda *args: FromStore(TOO_SLOW, {}))
-        patch.setattr(Ahead, "blender", None)  # it is the worker that refuses
+        patch.setattr(connector(blend).link, "blender", None)  # it is the worker that refuses
     elif place == "selector":
         patch.setattr(QuerySelector, "score", raises)
     else:
@@ -544,7 +555,8 @@ def damage(blend: CacheBlend, name: str) -> None:
 
 
 def forget(blend: CacheBlend, name: str) -> None:
-    blend._engine.rpc("cacheblend_forget", [key_of(blend, name)])
+    """Behind the front door: nobody is told."""
+    connector(blend).blender.store.discard(key_of(blend, name))
 
 
 @pytest.mark.parametrize("lose", [forget, damage])
@@ -556,7 +568,8 @@ def test_a_lost_chunk_is_computed_afresh(
     lose(blend, "d")
     for ratio in (1.0, None):
         options = {} if ratio is None else {"recompute_ratio": ratio}
-        blend._index.add_many([(key_of(blend, "d"), CHUNKS["d"])])  # as if nobody had noticed
+        index = planner(blend).known.index(blend._name)
+        index.add(key_of(blend, "d"), CHUNKS["d"])  # as if nobody had noticed
         result = alone(blend, ids, **options)
         assert result.report.blended
         [missing] = of_kind(result, "missing")
@@ -565,7 +578,7 @@ def test_a_lost_chunk_is_computed_afresh(
         assert set(range(78, 178)) <= set(selected(blend, result))
         if ratio is not None:
             assert_same(plain, result)
-    assert key_of(blend, "d") not in blend._index
+    assert key_of(blend, "d") not in blend.stored()
     assert "missing" not in kinds(alone(blend, ids))
     report = blend.ingest(list(CHUNKS.values()), progress=False)
     assert (report.computed, report.present) == (1, len(CHUNKS) - 1)
@@ -607,16 +620,13 @@ def test_prompt_logprobs_are_served_without_blending(blend: CacheBlend, count: i
 
 def admitted(blend: CacheBlend, ids: tuple[int, ...], **changes: Any) -> Any:
     """What the scheduler's side says to a request like this."""
-    plan = planned(blend, ids)
     fields: dict[str, Any] = {
-        "kv_transfer_params": plan.to_params(),
         "prompt_token_ids": list(ids),
-        "num_prompt_tokens": len(ids),
         "lora_request": None,
         "has_encoder_inputs": False,
-        "sampling_params": None,
+        "sampling_params": SimpleNamespace(prompt_logprobs=None),
     }
-    return _admitted(SimpleNamespace(**{**fields, **changes}), None)
+    return _why(SimpleNamespace(**{**fields, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -624,12 +634,13 @@ def admitted(blend: CacheBlend, ids: tuple[int, ...], **changes: Any) -> Any:
     [
         ({"has_encoder_inputs": True}, Reason.ENCODER_INPUTS),
         ({"lora_request": SimpleNamespace(lora_int_id=1)}, Reason.LORA),
-        ({"num_prompt_tokens": 160}, Reason.NO_TOKEN_LEFT),
+        ({"sampling_params": None}, Reason.NOT_GENERATIVE),
+        ({"prompt_token_ids": None}, Reason.PROMPT_EMBEDS),
         ({}, None),
     ],
 )
 def test_admission(blend: CacheBlend, changes: dict[str, Any], reason: Reason | None) -> None:
-    refusal = admitted(blend, BLENDS[0], **changes).why_not
+    refusal = admitted(blend, BLENDS[0], **changes)
     assert (refusal.reason if refusal else None) is reason
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,16 +47,15 @@ def agenerate(blend: CacheBlend, **options: Any) -> BlendResult:
 def blend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = make_with_tokenizer("llama", tmp_path_factory.mktemp("model"))
     begin: Any = start if request.param == "serving" else start_in_process
-    config = BlendConfig(ingest_prefix=words(4), when="always")
+    store = str(tmp_path_factory.mktemp("store"))
+    config = BlendConfig(ingest_prefix=words(4), when="always", store=store)
     with begin(model, engine=request.param, config=config, skip_tokenizer_init=False) as opened:
         assert opened.gate.passed, opened.gate.detail
         yield opened
 
 
 @pytest.fixture(autouse=True)
-def all_stored(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done to the store behind the front door is told it by no feed."""
-    monkeypatch.setattr(blend._known, "_learn", lambda: None)
+def all_stored(blend: CacheBlend) -> None:
     blend.ingest(CHUNKS, progress=False)
     reset(blend)
 
@@ -101,30 +101,36 @@ def test_a_stop_string_leaves_the_report_whole(blend: CacheBlend, ask: Ask, numb
     assert figures(again.report) == figures(ask(blend, **by_token).report)
 
 
+def lose(blend: CacheBlend, key: str) -> None:
+    """Nobody notices."""
+    [file] = Path(blend.config.store).rglob(f"{key}.safetensors")
+    file.unlink()
+
+
 def test_a_missing_chunk_is_noticed(blend: CacheBlend) -> None:
     by_string, by_token = stops(blend, 3)
     lost = blend.key(CHUNKS[1])
     reports = []
     for options in (by_token, by_string):
-        blend._engine.rpc("cacheblend_forget", [lost])
-        blend._index.add(lost, CHUNKS[1])  # as if nobody had noticed
+        blend.ingest(CHUNKS, progress=False)
+        lose(blend, lost)
         reset(blend)
         reports.append(blend.generate(PROMPT, **options).report)
-        assert reports[-1].missing_keys == (lost,) and lost not in blend._index
+        assert reports[-1].missing_keys == (lost,) and lost not in blend.stored()
     assert figures(reports[0]) == figures(reports[1])
 
 
 def test_with_all_chunks_missing_nothing_was_blended(blend: CacheBlend) -> None:
     for options in stops(blend, 3):
+        blend.ingest(CHUNKS, progress=False)
         for chunk in CHUNKS:
-            blend._engine.rpc("cacheblend_forget", [blend.key(chunk)])
-            blend._index.add(blend.key(chunk), chunk)
+            lose(blend, blend.key(chunk))
         reset(blend)
         report = blend.generate(PROMPT, **options).report
         assert not report.blended and report.reason is Reason.CHUNKS_MISSING and report.detail
         assert report.tokens_fresh == len(PROMPT) and report.recompute_ratio is None
         assert set(report.missing_keys) == {blend.key(chunk) for chunk in CHUNKS}
-        assert len(blend._index) == 0
+        assert len(blend.stored()) == 0
 
 
 def test_a_refusal_is_told(blend: CacheBlend) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import FLASH_DTYPE, FULL_LOGPROBS, logprobs, start_in_process
+from engines import FLASH_DTYPE, FULL_LOGPROBS, logprobs, planned, start_in_process
 from reference import Reference
 from tiny import VOCAB, Words, make
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendConfig, CacheBlend, ConfigError, PromptError
 from cacheblend_rag.engine import compat
-from cacheblend_rag.plan import Kind, Plan
+from cacheblend_rag.plan import Kind
 from cacheblend_rag.prefix import NEUTRAL_TEXT
 
 pytestmark = pytest.mark.vllm
@@ -148,9 +148,8 @@ def test_no_segment_is_exact(blend: CacheBlend, before: tuple[int, ...] | None) 
     """Not even behind the very tokens that stand before it in the prompt: nobody looks."""
     blend.ingest([SECOND], before=[before], progress=False)
     behind = NEUTRAL if before is None else (*NEUTRAL[len(before) :], *before)
-    prepared = blend._prepare((HEAD, *behind, *SECOND, *words(20)), {})
-    assert isinstance(prepared.plan, Plan)
-    assert [s.kind for s in prepared.plan.segments if s.key] == [Kind.REUSE]
+    plan = planned(blend, (HEAD, *behind, *SECOND, *words(20)))
+    assert [s.kind for s in plan.segments if s.key] == [Kind.REUSE]
 
 
 def test_ratio_one_is_a_full_prefill(blend: CacheBlend) -> None:

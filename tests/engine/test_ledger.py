@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ import pytest
 import torch
 from tiny import Words, make
 
-from cacheblend_rag import BlendConfig
 from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.rows import Finished, Scheduled
 from cacheblend_rag.engine.start import prepare
-from cacheblend_rag.locate import Match
-from cacheblend_rag.plan import PARAMS_KEY, Plan, make_plan
+from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.known import News
+from cacheblend_rag.plan import PARAMS_KEY
+from cacheblend_rag.planner import Limits, Space
 from cacheblend_rag.reason import Reason, Why
 
 pytestmark = pytest.mark.vllm
@@ -243,7 +245,8 @@ class Runner:
 
     def _begin(self, name: str, blocks: Sequence[int]) -> None:
         request = self.scheduler.requests[name]
-        plan = Plan.from_params(request.kv_transfer_params)
+        tracked = self.scheduler.connector.claims._requests.get(name)
+        plan = tracked.plan if tracked is not None else None
         settings = EXACT if plan is None else plan.settings
         self._rows[name] = Row(list(request.all_token_ids), list(blocks), settings)
 
@@ -259,7 +262,7 @@ class Runner:
 
 
 class Asked(NamedTuple):
-    """A prompt, and its plan as a request carries it."""
+    """A prompt, and what its request says of blending."""
 
     ids: tuple[int, ...]
     params: dict[str, Any] | None = None
@@ -302,6 +305,8 @@ class Ground:
         )
         self.runner = Runner(config, caches, self.scheduler, blocks)
         self.ledger, self.blends = self.runner.ledger, self.runner.blends
+        rows = [(SPACE.keys.key(c), array("i", c).tobytes(), 0) for c in CHUNKS.values()]
+        self.scheduler.connector.claims.planning.deliver(0, [SPACE, Limits(), News(rows)])
         self._ahead, self._in_flight = ahead, deque[tuple[Any, Any]]()
         self.wrong: list[str] = []
         self.ended: dict[str, str] = {}
@@ -387,24 +392,21 @@ def get_block_hash(found: Any) -> Any:
     return get_block_hash(found)
 
 
+SPACE = Space(name="here", keys=KeySpace("ledger", ()))
+
 # ---- prompts -------------------------------------------------------------------------------------
 
 words = Words(5)
 CHUNKS = {name: words(size) for name, size in zip("abcdef", (70, 33, 64, 100, 41, 90), strict=True)}
+QUESTION = words(90)
 
 
 def asked(names: str, question: tuple[int, ...], **options: Any) -> Asked:
     """Chunks by name with a token before each, and a question."""
-    ids: tuple[int, ...] = ()
-    matches = []
-    for name in names:
-        ids += (3,)
-        chunk = CHUNKS[name]
-        matches.append(Match(len(ids), len(ids) + len(chunk), name * 64, 0, len(chunk)))
-        ids += chunk
-    ids += question
-    plan = make_plan(ids, matches, BlendConfig(**options), prefix_ids=(), block_size=BLOCK)
-    return Asked(ids, plan.to_params() if isinstance(plan, Plan) else None)
+    ids = sum(((3, *CHUNKS[name]) for name in names), ()) + question
+    if options.get("mode") == "off":
+        return Asked(ids)
+    return Asked(ids, {PARAMS_KEY: {"space": SPACE.name, **options}})
 
 
 # ---- one story at a time -------------------------------------------------------------------------
@@ -523,7 +525,7 @@ def storm(path: Path, seed: int, requests: int, record: Any, *, ahead: bool, los
 
 def at_random(draw: random.Random) -> Asked:
     names = "".join(draw.choices("abcdef", k=draw.choice([1, 1, 2, 3])))
-    question = CHUNKS["f"][: draw.choice([2, 9, 40, 85])]
+    question = QUESTION[: draw.choice([2, 9, 40, 85])]
     mode = draw.choice(["blend", "blend", "blend", "off"])
     ratio = draw.choice([0.15, 0.15, 0.5, 1.0])
     return asked(names, question, mode=mode, recompute_ratio=ratio)
@@ -532,7 +534,7 @@ def at_random(draw: random.Random) -> Asked:
 def again(draw: random.Random, mine: Asked) -> Asked:
     """The same, the same without a blend, or a next turn."""
     if draw.random() < 0.3 and len(mine.ids) < 350:
-        return Asked(mine.ids + CHUNKS["e"][: draw.choice([5, 30])], mine.params)
+        return Asked(mine.ids + QUESTION[: draw.choice([5, 30])], mine.params)
     return mine if draw.random() < 0.8 else Asked(mine.ids)
 
 

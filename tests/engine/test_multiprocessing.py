@@ -159,7 +159,7 @@ def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
     store = shutil.copytree(known.store, tmp_path / "kv")  # what one rank stored, two read
     with open_apart(model, store, **options) as blend:
         assert blend.gate.passed, blend.gate.detail
-        assert len(blend._index) == len(CHUNKS) + len(SMALL)
+        assert len(blend.stored()) == len(CHUNKS) + len(SMALL)
         assert blend.ingest(CHUNKS, progress=False).present == len(CHUNKS)
         assert len(blend.stats()) == 1, "they share the store"
         assert_same_answers(blend, known)
@@ -283,7 +283,7 @@ def test_a_killed_ingestion_loses_nothing(known: Known, model: Path, tmp_path: P
         kept = stored(tmp_path)
     assert len(kept) < len(SMALL), "it was never killed"
     with open_here(model, tmp_path) as blend:
-        assert len(blend._index) == len(kept)
+        assert len(blend.stored()) == len(kept)
         report = blend.ingest(SMALL, progress=False)
         assert (report.present, report.computed) == (len(kept), len(SMALL) - len(kept))
         for ids, answer in zip(SMALL_PROMPTS, known.small, strict=True):

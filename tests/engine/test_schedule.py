@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cacheblend_rag.engine import schedule
-from cacheblend_rag.engine.ahead import Ahead
+from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.schedule import Claims
-from cacheblend_rag.plan import PARAMS_KEY, Kind, Plan, Segment
+from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan, Segment
+from cacheblend_rag.planner import Planned
 from cacheblend_rag.reason import Reason
 
 BLOCK = 16
@@ -39,13 +41,21 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> Claims:
         cache_config=SimpleNamespace(block_size=BLOCK),
         kv_transfer_config=SimpleNamespace(engine_id="this"),
     )
-    return Claims(config, None)
+    claims = Claims(config, None)
+    monkeypatch.setattr(claims.planning, "begin", lambda ids, options: planned(options["plan"]))
+    return claims
+
+
+def planned(plan: Plan | NoPlan) -> Future[Planned]:
+    done: Future[Planned] = Future()
+    done.set_result(Planned(plan, "blend", {}))
+    return done
 
 
 def request(plan: Plan = PLAN, name: str = "r") -> Any:
     return SimpleNamespace(
         request_id=name,
-        kv_transfer_params=plan.to_params(),
+        kv_transfer_params={PARAMS_KEY: {"plan": plan}},
         prompt_token_ids=list(IDS),
         all_token_ids=list(IDS),
         num_prompt_tokens=len(IDS),
@@ -53,7 +63,7 @@ def request(plan: Plan = PLAN, name: str = "r") -> Any:
         block_hashes=[b"%d" % i for i in range(len(IDS) // BLOCK)],
         lora_request=None,
         has_encoder_inputs=False,
-        sampling_params=None,
+        sampling_params=SimpleNamespace(prompt_logprobs=None),
         update_block_hashes=lambda: None,
     )
 
@@ -101,11 +111,13 @@ def test_another_engine_of_this_process_is_not_asked(claims: Claims) -> None:
             raise AssertionError
 
     others: Any = Others()
-    Ahead.offer("another", others)
+    elsewhere = Link.of("another")
+    elsewhere.blender = others
     one = request()
     claims.begin(one)
     assert claims.there(one, 0) == len(IDS) - COMPUTES
     claims.finished(one)
+    assert Link.of("another") is elsewhere is not Link.of("this")
 
 
 def test_a_hit_is_not_claimed_again(claims: Claims) -> None:

@@ -80,12 +80,12 @@ def test_another_process_forgets_and_stores(
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as writer:
         assert writer.stdin is not None and writer.stdout is not None
         assert int(writer.stdout.readline()) >= len(CHUNKS)
-        lost = until(lambda: len(blend._index) == 0)
+        lost = until(lambda: len(blend.stored()) == 0)
         assert reused() == 0, "memory has it no more"
         print(file=writer.stdin, flush=True)
         assert writer.wait(30) == 0
     learnt = until(lambda: reused() > 0)
-    assert all(key in blend._index for key in map(blend.key, CHUNKS))
+    assert all(key in blend.stored() for key in map(blend.key, CHUNKS))
     request.node.user_properties += [("lost_s", round(lost, 2)), ("learnt_s", round(learnt, 2))]
 
 

@@ -20,7 +20,6 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.store import TieredStore
 from cacheblend_rag.store.source import FileSource
 
@@ -128,14 +127,14 @@ def test_a_remote_that_was_away_is_used_again(
     asking = [(*ids, 1) for ids in prompts(12)]
     with opened(tiny_models, f"{server.url}?timeout={TIMEOUT}", monkeypatch) as blend:
         ingest_again(blend)
-        known = blend._index.keys()
+        known = blend.stored()
         server.process.send_signal(signal.SIGSTOP)
         away = [asked(blend, (*ids, 2)).report for ids in asking]
         assert not any(report.tokens_reused for report in away)
         assert not any(report.missing_keys for report in away)
         kinds = {s.kind for report in away for s in report.segments if s.key}
         assert kinds == {"late"}
-        assert blend._index.keys() == known
+        assert blend.stored() == known
         server.process.send_signal(signal.SIGCONT)
         returned = time.monotonic()
         store = get_kv_transfer_group().blender.store
@@ -234,7 +233,7 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
         begun, choose = [], blender.choose
         monkeypatch.setattr(blender, "choose", lambda *a: begun.append(a) or choose(*a))
         for beside, starts, extra in ((blender, 0, 8), (None, 1, 11)):  # None: it is elsewhere
-            monkeypatch.setattr(Ahead, "blender", beside)
+            monkeypatch.setattr(get_kv_transfer_group().link, "blender", beside)
             _forget_memory(blender.store)
             refused = asked(blend, (extra, *ids[1:]))
             assert not refused.report.blended and len(begun) == starts

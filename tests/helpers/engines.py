@@ -13,6 +13,8 @@ import torch
 from tiny import VOCAB
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
+from cacheblend_rag.plan import PARAMS_KEY, Plan
+from cacheblend_rag.planner import Planner
 
 # a fixed cache, so that engines of several test processes fit beside one another, and none spends
 # a second on filling more with zeros; vLLM 0.26 gives sliding-window layers blocks of 16 on a GPU,
@@ -68,6 +70,23 @@ def freeze_what_is_imported() -> None:
     if not gc.get_freeze_count():
         gc.collect()
         gc.freeze()
+
+
+def planner(blend: CacheBlend) -> Planner:
+    """The scheduler's side of an engine in this process, which has heard all that was said."""
+    engine: Any = blend._engine
+    planning = engine._llm.llm_engine.engine_core.engine_core.scheduler.connector.claims.planning
+    planning._learn()
+    return planning.planner  # type: ignore[no-any-return]
+
+
+def planned(blend: CacheBlend, ids: tuple[int, ...], **options: Any) -> Plan:
+    """What an engine in this process would do for a prompt."""
+    params = blend._prepare(ids, options).request.params
+    assert params is not None
+    plan = planner(blend).plan(ids, params[PARAMS_KEY]).plan
+    assert isinstance(plan, Plan)
+    return plan
 
 
 def logprobs(result: BlendResult) -> torch.Tensor:

@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 
 from cacheblend_rag import BlendConfig, CacheBlend
+from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineInfo, EngineOutput, EngineRequest
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.start import sampling_names, sampling_params
 from cacheblend_rag.errors import ClosedError
+from cacheblend_rag.known import News
+from cacheblend_rag.locate import ChunkIndex
 from cacheblend_rag.models import cache_home
-from cacheblend_rag.plan import PARAMS_KEY, Plan
+from cacheblend_rag.plan import PARAMS_KEY, Head, Plan
+from cacheblend_rag.planner import Limits, Planner, Space
 from cacheblend_rag.store.base import document_id
 from cacheblend_rag.store.notes import Notes
 
@@ -54,6 +58,8 @@ class FakeEngine(Engine):
         self.prefetched: list[str] = []
         self.stored: set[str] = set()
         self.rows: dict[str, Any] = {}  # by key, what the index has to know
+        self.planner = Planner(block_size=16)
+        self.plans: list[Plan | None] = []  # of the requests
         self.notes = Notes()
         self.outcomes: dict[str, dict[str, Any]] = {}  # of requests that a stop string ended
         self.closed = False
@@ -78,7 +84,16 @@ class FakeEngine(Engine):
         self._open()
         match method.removeprefix("cacheblend_"), args:
             case "bind", _:
-                return [[]]
+                return [True]
+            case "unbind", _:
+                return [None]
+            case "open", [space, *known]:
+                self.planner.learn(0, Space.from_plain(space))
+                self.planner.learn(0, News(*known) if known else News(self._rows(), whole=True))
+                return [None]
+            case "limit", [longest, costs]:
+                self.planner.learn(0, Limits(longest=longest, costs=costs and Costs(**costs)))
+                return [None]
             case "missing", [keys]:
                 return [[key for key in keys if key not in self.stored]]
             case "ingest", [keys, chunks, prefix, contexts]:
@@ -90,13 +105,13 @@ class FakeEngine(Engine):
                 self.rows |= {
                     k: (k, array("i", ids).tobytes(), len(prefix) + len(c)) for k, ids, c in rows
                 }
+                self.planner.learn(0, News([self.rows[key] for key in keys]))
                 return [(sum(map(len, chunks)), {})]
-            case "news", _:
-                return [([], [], False)]
             case "list", _:
-                return [[row for key, row in self.rows.items() if key in self.stored]]
+                return [self._rows()]
             case "forget", [keys]:
                 self.stored.difference_update(keys)
+                self.planner.learn(0, News([], keys))
                 return [None]
             case "costs", _:
                 return [{}]  # not measured
@@ -157,8 +172,7 @@ class FakeEngine(Engine):
         reason = "stop" if cut < len(words) or len(words) == len(answer) else "length"
         words = words[:cut] or [""]
         wanted = request.sampling.get("logprobs") is not None
-        plan = Plan.from_params(request.params)
-        engine = {} if plan is None else _outcome(plan)
+        engine = self._planned(request)
         if request.params is not None and stop:  # vLLM finds these in its front end
             self.outcomes[request.params[PARAMS_KEY]["request_id"]] = engine
             engine = {"prefix_cached": len(request.token_ids) - 1}
@@ -175,6 +189,19 @@ class FakeEngine(Engine):
             for i, word in enumerate(words)
         ]
 
+    def _planned(self, request: EngineRequest) -> dict[str, Any]:
+        """The report of a request."""
+        if request.params is None:
+            self.plans.append(None)
+            return {}
+        plan, mode, seconds = self.planner.plan(request.token_ids, request.params[PARAMS_KEY])
+        self.plans.append(plan if isinstance(plan, Plan) else None)
+        done = _outcome(plan) if isinstance(plan, Plan) else plan._asdict()
+        return {"mode": mode, **done, "seconds": dict(seconds)}
+
+    def _rows(self) -> list[Any]:
+        return [row for key, row in self.rows.items() if key in self.stored]
+
     def _open(self) -> None:
         if self.closed:
             raise ClosedError("this engine was closed; make a new CacheBlend")
@@ -182,7 +209,7 @@ class FakeEngine(Engine):
 
 def _outcome(plan: Plan) -> dict[str, Any]:
     recomputed = [round(plan.ratio * len(s)) if s.key else 0 for s in plan.segments]
-    return {"recomputed": recomputed, "missing": [], "seconds": {}, "bytes": 1}
+    return {"plan": plan.to_dict(), "recomputed": recomputed, "missing": [], "bytes": 1}
 
 
 def install(patch: pytest.MonkeyPatch) -> list[FakeEngine]:
@@ -208,6 +235,25 @@ def sent(blend: CacheBlend) -> list[EngineRequest]:
     """The requests that reached the fake engine, those of the gate left out."""
     engine: Any = blend._engine
     return [r for r in engine.requests if not _of_gate(r)]
+
+
+def head_of(blend: CacheBlend) -> Head | None:
+    """The stored head that prompts of this front may begin with."""
+    engine: Any = blend._engine
+    return engine.planner._spaces[blend._name].head  # type: ignore[no-any-return]
+
+
+def index_of(blend: CacheBlend) -> ChunkIndex:
+    """What prompts of this front are searched for."""
+    engine: Any = blend._engine
+    return engine.planner.known.index(blend._name)  # type: ignore[no-any-return]
+
+
+def plans(blend: CacheBlend) -> list[Plan | None]:
+    """The plans of the requests that ``sent`` returns."""
+    engine: Any = blend._engine
+    both = zip(engine.requests, engine.plans, strict=True)
+    return [plan for request, plan in both if not _of_gate(request)]
 
 
 def _of_gate(request: EngineRequest) -> bool:

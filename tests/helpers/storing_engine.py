@@ -9,9 +9,11 @@ import pytest
 from chunks import chunk_of
 from fake_engine import FakeEngine
 
+from cacheblend_rag.engine import EngineRequest
 from cacheblend_rag.engine.base import awaited
 from cacheblend_rag.engine.start import unwrap
 from cacheblend_rag.engine.stored import RankStore
+from cacheblend_rag.planner import Space
 from cacheblend_rag.store import ChunkKV, open_store
 
 
@@ -41,12 +43,16 @@ class StoringEngine(FakeEngine):
                     namespace = fingerprint[:32] + f"-{rank}" * (self.num_ranks > 1)
                     store = open_store(url, namespace=namespace, tenant=tenant)
                     self.ranks.append(RankStore(store, self.near.discard))
-                return [rank.follower.start() for rank in self.ranks]
+                    self.ranks[-1].follower.start(lambda: None)
+                return [True for _ in self.ranks]
+            case "open", [space]:
+                self.planner.learn(0, Space.from_plain(space))
+                for rank in self.ranks:
+                    rank.follower.list()
+                return [None for _ in self.ranks]
             case "taken", [tickets]:
                 both = zip(self.ranks, tickets, strict=True)
                 return [[] if n is None else rank.thread.take(n) for rank, n in both]
-            case "news", _:
-                return [rank.follower.take() for rank in self.ranks]
             case "ingest", [keys, chunks, prefix, contexts]:
                 kv = [chunk_of(1, num_tokens=len(ids)).kv_L2NHD for ids in chunks]
                 computed = [
@@ -59,6 +65,12 @@ class StoringEngine(FakeEngine):
             case "store_stats", _:
                 return self._later(lambda rank: rank.stats())
         return super().rpc(method, *args)
+
+    def _planned(self, request: EngineRequest) -> dict[str, Any]:
+        for number, rank in enumerate(self.ranks):
+            if (news := rank.follower.take()) is not None:
+                self.planner.learn(number, news)
+        return super()._planned(request)
 
     def _later(self, work: Callable[[RankStore], Any]) -> list[Any]:
         return [rank.thread.start(lambda rank=rank: work(rank)) for rank in self.ranks]  # type: ignore[misc]

@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 OURS = [name for name in EXAMPLES if name != "quickstart.py"]
 OWN_STORE = "ingestion_pipeline.py"
+CHUNK = (
+    "On the first Sunday of June the islanders race their rowing boats around the lighthouse. " * 5
+)
 
 
 @pytest.fixture
@@ -53,6 +56,40 @@ def test_readme(name: str, running: SharedEngine, capsys: pytest.CaptureFixture[
     [code] = blocks(section(name))
     exec(compile(code, f"README.md, {name}", "exec"), {"__name__": "readme"})
     assert len(capsys.readouterr().out.split()) > 3
+
+
+def test_readme_python(engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = blocks(section("Python"))
+    named = '"Qwen/Qwen2.5-1.5B-Instruct"'  # is on a hub
+    assert named in code
+    messages = [{"role": "user", "content": f"{CHUNK}\n\nWho rings the bell?"}]
+    scope = {"MODEL": embedded_model(), "chunks": [CHUNK], "messages": messages}
+    exec(compile(code.replace(named, "MODEL"), "README.md, Python", "exec"), scope)
+    text, _, reused = capsys.readouterr().out.splitlines()[0].rsplit(maxsplit=2)
+    assert text == "A short answer." and int(reused) > 0
+
+
+def test_debug_page(engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
+    with CacheBlend(embedded_model()) as blend:
+        blend.ingest([CHUNK])
+        prompt = f"{CHUNK}\n\nWho rings the bell?"
+        scope = {"blend": blend, "prompt": prompt, "prompt_text": prompt, "chunk": CHUNK}
+        for number, code in enumerate(blocks((ROOT / "docs" / "debug.md").read_text())):
+            exec(compile(code, f"debug.md, block {number}", "exec"), scope)
+    assert not scope["plain"].report.blended and scope["exact"].report.tokens_reused == 0
+    shown = capsys.readouterr().out
+    assert "True None" in shown and "stored KV, keys re-rotated" in shown
+
+
+def test_python_page(engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
+    messages = [{"role": "user", "content": f"{CHUNK}\n\nWho rings the bell?"}]
+    scope = {"MODEL": embedded_model(), "chunks": [CHUNK], "messages": messages}
+    for number, code in enumerate(blocks((ROOT / "docs" / "python.md").read_text())):
+        exec(compile(code, f"python.md, block {number}", "exec"), scope)
+    shown = capsys.readouterr().out
+    assert "1 computed, 0 there before" in shown and "mode 0.3 hkvd" in shown
+    assert "1 chunks forgotten" in shown
+    assert engines[0].prefetched and engines[0].closed
 
 
 @pytest.mark.vllm

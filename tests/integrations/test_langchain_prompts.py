@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import MODEL, FakeEngine, sent
+from fake_engine import MODEL, FakeEngine, index_of, plans, sent
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_matrix import CHAINS, document_prompt, documents
 
@@ -30,11 +30,11 @@ def test_chunks_are_found(name: str, llm: ChatCacheBlend) -> None:
     found = sum(
         match.end - match.start
         for request in sent(blend)
-        for match in blend._index.locate(request.token_ids)
+        for match in index_of(blend).locate(request.token_ids)
     )
     total = sum(len(llm.get_token_ids(ingestion.text_of(d).strip())) for d in documents())
     assert 0.99 <= found / total <= 1
-    assert sent(blend)[-1].params is not None
+    assert plans(blend)[-1] is not None
 
 
 def test_messages_become_what_the_template_makes_of_them(llm: ChatCacheBlend) -> None:

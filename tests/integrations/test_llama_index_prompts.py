@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import MODEL, FakeEngine, sent
+from fake_engine import MODEL, FakeEngine, index_of, plans, sent
 from llama_matrix import CASES, Calls, listen
 
 from llama_index_cacheblend import CacheBlendLLM
@@ -33,12 +33,12 @@ def test_chunks_are_found(
     texts = case.run(llm)
 
     requests = sent(blend)
-    located = [blend._index.locate(request.token_ids) for request in requests]
+    located = [index_of(blend).locate(request.token_ids) for request in requests]
     found = sum(match.end - match.start for matches in located for match in matches)
     share = found / sum(len(llm.encode(text)) for text in texts)
     assert case.at_least <= share <= 1
-    for request, matches in zip(requests, located, strict=True):
-        assert (request.params is not None) == bool(matches)
+    for plan, matches in zip(plans(blend), located, strict=True):
+        assert (plan is not None) == bool(matches)
 
     tokenizer = blend.tokenizer
     plain = [

@@ -20,7 +20,7 @@ from chat_models import (
     with_tekken,
     with_template,
 )
-from fake_engine import MODEL, fake_blend
+from fake_engine import MODEL, fake_blend, head_of
 
 from cacheblend_rag import BlendConfig, CacheBlend, ConfigError, EngineError, PromptError
 from cacheblend_rag.ingest import IngestReport
@@ -83,7 +83,7 @@ def test_ids_of_mistral_s_own_tokenizer(
     assert blend.takes_messages
     expected = own_chat(folder, CONVERSATIONS[name], "mistral")
     assert blend.tokenize(CONVERSATIONS[name]) == expected
-    head = blend._head
+    head = head_of(blend)
     assert head is not None
     if name == "one":
         assert expected[: len(head.token_ids)] == head.token_ids
@@ -120,8 +120,9 @@ def test_the_head_follows_the_arguments(tmp_path: Path, monkeypatch: pytest.Monk
     for thinking in (True, False):
         config = BlendConfig(chat_template_kwargs={"enable_thinking": thinking})
         blend = opened(monkeypatch, folder, config=config)
-        assert blend._head is not None
-        heads.append(text_of(blend, blend._head.token_ids))
+        head = head_of(blend)
+        assert head is not None
+        heads.append(text_of(blend, head.token_ids))
     assert heads[0].startswith("/think")
     assert heads[1].startswith("/no_think")
 
@@ -152,8 +153,9 @@ def test_a_template_without_a_system_role(tmp_path: Path, monkeypatch: pytest.Mo
     folder = with_template(tmp_path, NO_SYSTEM)
     blend = opened(monkeypatch, folder, config=BlendConfig(likely_system_prompt="Be brief."))
     assert blend.tokenize(CONVERSATIONS["one"]) == own_chat(folder, CONVERSATIONS["one"])
-    assert blend._head is not None
-    assert text_of(blend, blend._head.token_ids).endswith("<turn>user\n")
+    head = head_of(blend)
+    assert head is not None
+    assert text_of(blend, head.token_ids).endswith("<turn>user\n")
     with pytest.raises(PromptError, match=r"System role not supported.*system, user.*text"):
         blend.generate(CONVERSATIONS["system"])
     with pytest.raises(PromptError, match=r"must alternate.*user, user"):
@@ -219,8 +221,9 @@ def test_chunks_outlive_the_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         on_day(monkeypatch, day)
         blend = opened(monkeypatch, folder, config=BlendConfig(system_prompt="Be brief."))
         keys.update(ingested(blend).keys)
-        assert blend._head is not None
-        heads.append(text_of(blend, blend._head.token_ids))
+        head = head_of(blend)
+        assert head is not None
+        heads.append(text_of(blend, head.token_ids))
         prompts.append(blend.tokenize(CONVERSATIONS["system"]))
         assert prompts[-1] == own_chat(folder, CONVERSATIONS["system"])
         assert f"Today Date: 0{day} May 2031" in text_of(blend, prompts[-1])

@@ -170,7 +170,7 @@ def test_a_plan_tells_the_engine_whether_costs_matter() -> None:
         made = plan(6, None, **options)
         assert isinstance(made, Plan)
         assert made.when == expected
-        assert Plan.from_params(made.to_params()) == made
+        assert Plan.from_dict(made.to_dict()) == made
     one, other = plan(6, None), plan(6, None, when="always")
     assert isinstance(one, Plan) and isinstance(other, Plan)
     assert one.settings == other.settings  # the same KV

@@ -41,7 +41,8 @@ def fail_after(
         if method != "cacheblend_ingest":
             return list(rpc(method, *args))
         room = chunks - len(engine.stored) + before
-        done = list(rpc(method, *(a[:room] if isinstance(a, list) else a for a in args)))
+        keys, chunks_ids, prefix, contexts = args
+        done = list(rpc(method, keys[:room], chunks_ids[:room], prefix, contexts[:room]))
         if len(args[0]) > room:
             raise error
         return done
@@ -62,7 +63,7 @@ def test_what_was_stored_before_a_failure_is_used(
             blend.ingest(TEXTS, documents=NAMES, progress=False)
     stored = {blend.key(text) for text in TEXTS} & blend.engine.stored  # type: ignore[attr-defined]
     assert len(stored) == chunks + 1
-    assert stored == blend._index.keys()
+    assert stored == blend.stored()
     documents = {name for name, text in zip(NAMES, TEXTS, strict=True) if blend.key(text) in stored}
     assert blend.labelled(NAMES) == documents
     if chunks:
@@ -76,7 +77,7 @@ def test_adapters_leave_the_same_behind(monkeypatch: pytest.MonkeyPatch) -> None
         fail_after(blend, patch, 7, StoreError("the disk is full"))
         with pytest.raises(StoreError):
             shared.ingest(TEXTS, NAMES, progress=False)
-    assert len(shared.labelled(NAMES)) == 7 == len(blend._index)
+    assert len(shared.labelled(NAMES)) == 7 == len(blend.stored())
     assert shared.forget(shared.labelled(NAMES)) == 7
     assert not {blend.key(text) for text in TEXTS} & blend.engine.stored  # type: ignore[attr-defined]
 
@@ -97,7 +98,7 @@ def test_too_long_ones_are_counted_and_the_others_computed(blend: CacheBlend) ->
     report = blend.ingest([TEXTS[0], LONG, "short", TEXTS[1]], progress=False)
     assert (report.chunks, report.computed, report.too_long, report.too_short) == (4, 2, 1, 1)
     assert report.keys == [blend.key(TEXTS[0]), "", "", blend.key(TEXTS[1])]
-    assert blend.key(LONG) not in blend._index
+    assert blend.key(LONG) not in blend.stored()
     blend.forget(LONG)  # it is not there
     blend.prefetch(LONG)
     assert blend.retain([LONG, TEXTS[0]]) == 1
@@ -127,14 +128,14 @@ def test_a_bad_text_is_named_before_anything_is_computed(
     for use in uses:
         with pytest.raises(error, match=f"text 3 of 3: .*{message}"):
             use()
-    assert not sent(blend) and len(blend._index) == 0
+    assert not sent(blend) and len(blend.stored()) == 0
 
 
 def test_what_stands_before_a_bad_text_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     blend = fake_blend(monkeypatch, config=BlendConfig(ingest_prefix="document"))
     with pytest.raises(PromptError, match=r"before, text 2 of 2: .*2\.5"):
         blend.ingest(TEXTS[:2], before=["a title", [2.5]], progress=False)
-    assert len(blend._index) == 0
+    assert len(blend.stored()) == 0
 
 
 def test_adapters_warn_of_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

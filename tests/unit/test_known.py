@@ -15,6 +15,7 @@ from servers import RedisServer, s3_bucket
 from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.engine.base import TICKET, awaited
 from cacheblend_rag.errors import StoreError, UnavailableError
+from cacheblend_rag.known import News
 from cacheblend_rag.store import Changes, ChunkKV, KVStore, MemoryStore
 from cacheblend_rag.store.follow import Follower
 
@@ -170,8 +171,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
 def following(store: KVStore, forgotten: list[str] | None = None) -> Follower:
     follower = Follower(store, ([] if forgotten is None else forgotten).append)
-    follower.start()
+    follower.start(lambda: None)
     return follower
+
+
+def taken(follower: Follower) -> News:
+    return follower.take() or News([])
 
 
 def test_a_follower_outlives_any_failure(told: Told) -> None:
@@ -180,7 +185,7 @@ def test_a_follower_outlives_any_failure(told: Told) -> None:
     told.put(key_of(1), chunk_of(1))
 
     def is_learnt() -> bool:
-        found.extend(row[0] for row in follower.take().added)
+        found.extend(row[0] for row in taken(follower).added)
         return found == [key_of(1)]
 
     with pytest.warns(RuntimeWarning, match="cannot be followed .RuntimeError: odd"):
@@ -202,11 +207,11 @@ def test_what_this_process_did_last_is_what_is_told(told: Told) -> None:
     follower.note(list(told.scan()))
     told.gate.set()
     until(lambda: told.asked > asked + 2)
-    news = follower.take()
+    news = taken(follower)
     assert [row[0] for row in news.added] == [key_of(1)] and not news.removed
     told.discard(key_of(1))
     follower.note(removed=[key_of(1)])
-    assert follower.take().removed == [key_of(1)]
+    assert taken(follower).removed == [key_of(1)]
     follower.close()
 
 
@@ -215,9 +220,10 @@ def test_too_much_news_is_a_listing(told: Told, monkeypatch: pytest.MonkeyPatch)
     follower = following(told)
     for seed in range(5):
         told.put(key_of(seed), chunk_of(seed))
-    until(lambda: follower.take().whole)
-    assert {row[0] for row in follower.list()} == {key_of(seed) for seed in range(5)}
-    assert not follower.take().whole
+    news = [News([])]
+    until(lambda: news.append(taken(follower)) or news[-1].whole)  # type: ignore[func-returns-value]
+    assert {row[0] for row in news[-1].added} == {key_of(seed) for seed in range(5)}
+    assert follower.take() is None
     follower.close()
 
 

@@ -136,7 +136,7 @@ def test_every_option_of_a_request_reaches_its_plan() -> None:
     assert isinstance(made, Plan)
     assert (made.ratio, made.selector, made.reach, made.when) == (0.4, "query", 7, "always")
     assert made.selector_options == {"layers": (0.2, 0.5)}
-    assert Plan.from_params(json.loads(json.dumps(made.to_params()))) == replace(
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == replace(
         made, selector_options={"layers": [0.2, 0.5]}
     )
     reuse = plan([match(0, 100)], mode="reuse", recompute_ratio=0.4, when="pays")
@@ -165,72 +165,12 @@ def test_the_stored_head_is_exact_where_the_prompt_starts_with_it() -> None:
     assert made(IDS[:12], start=0) == (Segment(0, 96, "k", 0, Kind.REUSE),)
 
 
-def test_params_survive_json_and_reject_what_is_malformed() -> None:
+def test_a_plan_survives_json() -> None:
     made = plan([match(10, 100)], recompute_ratio=0.3, selector_options={"layers": (0.2, 0.5)})
     assert isinstance(made, Plan)
-    params = json.loads(json.dumps(made.to_params()))
-    again = Plan.from_params(params)
-    assert again is not None and again.segments == made.segments
+    again = Plan.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again.segments == made.segments
     assert again.settings == made.settings
-    assert Plan.from_params({}) is None and Plan.from_params(None) is None
-    for name, value in [
-        ("format", 99),
-        ("segments", [[5, 10, "", 0, 0]]),
-        ("segments", []),
-        ("segments", [[0, 10, "", 0, 9]]),
-        ("segments", [[0, 10, ""]]),
-        ("ratio", 2.0),
-        ("ratio", None),
-        ("ratio", -0.1),
-        ("question_start", 3),
-        ("question_start", "soon"),
-        ("segments", [[0, 16, "", 0, 0], [17, 32, "k", 0, 1]]),
-        ("segments", [[0, 16, "", 0, 0], [15, 32, "k", 0, 1]]),
-        ("segments", [[0, 16, "", 0, 0], [16, 16, "k", 0, 1]]),
-        ("segments", [[0, 16, "k", -1, 1]]),
-        ("segments", 5),
-        ("reach", -1),
-        ("reach", None),
-        ("reach", float("inf")),
-        ("when", "sometimes"),
-        ("selector", "best"),
-        ("selector", ["query"]),
-        ("selector_options", {"colour": 1}),
-        ("selector_options", None),
-    ]:
-        broken = json.loads(json.dumps(params))
-        broken["cacheblend"][name] = value
-        with pytest.raises(ValueError, match=r"plan|selector"):
-            Plan.from_params(broken)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_a_broken_plan_is_refused_or_sound(data: st.DataObject) -> None:
-    """Whatever another program sends as a part of a plan: what is accepted keeps its promises."""
-    made = plan([match(10, 100)])
-    assert isinstance(made, Plan)
-    params = json.loads(json.dumps(made.to_params()))
-    name = data.draw(st.sampled_from(sorted(params["cacheblend"])))
-    params["cacheblend"][name] = data.draw(JSON)
-    try:
-        read = Plan.from_params(params)
-    except ValueError:
-        return
-    assert read is not None
-    assert [s.start for s in read.segments] == [0, *(s.end for s in read.segments[:-1])]
-    assert all(s.end > s.start and s.offset >= 0 for s in read.segments)
-    assert 0 <= read.ratio <= 1 and read.reach >= 0 and read.question_start >= read.end
-    assert all(isinstance(s.key, str) for s in read.segments) and read.when in ("always", "pays")
 
 
 @settings(max_examples=200, deadline=None)
@@ -250,22 +190,13 @@ def test_any_matches_make_a_plan_of_whole_blocks(data: st.DataObject) -> None:
     assert [s.start for s in made.segments] == [0, *(s.end for s in made.segments[:-1])]
     served = {(s.start, s.key, s.offset) for s in made.segments if s.key}
     assert served == {(m.start, m.key, m.offset) for m in matches if m.start < made.end}
-    assert Plan.from_params(made.to_params()) == made
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [([], "a list"), ({"format": 99}, "plan of format 99, expected"), ({}, "format None")],
-)
-def test_what_is_no_plan_at_all(data: object, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Plan.from_params({"cacheblend": data})
+    assert Plan.from_dict(made.to_dict()) == made
 
 
 def test_the_ends_of_ranges_belong_to_them() -> None:
     made = plan([match(0, 100)], recompute_ratio=1.0, reach=0)
     assert isinstance(made, Plan)
-    assert Plan.from_params(json.loads(json.dumps(made.to_params()))) == made
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
 def test_settings_tell_apart_what_gives_other_kv() -> None:
@@ -322,27 +253,35 @@ def test_report_counts_every_token_once() -> None:
     engine = {"recomputed": [0, 5, 0], "missing": [2], "seconds": {"load": 0.1}, "bytes": 7}
     for cached in (0, 16, 64):
         report = make_report(
-            made,
-            {**engine, "prefix_cached": cached},
+            None,
+            {**engine, "plan": made.to_dict(), "prefix_cached": cached},
             mode="blend",
             tokens_total=300,
             ttft_s=1.0,
             total_s=2.0,
-            stages_s={"plan": 0.2},
+            tokenize_s=0.2,
         )
         kinds = report.tokens_reused, report.tokens_recomputed, report.tokens_fresh
         assert sum(kinds) + report.tokens_prefix_cached == 300
         assert [s.start for s in report.segments[1:]] == [s.end for s in report.segments[:-1]]
         assert report.segments[0].start == 0 and report.segments[-1].end == 300
-        assert report.missing_keys == ("b",) and report.stages_s == {"plan": 0.2, "load": 0.1}
+        assert report.missing_keys == ("b",) and report.stages_s == {"tokenize": 0.2, "load": 0.1}
         assert json.dumps(report.to_dict())
 
 
 def test_a_chunk_that_came_too_late_is_not_forgotten() -> None:
     made = plan([match(10, 60, "a"), match(60, 205, "b")])
-    engine = {"recomputed": [0, 5, 0], "missing": [1, 2], "late": [2], "seconds": {}, "bytes": 0}
+    engine: dict[str, object] = {
+        "recomputed": [0, 5, 0],
+        "missing": [1, 2],
+        "late": [2],
+        "seconds": {},
+        "bytes": 0,
+    }
+    assert isinstance(made, Plan)
+    engine["plan"] = made.to_dict()
     report = make_report(
-        made, engine, mode="blend", tokens_total=300, ttft_s=1.0, total_s=2.0, stages_s={}
+        None, engine, mode="blend", tokens_total=300, ttft_s=1.0, total_s=2.0, tokenize_s=0
     )
     assert [s.kind for s in report.segments] == ["fresh", "missing", "late", "fresh"]
     assert "longer" in report.segments[2].detail

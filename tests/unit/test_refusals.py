@@ -40,6 +40,8 @@ WORDS = {
     Reason.LORA: ("LoRA", "LoRA adapter"),
     Reason.ENCODER_INPUTS: ("images", "take images"),
     Reason.PROMPT_LOGPROBS: ("`prompt_logprobs`",),
+    Reason.PROMPT_EMBEDS: ("embeddings",),
+    Reason.ROWS_DIFFER: ("ratio 1 equals a plain prefill",),
 }
 # what the caller's own mode, the chunks found, their costs or the store decide for a request
 NOT_LISTED = {
@@ -50,8 +52,9 @@ NOT_LISTED = {
     Reason.PREFIX_CACHED,
     Reason.CHUNKS_MISSING,
     Reason.BLEND_FAILED,
-    Reason.MALFORMED_PLAN,
-    Reason.NO_TOKEN_LEFT,
+    Reason.MALFORMED_OPTIONS,
+    Reason.PLANNING_FAILED,
+    Reason.NOT_READY,
     Reason.NOT_REPORTED,
     Reason.PROBE_NOT_BLENDED,
 }

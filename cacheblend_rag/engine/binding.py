@@ -1,0 +1,175 @@
+"""An engine that others start, such as ``vllm serve`` with our connector: the worker opens the
+store itself, by what stands in ``kv_connector_extra_config``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from vllm.distributed import get_tp_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
+from vllm.logger import init_logger
+
+from cacheblend_rag import calibration, gate
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.costs import Costs
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.chat import VllmChat
+from cacheblend_rag.engine.link import Link
+from cacheblend_rag.engine.start import Prepared, make_info
+from cacheblend_rag.engine.worker import WorkerExtension
+from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.plan import Head
+from cacheblend_rag.planner import Limits, Message, Space
+from cacheblend_rag.prefix import ingest_prefix, prompt_head
+from cacheblend_rag.reason import Reason, Why
+from cacheblend_rag.store import open_store
+from cacheblend_rag.store.follow import Follower
+from cacheblend_rag.store.url import parse_size, parse_url
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engine.connector import CacheBlendConnector
+
+_SPACE = "default"
+
+logger = init_logger("vllm.cacheblend_rag")
+
+
+@dataclasses.dataclass
+class Said(KVConnectorHandshakeMetadata):
+    """From a rank to the scheduler's side, once the worker is bound.
+
+    Attributes:
+        messages: what it says.
+        store: URL, namespace and tenant of a store that the scheduler's side is to follow itself.
+    """
+
+    messages: list[Message]
+    store: tuple[str, str, str] | None = None
+
+
+class _Worker(WorkerExtension):
+    """What vLLM mixes into its worker where our front door starts it."""
+
+    def __init__(self, connector: CacheBlendConnector, runner: Any, config: Any) -> None:
+        self._own, self.model_runner, self.vllm_config = connector, runner, config
+        self.device = runner.device
+
+    def get_model(self) -> Any:
+        """The loaded model."""
+        return self.model_runner.get_model()
+
+    def _connector(self) -> CacheBlendConnector:
+        return self._own
+
+
+def model_runner() -> Any:
+    """The model runner that registers its KV caches: up the stack of who calls this."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if all(hasattr(found, name) for name in ("get_model", "device", "kv_cache_config")):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError("no model runner of vLLM's registers these KV caches")
+
+
+def bind(connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, told: bool) -> Said:
+    """Check the model, open the store, and say how requests are planned. All ranks do it together.
+    What can't be blended is served without.
+
+    Args:
+        told: the scheduler's side learns from this process what becomes of the store. Else it
+            follows a shared store itself: news from here would reach it with the next step only.
+    """
+    try:
+        given = vllm_config.kv_transfer_config.kv_connector_extra_config
+        config = BlendConfig.of(given, "kv_connector_extra_config")
+        return _bind(_Worker(connector, runner, vllm_config), config, told)
+    except CacheBlendError as error:
+        why_not = Why(Reason.NOT_READY, f"{type(error).__name__}: {error}")
+    logger.error("requests are served without blending: %s", why_not.detail)
+    return Said([_nothing(), Limits(why_not=why_not)])
+
+
+def _bind(worker: _Worker, config: BlendConfig, told: bool) -> Said:
+    vllm_config, link = worker.vllm_config, worker._connector().link
+    refusal = compat.model_refusal(vllm_config.model_config)
+    prepared = Prepared(None, refusal, compat.installed_version())
+    info = make_info(prepared, vllm_config, lambda: _of_all_ranks(worker.cacheblend_inspect()))
+    report = gate.check_layers(info)
+    if not report.passed:
+        assert report.reason is not None
+        logger.warning("requests are served without blending: %s", report.detail)
+        return Said([_nothing(), Limits(why_not=Why(report.reason, report.detail))])
+    worker._rows().proved = lambda why_not: worker._say(
+        Limits(why_not=why_not, longest=report.max_tokens, costs=worker._blender().costs)
+    )
+    follows = told or parse_url(config.store).scheme == "memory"
+    memory = parse_size(config.gpu_cache) if config.gpu_cache else 0
+    worker._open_store(config.store, info.fingerprint, memory, config.namespace, follows=follows)
+    worker._say(_space(worker, config, info))
+    measured = worker.cacheblend_costs()
+    costs = Costs(**measured) if measured else None
+    worker._limit(Limits(longest=report.max_tokens, costs=costs, proving=True))
+    if follows:
+        worker._list_store()
+        return Said([] if link.is_heard else link.take())
+    where = config.store, info.fingerprint[:32], config.namespace
+    return Said(link.take(), where)
+
+
+def follow(link: Link, url: str, namespace: str, tenant: str) -> Callable[[], None]:
+    """Have the scheduler's side follow a store itself; returns what is to be closed."""
+    store = open_store(url, namespace=namespace, tenant=tenant)
+    follower = Follower(store, lambda key: None)
+    link.follow(follower)
+    follower.list()
+
+    def close() -> None:
+        follower.close()
+        store.close()
+
+    return close
+
+
+def _nothing() -> Space:
+    """A space of requests that are not blended, so that they are told why."""
+    return Space(name=_SPACE, keys=KeySpace("", ()), default=True)
+
+
+def _space(worker: _Worker, config: BlendConfig, info: Any) -> Space:
+    """Of all requests; their usual head is stored, if it is not there yet."""
+    renderer = compat.renderer(worker.vllm_config)
+    tokenizer, chat = renderer.tokenizer, VllmChat(renderer)
+    prefix = ingest_prefix(config, tokenizer, chat, positions=info.positions)
+    by_document = config.ingest_prefix == "document"
+    keys = KeySpace(info.fingerprint, prefix, config.namespace, by_document)
+    ids = prompt_head(config, tokenizer, chat)
+    head = None
+    if len(ids) >= 2:
+        head = Head(keys._replace(prefix_ids=(), by_document=False).key(ids), ids)
+        worker._store_head(head)
+    return Space(
+        name=_SPACE,
+        keys=keys,
+        head=head,
+        options=config.request_defaults(),
+        calibration=calibration.find(info.fingerprint, config.calibration),
+        default=True,
+    )
+
+
+def _of_all_ranks(facts: Any) -> list[Any]:
+    group = get_tp_group()
+    if group.world_size == 1:
+        return [facts]
+    every: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(every, facts, group=group.cpu_group)
+    return every

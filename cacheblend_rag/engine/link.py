@@ -1,0 +1,84 @@
+"""How a rank's worker reaches the scheduler's side of its engine.
+
+Where one process has both, as vLLM has it for one GPU, they share a ``Link``: what the worker says
+is heard at once. Else it waits in the worker's own, and leaves with the metadata of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakValueDictionary
+
+from cacheblend_rag.planner import Message
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engine.blend import Blender
+    from cacheblend_rag.store.follow import Follower
+
+
+class Link:
+    """One for an engine in each of its processes; ``of`` makes it.
+
+    Attributes:
+        blender: the only worker's; None where there are several, or it is in another process.
+    """
+
+    _here: ClassVar[WeakValueDictionary[str, Link]] = WeakValueDictionary()
+    _making: ClassVar[Lock] = Lock()
+
+    def __init__(self) -> None:
+        self.blender: Blender | None = None
+        self._said: list[Message] = []
+        self._lock = Lock()
+        self._news: Follower | None = None
+        self._hear: Callable[[], object] | None = None
+
+    @classmethod
+    def of(cls, engine_id: str) -> Link:
+        """That of an engine, by vLLM's name of it, for as long as somebody holds it."""
+        with cls._making:
+            return cls._here.setdefault(engine_id, cls())
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the scheduler's side is in this process."""
+        return self._hear is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether something was said that was not taken."""
+        return bool(self._said) or (self._news is not None and self._news.has_news)
+
+    def hear(self, wake: Callable[[], object]) -> None:
+        """The scheduler's side is here: ``wake`` is called, from any thread, when it should
+        ``take``.
+        """
+        self._hear = wake
+
+    def say(self, message: Message) -> None:
+        """Tell the scheduler's side."""
+        with self._lock:
+            self._said.append(message)
+        self._wake()
+
+    def follow(self, news: Follower) -> None:
+        """Have it told of a store's news as well, from now on."""
+        self._news = news
+        news.start(self._wake)
+
+    def take(self) -> list[Message]:
+        """What was said since the call before; waits for nothing."""
+        with self._lock:
+            said, self._said = self._said, []
+        news = self._news.take() if self._news is not None else None
+        return said if news is None else [*said, news]
+
+    def end(self) -> None:
+        """The worker blends no more."""
+        self.blender = self._news = None
+
+    def _wake(self) -> None:
+        if self._hear is not None:
+            self._hear()

@@ -1,0 +1,199 @@
+"""From a request's token ids to its plan, whoever sent it. It runs where requests are scheduled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from cacheblend_rag.calibration import Calibration, resolved
+from cacheblend_rag.config import PER_REQUEST, BlendConfig, unknown_option
+from cacheblend_rag.costs import Costs
+from cacheblend_rag.errors import CacheBlendError, ConfigError
+from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.known import KnownChunks, News
+from cacheblend_rag.plan import Head, NoPlan, Plan, make_plan
+from cacheblend_rag.reason import Reason, Why
+
+_OWN = ("space", "request_id")  # beside the options of a request
+_NOT_YET = Why(Reason.NOT_READY, "the engine's store is not open yet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """Requests that are planned alike.
+
+    Attributes:
+        name: by which a request says that it is one of them.
+        keys: what the keys of its chunks depend on.
+        head: the prompts' usual first tokens, if they are stored.
+        options: fields of ``BlendConfig``, which a request may change for itself.
+        calibration: what the ratio ``auto`` stands for.
+        default: requests that name no space are of this one.
+    """
+
+    name: str
+    keys: KeySpace
+    head: Head | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    default: bool = False
+
+    def to_plain(self) -> dict[str, Any]:
+        """Lists, numbers and texts, for an RPC."""
+        head = None if self.head is None else [self.head.key, list(self.head.token_ids)]
+        keys = [list(field) if isinstance(field, tuple) else field for field in self.keys]
+        return {"name": self.name, "keys": keys, "head": head, "options": dict(self.options)}
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Space:
+        """The space that ``to_plain`` wrote."""
+        fingerprint, prefix, namespace, by_document = data["keys"]
+        keys = KeySpace(fingerprint, tuple(prefix), namespace, by_document)
+        head = Head(data["head"][0], tuple(data["head"][1])) if data["head"] else None
+        return cls(name=data["name"], keys=keys, head=head, options=data["options"])
+
+
+class Limits(NamedTuple):
+    """What all blends of an engine are held to.
+
+    Attributes:
+        why_not: nothing is blended.
+        longest: tokens that a blend may cover; None: all.
+        costs: what was measured; None where nothing was.
+        proving: blends were not proved yet: those that begin are to do it.
+    """
+
+    why_not: Why | None = None
+    longest: int | None = None
+    costs: Costs | None = None
+    proving: bool = False
+
+
+class Lost(NamedTuple):
+    """Chunks that a blend wanted and the stores do not have."""
+
+    keys: Sequence[str]
+
+
+Message = Space | Limits | News | Lost  # to who plans
+
+
+class Planned(NamedTuple):
+    """A plan or why there is none, the request's mode, the seconds that it took by stage, and
+    whether the blend has to prove something.
+    """
+
+    plan: Plan | NoPlan
+    mode: str
+    seconds: Mapping[str, float]
+    proves: bool = False
+
+
+class Planner:
+    """What of each prompt is reused. ``learn`` is called by one thread at a time.
+
+    Args:
+        block_size: tokens a block of the paged cache.
+        longest: tokens of which vLLM keeps all blocks; None: all.
+    """
+
+    def __init__(self, block_size: int, longest: int | None = None) -> None:
+        self._block_size, self._longest = block_size, longest
+        self.known = KnownChunks()
+        self._limits = Limits(_NOT_YET)
+        self._spaces: dict[str, Space] = {}
+        self._configs: dict[str, BlendConfig] = {}
+        self._default: str | None = None
+
+    @property
+    def plans_all(self) -> bool:
+        """Whether requests are planned that carry no options of ours."""
+        return self._default is not None
+
+    def learn(self, rank: int, message: Message) -> None:
+        """Take what a rank's worker says."""
+        if isinstance(message, News):
+            self.known.learn(rank, message)
+        elif isinstance(message, Limits):
+            self._limits = message
+        elif isinstance(message, Lost):
+            self._lose(message.keys)
+        else:
+            self._open(message)
+
+    def plan(self, token_ids: Sequence[int], options: Mapping[str, Any]) -> Planned:
+        """Find the known chunks of a prompt, and decide what is reused.
+
+        Args:
+            token_ids: the whole prompt.
+            options: of the request, by the names of ``config.PER_REQUEST``; and its ``space``.
+        """
+        start = time.perf_counter()
+        try:
+            space, config = self._settings(options)
+        except CacheBlendError as error:
+            return Planned(NoPlan(Reason.MALFORMED_OPTIONS, str(error)), "blend", {})
+        if config.mode in ("off", "full"):
+            return Planned(NoPlan(Reason.MODE, f"mode is {config.mode!r}"), config.mode, {})
+        if self._limits.why_not is not None:
+            return Planned(NoPlan(*self._limits.why_not), config.mode, {})
+        matches = self.known.index(space.name).locate(token_ids, min_tokens=config.min_chunk_tokens)
+        located = time.perf_counter()
+        longest = self._longest, self._limits.longest
+        plan = make_plan(
+            token_ids,
+            matches,
+            config,
+            prefix_ids=space.keys.shared_prefix,
+            block_size=self._block_size,
+            head=space.head,
+            costs=self._limits.costs,
+            longest=min((n for n in longest if n is not None), default=None),
+        )
+        if isinstance(plan, Plan):
+            plan = replace(plan, space=space.keys.key(()))
+        seconds = {"locate": located - start, "plan": time.perf_counter() - located}
+        return Planned(plan, config.mode, seconds, self._limits.proving)
+
+    def _open(self, space: Space) -> None:
+        self._spaces[space.name] = space
+        self._configs[space.name] = BlendConfig(**space.options)
+        self.known.open(space.name, space.keys)
+        if space.default:
+            self._default = space.name
+
+    def _lose(self, keys: Sequence[str]) -> None:
+        self.known.lose(keys)
+        for name, space in self._spaces.items():
+            if space.head is not None and space.head.key in keys:
+                self._spaces[name] = replace(space, head=None)
+
+    def _settings(self, options: Mapping[str, Any]) -> tuple[Space, BlendConfig]:
+        """The space of a request, and its configuration.
+
+        Raises:
+            ConfigError: unknown options or refused values.
+        """
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"the options are a {type(options).__name__}; pass names and values")
+        for option in options:
+            if option not in PER_REQUEST and option not in _OWN:
+                raise unknown_option(str(option), PER_REQUEST, "a request")
+        name = options.get("space", self._default)
+        if not isinstance(name, str) or name not in self._spaces:
+            if not self._spaces:
+                return _NOWHERE, BlendConfig()
+            raise ConfigError("the request's space is not one of this engine's")
+        space = self._spaces[name]
+        mine = {option: value for option, value in options.items() if option in PER_REQUEST}
+        try:
+            config = self._configs[name].for_call(mine)
+        except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
+            raise ConfigError(f"refused option: {error}") from error
+        config = resolved(config, space.calibration)
+        return space, config
+
+
+_NOWHERE = Space(name="", keys=KeySpace("", ()))

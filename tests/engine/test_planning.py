@@ -1,0 +1,157 @@
+"""Planning beside the engine's steps: what is quick at once, the rest in a thread, in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from tiny import Words
+
+pytest.importorskip("vllm")
+from cacheblend_rag.engine.link import Link
+from cacheblend_rag.engine.planning import Planning
+from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.known import News
+from cacheblend_rag.plan import NoPlan, Plan
+from cacheblend_rag.planner import Limits, Planned, Planner, Space
+from cacheblend_rag.reason import Reason
+from cacheblend_rag.store import MemoryStore
+from cacheblend_rag.store.base import ChunkInfo
+from cacheblend_rag.store.follow import Follower
+
+words = Words(4)
+CHUNK = words(64)
+KEYS = KeySpace("f", ())
+SPACE = Space(name="here", keys=KEYS)
+PROMPT = (*words(5), *CHUNK, *words(12))
+OPTIONS = {"space": "here"}
+INFO = ChunkInfo(KEYS.key(CHUNK), CHUNK, 0, 100)
+
+
+class Gated(Planner):
+    """Waits, where its thread learns something."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.gate, self.threads = threading.Event(), list[str]()
+        self.gate.set()
+
+    def learn(self, rank: int, message: Any) -> None:
+        assert self.gate.wait(30)
+        self.threads.append(threading.current_thread().name)
+        super().learn(rank, message)
+
+
+@pytest.fixture
+def link() -> Link:
+    return Link()
+
+
+@pytest.fixture
+def planner() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+def planning(link: Link, planner: Gated) -> Planning:
+    made = Planning(link, planner)
+    for message in (SPACE, Limits()):
+        link.say(message)
+    made.begin(PROMPT, OPTIONS).result(30)
+    return made
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError
+
+
+def news(chunks: Sequence[tuple[int, ...]]) -> News:
+    return News([(KEYS.key(c), array("i", c).tobytes(), 0) for c in chunks])
+
+
+def is_blended(planned: Planned) -> bool:
+    return isinstance(planned.plan, Plan)
+
+
+def test_what_was_said_before_a_request_counts_for_it(planning: Planning, link: Link) -> None:
+    assert not is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+    link.say(news([CHUNK]))
+    assert is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+
+
+def test_a_store_s_news_are_heard(planning: Planning, link: Link) -> None:
+    follower = Follower(MemoryStore(1 << 20), lambda key: None)
+    link.follow(follower)
+    follower.note([INFO])
+    assert is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+    follower.note(removed=[INFO.key])
+    assert not is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+    follower.close()
+
+
+def test_short_prompts_are_planned_at_once_and_long_ones_in_a_thread(
+    planning: Planning, link: Link, planner: Gated
+) -> None:
+    link.say(news([CHUNK]))
+    until(lambda: planner.threads[-1] == "cacheblend-plan" and not link.waits)
+    until(lambda: planning._busy is None or planning._busy.done())
+    assert planning.begin(PROMPT, OPTIONS).done()
+    planner.gate.clear()
+    link.say(news([words(40)]))
+    long = planning.begin(words(9000) + PROMPT, OPTIONS)
+    behind = planning.begin(PROMPT, OPTIONS)
+    assert not long.done() and not behind.done()
+    planner.gate.set()
+    assert is_blended(long.result(30)) and is_blended(behind.result(30))
+
+
+def test_many_new_chunks_hold_up_no_step(planning: Planning, link: Link, planner: Gated) -> None:
+    planner.gate.clear()
+    link.say(news([CHUNK, words(50), words(60)]))
+    asked = time.monotonic()
+    planned = planning.begin(PROMPT, OPTIONS)
+    assert time.monotonic() - asked < 5 and not planned.done()
+    planner.gate.set()
+    assert is_blended(planned.result(30))
+
+
+def test_what_another_process_says_is_heard_by_rank(planning: Planning) -> None:
+    planning.deliver(1, [news([CHUNK])])
+    assert is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+    planning.deliver(0, [News([], whole=True)])
+    assert not is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+
+
+def test_a_request_outlives_what_fails(
+    planning: Planning, planner: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Planner, "plan", broken)
+        plan = planning.begin(PROMPT, OPTIONS).result(30).plan
+    assert isinstance(plan, NoPlan) and plan.reason is Reason.PLANNING_FAILED
+    with monkeypatch.context() as patch:
+        patch.setattr(Planner, "learn", broken)
+        planning.deliver(0, [news([CHUNK])])
+        assert not is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+    planning.deliver(0, [news([CHUNK])])
+    assert is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+    planning.close()
+
+
+def test_one_link_an_engine(link: Link) -> None:
+    one, other = Link.of("one"), Link.of("other")
+    assert Link.of("one") is one is not other
+    assert not one.is_heard
+    one.say(Limits())
+    assert one.waits and one.take() == [Limits()] and not one.waits
