@@ -67,7 +67,7 @@ def measured(
         away = _Replaying(handle, at_home.outputs)
         handle.run(away, ids, torch.arange(shift, shift + NUM_TOKENS, device=handle.device))
         moved.append(Moved(shift, away.layers))
-    rope = _explanation(fitting, at_home.layers, moved, handle.device)
+    rope = Rerotator(*_explanation(fitting, at_home.layers, moved), handle.device)
     checks = [
         [layer, shift, key_error, _relative(here.v_TGD, there.v_TGD)]
         for shift, layers in moved
@@ -78,23 +78,27 @@ def measured(
 
 
 def _explanation(
-    tables: Sequence[Table], home: list[LayerKV], moved: list[Moved], device: torch.device
-) -> Rerotator:
-    """Each layer's table, all of one layout: those by which the worst explained layer is explained
-    best.
+    tables: Sequence[Table], home: list[LayerKV], moved: list[Moved]
+) -> tuple[list[Table], list[int]]:
+    """Tables of one layout and the number of each layer's among them: those by which the worst
+    explained layer is explained best. On the CPU: a GPU has no room for all tables.
     """
+    home = [_on_host(kv) for kv in home]
+    moved = [Moved(m.shift, [_on_host(kv) for kv in m.layers]) for m in moved]
     layouts: dict[Any, list[Table]] = {}
     for table in tables:
         layouts.setdefault(table.layout, []).append(table)
     errors = {
-        layout: [_errors(table, home, moved, device) for table in some]
-        for layout, some in layouts.items()
+        layout: [_errors(table, home, moved) for table in some] for layout, some in layouts.items()
     }
     layout = min(errors, key=lambda name: max(map(min, zip(*errors[name], strict=True))))
     best = nearest(errors[layout])
     used = sorted(set(best))
-    chosen = [layouts[layout][table] for table in used]
-    return Rerotator(chosen, [used.index(table) for table in best], device)
+    return [layouts[layout][table] for table in used], [used.index(table) for table in best]
+
+
+def _on_host(kv: LayerKV) -> LayerKV:
+    return LayerKV(kv.k_TGD.cpu(), kv.v_TGD.cpu())
 
 
 def nearest(errors_TL: Sequence[Sequence[float]]) -> list[int]:
@@ -103,11 +107,9 @@ def nearest(errors_TL: Sequence[Sequence[float]]) -> list[int]:
     return [min(range(len(column)), key=column.__getitem__) for column in by_layer]
 
 
-def _errors(
-    table: Table, home: list[LayerKV], moved: list[Moved], device: torch.device
-) -> list[float]:
+def _errors(table: Table, home: list[LayerKV], moved: list[Moved]) -> list[float]:
     """Each layer's larger error of the shifts, if it turned by ``table``."""
-    rope = Rerotator([table], [0] * len(home), device)
+    rope = Rerotator([table], [0] * len(home), torch.device("cpu"))
     return [
         max(_key_error(rope, layer, home[layer], m.layers[layer], m.shift) for m in moved)
         for layer in range(len(home))

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from cacheblend_rag.engine import selfcheck
 from cacheblend_rag.engine.forward import UnsupportedModelError
+from cacheblend_rag.engine.isolated import LayerKV
 from cacheblend_rag.engine.rope import Rerotator, tables_of
 
 pytestmark = pytest.mark.vllm
@@ -140,6 +142,36 @@ def test_each_layer_turns_by_its_own_table() -> None:
         assert torch.equal(both.apply(k_KNGD[layer], turn, layer), expected)
     indices = [both.layers(table, range(1, 3)) for table in range(3)]
     assert [index.tolist() for index in indices] == [[], [2], [1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [0, 32])
+def test_the_table_of_each_layer_is_found(first: int, dtype: torch.dtype) -> None:
+    ropes = [make_rope(VARIANTS[n], is_neox=True) for n in ("default", "large-theta")]
+    found = tables_of(torch.nn.ModuleList(ropes), 4096, 96)
+    right = [table._replace(first=first) for table in found[:2]]
+    right.append(right[0].still())
+    used = [0, 2, 1, 1]
+    truth, at = Rerotator(right, used, CPU), torch.arange(40)
+    keys = torch.randn(4, 40, 2, 96)
+    home = [LayerKV(k.to(dtype), k.to(dtype)) for k in keys]
+    moved = []
+    for shift in (37, 4096 - 40):
+        turn = truth.turn(at, at + shift)
+        there = [truth.apply(keys[layer], turn, layer).to(dtype) for layer in range(4)]
+        moved.append(selfcheck.Moved(shift, [LayerKV(k, k) for k in there]))
+    tables, of_layer = selfcheck._explanation(found, home, moved)
+    assert all(tables[t].same(right[u]) for t, u in zip(of_layer, used, strict=True))
+    rope = Rerotator(tables, of_layer, CPU)
+    worst = max(
+        selfcheck._key_error(rope, layer, home[layer], m.layers[layer], m.shift)
+        for m in moved
+        for layer in range(4)
+    )
+    assert worst < (1e-5 if dtype is torch.float32 else 1e-2)
+    swapped = Rerotator(tables, [*of_layer[1:], of_layer[0]], CPU)
+    wrong = selfcheck._key_error(swapped, 0, home[0], moved[0].layers[0], 37)
+    assert wrong > 0.15, "half precision's tolerance must tell one table from another"
 
 
 def test_names_tell_assignments_apart() -> None:
