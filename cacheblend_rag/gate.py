@@ -32,7 +32,7 @@ def check_layers(info: EngineInfo) -> GateReport:
     checks = [_layer_check(row, bound[0]) for row in info.extra.get("checks", ())]
     assert checks, "the workers checked no layer"
     bad = [c for c in checks if not c.ok]
-    reason, detail = None, ""
+    reason, detail = _attention_check(info)
     if bad:
         worst = max(bad, key=lambda c: max(c.key_error, c.value_error))
         reason = Reason.MOVED_KEYS_DIFFER
@@ -42,13 +42,26 @@ def check_layers(info: EngineInfo) -> GateReport:
             f"{worst.value_error:.3g} of values, {bound[0]:g} allowed)"
         )
     return GateReport(
-        passed=not bad,
+        passed=reason is None,
         reason=reason,
         detail=detail,
         layers=checks,
         tolerance=bound,
         max_tokens=info.longest_blend,
     )
+
+
+def _attention_check(info: EngineInfo) -> tuple[Reason | None, str]:
+    """Judge what our own attention puts out, which ingestion and the question's scores rest on."""
+    for layer, error, is_rounded in info.extra.get("attention", ()):
+        bound = (_HALF_TOLERANCE if is_rounded else tolerance(info.dtype))[0]
+        if not error <= bound:  # true for NaN
+            detail = (
+                f"attention outside of the paged cache is not the backend's (layer {layer}: error "
+                f"{error:.3g}, {bound:g} allowed)"
+            )
+            return Reason.ATTENTION_DIFFERS, detail
+    return None, ""
 
 
 def check_prefill(

@@ -39,10 +39,17 @@ def dense_causal(
     v_NGD: torch.Tensor,
     visible_RN: torch.Tensor,
 ) -> torch.Tensor:
-    """[R, H, D]: attention with a layer's own scale and softcap."""
-    return masked_attention(
-        q_RHD, k_NGD, v_NGD, visible_RN, scale=layer.impl.scale, softcap=compat.softcap(layer)
-    )
+    """[R, H, D]: attention with a layer's own scale, softcap and sinks."""
+    return masked_attention(q_RHD, k_NGD, v_NGD, visible_RN, **own_options(layer))
+
+
+def own_options(layer: Any) -> dict[str, Any]:
+    """Scale, softcap and sinks of a layer, for dense attention."""
+    return {
+        "scale": layer.impl.scale,
+        "softcap": compat.softcap(layer),
+        "sinks_H": compat.sinks(layer),
+    }
 
 
 class PagedCache:

@@ -155,7 +155,7 @@ class Blender:
         question_E = deviation_E = None
         wanted = selector.evidence
         if isinstance(wanted, QuestionAttention):
-            keep = wanted.range(self.handle.num_layers)
+            keep = wanted.among(self.handle.sees_all)
             room = self._most_rows - len(task.question)
             question_E = self.handle.ranks.sum(lane.ask(task.question, keep, room))
         elif isinstance(wanted, KVDeviation):

@@ -13,6 +13,7 @@ from cacheblend_rag.errors import EngineMissingError
 from cacheblend_rag.reason import Reason, Why
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import ModelConfig, VllmConfig
 
 OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
@@ -169,9 +170,25 @@ def softcap(layer: Any) -> float:
     return float(getattr(layer.impl, "logits_soft_cap", None) or 0.0)
 
 
+def sinks(layer: Any) -> torch.Tensor | None:
+    """[H]: one more logit of each head, of a key without a value (gpt-oss); None for none."""
+    found: torch.Tensor | None = getattr(layer.impl, "sinks", None)
+    return found
+
+
+def plain_query(layer: Any, query: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Queries in the dtype of ``like``: vLLM rounds them for backends whose cache is FP8."""
+    if query.dtype == like.dtype:
+        return query
+    scaled: torch.Tensor = query.float() * layer._q_scale
+    return scaled.to(like.dtype)
+
+
 def flash_attention(layer: Any) -> Callable[..., Any] | None:
-    """vLLM's FlashAttention over packed sequences, where this layer's backend is built on it."""
-    if type(layer.impl).__name__ != "FlashAttentionImpl":
+    """vLLM's FlashAttention over packed sequences, where this layer's backend is built on it. Not
+    of all its versions take sinks: such layers do without.
+    """
+    if type(layer.impl).__name__ != "FlashAttentionImpl" or sinks(layer) is not None:
         return None
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 

@@ -90,11 +90,11 @@ class Correction:
         here = slice(low, high)
         sources = self._sources_R[here]
         at = torch.searchsorted(tile_T, sources)
-        back = Turn(self._back.cos_NP[here], self._back.sin_NP[here])
+        back = Turn(self._back.cos_TNP[:, here], self._back.sin_TNP[:, here])
         off_k, off_v = (
             f[at].float() - r[sources].float() for f, r in zip(fresh, reused, strict=True)
         )
-        off_k = self._rope.apply(off_k, back)  # as at position 0, where all compare
+        off_k = self._rope.apply(off_k, back, index)  # as at position 0, where all compare
         sums = self._sums.get(index) or [
             off.new_zeros(len(self.moved_N), *off.shape[1:]) for off in (off_k, off_v)
         ]
@@ -107,7 +107,7 @@ class Correction:
                     total[chunk.moved] += (weight_CS @ rows.flatten(1)).view(-1, *rows.shape[1:])
         if high < len(self._sources_R):
             self._sums[index] = sums
-        moves = self._rope.apply(sums[0], self._there), sums[1]
+        moves = self._rope.apply(sums[0], self._there, index), sums[1]
         k, v = (
             (r[self.moved_N].float() + move).to(r.dtype)
             for r, move in zip(reused, moves, strict=True)

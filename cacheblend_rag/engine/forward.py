@@ -17,6 +17,7 @@ from vllm.forward_context import create_forward_context, override_forward_contex
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.ranks import Ranks
 from cacheblend_rag.reason import Reason, RefusedError
 
@@ -170,6 +171,13 @@ class ModelHandle:
         """Number of attention layers."""
         return len(self.layers)
 
+    @property
+    def sees_all(self) -> list[bool]:
+        """Of each layer, whether it sees all of any prompt, and not only a window."""
+        longest = int(self.config.model_config.max_model_len)
+        windows = [compat.sliding_window(layer) for layer in self.layers]
+        return [window is None or window >= longest for window in windows]
+
     def index(self, name: str) -> int:
         """The number of the layer that vLLM calls ``name``."""
         return list(self.attention).index(name)
@@ -237,8 +245,9 @@ def _check_layer(layer: Any) -> None:
         raise UnsupportedModelError(
             Reason.ALIBI, "ALiBi positions: keys can't be moved by rotation"
         )
-    if getattr(impl, "sinks", None) is not None or getattr(layer, "has_sink", False):
-        raise UnsupportedModelError(Reason.ATTENTION_SINKS, "attention sinks as parameters")
+    if getattr(layer, "has_sink", False) and compat.sinks(layer) is None:
+        detail = f"attention sinks that the backend {type(impl).__name__} does not show"
+        raise UnsupportedModelError(Reason.ATTENTION_SINKS, detail)
     if str(getattr(layer, "attn_type", "decoder")) not in ("decoder", "AttentionType.DECODER"):
         raise UnsupportedModelError(Reason.NOT_CAUSAL, "attention that is not causal")
     if not hasattr(impl, "do_kv_cache_update"):

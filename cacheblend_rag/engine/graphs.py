@@ -89,7 +89,7 @@ class QuestionGraphs:
         self.usable = (
             get_tensor_model_parallel_world_size() == 1 and not config.model_config.enforce_eager
         )
-        self._passes: dict[tuple[int, int, range], CapturedPass] = {}
+        self._passes: dict[tuple[int, int, tuple[int, ...]], CapturedPass] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
         device, most = handle.device, int(config.model_config.max_model_len)
@@ -113,7 +113,7 @@ class QuestionGraphs:
         slots_T: torch.Tensor,
         asking_T: torch.Tensor,
         beside_T: torch.Tensor,
-        keep: range,
+        keep: tuple[int, ...],
         at: PagedKV,
         before: Before,
     ) -> torch.Tensor | None:
@@ -152,7 +152,7 @@ class QuestionGraphs:
         captured.replay(before)
         return score[:, : at.most].sum(0)
 
-    def prepare(self, keep: range) -> None:
+    def prepare(self, keep: tuple[int, ...]) -> None:
         """Capture the usual sizes now, so that no request waits for it.
 
         Args:
@@ -191,7 +191,7 @@ class QuestionGraphs:
         _set_rows(self._slots, slots_T, size, NOWHERE)
 
     def _captured(
-        self, key: tuple[int, int, range], make: Callable[[Before | None], Pass]
+        self, key: tuple[int, int, tuple[int, ...]], make: Callable[[Before | None], Pass]
     ) -> CapturedPass | None:
         if key not in self._passes:
             try:

@@ -61,6 +61,7 @@ class IsolatedPass(Pass):
         self._keep(index, LayerKV(k_TGD, v_TGD))
         if index == self.last:
             self.stop()
+        q_THD = compat.plain_query(layer, q_THD, k_TGD)
         flash = compat.flash_attention(layer)
         if flash is not None:
             self._attend_packed(flash, index, layer, q_THD, k_TGD, v_TGD, out_THD)

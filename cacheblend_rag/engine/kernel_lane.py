@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from cacheblend_kernels.move import Movers
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.place import Sources, place
+from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, upload
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import QuestionGraphs
@@ -163,20 +164,24 @@ class KernelLane(Lane):
     def place_through(self, index: int) -> None:
         while self._placed <= index:
             layers = self._transfer.arrive(self._placed)
-            some = slice(layers.start, layers.stop)
-            place(
-                Sources(self._address_LS[some], self._length_S, self._chunk_N, self._row_N),
-                self._turn.cos_NP,
-                self._turn.sin_NP,
-                self._positions_N,
-                self.view(0),
-                self._kernels.address_L2[some],
-                is_neox=self.rope.is_neox,
-            )
+            for table in range(self.rope.num_tables):
+                self._place(table, self.rope.layers(table, layers))
             self._transfer.used(layers)
             self._placed = layers.stop
 
-    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
+    def _place(self, table: int, layers: slice | torch.Tensor) -> None:
+        """Layers that turn by one table, in one launch."""
+        place(
+            Sources(self._address_LS[layers], self._length_S, self._chunk_N, self._row_N),
+            self._turn.cos_TNP[table],
+            self._turn.sin_TNP[table],
+            self._positions_N,
+            self.view(0),
+            self._kernels.address_L2[layers],
+            is_neox=self.rope.is_neox,
+        )
+
+    def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
         region, beyond = self.region, self.region.end - self.region.asked
         glue = region.glue(most_glue)
         glue = glue[glue >= region.write_from]
@@ -226,7 +231,7 @@ class KernelLane(Lane):
         movers.pass_2[:1].fill_(self._computed)
         self._computed += len(tile)
         moving = Moving(movers, self.rope)
-        return lambda index, k, v: moving(self.view(index), k, v)
+        return lambda index, k, v: moving(index, self.view(index), k, v)
 
 
 class KernelLanes(Lanes):
@@ -240,11 +245,15 @@ class KernelLanes(Lanes):
         self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, gpu_cache: int
     ) -> None:
         super().__init__(handle, rope, cache, "")
+        if rope.first:
+            raise KernelsUnusableError(f"keys are rotated from dimension {rope.first} on")
+        if any(compat.sinks(layer) is not None for layer in handle.layers):
+            raise KernelsUnusableError("the model's attention has sinks")
         self._kernels = KernelCache(handle, cache.block_size)
         self._hot = HotChunks(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._hot)
         self._graphs = QuestionGraphs(handle, self._kernels.view)
-        self._graphs.prepare(QuerySelector().evidence.range(handle.num_layers))
+        self._graphs.prepare(QuerySelector().evidence.among(handle.sees_all))
 
     def __call__(self, region: Region) -> Lane:
         if len(region.task.blocks) * self._cache.block_size < region.end:

@@ -30,10 +30,11 @@ class Moving(NamedTuple):
     movers: Movers
     rope: Rerotator
 
-    def __call__(self, view: PagedKV, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
-        """Move them by what these fresh K and V show."""
-        cos, sin = self.rope.from_start
-        move(self.movers, k_TGD, v_TGD, view, cos, sin, is_neox=self.rope.is_neox)
+    def __call__(self, index: int, view: PagedKV, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
+        """Move them by what these fresh K and V of layer ``index`` show."""
+        (cos_TXP, sin_TXP), table = self.rope.from_start, self.rope.table_of(index)
+        neox = self.rope.is_neox
+        move(self.movers, k_TGD, v_TGD, view, cos_TXP[table], sin_TXP[table], is_neox=neox)
 
 
 class QuestionPass(Pass):
@@ -63,7 +64,7 @@ class QuestionPass(Pass):
         beside_T: torch.Tensor,
         known_N: torch.Tensor | None,
         score_GN: torch.Tensor,
-        keep: range,
+        keep: tuple[int, ...],
         before: Callable[[int], None] | None = None,
     ) -> None:
         self._handle, self._view, self._before = handle, view, before

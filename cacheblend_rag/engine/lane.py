@@ -108,7 +108,7 @@ class Lane(ABC):
         """Nothing more is wanted of it: let go of what its request alone would have filled."""
 
     @abstractmethod
-    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
+    def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
         """Run the question's tokens, and the tokens between chunks, over the reused KV.
 
         Args:

@@ -1,8 +1,18 @@
-"""Moving rotated keys from where a chunk was computed to where it stands in a prompt."""
+"""Moving rotated keys from where a chunk was computed to where it stands in a prompt.
+
+Layers of a model may rotate by different tables, or not at all (NoPE). Which layer does what is no
+matter of names: ``tables_of`` finds what a model has, the self-check measures which one each layer
+uses, and ``Rerotator`` holds the answer.
+
+Shape legend: T tables that layers use, X positions, N tokens, P rotated pairs, K layers, G KV
+heads, D head size.
+"""
 
 from __future__ import annotations
 
+import bisect
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,56 +22,127 @@ from cacheblend_rag.engine.forward import UnsupportedModelError
 from cacheblend_rag.reason import Reason
 
 
-class Turn(NamedTuple):
-    """Cosine and sine, float32 [N, P], of the further angle of N tokens."""
+class Table(NamedTuple):
+    """One way in which keys depend on their position.
 
-    cos_NP: torch.Tensor
-    sin_NP: torch.Tensor
+    Attributes:
+        cos_XP, sin_XP: float32 on the CPU; a module's own buffer is rounded to the model's dtype.
+        is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
+        first: the first rotated dimension of a key.
+    """
+
+    cos_XP: torch.Tensor
+    sin_XP: torch.Tensor
+    is_neox: bool
+    first: int = 0
+
+    @property
+    def layout(self) -> tuple[int, bool, int]:
+        """Which dimensions are rotated with one another."""
+        return self.cos_XP.shape[1], self.is_neox, self.first
+
+    def same(self, other: Table) -> bool:
+        """Whether keys turn alike by both."""
+        return (
+            self.layout == other.layout
+            and torch.equal(self.cos_XP, other.cos_XP)
+            and torch.equal(self.sin_XP, other.sin_XP)
+        )
+
+    def still(self) -> Table:
+        """The table of keys that do not depend on their position."""
+        return self._replace(
+            cos_XP=torch.ones_like(self.cos_XP), sin_XP=torch.zeros_like(self.sin_XP)
+        )
+
+
+class Turn(NamedTuple):
+    """Cosine and sine, float32 [T, N, P], of the further angle of N tokens by each table."""
+
+    cos_TNP: torch.Tensor
+    sin_TNP: torch.Tensor
 
 
 class Rerotator:
-    """The model's RoPE, from its own tables, so that every scaling variant is right.
+    """How the keys of each layer depend on their position, from the model's own tables, so that
+    every scaling variant is right.
 
-    Tables are kept in float32: the module's own buffer is rounded to the model's dtype.
+    Args:
+        tables: those that layers use; all of one layout.
+        of_layer: number of the table of each layer.
     """
 
-    def __init__(self, model: Any, max_positions: int, device: torch.device) -> None:
-        cos, sin, self.is_neox = _the_only_table(model, max_positions)
+    def __init__(
+        self, tables: Sequence[Table], of_layer: Sequence[int], device: torch.device
+    ) -> None:
+        assert len({table.layout for table in tables}) == 1, "tables of several layouts"
+        _, self.is_neox, self.first = tables[0].layout
+        positions = min(len(table.cos_XP) for table in tables)
+        cos = torch.stack([table.cos_XP[:positions] for table in tables]).to(device)
+        sin = torch.stack([table.sin_XP[:positions] for table in tables]).to(device)
         # YaRN and its kin scale the table by m; position 0 shows it, and a turn must not scale.
-        self._inverse_m2 = (1.0 / (cos[0] ** 2 + sin[0] ** 2)).to(device)
-        self._cos, self._sin = cos.to(device), sin.to(device)
+        self._inverse_m2 = 1.0 / (cos[:, :1] ** 2 + sin[:, :1] ** 2)
+        self._cos_TXP, self._sin_TXP = cos, sin
+        self._of_layer, self.num_tables = tuple(of_layer), len(tables)
+        self._layers_T = [
+            [layer for layer, t in enumerate(of_layer) if t == table]
+            for table in range(len(tables))
+        ]
+        self._index_T = [torch.tensor(layers, device=device) for layers in self._layers_T]
 
     @property
     def positions(self) -> int:
-        """Positions the table covers."""
-        return self._cos.shape[0]
+        """Positions the tables cover."""
+        return self._cos_TXP.shape[1]
 
     def sample(self) -> list[list[int]]:
-        """Some of the table, rounded so far that machines agree on it: rows of cosine and sine in
-        64ths, at positions that tell every frequency apart.
+        """Some of the tables, rounded so far that machines agree on it: rows of cosine and sine in
+        64ths, at positions that tell every frequency apart. Then the table of each layer, where
+        there are several.
         """
         rows = [p for p in (0, 1, 8, 64, 512) if p < self.positions]
-        table = torch.cat([self._cos[rows], self._sin[rows]], dim=1).cpu()
-        return [[int(self.is_neox)], *(table * 64).round().int().tolist()]
+        found = [[int(self.is_neox), *([self.first] if self.first else [])]]
+        for cos, sin in zip(self._cos_TXP, self._sin_TXP, strict=True):
+            some = torch.cat([cos[rows], sin[rows]], dim=1).cpu()
+            found += (some * 64).round().int().tolist()
+        return [*found, list(self._of_layer)] if self.num_tables > 1 else found
+
+    def table_of(self, layer: int) -> int:
+        """The number of the table that a layer's keys are rotated by."""
+        return self._of_layer[layer]
+
+    def layers(self, table: int, span: range) -> slice | torch.Tensor:
+        """Those of consecutive layers that turn by ``table``, as an index (on the device)."""
+        if self.num_tables == 1:
+            return slice(span.start, span.stop)
+        mine = self._layers_T[table]
+        low, high = bisect.bisect_left(mine, span.start), bisect.bisect_left(mine, span.stop)
+        return self._index_T[table][low:high]
 
     @functools.cached_property
     def from_start(self) -> Turn:
-        """The turns from position 0 to every position of the table."""
-        everywhere = torch.arange(self.positions, device=self._cos.device)
+        """The turns from position 0 to every position of the tables."""
+        everywhere = torch.arange(self.positions, device=self._cos_TXP.device)
         return self.turn(torch.zeros_like(everywhere), everywhere)
 
     def turn(self, old_N: torch.Tensor, new_N: torch.Tensor) -> Turn:
-        """The turn from positions ``old_N`` to ``new_N`` (int64); exactly none where they agree."""
-        cos_old, sin_old = self._cos[old_N], self._sin[old_N]
-        cos_new, sin_new = self._cos[new_N], self._sin[new_N]
+        """The turns from positions ``old_N`` to ``new_N`` (int64); none at all where they agree."""
+        cos_old, sin_old = self._cos_TXP[:, old_N], self._sin_TXP[:, old_N]
+        cos_new, sin_new = self._cos_TXP[:, new_N], self._sin_TXP[:, new_N]
         cos = (cos_new * cos_old + sin_new * sin_old) * self._inverse_m2
         sin = (sin_new * cos_old - cos_new * sin_old) * self._inverse_m2
         stay = (old_N == new_N)[:, None]
         return Turn(cos.masked_fill_(stay, 1.0), sin.masked_fill_(stay, 0.0))
 
-    def apply(self, k_NGD: torch.Tensor, turn: Turn) -> torch.Tensor:
-        """Keys after ``turn``; a new tensor of the same dtype."""
-        return rerotate(k_NGD, turn.cos_NP, turn.sin_NP, is_neox=self.is_neox)
+    def apply(self, k: torch.Tensor, turn: Turn, layers: int | slice) -> torch.Tensor:
+        """Keys [N, G, D] of one layer, or [K, N, G, D] of several, after ``turn``; a new tensor of
+        the same dtype.
+        """
+        chosen = self._of_layer[layers]
+        tables = (chosen,) if isinstance(chosen, int) else chosen
+        which: Any = tables[0] if len(set(tables)) == 1 else list(tables)
+        cos, sin = turn.cos_TNP[which], turn.sin_TNP[which]
+        return rerotate(k, cos, sin, is_neox=self.is_neox, first=self.first)
 
 
 def context_length(chosen: Any) -> int:
@@ -71,36 +152,70 @@ def context_length(chosen: Any) -> int:
     return int(getattr(chosen.hf_text_config, "max_position_embeddings", 0) or 0)
 
 
-def _the_only_table(model: Any, max_positions: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    tables = [_table(m, max_positions) for m in model.modules() if _is_rope(m)]
-    if not tables:
+def tables_of(model: Any, max_positions: int, head_size: int) -> list[Table]:
+    """All tables by which layers of ``model`` may rotate keys of ``head_size``, each of them once.
+
+    A module that a model has says neither that a layer uses it (what sees images has its own), nor
+    which dimensions of a key it gets. So each table is there twice, at a key's start and at its
+    end, and with those of each layout comes one that does not rotate.
+    """
+    found: list[Table] = []
+    for module in filter(_is_rope, model.modules()):
+        for table in _tables(module, max_positions):
+            if 2 * table.cos_XP.shape[1] <= head_size and not any(map(table.same, found)):
+                found.append(table)
+    if not found:
         raise UnsupportedModelError(Reason.NO_ROPE, "no rotary position embedding (RoPE) found")
-    cos, sin, is_neox = tables[0]
-    for other_cos, other_sin, other_neox in tables[1:]:
-        same = other_cos.shape == cos.shape and other_neox == is_neox
-        if not same or not torch.equal(other_cos, cos) or not torch.equal(other_sin, sin):
-            detail = "layers rotate by different RoPE tables"
-            raise UnsupportedModelError(Reason.ROPE_TABLES, detail)
-    return cos, sin, is_neox
+    rest = [(table, head_size - 2 * table.cos_XP.shape[1]) for table in found]
+    tables = found + [table._replace(first=first) for table, first in rest if first]
+    layouts = {table.layout: table.still() for table in tables}
+    return tables + list(layouts.values())
 
 
 def _is_rope(module: Any) -> bool:
     return (
         hasattr(module, "cos_sin_cache")
-        or hasattr(module, "inv_freq")
+        or bool(_frequencies(module))
         or ("rotary" in type(module).__name__.lower() and hasattr(module, "_compute_cos_sin_cache"))
     )
 
 
-def _table(module: Any, max_positions: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def _tables(module: Any, max_positions: int) -> list[Table]:
+    is_neox = bool(getattr(module, "is_neox_style", True))
+    if hasattr(module, "long_factor"):
+        cos, sin = _long_rope(module).float().cpu().chunk(2, dim=-1)
+        return [Table(cos, sin, is_neox)]
     if hasattr(module, "_compute_cos_sin_cache"):
         try:
             table = module._compute_cos_sin_cache().float().cpu()
-        except TypeError as error:  # LongRoPE: two tables, switched by the sequence's length
+        except TypeError as error:
             detail = f"{type(module).__name__} has more than one table"
             raise UnsupportedModelError(Reason.ROPE_TABLES, detail) from error
         cos, sin = table.chunk(2, dim=-1)
-        return cos, sin, bool(getattr(module, "is_neox_style", True))
-    # a Hugging Face module, under vLLM's Transformers backend
-    angles = torch.arange(max_positions)[:, None].float() * module.inv_freq.float().cpu()
-    return angles.cos(), angles.sin(), True
+        return [Table(cos, sin, is_neox)]
+    # a Hugging Face module, under vLLM's Transformers backend: pairs are found by measuring
+    at = torch.arange(max_positions)[:, None].float()
+    angles = [at * getattr(module, name).float().cpu() for name in _frequencies(module)]
+    return [Table(a.cos(), a.sin(), neox) for a in angles for neox in (True, False)]
+
+
+def _long_rope(module: Any) -> torch.Tensor:
+    """The one table that this engine uses: which, vLLM decides by ``max_model_len``."""
+    is_long = getattr(module, "use_long_rope", None)
+    if is_long is None:
+        detail = f"{type(module).__name__} has tables that switch with a sequence's length"
+        raise UnsupportedModelError(Reason.ROPE_TABLES, detail)
+    kind, positions = (
+        ("long", module.max_position_embeddings)
+        if is_long
+        else ("short", module.original_max_position_embeddings)
+    )
+    factor, mscale = getattr(module, f"{kind}_factor"), getattr(module, f"{kind}_mscale")
+    table: torch.Tensor = module._compute_cos_sin_cache(positions, factor, mscale)
+    return table
+
+
+def _frequencies(module: Any) -> list[str]:
+    """Names of its buffers of frequencies: one, or one for each type of layer."""
+    names = (name for name, _ in module.named_buffers(recurse=False))
+    return [n for n in names if n.endswith("inv_freq") and "original" not in n]

@@ -1,49 +1,179 @@
-"""The worker's half of the gate: are keys really movable by rotation, layer by layer?"""
+"""The worker's half of the gate: are keys really movable by rotation, and by which, layer by layer?
+And is attention outside of the paged cache that of the layer's own backend?
+
+Shape legend: T tokens, G KV heads, H query heads, D head size.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV
-from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.rope import Rerotator, Table
 
 NUM_TOKENS = 40
+_NEAR = 37  # tokens further on
 
 
-def moved_errors(handle: ModelHandle, rope: Rerotator, max_len: int) -> list[list[Any]]:
-    """Compute random tokens at position 0 and further on, and compare after rotation.
+class Moved(NamedTuple):
+    """What the same tokens gave at other positions, ``shift`` tokens further on."""
 
-    A model whose keys depend on position in any way other than one RoPE fails: NoPE layers, RoPE
-    that differs by layer, absolute positions, tables that switch with the sequence's length.
+    shift: int
+    layers: list[LayerKV]
 
-    Returns:
-        Rows of layer, shift, relative error of K, relative error of V.
+
+class Measured(NamedTuple):
+    """How keys move, and what shows it.
+
+    Attributes:
+        checks: how well ``rope`` explains moved keys: rows of layer, shift, relative error of K,
+            relative error of V.
+        attention: how well our own attention equals the backend's: rows of layer, relative error,
+            whether the backend's cache rounds K and V. The last layer has none: no pass of ours
+            attends there.
     """
+
+    rope: Rerotator
+    checks: list[list[Any]]
+    attention: list[list[Any]]
+
+
+def measured(
+    handle: ModelHandle, cache: PagedCache, tables: Sequence[Table], max_len: int
+) -> Measured:
+    """Compute random tokens at position 0 and further on, and find by which of ``tables`` each
+    layer's keys moved.
+
+    A model whose keys depend on position in any other way fails: no table explains them, so the
+    errors are as large as the keys. Each layer is judged for the same input. What attention puts
+    out may depend on position (queries that are scaled by it); that is no matter of moving keys.
+
+    Writes to the first blocks of ``cache``: no request runs yet.
+    """
+    far = min(max_len, max(len(table.cos_XP) for table in tables))
+    fitting = [table for table in tables if len(table.cos_XP) >= far]
     generator = torch.Generator().manual_seed(0)
     vocab = handle.config.model_config.get_vocab_size()
     ids = torch.randint(0, vocab, (NUM_TOKENS,), generator=generator).to(handle.device)
-    home = torch.arange(NUM_TOKENS, device=handle.device)
-    at_home = _run(handle, ids, home, 0)
-    rows: list[list[Any]] = []
-    for shift in (37, max_len - NUM_TOKENS):
-        away = home + shift
-        moved = _run(handle, ids, away, shift)
-        turn = rope.turn(home, away)
-        for index, (here, there) in enumerate(zip(at_home, moved, strict=True)):
-            key_error = _relative(rope.apply(here.k_TGD, turn), there.k_TGD)
-            rows.append([index, shift, key_error, _relative(here.v_TGD, there.v_TGD)])
-    return rows
+    at_home = _Recording(cache)
+    handle.run(at_home, ids, torch.arange(NUM_TOKENS, device=handle.device))
+    moved = []
+    for shift in (_NEAR, far - NUM_TOKENS):
+        away = _Replaying(handle, at_home.outputs)
+        handle.run(away, ids, torch.arange(shift, shift + NUM_TOKENS, device=handle.device))
+        moved.append(Moved(shift, away.layers))
+    rope = Rerotator(*_explanation(fitting, at_home.layers, moved), handle.device)
+    checks = [
+        [layer, shift, key_error, _relative(here.v_TGD, there.v_TGD)]
+        for shift, layers in moved
+        for layer, (here, there) in enumerate(zip(at_home.layers, layers, strict=True))
+        for key_error in [_key_error(rope, layer, here, there, shift)]
+    ]
+    return Measured(rope, checks, at_home.compared)
 
 
-def _run(
-    handle: ModelHandle, ids: torch.Tensor, positions: torch.Tensor, first: int
-) -> list[LayerKV]:
-    step = IsolatedPass([(0, NUM_TOKENS)], handle.num_layers, first_position=first)
-    handle.run(step, ids, positions)
-    return step.layers
+def _explanation(
+    tables: Sequence[Table], home: list[LayerKV], moved: list[Moved]
+) -> tuple[list[Table], list[int]]:
+    """Tables of one layout and the number of each layer's among them: those by which the worst
+    explained layer is explained best. On the CPU: a GPU has no room for all tables.
+    """
+    home = [_on_host(kv) for kv in home]
+    moved = [Moved(m.shift, [_on_host(kv) for kv in m.layers]) for m in moved]
+    layouts: dict[Any, list[Table]] = {}
+    for table in tables:
+        layouts.setdefault(table.layout, []).append(table)
+    errors = {
+        layout: [_errors(table, home, moved) for table in some] for layout, some in layouts.items()
+    }
+    layout = min(errors, key=lambda name: max(map(min, zip(*errors[name], strict=True))))
+    best = nearest(errors[layout])
+    used = sorted(set(best))
+    return [layouts[layout][table] for table in used], [used.index(table) for table in best]
+
+
+def _on_host(kv: LayerKV) -> LayerKV:
+    return LayerKV(kv.k_TGD.cpu(), kv.v_TGD.cpu())
+
+
+def nearest(errors_TL: Sequence[Sequence[float]]) -> list[int]:
+    """For each layer the number of the table with the smallest error, of equals the first."""
+    by_layer = zip(*errors_TL, strict=True)
+    return [min(range(len(column)), key=column.__getitem__) for column in by_layer]
+
+
+def _errors(table: Table, home: list[LayerKV], moved: list[Moved]) -> list[float]:
+    """Each layer's larger error of the shifts, if it turned by ``table``."""
+    rope = Rerotator([table], [0] * len(home), torch.device("cpu"))
+    return [
+        max(_key_error(rope, layer, home[layer], m.layers[layer], m.shift) for m in moved)
+        for layer in range(len(home))
+    ]
+
+
+def _key_error(rope: Rerotator, layer: int, here: LayerKV, there: LayerKV, shift: int) -> float:
+    at = torch.arange(len(here.k_TGD), device=here.k_TGD.device)
+    return _relative(rope.apply(here.k_TGD, rope.turn(at, at + shift), layer), there.k_TGD)
+
+
+class _Recording(IsolatedPass):
+    """Keeps what attention puts out at each layer, beside K and V, and compares it with what the
+    layer's backend puts out for the same input.
+    """
+
+    def __init__(self, cache: PagedCache) -> None:
+        super().__init__([(0, NUM_TOKENS)], cache.handle.num_layers)
+        self.outputs: list[torch.Tensor] = []
+        self.compared: list[list[Any]] = []
+        self._handle, at = cache.handle, torch.arange(NUM_TOKENS)
+        blocks = torch.arange(1, 2 + NUM_TOKENS // cache.block_size)
+        self._slots = cache.slots(blocks, at)
+        self._metadata = cache.metadata(blocks, at, self._slots)
+
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        super().attend(index, layer, q_THD, k_TGD, v_TGD, out_THD)
+        self.outputs.append(out_THD.clone())
+        self._handle.write(index, k_TGD, v_TGD, self._slots)
+        real, metadata = self._handle.layers[index], self._metadata[index]
+        theirs = torch.empty_like(out_THD)
+        real.impl.forward(real, q_THD, k_TGD, v_TGD, real.kv_cache, metadata, output=theirs)
+        is_rounded = real.kv_cache.dtype != k_TGD.dtype
+        self.compared.append([index, _relative(out_THD, theirs), is_rounded])
+
+
+class _Replaying(IsolatedPass):
+    """Puts out what another pass did, so that each layer gets the input that it got there."""
+
+    def __init__(self, handle: ModelHandle, outputs: Sequence[torch.Tensor]) -> None:
+        super().__init__([(0, NUM_TOKENS)], handle.num_layers)
+        self._outputs = outputs
+
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        self._collect(index, LayerKV(k_TGD, v_TGD))
+        if index == self.last:
+            self.stop()
+        out_THD.copy_(self._outputs[index])
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -215,7 +215,10 @@ def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]])
         kv_bytes_per_token=max((f.get("kv_bytes_per_token", 0) for f in facts), default=0),
         window=facts[0].get("window") if facts else None,
         longest_blend=facts[0].get("longest_blend") if facts else None,
-        extra={"checks": [row for f in facts for row in f.get("checks", [])]},
+        extra={
+            name: [row for f in facts for row in f.get(name, [])]
+            for name in ("checks", "attention")
+        },
     )
 
 

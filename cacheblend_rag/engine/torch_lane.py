@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from cacheblend_kernels import question_attention
 from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.attention import PagedCache, dense_causal, upload, visible
+from cacheblend_rag.engine.attention import PagedCache, dense_causal, own_options, upload, visible
 from cacheblend_rag.engine.correction import Correction
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.lane import Lane, Region
@@ -55,7 +55,8 @@ class TorchLane(Lane):
                 stored = chunk.kv_L2NHD[index:last, :, offset : offset + end - start]
                 kv[:, :, start:end].copy_(stored, non_blocking=True)
             self._first = index
-            self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._turn), kv[:, 1]
+            some = slice(index, last)
+            self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._turn, some), kv[:, 1]
         return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
@@ -73,7 +74,7 @@ class TorchLane(Lane):
                 self.handle.write(self._placed, k[self._new], v[self._new], self._slots)
             self._placed += 1
 
-    def ask(self, question: Sequence[int], keep: range, most_glue: int) -> torch.Tensor:
+    def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
         glue = upload(self.region.glue(most_glue), self.device)
         positions_Q = upload(self._question_positions(len(question)), self.device)
         step = _QuestionPass(self, glue, positions_Q, keep)
@@ -107,7 +108,11 @@ class _QuestionPass(Pass):
     """
 
     def __init__(
-        self, lane: TorchLane, fresh_F: torch.Tensor, positions_Q: torch.Tensor, keep: range
+        self,
+        lane: TorchLane,
+        fresh_F: torch.Tensor,
+        positions_Q: torch.Tensor,
+        keep: tuple[int, ...],
     ) -> None:
         self._lane, self._keep, self.last = lane, keep, keep[-1]
         self._fresh_F, self._num_fresh = fresh_F, len(fresh_F)
@@ -131,6 +136,7 @@ class _QuestionPass(Pass):
     ) -> None:
         n = self._num_fresh
         end = len(self.score_A)
+        q_THD = compat.plain_query(layer, q_THD, k_TGD)
         stored_k, stored_v = self._lane.layer(index)
         k, v = torch.cat([stored_k[:end], k_TGD[n:]]), torch.cat([stored_v[:end], v_TGD[n:]])
         k[self._fresh_F], v[self._fresh_F] = k_TGD[:n], v_TGD[:n]
@@ -140,9 +146,7 @@ class _QuestionPass(Pass):
             return
         if n:
             out_THD[:n] = dense_causal(layer, q_THD[:n], k, v, mask[:n])
-        out_THD[n:], score = question_attention(
-            q_THD[n:], k, v, mask[n:], scale=layer.impl.scale, softcap=compat.softcap(layer)
-        )
+        out_THD[n:], score = question_attention(q_THD[n:], k, v, mask[n:], **own_options(layer))
         self.score_A += score[:end]
         if index == self.last:
             self.stop()

@@ -25,10 +25,10 @@ from cacheblend_rag.engine.heads import heads_of
 from cacheblend_rag.engine.ingest import Ingestor
 from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.outcome import BlendOutcome
-from cacheblend_rag.engine.rope import Rerotator, context_length
+from cacheblend_rag.engine.rope import context_length, tables_of
 from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
-from cacheblend_rag.engine.selfcheck import moved_errors
+from cacheblend_rag.engine.selfcheck import measured
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.known import News, Row
@@ -79,10 +79,12 @@ class WorkerExtension:
             handle = ModelHandle(model, self.vllm_config, self.device)
             chosen = self.vllm_config.model_config
             max_len = int(chosen.max_model_len)
-            rope = Rerotator(model, max(max_len, context_length(chosen)), self.device)
+            longest = max(max_len, context_length(chosen))
+            tables = tables_of(model, longest, handle.layers[0].head_size)
             self._cacheblend_heads = heads_of(handle)
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
+            rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
             self._cacheblend_parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
             a_head = 2 * handle.num_layers * handle.layers[0].head_size * chosen.dtype.itemsize
@@ -91,7 +93,6 @@ class WorkerExtension:
             facts["window"] = max(windows, default=None)
             facts["longest_blend"] = compat.longest_blend(self.model_runner.kv_cache_config)
             facts["positions"] = rope.positions
-            facts["checks"] = moved_errors(handle, rope, min(max_len, rope.positions))
             ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             facts["fingerprint"] = fingerprint(model, self.vllm_config, rope, *ranks)
         except UnsupportedModelError as error:

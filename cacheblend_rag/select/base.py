@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -24,6 +25,19 @@ class QuestionAttention(NamedTuple):
         """The same as numbers of layers, at least one."""
         first = int(self.layers[0] * num_layers)
         return range(first, max(first + 1, int(self.layers[1] * num_layers)))
+
+    def among(self, sees_all: Sequence[bool]) -> tuple[int, ...]:
+        """The numbers of layers to ask, ascending, of a model whose layers see all of the context
+        or only a window: those of the range that see all; where none does, the nearest one that
+        does, the later of two; where no layer of the model does, the range.
+        """
+        wanted = self.range(len(sees_all))
+        everywhere = [layer for layer, sees in enumerate(sees_all) if sees]
+        inside = [layer for layer in everywhere if layer in wanted]
+        if inside or not everywhere:
+            return tuple(inside or wanted)
+        far = {layer: max(wanted[0] - layer, layer - wanted[-1]) for layer in everywhere}
+        return (min(reversed(everywhere), key=far.__getitem__),)
 
 
 class KVDeviation(NamedTuple):

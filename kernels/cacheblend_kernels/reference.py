@@ -21,7 +21,12 @@ _LOGITS = 1 << 26  # attention logits held at once, float32
 
 
 def rerotate(
-    k_NGD: torch.Tensor, cos_NP: torch.Tensor, sin_NP: torch.Tensor, *, is_neox: bool
+    k_NGD: torch.Tensor,
+    cos_NP: torch.Tensor,
+    sin_NP: torch.Tensor,
+    *,
+    is_neox: bool,
+    first: int = 0,
 ) -> torch.Tensor:
     """Turn rotated keys by a further angle per token (CacheBlend, section 4.3 and appendix).
 
@@ -29,26 +34,28 @@ def rerotate(
     the key at ``new`` after a rotation by ``(new - old) * theta_p``. Values are not rotated.
 
     Args:
-        k_NGD: keys in any floating dtype; dimensions above ``2P`` are not rotary and stay. Further
-            dimensions may come first.
-        cos_NP: float32 cosine of the further angle.
+        k_NGD: keys in any floating dtype. Further dimensions may come first.
+        cos_NP: float32 cosine of the further angle; may have the further dimensions of ``k_NGD``.
         sin_NP: float32 sine of it.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
+        first: the first of the 2P rotary dimensions; the others stay.
 
     Returns:
         A new tensor of the shape and dtype of ``k_NGD``; computed in float32.
     """
     pairs = cos_NP.shape[-1]
-    cos, sin = cos_NP[:, None], sin_NP[:, None]
-    first = slice(pairs) if is_neox else slice(0, 2 * pairs, 2)
-    second = slice(pairs, 2 * pairs) if is_neox else slice(1, 2 * pairs, 2)
+    middle, end = first + pairs, first + 2 * pairs
+    one, two = slice(first, middle), slice(middle, end)
+    if not is_neox:
+        one, two = slice(first, end, 2), slice(first + 1, end, 2)
+    cos, sin = cos_NP.unsqueeze(-2), sin_NP.unsqueeze(-2)
     out = torch.empty_like(k_NGD)
-    out[..., 2 * pairs :] = k_NGD[..., 2 * pairs :]
-    a, b = k_NGD[..., first].float(), k_NGD[..., second].float()
+    out[..., :first], out[..., end:] = k_NGD[..., :first], k_NGD[..., end:]
+    a, b = k_NGD[..., one].float(), k_NGD[..., two].float()
     turned = a * cos
-    out[..., first] = turned.addcmul_(b, sin, value=-1)
+    out[..., one] = turned.addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=turned)
-    out[..., second] = turned.addcmul_(a, sin)
+    out[..., two] = turned.addcmul_(a, sin)
     return out
 
 
@@ -82,6 +89,7 @@ def masked_attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of R query rows over N keys, each row seeing the keys ``visible_RN`` marks.
 
@@ -90,12 +98,15 @@ def masked_attention(
         visible_RN: bool, at least one true a row.
         scale: factor on the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)`` where it is not 0.
+        sinks_H: one more logit of each head, of a key without a value.
 
     Returns:
         [R, H, D] in the dtype of ``q_RHD``.
     """
-    if softcap:
-        return question_attention(q_RHD, k_NGD, v_NGD, visible_RN, scale=scale, softcap=softcap)[0]
+    if softcap or sinks_H is not None:
+        return question_attention(
+            q_RHD, k_NGD, v_NGD, visible_RN, scale=scale, softcap=softcap, sinks_H=sinks_H
+        )[0]
     out = F.scaled_dot_product_attention(
         q_RHD.transpose(0, 1)[None],
         k_NGD.transpose(0, 1)[None],
@@ -115,6 +126,7 @@ def question_attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``masked_attention`` that also tells how much attention each key got.
 
@@ -129,6 +141,10 @@ def question_attention(
     hidden_RN = ~visible_RN
     out = torch.empty(rows, heads, v_NGD.shape[-1], dtype=q_RHD.dtype, device=q_RHD.device)
     out_RGXD = out.view(rows, groups, -1, v_NGD.shape[-1])
+    sinks_GX1 = None
+    if sinks_H is not None:
+        by_row = sinks_H.float().view(groups, -1, 1).expand(groups, heads // groups, rows)
+        sinks_GX1 = by_row.reshape(groups, -1, 1)
     score = torch.zeros(keys, device=q_RHD.device)
     # groups of heads at a time: logits of all would be rows x heads x keys
     at_once = max(1, _LOGITS // (rows * heads // groups * keys))  # groups: bounds the memory
@@ -141,7 +157,10 @@ def question_attention(
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         logits.view(-1, heads // groups, rows, keys).masked_fill_(hidden_RN, -torch.inf)
-        weights = logits.softmax(-1)
+        if sinks_GX1 is None:
+            weights = logits.softmax(-1)
+        else:
+            weights = torch.cat([logits, sinks_GX1[some]], -1).softmax(-1)[..., :-1]
         score += weights.sum((0, 1))
         context = (weights @ v_GND).view(-1, heads // groups, rows, v_NGD.shape[-1])
         out_RGXD[:, some] = context.permute(2, 0, 1, 3).to(out.dtype)

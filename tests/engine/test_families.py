@@ -8,33 +8,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from blending import PARTS, PREFIX, PROMPT, QUESTION, agree, blends_as_the_reference, forget_prompts
 from engines import EXACT, FULL_LOGPROBS, logprobs, selected, start_in_process
-from reference import Part, Reference
-from tiny import FAMILIES, Words, make
+from reference import Reference
+from tiny import FAMILIES, make
 
 from cacheblend_rag import CacheBlend
-from cacheblend_rag.config import REACH
 from cacheblend_rag.select import create_selector
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
-
-words = Words(1)
-PREFIX, HEAD, GLUE, QUESTION = words(4), words(9), words(3), words(40)
-A, B, C = words(37), words(50), words(130)
-
-
-def layout(block_size: int = 32) -> list[Part]:
-    """Head, chunks with and without glue, one of them twice; ends on a block."""
-    parts = [Part(HEAD, False), Part(C, True), Part(A, True), Part(GLUE, False), Part(B, True)]
-    parts.append(Part(A, True))
-    short = -sum(len(p.ids) for p in parts) % block_size
-    last = words(32 + short)
-    return [*parts, Part(last, True)]
-
-
-PARTS = layout()
-IDS = tuple(t for p in PARTS for t in p.ids)
-PROMPT = IDS + QUESTION
 
 
 class Family(NamedTuple):
@@ -60,8 +42,7 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
 @pytest.fixture(autouse=True)
 def nothing_cached(family: Family) -> None:
     """No test is answered from what an earlier one left in vLLM's prefix cache."""
-    core = family.blend._engine._llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
-    assert core.scheduler.reset_prefix_cache()
+    forget_prompts(family.blend)
 
 
 def of(*names: str, compiled: bool = False) -> pytest.MarkDecorator:
@@ -79,31 +60,6 @@ def test_family(family: Family) -> None:
 def test_compiled_and_in_graphs(family: Family) -> None:
     """What a GPU's user gets; the other tests run eagerly."""
     blends_as_the_reference(*family)
-
-
-def blends_as_the_reference(blend: CacheBlend, reference: Reference) -> None:
-    plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
-    exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)
-    assert exact.report.blended, exact.report.detail
-    assert exact.report.tokens_reused == 0
-    assert exact.token_ids == plain.token_ids
-    torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
-
-    naive = blend.generate(PROMPT, mode="reuse", **FULL_LOGPROBS)
-    assert naive.report.blended, naive.report.detail
-    assert naive.report.tokens_recomputed == 0
-    fresh = [
-        i for i, is_stored in enumerate(p.stored for p in PARTS for _ in p.ids) if not is_stored
-    ]
-    assert selected(blend, naive) == fresh
-    agree(naive, reference.blend(PARTS, QUESTION, fresh, 4))
-    assert (logprobs(naive) - logprobs(plain)).abs().max() > 1e-2, "reuse must differ from full"
-
-    for selector in ("query", "hkvd"):
-        some = blend.generate(PROMPT, recompute_ratio=0.2, selector=selector, **FULL_LOGPROBS)
-        rows = selected(blend, some)
-        assert set(fresh) < set(rows) and 0 < some.report.tokens_recomputed < 0.25 * len(IDS)
-        agree(some, reference.blend(PARTS, QUESTION, rows, 4, reach=REACH))
 
 
 @of("llama", "gemma2", "stablelm")  # test_family has the default's
@@ -126,19 +82,16 @@ def test_reach_equals_the_reference(family: Family) -> None:
     torch.testing.assert_close(logprobs(naive), logprobs(reused), atol=0, rtol=0)
 
 
-def agree(result, answer) -> None:  # type: ignore[no-untyped-def]
-    assert list(result.token_ids) == answer.tokens
-    torch.testing.assert_close(logprobs(result), answer.logprobs, atol=2 * EXACT, rtol=0)
-
-
-@of("llama", "gemma2", "qwen3")
-def test_query_scores_equal_the_reference(family: Family) -> None:
+@of("llama", "gemma2", "qwen3", "gemma3", "cohere2")
+@pytest.mark.parametrize("layers", [(0.25, 0.75), (0.5, 0.75)])
+def test_query_scores_equal_the_reference(family: Family, layers: tuple[float, float]) -> None:
     blend, reference = family
-    options = {"layers": (0.25, 0.75), "first_share": 0.0}
+    options = {"layers": layers, "first_share": 0.0}
     result = blend.generate(PROMPT, recompute_ratio=0.2, selector_options=options, **FULL_LOGPROBS)
     rows = selected(blend, result)
     selector = create_selector("query", options)
-    scores = reference.question_scores(PARTS, QUESTION, selector.evidence.range(4))
+    asked = selector.evidence.among(reference.sees_all)
+    scores = reference.question_scores(PARTS, QUESTION, asked)
     stored = torch.tensor([p.stored for p in PARTS for _ in p.ids])
     smooth = torch.nn.functional.avg_pool1d((scores * stored)[None, None], 9, 1, 4)[0, 0]
     smooth[~stored] = -1

@@ -12,7 +12,7 @@ import torch
 from engines import FULL_LOGPROBS, PlainAnswer, logprobs, plain_engine, start_in_process
 from tiny import Words, make
 
-from cacheblend_rag.engine import attention
+from cacheblend_rag.engine import attention, selfcheck
 from cacheblend_rag.engine.rope import Rerotator, Turn
 from cacheblend_rag.engine.runner import StepTensors
 from cacheblend_rag.reason import Reason
@@ -43,7 +43,7 @@ def turns_one_position_too_far(patch: pytest.MonkeyPatch) -> None:
 
 
 def turns_into_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Rerotator, "apply", lambda self, k_NGD, turn: torch.full_like(k_NGD, torch.nan))
+    patch.setattr(Rerotator, "apply", lambda self, k, turn, layers: torch.full_like(k, torch.nan))
 
 
 def looks_ahead(patch: pytest.MonkeyPatch) -> None:
@@ -75,8 +75,8 @@ def takes_rows_for_another_requests(patch: pytest.MonkeyPatch) -> None:
     [
         (turns_one_position_too_far, Reason.MOVED_KEYS_DIFFER),
         (turns_into_nothing, Reason.MOVED_KEYS_DIFFER),
-        (looks_ahead, Reason.RATIO_ONE_DIFFERS),
-        (looks_at_the_wrong_place, Reason.RATIO_ONE_DIFFERS),
+        (looks_ahead, Reason.ATTENTION_DIFFERS),
+        (looks_at_the_wrong_place, Reason.ATTENTION_DIFFERS),
         (takes_rows_for_another_requests, Reason.RATIO_ONE_DIFFERS),
     ],
 )
@@ -96,3 +96,32 @@ def test_what_is_wrong_is_refused(
         assert result.report.detail == blend.gate.detail
     assert result.token_ids == plain.tokens
     torch.testing.assert_close(logprobs(result), plain.logprobs, atol=0, rtol=0)
+
+
+def test_layers_that_get_one_anothers_table_are_refused(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearest = selfcheck.nearest
+
+    def next_ones(errors_TL: Any) -> list[int]:
+        right = nearest(errors_TL)
+        assert sorted(set(right)) == [0, 1], "there are two tables in use"
+        return right[1:] + right[:1]
+
+    monkeypatch.setattr(selfcheck, "nearest", next_ones)
+    with start_in_process(make("gemma3", tiny_models), prefix=PREFIX) as blend:
+        assert not blend.gate.passed and blend.gate.reason is Reason.MOVED_KEYS_DIFFER
+        assert {c.layer for c in blend.gate.layers if not c.ok} == {0, 1}
+        assert blend.ingest([CHUNK], progress=False).computed == 0
+        result = blend.generate(PROMPT, **FULL_LOGPROBS)
+        assert not result.report.blended and result.report.reason is Reason.MOVED_KEYS_DIFFER
+
+
+def test_attention_without_the_models_sinks_is_refused(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = attention.own_options
+    monkeypatch.setattr(attention, "own_options", lambda layer: {**own(layer), "sinks_H": None})
+    with start_in_process(make("gpt_oss", tiny_models), prefix=PREFIX) as blend:
+        assert not blend.gate.passed and blend.gate.reason is Reason.ATTENTION_DIFFERS
+        assert blend.ingest([CHUNK], progress=False).computed == 0

@@ -38,7 +38,7 @@ def name(path: Path, rank: int = 0, size: int = 1, **options: Any) -> str:
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
     from cacheblend_rag.engine.fingerprint import fingerprint
-    from cacheblend_rag.engine.rope import Rerotator
+    from cacheblend_rag.engine.rope import Rerotator, tables_of
 
     given = {"dtype": "float32", "max_model_len": 512, "skip_tokenizer_init": True, **options}
     config = EngineArgs(model=str(path), **given).create_engine_config()
@@ -47,7 +47,8 @@ def name(path: Path, rank: int = 0, size: int = 1, **options: Any) -> str:
         rope = get_rope(32, text.max_position_embeddings, True, text.rope_parameters)
         whole = torch.nn.Sequential(rope, torch.nn.Linear(2, 2, bias=False))
     torch.nn.init.ones_(whole[1].weight)
-    return fingerprint(whole, config, Rerotator(whole, 1, torch.device("cpu")), rank, size)
+    moves = Rerotator(tables_of(whole, 1, 32)[:1], [0], torch.device("cpu"))
+    return fingerprint(whole, config, moves, rank, size)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ PROMPT = words(9) + CHUNKS[2] + CHUNKS[0] + words(3) + CHUNKS[1] + CHUNKS[3] + w
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_family_answers_exactly(name: str, tiny_models: Path) -> None:
     path = make(name, tiny_models)
-    dtype = "float32" if name == "gemma3" else "bfloat16"  # all that vLLM's CPU kernels take
+    dtype = "bfloat16"  # all that vLLM's CPU kernels take
     options = {"prefix": PREFIX, "block_size": None, "dtype": dtype}
     try:
         with plain_engine(path, dtype) as plain:

@@ -48,10 +48,12 @@ class _Scatter(DynamicCache):
         keys, values = self.full[layer]
         if self.moving is not None:
             reference, weights = self.moving
+            turned, still = (values, keys) if reference.is_latent else (keys, values)
+            fresh, other = (v, k) if reference.is_latent else (k, v)
             everywhere = torch.arange(keys.shape[2])
-            off = reference.rotated(k - keys[:, :, self.at], -self.at)
-            keys += reference.rotated(weights @ off, everywhere)
-            values += weights @ (v - values[:, :, self.at])
+            off = reference.rotated(fresh - turned[:, :, self.at], -self.at, layer)
+            turned += reference.rotated(weights @ off, everywhere, layer)
+            still += weights @ (other - still[:, :, self.at])
         keys[:, :, self.at], values[:, :, self.at] = k, v
         return keys, values
 
@@ -71,6 +73,11 @@ class Reference:
             # vLLM's Transformers backend decorates some of these classes in this very process
             module.do_not_compile = True
         self.prefix = list(prefix)
+        self.config = self.model.config
+        # its cache has latents, without position, in place of keys, and the rotated part as values
+        self.is_latent = self.config.model_type == "minicpm3"
+        if self.config.model_type == "cohere2":
+            self.config.sliding_window += 1  # vLLM's also see the token just before the window
 
     @torch.no_grad()
     def kv(self, ids: Sequence[int], first: int = 0) -> list[list[torch.Tensor]]:
@@ -88,21 +95,47 @@ class Reference:
         start, n = 0, len(self.prefix)
         for part in parts:
             if part.stored:
-                alone = self.kv([*self.prefix, *part.ids], start - n)
-                for layer, (k, v) in zip(fused, alone, strict=True):
+                for layer, (k, v) in zip(fused, self._alone(part, start - n), strict=True):
                     layer[0][:, :, start : start + len(part.ids)] = k[:, :, n:]
                     layer[1][:, :, start : start + len(part.ids)] = v[:, :, n:]
             start += len(part.ids)
         assert start == total
         return fused
 
-    def rotated(self, k: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        """Keys [1, G, N, D] rotated by ``by`` positions each, which may be negative."""
-        frequencies = next(m.inv_freq for m in self.model.modules() if hasattr(m, "inv_freq"))
+    def _alone(self, part: Part, first: int) -> list[list[torch.Tensor]]:
+        """KV of the prefix and a chunk, moved to position ``first``."""
+        ids = [*self.prefix, *part.ids]
+        if not self.config.rope_parameters.get("llama_4_scaling_beta"):
+            return self.kv(ids, first)
+        by = torch.full((len(ids),), first)  # attention is another one there: queries are scaled
+        return [[self.rotated(k, by, layer), v] for layer, (k, v) in enumerate(self.kv(ids))]
+
+    def _frequencies(self, layer: int) -> torch.Tensor | None:
+        """Of a layer's rotation; None where it does not rotate."""
+        config, kind = self.config, ""
+        if getattr(config, "layer_types", None):
+            kind = config.layer_types[layer]
+        if config.model_type in ("cohere2", "exaone4") and kind == "full_attention":
+            return None
+        if config.model_type == "smollm3" and not config.no_rope_layers[layer]:
+            return None
+        found = [
+            getattr(m, name)
+            for m in self.model.modules()
+            for name in (f"{kind}_inv_freq", "inv_freq")
+            if hasattr(m, name)
+        ]
+        return found[0]
+
+    def rotated(self, k: torch.Tensor, by: torch.Tensor, layer: int) -> torch.Tensor:
+        """Keys [1, G, N, D] of a layer rotated by ``by`` positions each, which may be negative."""
+        frequencies = self._frequencies(layer)
+        if frequencies is None:
+            return k
         angle = by[:, None].float() * frequencies
         cos, sin = angle.cos(), angle.sin()
         turned, rest = k.split([2 * len(frequencies), k.shape[-1] - 2 * len(frequencies)], -1)
-        interleaved = self.model.config.model_type in ("cohere", "glm4")
+        interleaved = self.model.config.model_type in ("cohere", "cohere2", "glm4")
         a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
         pair = a * cos - b * sin, b * cos + a * sin
         turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
@@ -137,7 +170,7 @@ class Reference:
 
     @torch.no_grad()
     def question_scores(
-        self, parts: Sequence[Part], question: Sequence[int], layers: range
+        self, parts: Sequence[Part], question: Sequence[int], layers: Sequence[int]
     ) -> torch.Tensor:
         """Attention of the question per context token over the reused KV; fresh tokens run too."""
         ids = [t for p in parts for t in p.ids]
@@ -154,6 +187,15 @@ class Reference:
             output_attentions=True,
         )
         return sum(out.attentions[i][0, :, len(rows) :, :end].sum((0, 1)) for i in layers)
+
+    @property
+    def sees_all(self) -> list[bool]:
+        """Of each layer, whether it has no window that is shorter than a test's prompt."""
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None) or 1 << 20
+        is_wide = window > 1024
+        count = self.config.num_hidden_layers
+        return [is_wide or (bool(kinds) and kinds[i] == "full_attention") for i in range(count)]
 
     def _masks(self, at: torch.Tensor, count: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """What queries at positions ``at`` see of the first ``count`` keys, by kind of layer."""

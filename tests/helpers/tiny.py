@@ -39,6 +39,14 @@ _YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 512,
 }
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 8 for i in range(16)],
+    "long_factor": [1.0 + i / 2 for i in range(16)],
+    "original_max_position_embeddings": 8,  # all that is computed reaches beyond it
+}
 # name: (model type, what differs)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -67,10 +75,68 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", {"head_dim": 32, "pad_token_id": 0}),
     "stablelm": ("stablelm", {}),
     "starcoder2": ("starcoder2", {}),
+    "phi3-long": ("phi3", {"pad_token_id": 0, "rope_parameters": _LONG}),
+    # two RoPE tables; none of the layers that the question is asked at by default sees all
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 32, "sliding_window": 64, "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _LOCAL]},
+    ),
+    "olmo3": (
+        "olmo3",
+        {
+            "sliding_window": 64,
+            "rope_parameters": {
+                _LOCAL: {"rope_type": "default", "rope_theta": 10000.0},
+                _GLOBAL: {**_YARN, "attention_factor": 1.1, "beta_fast": 32.0, "beta_slow": 1.0},
+            },
+        },
+    ),
+    # sinks as parameters
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 32,
+            "sliding_window": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    ),
+    # some layers do not rotate
+    "cohere2": ("cohere2", {"sliding_window": 64, "logit_scale": 1.0}),
+    "exaone4": ("exaone4", {"sliding_window": 64, "sliding_window_pattern": 4}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0, 1], "pad_token_id": 0}),
+    # the last dimensions of a key are rotated
+    "minicpm3": (
+        "minicpm3",
+        {
+            "num_key_value_heads": 8,
+            "q_lora_rank": 128,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 32,
+        },
+    ),
+    # queries are scaled by position
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                **_YARN,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+                "original_max_position_embeddings": 128,
+            },
+            "llama_4_scaling": {"original_max_position_embeddings": 128, "beta": 0.5},
+        },
+    ),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    # six layers: five local ones and the first global one
-    "gemma3": ("gemma3_text", {"head_dim": 32, "sliding_window": 512, "num_hidden_layers": 6}),
     # the hybrid whose recurrent layers vLLM can compute on a CPU
     "mamba-hybrid": (
         "qwen3_next",
@@ -117,7 +183,10 @@ def make(name: str, folder: Path, **changes: Any) -> Path:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**_COMMON, **differs, **changes})
         with undecorated(config):
-            AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+            model = AutoModelForCausalLM.from_config(config).float()
+        for parameter in (p for name, p in model.named_parameters() if name.endswith("sinks")):
+            torch.nn.init.normal_(parameter, std=1.0)  # as large as logits, or they do nothing
+        model.save_pretrained(path)
     return path
 
 

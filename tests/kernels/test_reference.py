@@ -51,13 +51,24 @@ def test_rerotated_keys_equal_keys_rotated_there(
     torch.testing.assert_close(moved.double(), expected, atol=TOLERANCE[dtype], rtol=1e-2)
 
 
+def test_rotated_dimensions_may_lie_anywhere_and_layers_differ() -> None:
+    k, angle = torch.randn(3, 9, 2, 64), torch.randn(3, 9, 16)
+    moved = rerotate(k, angle.cos(), angle.sin(), is_neox=False, first=20)
+    for layer in range(3):
+        cos, sin = angle[layer].cos(), angle[layer].sin()
+        alone = rerotate(k[layer, ..., 20:52], cos, sin, is_neox=False)
+        assert torch.equal(moved[layer, ..., 20:52], alone)
+    assert torch.equal(moved[..., :20], k[..., :20])
+    assert torch.equal(moved[..., 52:], k[..., 52:])
+
+
 def test_rerotation_by_nothing_changes_nothing() -> None:
     k = torch.randn(9, 2, 64, dtype=torch.bfloat16)
     same = rerotate(k, torch.ones(9, 32), torch.zeros(9, 32), is_neox=True)
     assert torch.equal(same, k)
 
 
-def attention(q, k, v, visible, scale, softcap):  # type: ignore[no-untyped-def]
+def attention(q, k, v, visible, scale, softcap, sinks):  # type: ignore[no-untyped-def]
     """One query, one head at a time."""
     rows, heads, _ = q.shape
     out, score = torch.zeros(rows, heads, v.shape[-1]), torch.zeros(len(k))
@@ -68,16 +79,20 @@ def attention(q, k, v, visible, scale, softcap):  # type: ignore[no-untyped-def]
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
             logits[~visible[r]] = -math.inf
-            weights = logits.softmax(0)
+            sink = [] if sinks is None else [sinks[h : h + 1]]
+            weights = torch.cat([logits, *sink]).softmax(0)[: len(k)]
             out[r, h], score = weights @ v[:, g], score + weights
     return out, score
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize(
     ("rows", "keys", "heads", "groups"), [(1, 1, 1, 1), (5, 23, 6, 2), (9, 9, 4, 4)]
 )
-def test_attention(rows: int, keys: int, heads: int, groups: int, softcap: float) -> None:
+def test_attention(
+    rows: int, keys: int, heads: int, groups: int, softcap: float, has_sinks: bool
+) -> None:
     torch.manual_seed(rows)
     q, k, v = (
         torch.randn(rows, heads, 32),
@@ -86,11 +101,13 @@ def test_attention(rows: int, keys: int, heads: int, groups: int, softcap: float
     )
     visible = torch.rand(rows, keys) < 0.6
     visible[:, 0] = True
-    expected, expected_score = attention(q, k, v, visible, 0.3, softcap)
-    out, score = question_attention(q, k, v, visible, scale=0.3, softcap=softcap)
+    sinks = torch.randn(heads) if has_sinks else None
+    options = {"scale": 0.3, "softcap": softcap, "sinks_H": sinks}
+    expected, expected_score = attention(q, k, v, visible, 0.3, softcap, sinks)
+    out, score = question_attention(q, k, v, visible, **options)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(score, expected_score, atol=1e-5, rtol=1e-4)
-    again = masked_attention(q, k, v, visible, scale=0.3, softcap=softcap)
+    again = masked_attention(q, k, v, visible, **options)
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -52,6 +52,21 @@ def test_half_precision_may_round() -> None:
     assert not gate.check_layers(info([0, 37, 0.16, 0.0], dtype="bfloat16")).passed
 
 
+@pytest.mark.parametrize("bad", [1.01 * LAYERS, NAN])
+def test_attention_of_another_kind_is_refused(bad: float) -> None:
+    same, other = [0, LAYERS, False], [1, bad, False]
+    assert gate.check_layers(info(extra={"checks": [ROW], "attention": [same]})).passed
+    report = gate.check_layers(info(extra={"checks": [ROW], "attention": [same, other]}))
+    assert not report.passed and report.reason is Reason.ATTENTION_DIFFERS
+    assert "layer 1" in report.detail and f"{bad:.3g}" in report.detail
+
+
+def test_a_cache_that_rounds_is_no_other_attention() -> None:
+    for error, passes in ((0.1, True), (0.16, False)):
+        extra = {"checks": [ROW], "attention": [[0, error, True]]}
+        assert gate.check_layers(info(extra=extra)).passed is passes
+
+
 def test_a_model_refused_before_stays_refused() -> None:
     report = gate.check_layers(info(refusal=Why(Reason.MLA, "latent")))
     assert (report.passed, report.reason, report.detail) == (False, Reason.MLA, "latent")

@@ -115,6 +115,25 @@ def test_query_layers() -> None:
     assert list(wanted.range(1)) == [0]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "asked"),
+    [
+        ("GGGGGGGG", (4, 5)),
+        ("LGLGLGLG", (5,)),
+        ("LLLLGLLL", (4,)),
+        ("LLLGLLLL", (3,)),
+        ("LLGLLLLG", (7,)),  # as far as layer 2, and later
+        ("LGLLLLLL", (1,)),
+        ("LLLLLLLL", (4, 5)),
+        ("G", (0,)),
+        ("GLLL", (0,)),
+    ],
+)
+def test_the_question_is_asked_where_all_is_seen(pattern: str, asked: tuple[int, ...]) -> None:
+    wanted = QuestionAttention((1 / 2, 3 / 4))
+    assert wanted.among([kind == "G" for kind in pattern]) == asked
+
+
 def test_hkvd_asks_for_what_its_options_say() -> None:
     assert create_selector("hkvd").evidence == KVDeviation(1, values=False)
     options = {"check_layer": 3, "deviation": "kv"}
