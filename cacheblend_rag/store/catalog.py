@@ -139,6 +139,8 @@ class Catalog:
         """
         self._settle(soon=False)
         raw, limits = bytes.fromhex(key), self._without_corrupt(limits)
+        if self.index.is_over(limits, self._namespace):  # which it can hardly be
+            self.measure()
         victims = self.index.make_room(self._namespace, raw, nbytes, cost, limits, pinned)
         return None if victims is None else self._unlink(victims)
 

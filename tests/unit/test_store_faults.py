@@ -80,7 +80,7 @@ def test_pruning_goes_by_the_files(tmp_path: Path, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("noted", [2**62, 1 << 40])
-@pytest.mark.parametrize("when", ["closed", "open", "while it prunes"])
+@pytest.mark.parametrize("when", ["closed", "open", "put", "while it prunes"])
 def test_nothing_leaves_for_a_size_that_is_only_noted(
     tmp_path: Path, noted: int, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,10 +90,14 @@ def test_nothing_leaves_for_a_size_that_is_only_noted(
             db.execute("UPDATE chunks SET nbytes = ? WHERE id = 3", (noted,))
             db.execute("UPDATE totals SET nbytes = ?", (noted,))
 
-    with disk(tmp_path) as store:
+    with DiskStore(tmp_path, namespace="tiny-r0", capacity_bytes=1 << 30) as store:
         for seed in range(9):
             store.put(key_of(seed), chunk_of(seed))
-        if when == "open":
+        if when == "put":
+            spoil()
+            store.put(key_of(9), chunk_of(9))
+            store.discard(key_of(9))
+        elif when == "open":
             spoil()
             assert store.trim(1 << 30) == 0
         elif when == "while it prunes":
