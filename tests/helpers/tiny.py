@@ -147,22 +147,11 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm4_moe",
         {**_EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "use_qk_norm": True},
     ),
-    "minimax_m2": ("minimax_m2", {"head_dim": 32, "rotary_dim": 16, "num_local_experts": 4,
-                                  "num_experts_per_tok": 2, "scoring_func": "sigmoid"}),
     "ernie4_5": ("ernie4_5", {"head_dim": 32}),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2,
                                       "moe_intermediate_size": 128, "moe_layer_start_index": 1}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 32}),
     "arcee": ("arcee", {}),
-    "apertus": (
-        "apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    ),
-    "afmoe": ("afmoe", {**_EXPERTS, "num_experts": 4, "sliding_window": 64,
-                        "global_attn_every_n_layers": 2, "score_func": "sigmoid"}),
-    "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2,
-                                "moe_intermediate_size": 128,
-                                "shared_expert_intermediate_size": 128}),
-    "olmo": ("olmo", {}),
 }  # fmt: skip
 _SEES = {
     "hidden_size": 64, "intermediate_size": 128, "patch_size": 14, "depth": 2, "num_heads": 4,
