@@ -644,7 +644,7 @@ class CacheBlend:
 
     def _sync_if_due(self) -> None:
         """``_sync``, twice a second at most: other processes store chunks too."""
-        if time.monotonic() >= self._synced_at + _SYNC_EVERY_S:
+        if not self._is_heard and time.monotonic() >= self._synced_at + _SYNC_EVERY_S:
             self._sync()
 
     def _store_head(self) -> Head | None:

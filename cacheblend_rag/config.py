@@ -57,7 +57,7 @@ class BlendConfig:
         recompute_ratio: share of the reused tokens to recompute, 0 to 1 (CacheBlend, section 4.2),
             or ``auto``: ratio, selector, its options and reach are those that ``cacheblend
             calibrate`` found for this model; the defaults where it found none.
-        selector: which of them: a name of ``cacheblend_rag.select.SELECTORS``.
+        selector: which of them: a name of ``cacheblend_rag.select.selectors()``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
         reach: each recomputed token also corrects the reused tokens near it in its chunk, by a part
             of its own change. At this distance in tokens the part has fallen to 1/e; 0: none is

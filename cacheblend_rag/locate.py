@@ -46,7 +46,9 @@ MAX_ANCHORS = 8  # that are followed in a stretch of ANCHOR_STRIDE prompt tokens
 FREE_TOKENS, TOKENS_PER_TOKEN = 1 << 18, 16  # tokens of chunks that are compared
 
 _BATCH_TOKENS = 1 << 18  # work arrays of a batch stay within a few MB, near the CPU's cache
+_MOST_CROWDED = (1 << 24) - 1  # more chunks with one anchor are all the same
 _RUN_RATIO = 8  # each run of anchors is at least this many times the next
+_SMALL_RUN = 4096  # anchors of which the last run only may have fewer: each run is asked each time
 _SHIFT_BIAS = 1 << 31  # makes a shift non-negative, so that row and shift pack into one int64
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 # Nobody outside this process can make two windows collide on purpose.
@@ -124,7 +126,7 @@ class ChunkIndex:
         view = self._snapshot
         chunks = (view.tokens, view.starts, view.lengths, view.alive)
         return sum(
-            part.nbytes for part in (*chunks, *(column for run in view.runs for column in run))
+            part.nbytes for part in (*chunks, *(part for run in view.runs for part in run[:4]))
         )
 
     def add(self, key: str, token_ids: Sequence[int] | Ids) -> None:
@@ -228,10 +230,11 @@ class ChunkIndex:
             return
         merged = [entries]
         num_entries = len(entries.hashes_A)
-        while self._runs and len(self._runs[-1].rows_A) < _RUN_RATIO * num_entries:
+        while self._runs and len(self._runs[-1].rows_A) < max(_RUN_RATIO * num_entries, _SMALL_RUN):
             merged.insert(0, _live_entries(self._runs.pop(), self._alive.values))
             num_entries += len(merged[0].hashes_A)
-        self._runs.append(_new_run(_Entries(*map(np.concatenate, zip(*merged, strict=True)))))
+        joined = _Entries(*map(np.concatenate, zip(*merged, strict=True)))
+        self._runs.append(_new_run(joined, self._lengths.values))
 
     def _pass_over(self, row: int) -> None:
         """Let no group of equal hashes begin with a dead row."""
@@ -262,7 +265,7 @@ class ChunkIndex:
         new_row = (np.cumsum(alive) - 1).astype(np.int32)
         kept = [_live_entries(run, alive) for run in self._runs]
         self._runs = [
-            _new_run(entries._replace(rows_A=new_row[entries.rows_A]))
+            _new_run(entries._replace(rows_A=new_row[entries.rows_A]), self._lengths.values)
             for entries in kept
             if len(entries.rows_A)
         ]
@@ -308,6 +311,7 @@ class _Run(NamedTuple):
     marks: NDArray[np.uint8]  # which of eight kinds of hashes there are for each slot to begin at
     rows_A: NDArray[np.int32]  # in a group, the oldest chunk comes first
     offsets_A: NDArray[np.int32]
+    longest: int  # tokens of the longest of its chunks
 
 
 # The entries of a group are [first, end), those before of discarded chunks left out. In one record,
@@ -458,7 +462,7 @@ def _rungs(
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def _new_run(entries: _Entries) -> _Run:
+def _new_run(entries: _Entries, lengths: Ints) -> _Run:
     order = np.argsort(entries.hashes_A, kind="stable")
     hashes_A = entries.hashes_A[order]
     firsts_U = np.flatnonzero(np.diff(hashes_A, prepend=~hashes_A[:1]))
@@ -473,7 +477,8 @@ def _new_run(entries: _Entries) -> _Run:
     table["first"][slots_U], table["end"][slots_U] = firsts_U, ends_U
     marks = np.zeros(1 << bits, np.uint8)
     np.bitwise_or.at(marks, home_U, mark_U)
-    return _Run(table, marks, entries.rows_A[order], entries.offsets_A[order])
+    longest = int(lengths[entries.rows_A].max())
+    return _Run(table, marks, entries.rows_A[order], entries.offsets_A[order], longest)
 
 
 def _live_entries(run: _Run, alive: Bools) -> _Entries:
@@ -494,14 +499,15 @@ def _home(hashes: Hashes, bits: int) -> tuple[Ints, NDArray[np.uint8]]:
 
 def _find(run: _Run, hashes: Hashes) -> _Found:
     slots, mark = _home(hashes, len(run.marks).bit_length() - 1)
-    likely = np.flatnonzero(run.marks[slots] & mark)
+    likely = np.flatnonzero(run.marks.take(slots) & mark != 0)  # quick for booleans only
     wanted, slots = hashes[likely], slots[likely]
+    held = run.table["hash"]
+    behind = np.flatnonzero(held[slots] < wanted)
+    at, sought = slots[behind], wanted[behind]
+    while (further := held[at] < sought).any():
+        at += further
+    slots[behind] = at
     groups = run.table[slots]
-    behind = np.flatnonzero(groups["hash"] < wanted)
-    while len(behind):
-        slots[behind] += 1
-        groups[behind] = run.table[slots[behind]]
-        behind = behind[groups["hash"][behind] < wanted[behind]]
     here = np.flatnonzero((groups["hash"] == wanted) & (groups["first"] < groups["end"]))
     firsts, ends = (groups[name][here].astype(np.int64) for name in ("first", "end"))
     return _Found(likely[here], slots[here], firsts, ends)
@@ -512,25 +518,33 @@ def _find(run: _Run, hashes: Hashes) -> _Found:
 
 def _rare_anchors(view: _Snapshot, found: list[_Found]) -> _Anchors:
     """In every stretch of 64 prompt tokens the anchors of the fewest chunks, up to 8."""
-    runs = np.repeat(np.arange(len(found)), [len(part.at) for part in found])
-    at, _, firsts, ends = map(np.concatenate, zip(*found, strict=True))
-    stretches, within = np.divmod(at, ANCHOR_STRIDE)
-    crowds = np.minimum(ends - firsts, (1 << 24) - 1)
-    # One number that sorts by stretch, crowd, place and run; argsort is faster than lexsort.
-    order = np.argsort(((stretches << 24 | crowds) << 6 | within) << 8 | runs)
-    stretches, crowds = stretches[order], crowds[order]
+    # One number that sorts by stretch, crowd, place and run, and holds them all: NumPy sorts
+    # numbers several times faster than it finds their order.
+    numbers = np.concatenate([_sortable(part, run) for run, part in enumerate(found)])
+    numbers.sort()
+    stretches, crowds = numbers >> 38, numbers >> 14 & _MOST_CROWDED
     before = _exclusive_sum(crowds)
-    begins = np.searchsorted(stretches, np.arange(at.max(initial=0) // ANCHOR_STRIDE + 1))
-    before -= before[begins[stretches]]
+    begins = np.flatnonzero(np.diff(stretches, prepend=-1))
+    before -= np.repeat(before[begins], np.diff(begins, append=len(stretches)))
     counts = np.clip(MAX_ANCHORS - before, 0, crowds)
-    anchors = [
-        _anchors_at(run, at[of_run], firsts[of_run], counts[runs[order] == i])
-        for i, run in enumerate(view.runs)
-        for of_run in [order[runs[order] == i]]
-    ]
+    chosen = np.flatnonzero(counts)
+    counts, numbers = counts[chosen], numbers[chosen]
+    at, runs = (numbers >> 38) * ANCHOR_STRIDE + (numbers >> 8 & ANCHOR_STRIDE - 1), numbers & 255
+    anchors = []
+    for number, (run, part) in enumerate(zip(view.runs, found, strict=True)):
+        mine = np.flatnonzero(runs == number)
+        firsts = part.firsts[np.searchsorted(part.at, at[mine])]
+        anchors.append(_anchors_at(run, at[mine], firsts, counts[mine]))
     rows_A, shifts_A = map(np.concatenate, zip(*anchors, strict=True))
     alive_A = view.alive[rows_A]
     return _Anchors(rows_A[alive_A], shifts_A[alive_A])
+
+
+def _sortable(found: _Found, run: int) -> Ints:
+    stretches, within = found.at // ANCHOR_STRIDE, found.at % ANCHOR_STRIDE
+    crowds = np.minimum(found.ends - found.firsts, _MOST_CROWDED)
+    numbers: Ints = ((stretches << 24 | crowds) << 6 | within) << 8 | run
+    return numbers
 
 
 def _anchors_at(run: _Run, at: Ints, firsts: Ints, counts: Ints) -> _Anchors:
@@ -586,7 +600,10 @@ def _equal_spans(view: _Snapshot, prompt: Ids, overlaps: _Overlaps) -> _Spans:
 def _wholes(
     view: _Snapshot, prompt: Ids, levels: list[Hashes], found: list[_Found], min_tokens: int
 ) -> _Spans:
-    spans = _climb(view, levels, np.unique(np.concatenate([part.at for part in found])))
+    is_found = np.zeros(len(levels[0]), np.bool_)
+    for part in found:
+        is_found[part.at] = True
+    spans = _climb(view, levels, np.flatnonzero(is_found))
     # What may become long enough by what is equal beside it has to be compared for that.
     short = spans.only(spans.lengths_S < min_tokens)
     best = _best_of_each_stretch(view, spans, min_tokens)
@@ -601,11 +618,17 @@ def _climb(view: _Snapshot, levels: list[Hashes], positions: Ints) -> _Spans:
         fits = np.flatnonzero(positions + reach_P < len(levels[level]))
         longer = reach_P[fits] + (ANCHOR_WIDTH << level)
         hashes = _mix(hashes_P[fits], levels[level][(positions + reach_P)[fits]])
-        for number in reversed(range(len(view.runs))):
-            at, _, firsts, _ = _find(view.runs[number], hashes)
+        for number, run in enumerate(view.runs):  # what an older one has, no other is asked for
+            if run.longest < ANCHOR_WIDTH << level or not len(fits):
+                continue
+            at, _, firsts, _ = _find(run, hashes)
             found = fits[at]
             hashes_P[found], reach_P[found] = hashes[at], longer[at]
             runs_P[found], entries_P[found] = number, firsts
+            if len(at):
+                left = np.ones(len(fits), np.bool_)
+                left[at] = False
+                fits, longer, hashes = fits[left], longer[left], hashes[left]
     rows_P, offsets_P = np.zeros_like(positions), np.zeros_like(positions)
     for number, run in enumerate(view.runs):
         of_run = runs_P == number

@@ -42,6 +42,8 @@ class Reason(StrEnum):
     """The engine did not say what it did."""
 
     # how the engine was started
+    OTHER_CONNECTORS = "other_connectors"
+    """Another KV connector beside ours could hand on blended KV as exact."""
     NOT_READY = "not_ready"
     """The engine's store is not open yet."""
     SPECULATIVE_DECODING = "speculative_decoding"

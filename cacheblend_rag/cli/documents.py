@@ -45,7 +45,7 @@ from cacheblend_rag.retrieval import (
     printable,
     split,
 )
-from cacheblend_rag.select import SELECTORS
+from cacheblend_rag.select import selectors
 
 
 def add(commands: Any) -> None:
@@ -64,7 +64,9 @@ def add(commands: Any) -> None:
     ask.add_argument("--k", type=positive, default=6, help="passages in the prompt (6)")
     ask.add_argument("--mode", choices=get_args(Mode), default="blend", help="how to serve it")
     ask.add_argument("--ratio", type=share, metavar="R", help="share to recompute (0.15)")
-    ask.add_argument("--selector", choices=sorted(SELECTORS), help="which tokens those are (query)")
+    ask.add_argument(
+        "--selector", choices=sorted(selectors()), help="which tokens those are (query)"
+    )
     ask.add_argument(
         "--max-tokens", type=positive, default=128, metavar="N", help="of the answer (128)"
     )

@@ -9,7 +9,8 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -92,19 +93,47 @@ class BatchEngine(Engine):
         return pieces
 
     def stream(self, request: EngineRequest) -> Iterator[EngineOutput]:
-        for _, piece in self._run([request]):
-            yield piece
+        # A generator that is closed need not let go of one that it reads (Python 3.12.3).
+        with closing(self._run([request])) as pieces:
+            for _, piece in pieces:
+                yield piece
 
     async def astream(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        pieces = self.stream(request)
-        end = object()
-        while (piece := await asyncio.to_thread(next, pieces, end)) is not end:
-            assert isinstance(piece, EngineOutput)
-            yield piece
+        here, left = asyncio.get_running_loop(), threading.Event()
+        events: asyncio.Queue[EngineOutput | BaseException | None] = asyncio.Queue()
 
-    def _run(self, requests: Sequence[EngineRequest]) -> Iterator[tuple[int, EngineOutput]]:
+        def tell(event: EngineOutput | BaseException | None) -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                here.call_soon_threadsafe(events.put_nowait, event)
+
+        def run() -> None:
+            try:
+                with closing(self._run([request], left)) as pieces:
+                    for _, piece in pieces:
+                        tell(piece)
+                tell(None)
+            except Exception as error:  # raised again where the stream is read
+                tell(error)
+
+        # One of its own: those of the loop are few, and who waits for a turn would keep one from
+        # whose turn it is.
+        threading.Thread(target=run, name="cacheblend-stream").start()
+        try:
+            while (event := await events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            left.set()
+
+    def _run(
+        self, requests: Sequence[EngineRequest], left: threading.Event | None = None
+    ) -> Generator[tuple[int, EngineOutput], None, None]:
+        """``left``: set once nobody reads any more."""
         self._home.check()
         with self._turn, naming_death():
+            if left and left.is_set():  # while it waited for its turn
+                return
             engine = self._open().llm_engine
             numbers: dict[str, int] = {}
             unfinished: set[str] = set()
@@ -114,7 +143,7 @@ class BatchEngine(Engine):
                     self._add(engine, name, request)
                     numbers[name] = i
                     unfinished.add(name)
-                while unfinished:
+                while unfinished and not (left and left.is_set()):
                     self._home.check()
                     _take_thread_count()
                     for output in engine.step():

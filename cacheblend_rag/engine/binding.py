@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed
 from vllm.distributed import get_tp_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 from vllm.logger import init_logger
 
@@ -88,6 +89,9 @@ def bind(connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, told:
         told: the scheduler's side learns from this process what becomes of the store. Else it
             follows a shared store itself: news from here would reach it with the next step only.
     """
+    if get_kv_transfer_group() is not connector:
+        why_not = Why(Reason.OTHER_CONNECTORS, "other KV connectors are beside ours")
+        return Said([_nothing(), Limits(why_not=why_not)])
     try:
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
         config = BlendConfig.of(given, "kv_connector_extra_config")

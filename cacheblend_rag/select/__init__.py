@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from cacheblend_rag.errors import ConfigError
@@ -22,6 +24,7 @@ __all__ = [
     "QuestionAttention",
     "Selector",
     "create_selector",
+    "selectors",
 ]
 
 SELECTORS: dict[str, type[Selector]] = {
@@ -37,6 +40,31 @@ SELECTORS: dict[str, type[Selector]] = {
 }
 
 
+GROUP = "cacheblend_rag.selectors"  # entry points of other packages: a selector's name and class
+
+
+@cache
+def selectors() -> Mapping[str, type[Selector]]:
+    """All by name: ours, and those that installed packages bring. Ours can't be replaced.
+
+    Raises:
+        ConfigError: another package's can't be imported, or is none.
+    """
+    found: dict[str, type[Selector]] = {}
+    for point in entry_points(group=GROUP):
+        try:
+            kind = point.load()
+        except Exception as error:
+            raise ConfigError(f"the selector {point.value} can't be imported: {error}") from error
+        if not (isinstance(kind, type) and issubclass(kind, Selector)) or kind.name != point.name:
+            raise ConfigError(
+                f"the entry point {point.name!r} of the group {GROUP} must be a Selector with that "
+                f"name, and {point.value} is not"
+            )
+        found[point.name] = kind
+    return {**found, **SELECTORS}
+
+
 def create_selector(name: str, options: Mapping[str, Any] | None = None) -> Selector:
     """The selector ``name`` with its own ``options``.
 
@@ -44,9 +72,9 @@ def create_selector(name: str, options: Mapping[str, Any] | None = None) -> Sele
         ConfigError: unknown name or option, or a value that makes no sense.
     """
     options = options or {}
-    if name not in SELECTORS:
-        raise ConfigError(f"selector is {name!r}; it must be one of {', '.join(SELECTORS)}")
-    kind = SELECTORS[name]
+    kind = SELECTORS.get(name) or selectors().get(name)
+    if kind is None:
+        raise ConfigError(f"selector is {name!r}; it must be one of {', '.join(selectors())}")
     known = {f.name for f in fields(kind)}
     if unknown := set(options) - known:
         raise ConfigError(

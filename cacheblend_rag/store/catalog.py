@@ -146,11 +146,17 @@ class Catalog:
         """Remove what is over the limits: how many, by namespace."""
         self._settle(soon=False)
         limits = self._without_corrupt(limits)
-        in_namespace = self._unlink(self.index.surplus(limits, self._namespace))
-        return in_namespace + self._unlink(self.index.surplus(limits))
+        if not self.index.is_over(limits, self._namespace):
+            return Counter()
+        sizes = self.measure()
+        victims = self.index.surplus(limits.namespace, sizes, self._namespace)
+        return self._unlink(victims) + self._unlink(self.index.surplus(limits.folder, sizes))
 
-    def measure(self) -> None:
-        """Take the sizes of all chunks from their files: the index may be wrong about them."""
+    def measure(self) -> dict[tuple[str, bytes], int]:
+        """Take the sizes of all chunks from their files: the index may be wrong about them. They
+        are returned, by namespace and key.
+        """
+        all_sizes: dict[tuple[str, bytes], int] = {}
         for namespace in entries(self._root):
             if NAMESPACE.fullmatch(namespace.name):
                 sizes: dict[bytes, int] = {}
@@ -158,6 +164,8 @@ class Catalog:
                     with contextlib.suppress(OSError):  # gone since it was listed
                         sizes[key] = os.stat(self._place(namespace.name, key.hex())).st_size
                 self.index.measure(namespace.name, sizes)
+                all_sizes |= {(namespace.name, key): size for key, size in sizes.items()}
+        return all_sizes
 
     # ---- files ---------------------------------------------------------------------------------
 

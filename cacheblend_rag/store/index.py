@@ -252,18 +252,42 @@ class Index:
         if wrong:
             self._database.write(measure)
 
-    def surplus(self, limits: Limits, namespace: str | None = None) -> list[Victim]:
-        """Forget what is over the limits (lowered since), and say what."""
+    def is_over(self, limits: Limits, namespace: str) -> bool:
+        """Whether more is noted than may be held."""
+        scopes = ((namespace, limits.namespace), (None, limits.folder))
+        return any(
+            limit is not None and self._database.read(lambda db, of=of: self._used(db, of)) > limit  # type: ignore[misc]
+            for of, limit in scopes
+        )
+
+    def surplus(
+        self, limit: int | None, sizes: dict[tuple[str, bytes], int], namespace: str | None = None
+    ) -> list[Victim]:
+        """Forget what is over the limit (lowered since), of a namespace or of all, and say what.
+
+        Args:
+            sizes: bytes of the chunks' files, by namespace and key: what is noted may be wrong,
+                and nothing may leave for that. What leaves is taken out.
+        """
 
         def surplus(db: sqlite3.Connection) -> list[Victim]:
-            scope, limit = (namespace, limits.namespace) if namespace else (None, limits.folder)
-            missing = 0 if limit is None else self._used(db, scope) - limit
-            found = self._victims(db, scope, missing, float("inf"), (), {}) or {}
-            for victim in found.values():
+            mine = {of: size for of, size in sizes.items() if namespace in (None, of[0])}
+            missing = 0 if limit is None else sum(mine.values()) - limit
+            victims: list[Victim] = []
+            for of in db.execute("SELECT namespace, key FROM chunks ORDER BY priority").fetchall():
+                if missing <= 0:
+                    break
+                if of in mine:
+                    victims.append(Victim(of[0], of[1], mine[of]))
+                    missing -= mine.pop(of)
+            for victim in victims:
                 self._forget(db, victim.namespace, [victim.key])
-            return list(found.values())
+            return victims
 
-        return self._database.write(surplus)
+        victims = self._database.write(surplus) if limit is not None else []
+        for victim in victims:
+            del sizes[victim.namespace, victim.key]
+        return victims
 
     # ---- what is there -------------------------------------------------------------------------
 

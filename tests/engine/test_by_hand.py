@@ -47,10 +47,21 @@ class Answer(NamedTuple):
 class Server:
     """Stock vLLM."""
 
-    def __init__(self, model: Path, **extra: Any) -> None:
+    def __init__(self, model: Path, beside: Path | None = None, **extra: Any) -> None:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
+        ours: dict[str, Any] = {
+            "kv_connector": "CacheBlendConnector",
+            "kv_connector_module_path": "cacheblend_rag.engine.connector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
+        if beside is not None:
+            theirs: dict[str, Any] = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+            theirs["kv_connector_extra_config"] = {"shared_storage_path": str(beside)}
+            both = {"connectors": [theirs, ours]}
+            ours = {**theirs, "kv_connector": "MultiConnector", "kv_connector_extra_config": both}
         self.llm = LLM(
             model=str(model),
             dtype="float32",
@@ -58,12 +69,7 @@ class Server:
             max_model_len=1024,
             max_logprobs=VOCAB,
             enforce_eager=True,
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="CacheBlendConnector",
-                kv_connector_module_path="cacheblend_rag.engine.connector",
-                kv_role="kv_both",
-                kv_connector_extra_config=extra,
-            ),
+            kv_transfer_config=KVTransferConfig(**ours),
             **{"block_size": 32, **SHARE},
         )
 
@@ -197,6 +203,16 @@ def test_a_wrong_configuration_is_told_with_every_request(
     answer = serve(**extra).ask(prompt(A, B))
     assert answer.finish_reason == "length" and answer.report["reason"] == Reason.NOT_READY
     assert says in answer.report["detail"]
+
+
+def test_beside_another_connector_nothing_is_blended(
+    serve: Any, filled: Filled, tmp_path: Path
+) -> None:
+    """One that keeps KV by token ids would hand blended KV on as exact."""
+    server = serve(beside=tmp_path, store=filled.url, ingest_prefix=list(PREFIX), when="always")
+    answer = server.ask(prompt(A, B), mode="blend")
+    assert answer.finish_reason == "length"
+    assert answer.report["reason"] == Reason.OTHER_CONNECTORS
 
 
 def test_with_a_worker_in_another_process(

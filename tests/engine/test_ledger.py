@@ -147,6 +147,9 @@ class Rows:
         first = blend.task.first_row
         return blend.positions[start - first : end - first]
 
+    def prove(self) -> None:
+        """Nothing is to be proved here."""
+
     def finished(self) -> list[Finished]:
         finished, self._finished = self._finished, []
         return finished
@@ -439,6 +442,22 @@ def test_a_retry_of_what_was_abandoned_reads_its_own_kv(
     # vLLM hears of lost blocks a step later, and may have given them to another request by then
     assert ground.ended["again"] == "length" or (ahead and fate == "lost")
     assert not ground.wrong
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_what_is_aborted_is_gone_at_once(model: Path, steps: int, ahead: bool) -> None:
+    """Also where a step of it is under way."""
+    ground = Ground(model, blocks=40, ahead=ahead)
+    ground.add("first", asked("abc", words(30)), max_tokens=50)
+    for _ in range(steps):
+        ground.step()
+    ground.abort("first")
+    assert not ground.scheduler.has_unfinished_requests()
+    assert not ground.scheduler.connector.claims._requests
+    ground.drain()
+    assert not ground.blends.under_way
+    assert ground.pool.get_num_free_blocks() == len(ground.pool.blocks) - 1
 
 
 @pytest.mark.parametrize("fate", ["refused", "fails"])

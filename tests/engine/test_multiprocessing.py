@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from tiny import Words, make
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 from cacheblend_rag.errors import EngineDeadError, EngineError
 from cacheblend_rag.reason import Reason
+from cacheblend_rag.store.chunk_file import ChunkHeader
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -174,10 +176,28 @@ def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
         assert result.token_ids == full.token_ids
         torch.testing.assert_close(logprobs(result), logprobs(full), atol=2e-4, rtol=0)
         assert blend.ingest(CHUNKS, progress=False).computed == 1
+        (odd,) = store.glob(f"v2/*/*/{blend._space.key(CHUNKS[1])}.*")
+        declare_a_tebibyte(odd)
+        began = time.monotonic()
+        result = blend.generate(PROMPT[2:], **SAMPLING, recompute_ratio=1.0)
+        assert [s.kind for s in result.report.segments].count("missing") == 1
+        full = blend.generate(PROMPT[2:], **SAMPLING, mode="full")
+        assert result.token_ids == full.token_ids
+        assert time.monotonic() - began < 60, "vLLM's own limits are minutes"
+        assert blend.ingest(CHUNKS, progress=False).computed == 1
     with open_here(model, store) as blend:  # and the other way round
         assert blend.ingest([FRESH, *CHUNKS], progress=False).present == len(CHUNKS) + 1
         assert_same(blend.generate(FRESH_PROMPT, **SAMPLING), reused)
         assert_same_answers(blend, known)
+
+
+def declare_a_tebibyte(path: Path) -> None:
+    """Put a file in a chunk's place that is as long as its header says, and holds nothing."""
+    header = ChunkHeader(path.stem, 1, "F32", (1 << 30, 2, 4, 4, 8), "0" * 32, "F32")
+    text = header.encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, header.file_bytes)
+    assert path.stat().st_size >= 1 << 40
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,38 @@ def test_random_prompts(blend: CacheBlend, record_property: Any) -> None:
     for name, value in counts.items():
         record_property(name, value)
     assert blended > NUM_PROMPTS * 0.8 and reused > total * 0.4
+
+
+@pytest.mark.slow
+def test_exact_answers_beside_blended_ones(blend: CacheBlend, record_property: Any) -> None:
+    """500 requests in random company and order, of prompts that begin alike: with the cache left
+    on, who asks for no blend gets what a plain prefill gives, whoever was there before.
+    """
+    draw = Draw(77)
+    chunks = draw.chunks()
+    blend.ingest(chunks, progress=False)
+    stems = [draw.prompt(chunks)[:400] for _ in range(6)]
+    prompts = [(*draw.random.choice(stems), *draw.words(0, 60))[:MAX_TOKENS] for _ in range(40)]
+    plain = [blend.generate(ids, mode="full", **SAMPLING) for ids in prompts]
+    asked = exact = cached = blended = 0
+    while asked < 500:
+        chosen = [draw.random.randrange(len(prompts)) for _ in range(draw.random.randint(1, BATCH))]
+        ratios = [draw.random.choice([None, None, 0.1, 0.5, 1.0]) for _ in chosen]
+        requests = []
+        for number, ratio in zip(chosen, ratios, strict=True):
+            mode = {"mode": "off"} if ratio is None else {"recompute_ratio": ratio}
+            requests.append(blend._prepare(prompts[number], {**SAMPLING, **mode}))
+        start = time.perf_counter()
+        answers = blend._engine.generate([r.request for r in requests])
+        for number, ratio, one, pieces in zip(chosen, ratios, requests, answers, strict=True):
+            result = blend._finish(one, pieces, start)
+            check_counts(result)
+            asked += 1
+            blended += result.report.blended
+            if ratio is None or ratio == 1.0:
+                assert_same(plain[number], result)
+                exact += 1
+                cached += ratio is None and result.report.tokens_prefix_cached > 0
+    for name, value in {"exact": exact, "of cache": cached, "blended": blended}.items():
+        record_property(name, value)
+    assert exact > 200 and cached > 50 and blended > 50

@@ -194,10 +194,11 @@ class FakeEngine(Engine):
         if request.params is None:
             self.plans.append(None)
             return {}
-        plan, mode, seconds = self.planner.plan(request.token_ids, request.params[PARAMS_KEY])
+        planned = self.planner.plan(request.token_ids, request.params[PARAMS_KEY])
+        plan = planned.plan
         self.plans.append(plan if isinstance(plan, Plan) else None)
         done = _outcome(plan) if isinstance(plan, Plan) else plan._asdict()
-        return {"mode": mode, **done, "seconds": dict(seconds)}
+        return {"mode": planned.mode, **done, "seconds": dict(planned.seconds)}
 
     def _rows(self) -> list[Any]:
         return [row for key, row in self.rows.items() if key in self.stored]

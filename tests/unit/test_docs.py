@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -168,7 +169,7 @@ def test_make_help_names_every_target() -> None:
 def test_the_script_is_there_and_has_these_options(line: str) -> None:
     file, *arguments = line.split()[1:]
     if file == "-m":
-        assert arguments[0] == "pytest"
+        assert importlib.util.find_spec(arguments[0]) is not None
         return
     sources = [(ROOT / file).read_text()]
     sources += [(ROOT / "benchmarks" / name).read_text() for name in ("shapes.py", "plots.py")]

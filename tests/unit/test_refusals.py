@@ -41,6 +41,7 @@ WORDS = {
     Reason.ENCODER_INPUTS: ("images", "take images"),
     Reason.PROMPT_LOGPROBS: ("`prompt_logprobs`",),
     Reason.PROMPT_EMBEDS: ("embeddings",),
+    Reason.OTHER_CONNECTORS: ("other KV connectors",),
     Reason.ROWS_DIFFER: ("ratio 1 equals a plain prefill",),
 }
 # what the caller's own mode, the chunks found, their costs or the store decide for a request

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cacheblend_rag import BlendConfig
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.select import (
+    GROUP,
     SELECTORS,
     Evidence,
     KVDeviation,
     QuestionAttention,
     create_selector,
+    selectors,
 )
 
 
@@ -193,3 +199,71 @@ def test_values_that_make_no_sense_are_refused(
 def test_the_ends_of_ranges_are_values_that_make_sense() -> None:
     ends = {"layers": (0, 1), "spread": 1, "first": 0, "first_share": 1, "coverage": 1, "window": 1}
     assert create_selector("query", ends) == create_selector("query", dict(ends))
+
+
+# ---- of other packages ---------------------------------------------------------------------------
+
+THEIRS = """
+from dataclasses import dataclass
+from typing import ClassVar
+from cacheblend_rag.select import Selector
+
+@dataclass(frozen=True, kw_only=True)
+class Last(Selector):
+    name: ClassVar[str] = "last"
+    skip: int = 0
+
+    def score(self, evidence):
+        return evidence.offset_N.float()
+
+@dataclass(frozen=True, kw_only=True)
+class Query(Last):
+    name: ClassVar[str] = "query"
+
+class Other: ...
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts a package of somebody else's onto the path, with these entry points."""
+
+    def add(points: str) -> None:
+        (tmp_path / "theirs.py").write_text(THEIRS)
+        folder = tmp_path / "theirs-1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Name: theirs\nVersion: 1\n")
+        (folder / "entry_points.txt").write_text(f"[{GROUP}]\n{points}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        selectors.cache_clear()
+
+    yield add
+    sys.modules.pop("theirs", None)
+    selectors.cache_clear()
+
+
+def test_an_installed_package_brings_a_selector(install: Callable[[str], None]) -> None:
+    install("last = theirs:Last\nquery = theirs:Query")
+    assert create_selector("last", {"skip": 2}).name == "last"
+    assert BlendConfig(selector="last").selector == "last"
+    assert type(create_selector("query")) is SELECTORS["query"], "ours stays"
+    with pytest.raises(ConfigError, match="one of"):
+        create_selector("best")
+
+
+@pytest.mark.parametrize(
+    ("points", "says"),
+    [
+        ("last = theirs:Missing", "can't be imported"),
+        ("last = nowhere:Last", "can't be imported"),
+        ("other = theirs:Other", "must be a Selector"),
+        ("first = theirs:Last", "with that name"),
+    ],
+)
+def test_what_is_no_selector_is_told(
+    install: Callable[[str], None], points: str, says: str
+) -> None:
+    install(points)
+    with pytest.raises(ConfigError, match=says):
+        create_selector("last")
+    assert create_selector("query").name == "query"

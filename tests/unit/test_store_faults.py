@@ -4,6 +4,7 @@ the runs of ``benchmarks/store_faults.py``.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -76,6 +77,34 @@ def test_pruning_goes_by_the_files(tmp_path: Path, nbytes: int) -> None:
         assert store.trim(5 * 780) >= 4
         left = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
         assert 3 * 780 < sum(left) <= 5 * 780
+
+
+@pytest.mark.parametrize("noted", [2**62, 1 << 40])
+@pytest.mark.parametrize("when", ["closed", "open", "while it prunes"])
+def test_nothing_leaves_for_a_size_that_is_only_noted(
+    tmp_path: Path, noted: int, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil() -> None:
+        db = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
+        with contextlib.closing(db):
+            db.execute("UPDATE chunks SET nbytes = ? WHERE id = 3", (noted,))
+            db.execute("UPDATE totals SET nbytes = ?", (noted,))
+
+    with disk(tmp_path) as store:
+        for seed in range(9):
+            store.put(key_of(seed), chunk_of(seed))
+        if when == "open":
+            spoil()
+            assert store.trim(1 << 30) == 0
+        elif when == "while it prunes":
+            measure = store._catalog.measure
+            monkeypatch.setattr(store._catalog, "measure", lambda: (measure(), spoil())[0])
+            assert store.trim(1 << 30) == 0
+    if when == "closed":
+        spoil()
+    with DiskStore(tmp_path, namespace="tiny-r0", capacity_bytes=1 << 30) as store:
+        assert len(list(store.scan())) == 9
+        assert all(same(store.get(key_of(seed)), chunk_of(seed)) for seed in range(9))
 
 
 # --- forgetting -----------------------------------------------------------------------------------
