@@ -71,7 +71,7 @@ class Reason(StrEnum):
     NOT_GENERATIVE = "not_generative"
     """The model generates no text."""
     MROPE = "mrope"
-    """The model's positions have several dimensions."""
+    """The model's positions have several dimensions, of which text needs more than one."""
     NO_ROPE = "no_rope"
     """No layer of the model rotates its keys by position."""
     ROPE_TABLES = "rope_tables"

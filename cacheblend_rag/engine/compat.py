@@ -106,8 +106,10 @@ def model_refusal(model: ModelConfig) -> Why | None:
         return Why(Reason.ENCODER_DECODER, "the model is an encoder-decoder")
     if getattr(model, "runner_type", "generate") != "generate":
         return Why(Reason.NOT_GENERATIVE, "the model does not generate text")
-    if getattr(model, "uses_mrope", False):
-        return Why(Reason.MROPE, "the model uses multi-dimensional RoPE (M-RoPE)")
+    if getattr(model, "uses_xdrope_dim", 0):
+        return Why(
+            Reason.MROPE, "the model's positions have dimensions that differ for text (XD-RoPE)"
+        )
     return None
 
 

@@ -8,7 +8,8 @@ counted               weights (every byte of their files), ``config.json`` and w
                       ``quantization_config`` where the checkpoint is not quantized itself;
                       ``hf_overrides``; ``model_class_overrides``; ``code_revision``; the model's
                       class (``model_impl``); the resolved sliding window
-                      (``disable_sliding_window``); samples of the RoPE tables
+                      (``disable_sliding_window``); samples of the RoPE tables, and where there are
+                      several which layer turns by which
 counted by content    ``model``, ``model_weights``, ``revision``, ``hf_config_path``,
                       ``load_format``, ``download_dir``: they say where the weights are
 not counted           context length, sizes of batches, blocks and caches; how the model is split

@@ -147,8 +147,11 @@ class ModelHandle:
 
     def __init__(self, model: Any, config: VllmConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
-        # compiled only where it saves launches; vLLM compiles for the tokens of one step at most
-        self._compiled = device.type == "cuda"
+        # Compiled only where it saves launches; vLLM compiles for the tokens of one step at most. A
+        # model that takes images is compiled for embeddings, among which those of a step's images
+        # wait: our passes, of text, give it ids.
+        takes_images = bool(getattr(config.model_config, "is_multimodal_model", False))
+        self._compiled = device.type == "cuda" and not takes_images
         self._most_compiled = int(config.scheduler_config.max_num_batched_tokens)
         self._context_layers = config.compilation_config.static_forward_context  # experts too
         self.attention = {

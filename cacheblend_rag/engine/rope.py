@@ -191,6 +191,8 @@ def _tables(module: Any, max_positions: int) -> list[Table]:
         except TypeError as error:
             detail = f"{type(module).__name__} has more than one table"
             raise UnsupportedModelError(Reason.ROPE_TABLES, detail) from error
+        if hasattr(module, "mrope_section"):
+            table = table[:max_positions]  # for the times of videos, it has four times as many
         cos, sin = table.chunk(2, dim=-1)
         return [Table(cos, sin, is_neox)]
     # a Hugging Face module, under vLLM's Transformers backend: pairs are found by measuring

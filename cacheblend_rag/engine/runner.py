@@ -57,6 +57,7 @@ class StepTensors(ABC):
         """Make the rows ``place`` of request ``number`` these tokens at these positions."""
         self._ids[place] = ids.to(self._ids.dtype)
         self.positions(place.stop)[place] = positions
+        self._place(place, positions)
         self._embed(place, ids)
         size = self._block_size
         blocks = self.table(number + 1)[number][positions // size].long()
@@ -67,6 +68,9 @@ class StepTensors(ABC):
     def write_nothing(self, row: int) -> None:
         """Have ``row`` of a step that is one CUDA graph put its K and V nowhere."""
         self._graph_slots[row] = -1
+
+    def _place(self, place: slice, positions: torch.Tensor) -> None:  # noqa: B027 - few need it
+        """For models whose positions have several dimensions: of text, all are alike."""
 
     def _embed(self, place: slice, ids: torch.Tensor) -> None:  # noqa: B027 - few need it
         """For models that get embeddings in place of ids."""
@@ -101,6 +105,10 @@ class _V1(StepTensors):
         slots: torch.Tensor = self._runner.input_batch.block_table[0].slot_mapping.gpu
         return slots
 
+    def _place(self, place: slice, positions: torch.Tensor) -> None:
+        if self._runner.uses_mrope:
+            self._runner.mrope_positions.gpu[:, place] = positions
+
     def _embed(self, place: slice, ids: torch.Tensor) -> None:
         if self._runner.supports_mm_inputs:
             self._runner.inputs_embeds.gpu[place] = self._handle.model.embed_input_ids(ids)
@@ -112,6 +120,9 @@ class _V2(StepTensors):
         if getattr(runner, "supports_mm_inputs", False):
             detail = "the model takes images, and vLLM's V2 model runner embeds its tokens"
             raise UnsupportedModelError(Reason.ENCODER_INPUTS, detail)
+        if handle.config.model_config.uses_mrope:
+            detail = "the model's positions have several dimensions, and vLLM's V2 model runner"
+            raise UnsupportedModelError(Reason.MROPE, f"{detail} keeps them where we don't write")
 
     def order(self, counts: Mapping[str, int]) -> list[str]:
         from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +11,15 @@ import torch
 from blending import PARTS, PREFIX, PROMPT, QUESTION, agree, blends_as_the_reference, forget_prompts
 from engines import EXACT, FULL_LOGPROBS, logprobs, selected, start_in_process
 from reference import Reference
-from tiny import FAMILIES, make
+from tiny import FAMILIES, MORE_FAMILIES, make
 
 from cacheblend_rag import CacheBlend
 from cacheblend_rag.select import create_selector
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
+
+
+Record = Callable[[str, object], None]
 
 
 class Family(NamedTuple):
@@ -51,15 +54,21 @@ def of(*names: str, compiled: bool = False) -> pytest.MarkDecorator:
 
 
 @of(*FAMILIES)
-def test_family(family: Family) -> None:
-    blends_as_the_reference(*family)
+def test_family(family: Family, record_property: Record) -> None:
+    record_property("ratio 1", blends_as_the_reference(*family))
+
+
+@pytest.mark.slow
+@of(*MORE_FAMILIES)
+def test_more_families(family: Family, record_property: Record) -> None:
+    record_property("ratio 1", blends_as_the_reference(*family))
 
 
 @pytest.mark.gpu
 @of("llama", "qwen3", "gemma2", compiled=True)
-def test_compiled_and_in_graphs(family: Family) -> None:
+def test_compiled_and_in_graphs(family: Family, record_property: Record) -> None:
     """What a GPU's user gets; the other tests run eagerly."""
-    blends_as_the_reference(*family)
+    record_property("ratio 1", blends_as_the_reference(*family))
 
 
 @of("llama", "gemma2", "stablelm")  # test_family has the default's

@@ -31,8 +31,12 @@ IDS = tuple(t for p in PARTS for t in p.ids)
 PROMPT = IDS + QUESTION
 
 
-def blends_as_the_reference(blend: CacheBlend, reference: Reference) -> None:
-    """Ratio 1 equals a full prefill, ratio 0 naive reuse, and those between them the reference."""
+def blends_as_the_reference(blend: CacheBlend, reference: Reference) -> str:
+    """Ratio 1 equals a full prefill, ratio 0 naive reuse, and those between them the reference.
+
+    Returns:
+        How far log-probabilities are off at ratio 1, at most.
+    """
     plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
     exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)
     assert exact.report.blended, exact.report.detail
@@ -55,6 +59,7 @@ def blends_as_the_reference(blend: CacheBlend, reference: Reference) -> None:
         rows = selected(blend, some)
         assert set(fresh) < set(rows) and 0 < some.report.tokens_recomputed < 0.25 * len(IDS)
         agree(some, reference.blend(PARTS, QUESTION, rows, 4, reach=REACH))
+    return f"{float((logprobs(exact) - logprobs(plain)).abs().max()):.0e}"
 
 
 def agree(result: BlendResult, answer: Answer) -> None:

@@ -15,6 +15,8 @@ import torch
 from tiny import undecorated
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+_INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm4")
+
 
 class Part(NamedTuple):
     """Consecutive prompt tokens: a stored chunk, or fresh ones."""
@@ -135,7 +137,7 @@ class Reference:
         angle = by[:, None].float() * frequencies
         cos, sin = angle.cos(), angle.sin()
         turned, rest = k.split([2 * len(frequencies), k.shape[-1] - 2 * len(frequencies)], -1)
-        interleaved = self.model.config.model_type in ("cohere", "cohere2", "glm4")
+        interleaved = self.config.model_type in _INTERLEAVED
         a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
         pair = a * cos - b * sin, b * cos + a * sin
         turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -136,6 +137,48 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+# more of them, whose parts the others have: tested where time does not count
+MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "seed_oss": ("seed_oss", {"head_dim": 32}),
+    "nemotron": ("nemotron", {}),
+    "phi": ("phi", {"num_key_value_heads": 8}),
+    "glm4_moe": (
+        "glm4_moe",
+        {**_EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1, "use_qk_norm": True},
+    ),
+    "ernie4_5": ("ernie4_5", {"head_dim": 32}),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2,
+                                      "moe_intermediate_size": 128, "moe_layer_start_index": 1}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 32}),
+    "arcee": ("arcee", {}),
+}  # fmt: skip
+_SEES = {
+    "hidden_size": 64, "intermediate_size": 128, "patch_size": 14, "depth": 2, "num_heads": 4,
+    "out_hidden_size": 256, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+_TOKENS = {
+    "image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502,
+    "vision_end_token_id": 503,
+}  # fmt: skip
+# models that take images: the family whose weights their text part has, what it says of positions,
+# what sees
+SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": (
+        "qwen2",
+        {"rope_type": "default", "mrope_section": [4, 6, 6]},
+        {**_SEES, "window_size": 56, "fullatt_block_indexes": [1]},
+    ),
+    "qwen3_vl": (
+        "qwen3",
+        {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True},
+        {**_SEES, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+    ),
+}
+_NAMED = {
+    "image_token": "w500", "video_token": "w501", "vision_bos_token": "w502",
+    "vision_eos_token": "w503",
+}  # fmt: skip
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     # the hybrid whose recurrent layers vLLM can compute on a CPU
     "mamba-hybrid": (
@@ -179,7 +222,7 @@ def make(name: str, folder: Path, **changes: Any) -> Path:
 
     path = folder / name
     if not (path / "config.json").exists():
-        kind, differs = {**FAMILIES, **REFUSED}[name]
+        kind, differs = {**FAMILIES, **MORE_FAMILIES, **REFUSED}[name]
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**_COMMON, **differs, **changes})
         with undecorated(config):
@@ -187,6 +230,32 @@ def make(name: str, folder: Path, **changes: Any) -> Path:
         for parameter in (p for name, p in model.named_parameters() if name.endswith("sinks")):
             torch.nn.init.normal_(parameter, std=1.0)  # as large as logits, or they do nothing
         model.save_pretrained(path)
+    return path
+
+
+def make_seeing(name: str, folder: Path) -> Path:
+    """A model that takes images, whose text part has the weights of ``make``'s family."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    path = folder / f"{name}-seeing"
+    if not (path / "config.json").exists():
+        family, positions, sees = SEEING[name]
+        config = AutoConfig.from_pretrained(make(family, folder))
+        text = config.to_dict()
+        text["rope_parameters"] = {**text["rope_parameters"], **positions}
+        text["model_type"] = f"{name}_text"
+        whole = AutoConfig.for_model(name, text_config=text, vision_config=sees, **_TOKENS)
+        with undecorated(whole):
+            model = AutoModelForImageTextToText.from_config(whole).float()
+        with undecorated(config):
+            source = AutoModelForCausalLM.from_pretrained(make(family, folder))
+        model.model.language_model.load_state_dict(source.model.state_dict())
+        model.lm_head.load_state_dict(source.lm_head.state_dict())
+        model.save_pretrained(path)
+        (path / "preprocessor_config.json").write_text(
+            json.dumps({"image_processor_type": "Qwen2VLImageProcessor"})
+        )
+        save_tokenizer(path, **_NAMED)
     return path
 
 
@@ -208,18 +277,27 @@ def undecorated(config: Any) -> Iterator[None]:
 
 def make_with_tokenizer(name: str, folder: Path, **changes: Any) -> Path:
     """``make``, and a tokenizer: token i is the word ``w<i>``, but for the special ones."""
+    path = make(name, folder, **changes)
+    save_tokenizer(path)
+    return path
+
+
+def save_tokenizer(path: Path, **named: str) -> None:
+    """Token i is the word ``w<i>``, but for the special ones; ``named`` has more of these."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    path = make(name, folder, **changes)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, SPECIAL[2]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     bos, eos, unk = SPECIAL
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos
+        tokenizer_object=tokenizer,
+        unk_token=unk,
+        bos_token=bos,
+        eos_token=eos,
+        **({"extra_special_tokens": named} if named else {}),
     ).save_pretrained(path)
-    return path
 
 
 class Words:

@@ -17,7 +17,7 @@ WORDS = {
     Reason.MLA: ("MLA",),
     Reason.ENCODER_DECODER: ("encoder-decoders",),
     Reason.NOT_GENERATIVE: ("generate no text",),
-    Reason.MROPE: ("M-RoPE",),
+    Reason.MROPE: ("M-RoPE", "XD-RoPE"),
     Reason.NO_ROPE: ("no rotary positions",),
     Reason.ROPE_TABLES: ("RoPE tables that depend on more",),
     Reason.MOVED_KEYS_DIFFER: ("self-check", "moves keys otherwise"),

@@ -1,0 +1,40 @@
+"""Models that take images blend prompts of text as the models of their text parts do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from image_models import STAND_INS
+from tiny import SEEING
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+HELPERS = STAND_INS.parent
+
+
+@pytest.fixture(scope="module")
+def errors(tiny_models: Path) -> Mapping[str, str]:
+    """Of each model, how far it is off at ratio 1; what else is compared fails there."""
+    paths = [str(HELPERS), *filter(None, [os.getenv("PYTHONPATH")])]
+    if importlib.util.find_spec("torchvision") is None:
+        paths.append(str(STAND_INS))  # for the processes that vLLM starts, too
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, str(HELPERS / "image_models.py"), str(tiny_models), *SEEING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: Mapping[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_text_blends(
+    name: str, errors: Mapping[str, str], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("ratio 1", errors[name])

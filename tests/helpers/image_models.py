@@ -1,0 +1,43 @@
+"""Blends text on models that take images, in a process of its own: transformers looks for
+torchvision once, when it is imported.
+
+    python image_models.py FOLDER NAME ...
+
+Prints a JSON object: of each model how far it is off at ratio 1, as ``blends_as_the_reference``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """For each of ``names``, make the model and the reference over its text part, and compare."""
+    from blending import PARTS, PREFIX, blends_as_the_reference
+    from engines import start_in_process
+    from reference import Reference
+    from tiny import SEEING, make, make_seeing
+
+    errors = {}
+    for name in names:
+        reference = Reference(make(SEEING[name][0], folder), PREFIX)
+        path = make_seeing(name, folder)
+        options = {"skip_mm_profiling": True, "skip_tokenizer_init": False}
+        with start_in_process(path, prefix=PREFIX, **options) as blend:
+            chosen = blend._engine._llm.llm_engine.model_config  # type: ignore[attr-defined]
+            assert chosen.supports_multimodal_inputs, "else it is a model of text"
+            assert blend.gate.passed, blend.gate.detail
+            blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
+            errors[name] = blends_as_the_reference(blend, reference)
+    sys.stdout.write(json.dumps(errors) + "\n")
+
+
+if __name__ == "__main__":
+    if importlib.util.find_spec("torchvision") is None:
+        sys.path.append(str(STAND_INS))
+    main(Path(sys.argv[1]), sys.argv[2:])
