@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 from benchmark import script
+from tiny import FAMILIES
 
 from cacheblend_rag.cli.main import _parser
 
@@ -85,6 +86,22 @@ def test_lengths_of_sentences() -> None:
     assert count.sentences(text) == ["One two `code`.", "Five, e.g. Six!", "An item goes on."]
     assert [count.words(s) for s in count.sentences(text)] == [3, 3, 4]
     assert count.figures([1, 2, 3, 40])[1:] == (2.5, 40, 40, 0.25)
+
+
+FAMILY_WORDS = {
+    "cohere": "Cohere 1", "cohere2": "Cohere 1 and 2", "exaone4": "EXAONE 4", "gemma2": "Gemma 2",
+    "gemma3": "Gemma 2 and 3", "glm4": "GLM-4", "gpt_neox": "GPT-NeoX", "gpt_oss": "gpt-oss",
+    "granite": "Granite", "llama": "Llama", "minicpm3": "MiniCPM3", "ministral3": "Ministral 3",
+    "mistral": "Mistral", "mixtral": "Mixtral", "olmo2": "OLMo 2", "olmo3": "OLMo 2 and 3",
+    "phi3": "Phi-3", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3",
+    "stablelm": "StableLM", "starcoder2": "StarCoder2",
+}  # fmt: skip
+
+
+def test_tests_blend_the_families_that_the_readme_names() -> None:
+    assert FAMILY_WORDS.keys() <= FAMILIES.keys()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert [word for word in FAMILY_WORDS.values() if word not in readme] == []
 
 
 # --- links and the site ---------------------------------------------------------------------------
