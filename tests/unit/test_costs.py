@@ -124,7 +124,7 @@ def far_plan(ratio: float = 0.15) -> Plan:
     )
 
 
-def test_a_disk_slower_than_a_prefill_is_refused_with_the_reason() -> None:
+def test_a_store_slower_than_a_prefill_is_refused_with_the_reason() -> None:
     slow = fetch_s(6, 0.5e9)  # 268 ms a chunk that a prefill computes in 25 ms
     assert H100.refusal(far_plan()) is None
     assert H100.too_far(far_plan(), slow) == slow.keys()
@@ -134,7 +134,7 @@ def test_a_disk_slower_than_a_prefill_is_refused_with_the_reason() -> None:
     assert "147.5 ms predicted" in refusal.detail
 
 
-def test_a_fast_disk_is_worth_it() -> None:
+def test_a_fast_store_is_worth_it() -> None:
     fast = fetch_s(6, 20e9)  # 6.7 ms a chunk
     assert H100.refusal(far_plan(), fast) is None
     assert H100.too_far(far_plan(), fast) == set()

@@ -108,3 +108,14 @@ def test_batches_count_contexts_and_keep_kinds_apart() -> None:
     chunks += [Chunk(name, (0,) * 10, (0,) * 5) for name in "de"]
     found = [[chunk.key for chunk in batch] for batch in batches(chunks, 30)]
     assert found == [["a", "c"], ["b", "d"], ["e"]]
+
+
+def test_keys_stay_what_they_are() -> None:
+    """Others than these, and no store that was filled before is found: that takes a new FORMAT."""
+    of = ("f00d", (1, 2), "tenant")
+    assert KeySpace(*of).key((3, 4, 5)) == (
+        "f556bde58ef7911a01449c15f139f8d89967b19f81e2ab2f3c03924f7d3c560f"
+    )
+    assert KeySpace(*of, by_document=True).key((3, 4, 5)) == (
+        "c38e754dddf87f513f1c19a029c0325d9c524a298988b190bb351fc1d415c65a"
+    )

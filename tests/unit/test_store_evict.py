@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from benchmark import benchmark
 from chunks import chunk_of, key_of, same
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheblend_rag.errors import StoreError
@@ -60,6 +60,7 @@ def held(store: KVStore, seeds: range) -> list[int]:
 # --- the numbers ----------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=30))
 def test_heat_is_the_sum_of_uses_each_doubling_every_half_life(ages: list[float]) -> None:
     heat = None

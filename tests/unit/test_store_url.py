@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheblend_rag.errors import StoreError
@@ -128,12 +128,14 @@ def test_wrong_sizes(text: str) -> None:
         parse_size(text)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**15), st.sampled_from(["", "B", "KB", "MB", "GB", "KiB", "MiB", "GiB"]))
 def test_sizes_scale(number: int, unit: str) -> None:
     factor = (1024 if "i" in unit else 1000) ** ["", "K", "M", "G"].index(unit.rstrip("iB"))
     assert parse_size(f"{number}{unit}") == number * factor
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_is_a_url_or_a_store_error(url: str) -> None:
     try:
