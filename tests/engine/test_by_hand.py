@@ -215,6 +215,7 @@ def test_beside_another_connector_nothing_is_blended(
     assert answer.report["reason"] == Reason.OTHER_CONNECTORS
 
 
+@pytest.mark.slow
 def test_with_a_worker_in_another_process(
     model: Path, filled: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ WORDS = {
     Reason.PIPELINE_PARALLEL: ("pipeline parallelism",),
     Reason.DATA_PARALLEL: ("data parallelism",),
     Reason.CONTEXT_PARALLEL: ("context parallelism",),
-    Reason.ATTENTION_BACKEND: ("does not expose its cache update",),
+    Reason.ATTENTION_BACKEND: ("without a cache update of its own",),
     Reason.KV_HEADS: ("different number of KV heads",),
     Reason.CUDA_GRAPHS: ("one CUDA graph",),
     Reason.LORA: ("LoRA", "LoRA adapter"),
