@@ -130,6 +130,21 @@ def test_a_hit_is_not_claimed_again(claims: Claims) -> None:
     assert found == len(IDS) - task.rows - 64
 
 
+def test_what_others_compute_in_this_step_is_not_read_before_it(claims: Claims) -> None:
+    """vLLM hands on blocks when they are allocated; a blend reads them before the step."""
+    claims.begin(request(name="other"))
+    one = request()
+    claims.begin(one)
+    assert claims.there(one, 64) is None, "they may be of this very step"
+    step(claims, new={}, rows={})
+    assert claims.there(one, 96) is None, "some of them are"
+    step(claims, new={}, rows={})
+    assert claims.there(one, 96) is not None
+    late = request(name="late")
+    claims.begin(late)
+    assert claims.there(late, 0) is not None, "it reads none"
+
+
 def test_what_a_preempted_blend_left_is_computed_again(claims: Claims) -> None:
     """It finds blocks of its own that were not all computed: no row may be left out for them."""
     one = request()
