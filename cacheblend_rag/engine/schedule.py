@@ -39,13 +39,6 @@ class _Claim(NamedTuple):
     rows: int  # the last ones of them, which vLLM schedules
 
 
-class _Found(NamedTuple):
-    """How many tokens of a request vLLM found in its cache, building which step."""
-
-    step: int
-    hit: int
-
-
 class Step(NamedTuple):
     """Scheduler to workers, once a step.
 
@@ -72,7 +65,6 @@ class _Tracked:
         exact: the exact hashes of the prompt's blocks.
         per_hash: tokens a hash stands for.
         shared: tokens found in vLLM's prefix cache that others may use too.
-        found: what vLLM found of it when it asked last.
         claim: of the blend under way; None before and once all of its rows are scheduled.
     """
 
@@ -87,7 +79,6 @@ class _Tracked:
     exact: Sequence[bytes] = ()
     per_hash: int = 1
     shared: int = 0
-    found: _Found | None = None
     claim: _Claim | None = None
     begun: bool = False  # its blend went to the workers once
     whole: bool = False  # all rows of the blend were scheduled
@@ -143,12 +134,11 @@ class Claims:
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
         self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
         self._ahead = Ahead(link)
-        self._step = 0  # the number of the step being built
-        self._live: set[str] = set()  # all requests that did not end, planned or not
+        self._live: dict[str, Any] = {}  # all requests that did not end, planned or not
 
     def begin(self, request: Any) -> None:
         """A request arrived; nothing of it was looked up yet."""
-        self._live.add(request.request_id)
+        self._live[request.request_id] = request
         given = request.kv_transfer_params or {}
         options = given.get(PARAMS_KEY)
         if options is None and not self.planning.planner.plans_all:
@@ -196,7 +186,7 @@ class Claims:
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
             return self._not_blended(tracked)
-        if not self._is_written(tracked, hit):
+        if not self._is_written(request, hit // tracked.per_hash, tracked.per_hash):
             return None
         try:
             if not tracked.begun and self._ahead.waits(request.request_id, plan):
@@ -212,15 +202,17 @@ class Claims:
         )
         return total - tracked.claim.rows - hit
 
-    def _is_written(self, tracked: _Tracked, hit: int) -> bool:
-        """Whether what vLLM found is written when the step begins. It hands on blocks as soon as
-        they are allocated, which may be for a request of this very step; its own rows come in time
-        then. A blend, or what stands in for one that fails, reads them before the step.
+    def _is_written(self, request: Any, found: int, per_hash: int) -> bool:
+        """Whether the blocks that vLLM found are written when the step begins. It hands on blocks as
+        soon as they are allocated, which may be for another request of this very step, whose own
+        rows come in time then. A blend, or what stands in for one, reads them before the step.
         """
-        before, tracked.found = tracked.found, _Found(self._step, hit)
-        if not hit or len(self._live) == 1:
-            return True
-        return before is not None and before.step < self._step and hit <= before.hit
+        wanted = set(request.block_hashes[:found])
+        return not any(
+            wanted.intersection(other.block_hashes[other.num_computed_tokens // per_hash :])
+            for other in self._live.values()
+            if other is not request and other.status.name == "RUNNING"
+        )
 
     def _not_blended(self, tracked: _Tracked) -> int:
         """The workers keep its report: its last output never leaves where the front end ends it."""
@@ -255,7 +247,6 @@ class Claims:
         tasks, self._tasks = self._tasks, {}
         plain, self._plain = self._plain, {}
         self._ahead.end_of_step()
-        self._step += 1
         gone = set(scheduled.preempted_req_ids or ())
         if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
             return Step(tasks, {}, gone, plain)
@@ -291,7 +282,7 @@ class Claims:
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request ended; its report's engine part."""
-        self._live.discard(request.request_id)
+        self._live.pop(request.request_id, None)
         tracked = self._requests.pop(request.request_id, None)
         self._tasks.pop(request.request_id, None)
         self._ahead.forget(request.request_id)

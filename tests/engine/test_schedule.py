@@ -64,6 +64,8 @@ def request(plan: Plan = PLAN, name: str = "r") -> Any:
         lora_request=None,
         has_encoder_inputs=False,
         sampling_params=SimpleNamespace(prompt_logprobs=None),
+        status=SimpleNamespace(name="WAITING"),
+        num_computed_tokens=0,
         update_block_hashes=lambda: None,
     )
 
@@ -132,17 +134,14 @@ def test_a_hit_is_not_claimed_again(claims: Claims) -> None:
 
 def test_what_others_compute_in_this_step_is_not_read_before_it(claims: Claims) -> None:
     """vLLM hands on blocks when they are allocated; a blend reads them before the step."""
-    claims.begin(request(name="other"))
-    one = request()
-    claims.begin(one)
-    assert claims.there(one, 64) is None, "they may be of this very step"
-    step(claims, new={}, rows={})
-    assert claims.there(one, 96) is None, "some of them are"
-    step(claims, new={}, rows={})
-    assert claims.there(one, 96) is not None
-    late = request(name="late")
-    claims.begin(late)
-    assert claims.there(late, 0) is not None, "it reads none"
+    other, one, later = request(name="other"), request(), request(name="later")
+    for each in (other, one, later):
+        claims.begin(each)
+    other.status.name, other.num_computed_tokens = "RUNNING", 40
+    assert claims.there(one, 64) is None
+    assert claims.there(one, 32) is not None, "these are written"
+    other.num_computed_tokens = 64
+    assert claims.there(later, 64) is not None
 
 
 def test_what_a_preempted_blend_left_is_computed_again(claims: Claims) -> None:
