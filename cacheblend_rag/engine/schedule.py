@@ -203,9 +203,9 @@ class Claims:
         return total - tracked.claim.rows - hit
 
     def _is_written(self, request: Any, found: int, per_hash: int) -> bool:
-        """Whether the blocks that vLLM found are written when the step begins. It hands on blocks as
-        soon as they are allocated, which may be for another request of this very step, whose own
-        rows come in time then. A blend, or what stands in for one, reads them before the step.
+        """Whether the blocks that vLLM found are written when the step begins. It hands on blocks
+        as soon as they are allocated, which may be for another request of this very step, whose
+        own rows come in time then. A blend, or what stands in for one, reads them before the step.
         """
         wanted = set(request.block_hashes[:found])
         return not any(

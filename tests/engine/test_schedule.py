@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,7 +135,8 @@ def test_a_hit_is_not_claimed_again(claims: Claims) -> None:
 
 def test_what_others_compute_in_this_step_is_not_read_before_it(claims: Claims) -> None:
     """vLLM hands on blocks when they are allocated; a blend reads them before the step."""
-    other, one, later = request(name="other"), request(), request(name="later")
+    plan = replace(PLAN, when="pays")
+    other, one, later = (request(plan, name) for name in ("other", "one", "later"))
     for each in (other, one, later):
         claims.begin(each)
     other.status.name, other.num_computed_tokens = "RUNNING", 40
