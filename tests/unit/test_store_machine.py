@@ -104,6 +104,7 @@ class Machine(RuleBasedStateMachine):
         }
         self.surely: set[int] = set()  # put, acknowledged, and nothing may have removed them
         self.perhaps: set[int] = set()
+        self.others: set[int] = set()  # put by another process, which may yet say for what
         self.documents: dict[str, set[int]] = {}
         self.child: multiprocessing.process.BaseProcess | None = None
         self.store = DiskStore(**self.options)
@@ -121,6 +122,7 @@ class Machine(RuleBasedStateMachine):
     def put(self, seed: int) -> None:
         put(self.store, seed)
         self.was_put(seed)
+        self.others.discard(seed)
 
     @rule(seed=SEEDS)
     def get(self, seed: int) -> None:
@@ -171,8 +173,8 @@ class Machine(RuleBasedStateMachine):
         self.store.forget(name)
         gone = self.documents.pop(name, set()).difference(*self.documents.values())
         for seed in gone:
-            assert not self.store.contains(key_of(seed))
-            self.is_gone(seed)
+            assert seed in self.others or not self.store.contains(key_of(seed))
+            self.is_orphaned(seed)
 
     @rule(live=st.sets(NAMES))
     def gc(self, live: set[str]) -> None:
@@ -180,7 +182,7 @@ class Machine(RuleBasedStateMachine):
         for name in self.documents.keys() - live:
             gone = self.documents.pop(name).difference(*self.documents.values())
             for seed in gone:
-                self.is_gone(seed)
+                self.is_orphaned(seed)
 
     # ---- what another process does -------------------------------------------------------------
 
@@ -189,6 +191,7 @@ class Machine(RuleBasedStateMachine):
         answer = self.ask(action, seed)
         if action == "put":
             self.was_put(seed)
+            self.others.add(seed)
         elif action == "discard":
             self.is_gone(seed)
         else:
@@ -241,6 +244,14 @@ class Machine(RuleBasedStateMachine):
         self.counts["operations"] += 1
         self.may_have_evicted()
         (self.surely if self.capacity is None else self.perhaps).add(seed)
+
+    def is_orphaned(self, seed: int) -> None:
+        """No document consists of it any more."""
+        if seed in self.surely | self.perhaps and seed in self.others:
+            self.surely.discard(seed)
+            self.perhaps.add(seed)  # what another process put just now stays
+        else:
+            self.is_gone(seed)
 
     def is_gone(self, seed: int) -> None:
         self.counts["operations"] += 1
