@@ -61,6 +61,7 @@ def test_auto_takes_what_was_calibrated(tiny_models: Path) -> None:
         Path("other.json").unlink()
 
 
+@pytest.mark.slow
 def test_the_command_chooses_and_keeps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
