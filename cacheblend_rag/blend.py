@@ -652,14 +652,15 @@ class CacheBlend:
         ids = self._prompt_head()
         if len(ids) < 2:
             return None
-        space = self._space._replace(prefix_ids=(), by_document=False)
-        key = space.key(ids)
+        key = self._space.head_key(ids)
         if any(self._ask_stores("cacheblend_missing", [key])):
             stable = self._prompt_head(timeless=True)
             if stable == ids:
                 self._ingest([Chunk(key, ids)], ())
             else:
-                self._replace_head(f"cacheblend/head/{space.key(stable)}", Chunk(key, ids))
+                self._replace_head(
+                    f"cacheblend/head/{self._space.head_key(stable)}", Chunk(key, ids)
+                )
         return Head(key, ids)
 
     def _replace_head(self, name: str, head: Chunk) -> None:

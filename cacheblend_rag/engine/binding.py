@@ -158,7 +158,7 @@ def _space(worker: _Worker, config: BlendConfig, info: Any) -> Space:
     ids = prompt_head(config, tokenizer, chat)
     head = None
     if len(ids) >= 2:
-        head = Head(keys._replace(prefix_ids=(), by_document=False).key(ids), ids)
+        head = Head(keys.head_key(ids), ids)
         worker._store_head(head)
     return Space(
         name=_SPACE,

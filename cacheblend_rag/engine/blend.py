@@ -100,7 +100,7 @@ class Blender:
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
-        proof, loaded = None, list[Loaded]()
+        proof: Proof | None = None
         found = self._fetched.pop(task.request_id, None)
         if task.proves and task.first_row > task.write_from:  # else its rows are all tokens
             proof = Proof(self.handle, task.token_ids, self._most_rows)

@@ -132,6 +132,7 @@ class StepRows:
         self._lost: dict[str, set[int]] = {}  # not yet told
         self._dtype = str(handle.config.model_config.dtype).removeprefix("torch.")
         self.proved: Callable[[Why | None], object] = lambda why_not: None
+        self._is_disproved = False
         self.causes: OrderedDict[str, str] = OrderedDict()
 
     def begin_step(self, tasks: Mapping[str, BlendTask], batch: Mapping[str, Scheduled]) -> None:
@@ -181,8 +182,9 @@ class StepRows:
             if self.handle.ranks.any([not error <= bound])[0]:
                 detail = f"rows of vLLM's step differ by {error:.3g} ({bound:g} allowed)"
                 self._lose(blend, detail)
+                self._is_disproved = True
                 self.proved(Why(Reason.ROWS_DIFFER, detail))
-            else:
+            elif not self._is_disproved:  # by another that was under way beside this one
                 self.proved(None)
 
     def finished(self) -> list[Finished]:

@@ -6,6 +6,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tiny import Words
 pytest.importorskip("vllm")
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.planning import Planning
+from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import News
 from cacheblend_rag.plan import NoPlan, Plan
@@ -155,3 +157,19 @@ def test_one_link_an_engine(link: Link) -> None:
     assert not one.is_heard
     one.say(Limits())
     assert one.waits and one.take() == [Limits()] and not one.waits
+
+
+@pytest.mark.parametrize("errors", [[1.0, 0.0], [0.0, 1.0]], ids=["fails first", "fails last"])
+def test_one_proof_that_fails_outweighs_those_that_hold(errors: list[float]) -> None:
+    """They may be under way together."""
+    said: list[Any] = []
+    rows: Any = StepRows.__new__(StepRows)
+    rows._finished = [
+        SimpleNamespace(proof=SimpleNamespace(error=lambda e=e: e), why_not=None) for e in errors
+    ]
+    rows._dtype, rows.proved = "float32", said.append
+    rows.handle = SimpleNamespace(ranks=SimpleNamespace(any=lambda flags: flags))
+    rows._lose = lambda blend, detail: None
+    rows._is_disproved = False
+    rows.prove()
+    assert said[-1] is not None and said[-1].reason is Reason.ROWS_DIFFER
