@@ -309,7 +309,10 @@ class Ground:
         self.runner = Runner(config, caches, self.scheduler, blocks)
         self.ledger, self.blends = self.runner.ledger, self.runner.blends
         rows = [(SPACE.keys.key(c), array("i", c).tobytes(), 0) for c in CHUNKS.values()]
-        self.scheduler.connector.claims.planning.deliver(0, [SPACE, Limits(), News(rows)])
+        planning = self.scheduler.connector.claims.planning
+        planning.deliver(0, [SPACE, Limits(), News(rows)])
+        assert planning._busy is not None
+        planning._busy.result()  # or whether a request waits a step for its plan were chance
         self._ahead, self._in_flight = ahead, deque[tuple[Any, Any]]()
         self.wrong: list[str] = []
         self.ended: dict[str, str] = {}
