@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=30)
     parser.add_argument("--ratio", type=float, default=0.15)
     parser.add_argument("--tokens", type=int, default=6, help="answer tokens compared")
-    parser.add_argument("--prefix", default="auto", choices=["auto", "head", "bos", "none"])
+    parser.add_argument(
+        "--prefix", default="auto", choices=["auto", "prompt_prefix", "bos", "none"]
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--store", default="memory://", help="such as /tmp/kv?dtype=fp8")
@@ -86,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     modes: dict[str, dict[str, Any]] = {
-        "noise": {"recompute_ratio": 1.0},
+        "ratio_1": {"recompute_ratio": 1.0},
         "reuse": {"mode": "reuse"},
         "first_k": selecting("first_k"),
         "hkvd": selecting("hkvd"),

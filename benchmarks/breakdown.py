@@ -29,7 +29,7 @@ def main() -> None:
     plots.options(options)
     args = options.parse_args()
     start, (number, each) = time.perf_counter(), args.size
-    with opened(args, number * each, in_process=True, when="always") as (blend, words):
+    with opened(args, number * each, in_process=True, blend_if="always") as (blend, words):
         measure(blend, words, time.perf_counter() - start, args)
 
 

@@ -64,7 +64,7 @@ def main() -> None:
             load_format="dummy",
             max_model_len=total + 2048,
         ) as blend:
-            assert blend.gate.passed, blend.gate.detail
+            assert blend.model_check.passed, blend.model_check.detail
             gains = run(blend, args)
     if args.at_least and min(gains) < args.at_least:
         raise SystemExit(f"{min(gains):.2f} is less than {args.at_least}")

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.15)
     parser.add_argument("--run", type=int, default=9, help="neighbouring tokens that come together")
     parser.add_argument("--question-tokens", type=int, default=32)
-    parser.add_argument("--reach", type=int, default=16)
+    parser.add_argument("--propagation-length", type=int, default=16)
     parser.add_argument("--layers", type=int, default=4, help="that are placed at once")
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], metavar=("H", "G", "D"))
     parser.add_argument("--tiny", action="store_true", help="small sizes, float32")
@@ -74,7 +74,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {name}, {args.dtype}, {args.context} tokens of "
         f"{args.chunks} chunks, H G D {args.heads}, ratio {args.ratio}, {args.question_tokens} "
-        f"tokens of question, reach {args.reach}, {time.strftime('%Y-%m-%d')}"
+        f"tokens of question, reach {args.propagation_length}, {time.strftime('%Y-%m-%d')}"
     )
     found = {"ceilings": ceilings(256 if args.tiny else 8192), "rows": []}
     copy, product, host = found["ceilings"].values()
@@ -194,7 +194,7 @@ def operations(args: argparse.Namespace) -> Iterator[Operation]:
 
 
 def place_operation(args: argparse.Namespace) -> Operation:
-    from cacheblend_kernels.place import Sources, place
+    from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
 
     _, groups, dim = args.heads
     n, layers, each = args.context, args.layers, args.context // args.chunks
@@ -216,7 +216,7 @@ def place_operation(args: argparse.Namespace) -> Operation:
     )
 
     def ours() -> tuple[torch.Tensor, ...]:
-        place(sources, cos, sin, number, caches[0], addresses, is_neox=True)
+        rotate_and_scatter(sources, cos, sin, number, caches[0], addresses, is_neox=True)
         return tuple(t for c in caches for t in (c.k_BSGD, c.v_BSGD))
 
     def twin() -> tuple[torch.Tensor, ...]:
@@ -290,7 +290,7 @@ def question_operation(args: argparse.Namespace) -> Operation:
 
 
 def move_operation(args: argparse.Namespace) -> Operation:
-    from cacheblend_kernels.move import Movers, move
+    from cacheblend_kernels.propagate import Propagation, propagate
 
     _, groups, dim = args.heads
     n = args.context
@@ -303,26 +303,26 @@ def move_operation(args: argparse.Namespace) -> Operation:
     chosen[position_R] = True
     before = torch.nn.functional.pad(chosen.cumsum(0), (1, 0)).int()
     pass_2 = torch.tensor([0, len(position_R)], dtype=torch.int32, device=DEVICE)
-    movers = Movers(
+    propagation = Propagation(
         chunk_N.masked_fill(chosen, -1), position_R, chunk_N[position_R], before, pass_2,
-        torch.tensor([float(args.reach)], device=DEVICE),
+        torch.tensor([float(args.propagation_length)], device=DEVICE),
     )  # fmt: skip
     k, v = torch.randn(2, len(position_R), groups, dim, device=DEVICE).to(args.dtype)
     angle = everywhere[:, None] * torch.rand(dim // 2, device=DEVICE)
     cos, sin = angle.cos(), angle.sin()
 
     def ours() -> tuple[torch.Tensor, ...]:
-        move(movers, k, v, cache, cos, sin, is_neox=True)
+        propagate(propagation, k, v, cache, cos, sin, is_neox=True)
         return cache.k_BSGD, cache.v_BSGD
 
     def twin() -> tuple[torch.Tensor, ...]:
-        moved(movers, k, v, other, cos, sin, is_neox=True)
+        moved(propagation, k, v, other, cos, sin, is_neox=True)
         return other.k_BSGD, other.v_BSGD
 
-    near = (everywhere[:, None] - position_R[None]).abs() <= 8 * args.reach
-    heard = int((near & (movers.chunk_N[:, None] == movers.chunk_R[None])).sum())
+    near = (everywhere[:, None] - position_R[None]).abs() <= 8 * args.propagation_length
+    heard = int((near & (propagation.chunk_N[:, None] == propagation.chunk_R[None])).sum())
     return Operation(
-        f"move, {len(position_R)} rows, reach {args.reach}", ours, twin,
+        f"move, {len(position_R)} rows, reach {args.propagation_length}", ours, twin,
         4 * (n + len(position_R)) * groups * dim * k.element_size() + 8 * cos.numel(),
         4 * heard * groups * dim,
     )  # fmt: skip

@@ -36,13 +36,13 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int, default=256)
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    config = BlendConfig(ingest_prefix="head", when="always")
+    config = BlendConfig(ingest_prefix="prompt_prefix", blend_if="always")
     blend = CacheBlend(
         resolve_model(args.model), config=config, engine="batch", dtype=args.dtype,
         max_model_len=2048, logits_processors=["forced:ForcedTokens"],
     )  # fmt: skip
     with blend:
-        assert blend.gate.passed, blend.gate.detail
+        assert blend.model_check.passed, blend.model_check.detail
         print(
             f"{versions(blend)}, {blend.info.model}, {args.dtype}, {args.prompts} prompts of "
             f"4 x {args.chunk_tokens} tokens, {time.strftime('%Y-%m-%d')}"

@@ -74,12 +74,15 @@ def main() -> None:
     options.add_argument("--small-tokens", type=int, default=32, help="of the corpus's chunks")
     options.add_argument("--ratio", type=float, default=0.15)
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--when", default="always", choices=["pays", "always"])
+    options.add_argument("--blend-if", default="always", choices=["faster", "always"])
     plots.options(options)
     args = options.parse_args()
     number, each = args.size
     longest = number * max(each, *args.context)
-    with opened(args, longest, recompute_ratio=args.ratio, when=args.when) as (blend, words):
+    with opened(args, longest, recompute_ratio=args.ratio, blend_if=args.blend_if) as (
+        blend,
+        words,
+    ):
         about = (
             f"{versions(blend)}, {args.shape}, {number} x {each} tokens of chunks, ratio "
             f"{args.ratio}, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}"

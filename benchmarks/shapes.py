@@ -84,7 +84,11 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 def selecting(selector: str) -> dict[str, Any]:
     """Options of a call: the default as it ships, others as they were published: without reach."""
-    return {"selector": selector} if selector == "query" else {"selector": selector, "reach": 0}
+    return (
+        {"selector": selector}
+        if selector == "query"
+        else {"selector": selector, "propagation_length": 0}
+    )
 
 
 def size(text: str) -> tuple[int, int]:
@@ -131,7 +135,7 @@ def opened(
             max_model_len=tokens + 2048,
             **options,
         ) as blend:
-            assert blend.gate.passed, blend.gate.detail
+            assert blend.model_check.passed, blend.model_check.detail
             yield blend, words
 
 

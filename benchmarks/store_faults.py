@@ -71,7 +71,7 @@ def fill(folder: Path, chunks: int, documents: int) -> None:
         for seed in range(chunks):
             store.put(key_of(seed), chunk_of(seed))
         for document in range(documents):
-            store.label(f"document {document}", [key_of(document), key_of(document + 1)])
+            store.register(f"document {document}", [key_of(document), key_of(document + 1)])
 
 
 # --- damages, each to the file of an index --------------------------------------------------------
@@ -274,7 +274,7 @@ def reopened(folder: Path, chunks: int) -> tuple[float, list[str]]:
             problems.append("a chunk is lost or wrong")
         store.stats()
         store.put(key_of(chunks), chunk_of(chunks))
-        store.label("new", [key_of(chunks)])
+        store.register("new", [key_of(chunks)])
         if store.forget("new") != 1 or store.contains(key_of(chunks)):
             problems.append("a document is not forgotten")
         store.gc(["document 0"])
@@ -352,8 +352,8 @@ def put(store: DiskStore, rng: random.Random) -> bool:
     return found is None or is_right(found, seed)
 
 
-def label(store: DiskStore, rng: random.Random) -> bool:
-    store.label(f"other {rng.randrange(9)}", [key_of(1000 + rng.randrange(50))])
+def register(store: DiskStore, rng: random.Random) -> bool:
+    store.register(f"other {rng.randrange(9)}", [key_of(1000 + rng.randrange(50))])
     return True
 
 
@@ -375,7 +375,7 @@ def scan(store: DiskStore, rng: random.Random) -> bool:
 
 ROLES: dict[str, list[Callable[[DiskStore, random.Random], bool]]] = {
     "reader": [get, get, get, get, stats],
-    "writer": [put, put, label],
+    "writer": [put, put, register],
     "keeper": [forget, gc, prune, scan],
 }
 
@@ -404,7 +404,7 @@ def on_full(disk: Path) -> dict[str, Any]:
     for seed in range(300):
         with contextlib.suppress(StoreError):
             store.put(key_of(seed), chunk_of(seed, tokens))
-            store.label(f"document {seed}", [key_of(seed)])
+            store.register(f"document {seed}", [key_of(seed)])
             kept.append(seed)
     filler = disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:

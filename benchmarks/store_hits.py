@@ -97,8 +97,8 @@ def plot(path: Path, curves: dict[str, list[float]], best: float, title: str) ->
     axes = figure.subplots()
     for name, curve in curves.items():
         smooth = np.convolve(curve, np.ones(50) / 50, "valid")
-        axes.plot(np.arange(len(smooth)) + 50, smooth, label=name)
-    axes.axhline(best, color="black", linestyle=":", label="offline optimum")
+        axes.plot(np.arange(len(smooth)) + 50, smooth, register=name)
+    axes.axhline(best, color="black", linestyle=":", register="offline optimum")
     axes.set(xlabel="new queries", ylabel="hit rate (mean of 50 queries)", ylim=(0, 1), title=title)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)

@@ -31,13 +31,15 @@ def main() -> None:
     options.add_argument("--question-tokens", type=int, default=32)
     options.add_argument("--ratios", type=float, nargs="+", default=[0.15])
     options.add_argument("--selectors", nargs="+", default=["query", "hkvd"])
-    options.add_argument("--reach", type=int, nargs="+", default=[], help="also with each of these")
+    options.add_argument(
+        "--propagation-length", type=int, nargs="+", default=[], help="also with each of these"
+    )
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--when", default="always", choices=["pays", "always"])
+    options.add_argument("--blend-if", default="always", choices=["faster", "always"])
     plots.options(options)
     args = options.parse_args()
     total = max(chunks * tokens for chunks, tokens in args.sizes)
-    with opened(args, total, when=args.when) as (blend, words):
+    with opened(args, total, blend_if=args.blend_if) as (blend, words):
         run(blend, words, args)
 
 
@@ -74,8 +76,11 @@ def modes_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         for selector in args.selectors if ratio else args.selectors[:1]:
             name = f"{selector} {ratio:g}" if ratio else "reuse"
             modes[name] = {"recompute_ratio": ratio, **selecting(selector)}
-            for reach in args.reach if ratio else ():
-                modes[f"{name} ~{reach}"] = {**modes[name], "reach": reach}
+            for propagation_length in args.propagation_length if ratio else ():
+                modes[f"{name} ~{propagation_length}"] = {
+                    **modes[name],
+                    "propagation_length": propagation_length,
+                }
     return modes
 
 

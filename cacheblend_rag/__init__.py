@@ -3,7 +3,7 @@
 from cacheblend_rag._version import __version__
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.engine.base import GateReport
+from cacheblend_rag.engine.base import ModelCheck
 from cacheblend_rag.errors import (
     CacheBlendError,
     ClosedError,
@@ -37,9 +37,9 @@ __all__ = [
     "EngineDeadError",
     "EngineError",
     "EngineMissingError",
-    "GateReport",
     "IngestReport",
     "MissingExtraError",
+    "ModelCheck",
     "ModelError",
     "PromptError",
     "PromptTooLongError",

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, overload
 
 from tqdm import tqdm
 
-from cacheblend_rag import calibration, gate, ingest, metrics
+from cacheblend_rag import calibration, ingest, metrics, model_check
 from cacheblend_rag.config import PER_CALL, PER_REQUEST, BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.daemons import DaemonPool
-from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, GateReport, create_engine
-from cacheblend_rag.engine.base import spoken
+from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, ModelCheck, create_engine
+from cacheblend_rag.engine.base import from_speaking_ranks
 from cacheblend_rag.errors import (
     CacheBlendError,
     ClosedError,
@@ -33,13 +33,13 @@ from cacheblend_rag.errors import (
     PromptError,
     UnavailableError,
 )
-from cacheblend_rag.ingest import Before, Chunk, IngestReport, Owners
+from cacheblend_rag.ingest import Chunk, IngestReport, LeftContext, Owners
 from cacheblend_rag.keys import KeySpace
-from cacheblend_rag.known import ours
+from cacheblend_rag.known import chunks_of
 from cacheblend_rag.models import resolve_model
-from cacheblend_rag.plan import PARAMS_KEY, Head, Plan
+from cacheblend_rag.plan import PARAMS_KEY, Plan, PromptPrefix
 from cacheblend_rag.planner import Space
-from cacheblend_rag.prefix import document_context, ingest_prefix, prompt_head
+from cacheblend_rag.prefix import document_context, ingest_prefix, prompt_prefix_ids
 from cacheblend_rag.process import Home
 from cacheblend_rag.prompt import Prompt, is_prompt, owned, tokenize, tokenize_chunk
 from cacheblend_rag.reason import Reason, Why
@@ -55,7 +55,7 @@ _ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
 _PROBE_SAMPLING = {**_ONE_TOKEN, "logprobs": 20}
 
 
-class _Prepared(NamedTuple):
+class _PreparedRequest(NamedTuple):
     """A request ready for the engine, and what its report will need.
 
     Attributes:
@@ -118,8 +118,8 @@ class CacheBlend:
             self._tokenizer: Any = self._engine.tokenizer  # never handed out
             self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
             self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
-            self.gate: GateReport = self._open_gate()
-            if self.gate.passed:
+            self.model_check: ModelCheck = self._check_model()
+            if self.model_check.passed:
                 self._limit(self._measure_costs())
         except BaseException:
             self._engine.close()
@@ -131,7 +131,7 @@ class CacheBlend:
         self,
         texts: str | Sequence[str | Sequence[int]],
         *,
-        before: str | Sequence[Before] | None = None,
+        left_context: str | Sequence[LeftContext] | None = None,
         documents: str | Sequence[str | None] | None = None,
         progress: bool = True,
     ) -> IngestReport:
@@ -145,12 +145,12 @@ class CacheBlend:
                 of which are taken), or None; for ``ingest_prefix="document"``. It is no part of a
                 chunk's key: of equal chunks, the KV of the first that was stored stays.
             documents: of each, the document (any text) that it belongs to, or None; noted as
-                ``label`` does, as soon as it is stored.
+                ``register_documents`` does, as soon as it is stored.
             progress: a bar while KV is computed.
 
         Raises:
-            ConfigError: ``before`` with another ingest prefix.
-            PromptError: something that is no text, named by its number; ``before`` or
+            ConfigError: ``left_context`` with another ingest prefix.
+            PromptError: something that is no text, named by its number; ``left_context`` or
                 ``documents`` not one for each text. Nothing was computed then.
             EmptyTextError: a text of white space only; as above.
             StoreError: the store can't be written; what was stored so far stays, and is used.
@@ -158,16 +158,18 @@ class CacheBlend:
         self._check_open()
         start = time.perf_counter()
         given = ingest.as_list(texts)
-        known = ingest.for_each(given, before, self.config.ingest_prefix)
+        known = ingest.for_each(given, left_context, self.config.ingest_prefix)
         names = ingest.one_for_each(given, documents, "documents")
-        if not self.gate.passed:
-            return IngestReport(chunks=len(given), reason=self.gate.reason, detail=self.gate.detail)
+        if not self.model_check.passed:
+            return IngestReport(
+                chunks=len(given), reason=self.model_check.reason, detail=self.model_check.detail
+            )
         chunks = self._numbered(given)
         most = min(self.info.max_model_len, self._positions - len(self._space.prefix_ids))
         sorted_out = ingest.by_length(chunks, self.config.min_chunk_tokens, most)
         new = ingest.distinct(sorted_out.useful)
         todo = self._missing(new)
-        if before is not None:
+        if left_context is not None:
             todo = self._in_context(todo, chunks, known)
         owners = ingest.owners(chunks, names)
         absent = {c.key for c in todo}
@@ -194,7 +196,7 @@ class CacheBlend:
         """
         self._check_open()
         keys = [c.key for c in self._numbered(ingest.as_list(texts))]
-        if self.gate.passed and keys:
+        if self.model_check.passed and keys:
             self._engine.rpc("cacheblend_prefetch", keys)
 
     def forget(self, texts: str | Sequence[str | Sequence[int]]) -> None:
@@ -208,7 +210,7 @@ class CacheBlend:
         """
         self._check_open()
         keys = list(dict.fromkeys(keys))
-        if not (self.gate.passed and keys):
+        if not (self.model_check.passed and keys):
             return 0
         absent = set.union(*map(set, self._ask_stores("cacheblend_missing", keys)))
         self._engine.rpc("cacheblend_forget", keys)
@@ -223,23 +225,23 @@ class CacheBlend:
         """
         return self._chunk(text).key
 
-    def label(self, documents: Mapping[str, Iterable[str]]) -> None:
+    def register_documents(self, documents: Mapping[str, Iterable[str]]) -> None:
         """Note which chunks each document (any text) consists of, by their keys, beside those noted
         before; for ``forget_documents``. A store on disk keeps this for later engines too, as a
         hash of the document's name; a store that is all remote keeps it until this one is closed.
         """
         self._check_open()
         rows = [(name, list(keys)) for name, keys in documents.items()]
-        if self.gate.passed and rows:
-            self._engine.rpc("cacheblend_label", rows)
+        if self.model_check.passed and rows:
+            self._engine.rpc("cacheblend_register", rows)
 
-    def labelled(self, documents: Iterable[str]) -> set[str]:
+    def registered_documents(self, documents: Iterable[str]) -> set[str]:
         """Those of ``documents`` that chunks are noted for."""
         self._check_open()
         names = list(documents)
-        if not (self.gate.passed and names):
+        if not (self.model_check.passed and names):
             return set()
-        found = self._engine.rpc("cacheblend_labelled", names)
+        found = self._engine.rpc("cacheblend_registered", names)
         return set(itertools.chain.from_iterable(found))
 
     def forget_documents(self, documents: Iterable[str], only: Iterable[str] | None = None) -> int:
@@ -248,13 +250,13 @@ class CacheBlend:
         """
         self._check_open()
         names = list(documents)
-        if not (self.gate.passed and names):
+        if not (self.model_check.passed and names):
             return 0
         keys = None if only is None else list(only)
-        dropped = self._engine.rpc("cacheblend_unlabel", names, keys)
+        dropped = self._engine.rpc("cacheblend_unregister", names, keys)
         return self.forget_keys(itertools.chain.from_iterable(dropped))
 
-    def retain(self, texts: Iterable[str | Sequence[int]]) -> int:
+    def delete_except(self, texts: Iterable[str | Sequence[int]]) -> int:
         """Forget every chunk of this model and namespace that is not among ``texts``; returns how
         many were forgotten, those that other processes stored among them.
         """
@@ -270,12 +272,14 @@ class CacheBlend:
             StoreError: the store cannot be asked.
         """
         self._check_open()
-        if not self.gate.passed:
+        if not self.model_check.passed:
             return set()
         ranks = self._ask_stores("cacheblend_list")
-        return set.intersection(*({key for key, _ in ours(self._space, rows)} for rows in ranks))
+        return set.intersection(
+            *({key for key, _ in chunks_of(self._space, rows)} for rows in ranks)
+        )
 
-    def beside(self, config: BlendConfig) -> CacheBlend:
+    def with_config(self, config: BlendConfig) -> CacheBlend:
         """A second front to the same engine and store, with a configuration of its own: another
         ingest prefix, say. Each knows what is stored by its own configuration, through whichever
         front or process. Where ``config`` names another store, that is passed over; close only the
@@ -289,7 +293,7 @@ class CacheBlend:
         other.__dict__.pop("tokenizer", None)  # each has a copy of its own
         other._namespaces.add(config.namespace)
         other._space = other._key_space(config)
-        if self.gate.passed:
+        if self.model_check.passed:
             other._open_space()
         return other
 
@@ -325,7 +329,7 @@ class CacheBlend:
             prompt: text, chat messages (the model's own template is applied) or token ids; a list
                 of these is several prompts.
             **options: vLLM's sampling parameters by their own names; ``mode``,
-                ``recompute_ratio``, ``selector``, ``selector_options``, ``reach``, ``when`` and
+                ``recompute_ratio``, ``selector``, ``selector_options``, ``propagation_length``, ``blend_if`` and
                 ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request`` (served without
                 blending).
 
@@ -334,7 +338,7 @@ class CacheBlend:
             ConfigError: an unknown option or a refused value.
             EngineError: the engine failed.
         """
-        prompts: list[Prompt] = [prompt] if is_prompt(prompt) else several(prompt)
+        prompts: list[Prompt] = [prompt] if is_prompt(prompt) else as_prompts(prompt)
         prepared = [self._prepare(p, options) for p in prompts]
         start = time.perf_counter()
         answers = self._engine.generate([p.request for p in prepared])
@@ -391,11 +395,11 @@ class CacheBlend:
 
     # ---- the path of one request ---------------------------------------------------------------
 
-    def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> _Prepared:
+    def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> _PreparedRequest:
         self._check_open()
         return self._prepare_split(prompt, self._split(options))
 
-    def _prepare_split(self, prompt: Prompt, asked: _Options) -> _Prepared:
+    def _prepare_split(self, prompt: Prompt, asked: _Options) -> _PreparedRequest:
         config, sampling, lora = asked
         start = time.perf_counter()
         ids = self._ids(prompt, config)
@@ -411,16 +415,16 @@ class CacheBlend:
             cache_salt=_salt(config, request_id),
             lora_request=lora,
         )
-        return _Prepared(request, why_not, config.mode, tokenize_s, request_id)
+        return _PreparedRequest(request, why_not, config.mode, tokenize_s, request_id)
 
     def _why_not(self, config: BlendConfig) -> Why | None:
         """Why the engine is not asked to blend."""
         if config.mode in ("off", "full"):
             return Why(Reason.MODE, f"mode is {config.mode!r}")
-        if self.gate.passed:
+        if self.model_check.passed:
             return None
-        assert self.gate.reason is not None
-        return Why(self.gate.reason, self.gate.detail)
+        assert self.model_check.reason is not None
+        return Why(self.model_check.reason, self.model_check.detail)
 
     def _params(self, config: BlendConfig, request_id: str, space: str = "") -> dict[str, Any]:
         options = {n: v for n, v in config.request_defaults().items() if n in PER_REQUEST}
@@ -439,7 +443,7 @@ class CacheBlend:
         return ids
 
     def _finish(
-        self, prepared: _Prepared, pieces: Sequence[EngineOutput], start: float
+        self, prepared: _PreparedRequest, pieces: Sequence[EngineOutput], start: float
     ) -> BlendResult:
         last, waited = pieces[-1], prepared.tokenize_s
         report = make_report(
@@ -455,7 +459,7 @@ class CacheBlend:
         return make_result(prepared.request.token_ids, pieces, report, prepared.request_id)
 
     def _engine_part(
-        self, prepared: _Prepared, pieces: Sequence[EngineOutput]
+        self, prepared: _PreparedRequest, pieces: Sequence[EngineOutput]
     ) -> Mapping[str, Any]:
         """What the engine says it did. The last piece does not tell where the request ended in the
         very step of its blend, and where the front end ended it, as at a stop string.
@@ -470,7 +474,7 @@ class CacheBlend:
 
     def _split(self, options: Mapping[str, Any]) -> _Options:
         """One call's options: ours, the sampling parameters, and a LoRA request."""
-        ours = {k: v for k, v in options.items() if k in PER_CALL}
+        chunks_of = {k: v for k, v in options.items() if k in PER_CALL}
         sampling = {k: v for k, v in options.items() if k not in PER_CALL and k != "lora_request"}
         known = self._engine.sampling_names
         for name in sampling:
@@ -480,7 +484,7 @@ class CacheBlend:
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
         if self._tokenizer is None:
             sampling.setdefault("detokenize", False)
-        config = calibration.resolved(self.config.for_call(ours), self.calibration)
+        config = calibration.resolved(self.config.for_call(chunks_of), self.calibration)
         return _Options(config, sampling, options.get("lora_request"))
 
     # ---- store and gate ------------------------------------------------------------------------
@@ -499,17 +503,17 @@ class CacheBlend:
         return chunks
 
     def _in_context(
-        self, todo: Sequence[Chunk], chunks: Sequence[Chunk], before: Sequence[Before]
+        self, todo: Sequence[Chunk], chunks: Sequence[Chunk], left_context: Sequence[LeftContext]
     ) -> list[Chunk]:
         """Those to do among ``chunks``, each with what stands before it in its document."""
-        head = self._prompt_head(timeless=True)
-        neutral = self._space.prefix_ids[len(head) :]
+        prompt_prefix = self._prompt_prefix_ids(timeless=True)
+        neutral = self._space.prefix_ids[len(prompt_prefix) :]
         first = {chunk.key: i for i, chunk in reversed(list(enumerate(chunks)))}
         placed = []
         for chunk in todo:
             number = first[chunk.key]
-            with ingest.naming(f"before, text {number + 1} of {len(before)}"):
-                context = document_context(before[number], neutral, self._tokenizer)
+            with ingest.naming(f"before, text {number + 1} of {len(left_context)}"):
+                context = document_context(left_context[number], neutral, self._tokenizer)
                 if context:
                     self._check_vocabulary(context)
             placed.append(chunk._replace(context=context))
@@ -539,7 +543,7 @@ class CacheBlend:
         return [c for c in chunks if c.key in absent]
 
     def _ask_stores(self, method: str, *args: Any) -> list[Any]:
-        return spoken(self._engine.rpc(method, *args))
+        return from_speaking_ranks(self._engine.rpc(method, *args))
 
     def _compute(
         self, chunks: Sequence[Chunk], owners: Owners, progress: bool
@@ -565,7 +569,7 @@ class CacheBlend:
     def _note(self, chunks: Sequence[Chunk], owners: Owners) -> None:
         """From here on these chunks are found in prompts, and forgotten with their documents."""
         self._sync()
-        self.label(ingest.by_document(chunks, owners))
+        self.register_documents(ingest.by_document(chunks, owners))
 
     def _note_stored(self, batch: Sequence[Chunk], owners: Owners) -> None:
         """``_note`` those of a batch that were stored before it failed."""
@@ -595,9 +599,9 @@ class CacheBlend:
         by_document = config.ingest_prefix == "document"
         return KeySpace(self.info.fingerprint, prefix, config.namespace, by_document)
 
-    def _open_gate(self) -> GateReport:
+    def _check_model(self) -> ModelCheck:
         """Check the model, open the store, and prove ratio 1 on a probe prompt."""
-        report = gate.check_layers(self.info)
+        report = model_check.check_layers(self.info)
         if not report.passed:
             return report
         self._space = self._key_space(self.config)
@@ -626,8 +630,10 @@ class CacheBlend:
     def _open_space(self) -> None:
         """Have this front's requests planned by its own configuration."""
         options = {"min_chunk_tokens": self.config.min_chunk_tokens}
-        head = self._store_head()
-        space = Space(name=self._name, keys=self._space, head=head, options=options)
+        prompt_prefix = self._store_prompt_prefix()
+        space = Space(
+            name=self._name, keys=self._space, prompt_prefix=prompt_prefix, options=options
+        )
         self._engine.rpc("cacheblend_open", space.to_plain())
         self._sync()
 
@@ -647,76 +653,78 @@ class CacheBlend:
         if not self._is_heard and time.monotonic() >= self._synced_at + _SYNC_EVERY_S:
             self._sync()
 
-    def _store_head(self) -> Head | None:
+    def _store_prompt_prefix(self) -> PromptPrefix | None:
         """The head of chat prompts, stored at position 0: exact where a prompt starts with it."""
-        ids = self._prompt_head()
+        ids = self._prompt_prefix_ids()
         if len(ids) < 2:
             return None
-        key = self._space.head_key(ids)
+        key = self._space.prompt_prefix_key(ids)
         if any(self._ask_stores("cacheblend_missing", [key])):
-            stable = self._prompt_head(timeless=True)
+            stable = self._prompt_prefix_ids(timeless=True)
             if stable == ids:
                 self._ingest([Chunk(key, ids)], ())
             else:
-                self._replace_head(
-                    f"cacheblend/head/{self._space.head_key(stable)}", Chunk(key, ids)
+                self._replace_prompt_prefix(
+                    f"cacheblend/head/{self._space.prompt_prefix_key(stable)}", Chunk(key, ids)
                 )
-        return Head(key, ids)
+        return PromptPrefix(key, ids)
 
-    def _replace_head(self, name: str, head: Chunk) -> None:
+    def _replace_prompt_prefix(self, name: str, prompt_prefix: Chunk) -> None:
         """One with a date is another every day, and only the newest is kept."""
-        old = self._engine.rpc("cacheblend_unlabel", [name], None)
+        old = self._engine.rpc("cacheblend_unregister", [name], None)
         self._engine.rpc("cacheblend_forget", list(itertools.chain.from_iterable(old)))
-        self._ingest([head], ())
-        self._engine.rpc("cacheblend_label", [(name, [head.key])])
+        self._ingest([prompt_prefix], ())
+        self._engine.rpc("cacheblend_register", [(name, [prompt_prefix.key])])
 
-    def _prompt_head(self, *, timeless: bool = False) -> tuple[int, ...]:
-        return prompt_head(self.config, self._tokenizer, self._engine.chat, timeless=timeless)
+    def _prompt_prefix_ids(self, *, timeless: bool = False) -> tuple[int, ...]:
+        return prompt_prefix_ids(self.config, self._tokenizer, self._engine.chat, timeless=timeless)
 
-    def _probe(self, report: GateReport) -> GateReport:
-        probe = gate.probe(self.info)
+    def _probe(self, report: ModelCheck) -> ModelCheck:
+        probe = model_check.probe(self.info)
         if probe is None:
             return report
         name = f"probe-{self._name}"
         # behind the probe's own head, so that the first chunk's KV is exact, and has no rows
-        space = KeySpace(self.info.fingerprint, probe.head, self.config.namespace)
+        space = KeySpace(self.info.fingerprint, probe.prompt_prefix, self.config.namespace)
         key = space.key(probe.chunk)
-        self._ingest([Chunk(key, probe.chunk)], probe.head)
+        self._ingest([Chunk(key, probe.chunk)], probe.prompt_prefix)
         # whether the store took it or not: then it is missing, and computed with the others
-        known = [[key, array("i", probe.chunk).tobytes(), len(probe.head)]]
+        known = [[key, array("i", probe.chunk).tobytes(), len(probe.prompt_prefix)]]
         self._engine.rpc("cacheblend_open", Space(name=name, keys=space).to_plain(), known)
         self._sync()
         [[alone]] = self._engine.generate([_probing(probe.ids)])
         # beside a request of one row and a plain prefill: were their rows taken for one another's,
         # nothing else would say so
-        config = self.config.for_call({"mode": "blend", "recompute_ratio": 1.0, "when": "always"})
+        config = self.config.for_call(
+            {"mode": "blend", "recompute_ratio": 1.0, "blend_if": "always"}
+        )
         blended = _probing(probe.ids, self._params(config, name, name))
         beside = [_probing(probe.ids[:1]), _probing(probe.ids)]
         _, *together = self._engine.generate([*beside, blended])
-        done = self._engine_part(_Prepared(blended, None, "blend", 0.0, name), together[1])
+        done = self._engine_part(_PreparedRequest(blended, None, "blend", 0.0, name), together[1])
         with suppress(UnavailableError):  # the store keeps the probe then
             self._engine.rpc("cacheblend_forget", [key])
         for [piece] in together:
             assert alone.logprobs is not None and piece.logprobs is not None
             both = alone.logprobs[0], piece.logprobs[0]
-            report = gate.check_prefill(report, *both, "recomputed" in done)
+            report = model_check.check_prefill(report, *both, "recomputed" in done)
             if not report.passed:
                 return report
-        return gate.within_what_was_proved(report, self.info, len(probe.ids))
+        return model_check.within_what_was_proved(report, self.info, len(probe.ids))
 
     def _measure_costs(self) -> Costs | None:
         """What the workers measured, corrected by requests from end to end; None on a CPU."""
         measured = self._engine.rpc("cacheblend_costs")[0]
         if not measured:
             return None
-        costs, prompts = Costs(**measured), gate.timing_ids(self.info, _TIMING_ROUNDS)
+        costs, prompts = Costs(**measured), model_check.timing_ids(self.info, _TIMING_ROUNDS)
         if not prompts:
             return costs
         ids = prompts[0][1]
         chunk = Chunk(self._space.key(ids), ids)
         self._ingest([chunk], self._space.prefix_ids)
         self._sync()
-        plain, blended = {"mode": "full"}, {"mode": "blend", "when": "always"}
+        plain, blended = {"mode": "full"}, {"mode": "blend", "blend_if": "always"}
         taken: dict[str, list[float]] = {"full": [], "blend": []}
         plan: Plan | None = None
         for parts in prompts:
@@ -746,7 +754,7 @@ class CacheBlend:
         self._check_open()
         if len(self._namespaces) > 1:
             return [{"chunks": len(self.stored())}]
-        return self._ask_stores("cacheblend_store_stats") if self.gate.passed else []
+        return self._ask_stores("cacheblend_store_stats") if self.model_check.passed else []
 
     def close(self) -> None:
         """Stop the engine; does nothing on the second call."""
@@ -778,7 +786,7 @@ class CacheBlend:
             raise ClosedError("this CacheBlend was closed; make a new one")
 
 
-def several(prompts: object) -> list[Prompt]:
+def as_prompts(prompts: object) -> list[Prompt]:
     """A list of prompts as such.
 
     Raises:
@@ -792,7 +800,7 @@ def several(prompts: object) -> list[Prompt]:
 
 
 def _probing(ids: tuple[int, ...], params: dict[str, Any] | None = None) -> EngineRequest:
-    """A request of the gate's, of which nothing is in vLLM's prefix cache."""
+    """A request of the model check's, of which nothing is in vLLM's prefix cache."""
     return EngineRequest(
         token_ids=ids,
         sampling=_PROBE_SAMPLING,

@@ -33,9 +33,9 @@ class Calibration:
     ratio: float
     selector: str
     selector_options: Mapping[str, Any] = field(default_factory=dict)
-    reach: int = 0
-    flips_allowed: float
-    flips: float
+    propagation_length: int = 0
+    changed_allowed: float
+    changed: float
     mean_ratio: float
     questions: int
     data: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ def resolved(config: BlendConfig, calibration: Calibration | None) -> BlendConfi
         recompute_ratio=calibration.ratio,
         selector=calibration.selector,
         selector_options=calibration.selector_options,
-        reach=calibration.reach,
+        propagation_length=calibration.propagation_length,
     )
 
 

@@ -15,18 +15,18 @@ from cacheblend_rag.store.url import parse_size, redacted
 from cacheblend_rag.token_ids import token_ids
 
 Mode = Literal["blend", "full", "reuse", "off"]
-When = Literal["pays", "always"]
+BlendIf = Literal["faster", "always"]
 
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
-REACH = 64  # chosen on the tuning half of docs/quality.md's questions
-PREFIXES = ("auto", "head", "document", "bos", "none")
+PROPAGATION_LENGTH = 64  # chosen on the tuning half of docs/quality.md's questions
+PREFIXES = ("auto", "prompt_prefix", "document", "bos", "none")
 PER_REQUEST = (
     "mode",
     "recompute_ratio",
     "selector",
     "selector_options",
-    "reach",
-    "when",
+    "propagation_length",
+    "blend_if",
 )
 PER_CALL = (*PER_REQUEST, "chat_template_kwargs")
 _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
@@ -65,9 +65,9 @@ class BlendConfig:
         calibration: a file that ``cacheblend calibrate --file`` wrote, for ``auto``; else the one
             it keeps for these weights.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
-        ingest_prefix: what a chunk is computed behind. ``auto``: the head, which the chat template
-            and ``system_prompt`` put before the context, then neutral text. ``head``: the same
-            without the neutral text. ``document``: the head, then the text before the chunk in its
+        ingest_prefix: what a chunk is computed behind. ``auto``: the prompt prefix, which the chat template
+            and ``system_prompt`` put before the context, then neutral text. ``prompt_prefix``: the same
+            without the neutral text. ``document``: the prompt prefix, then the text before the chunk in its
             own document, as many tokens as the neutral text has (see ``CacheBlend.ingest``); the
             neutral text fills up where less is known. ``bos``: the BOS token, if the model has one.
             ``none``: nothing. Or a sequence of token ids.
@@ -77,7 +77,7 @@ class BlendConfig:
             where the template takes no system message.
         chat_template_kwargs: more arguments of the chat template by name, for instance
             ``{"enable_thinking": False}``. Those of a call are added to them.
-        when: ``pays`` blends where the measured costs predict a gain over a plain prefill (they are
+        when: ``faster`` blends where the measured costs predict a gain over a plain prefill (they are
             measured on a GPU only), ``always`` blends whatever is found.
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
@@ -89,24 +89,30 @@ class BlendConfig:
     recompute_ratio: float | Literal["auto"] = FIXED_RATIO
     selector: str = "query"
     selector_options: Mapping[str, Any] = field(default_factory=dict)
-    reach: int = REACH
+    propagation_length: int = PROPAGATION_LENGTH
     calibration: str | None = None
     min_chunk_tokens: int = 32
     ingest_prefix: str | tuple[int, ...] = "auto"
     system_prompt: str | None = None
     likely_system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    when: When = "pays"
+    blend_if: BlendIf = "faster"
     store: str = "memory://"
     gpu_cache: str | None = None
     namespace: str = ""
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
-        _one_of("when", self.when, get_args(When))
+        _one_of("blend_if", self.blend_if, get_args(BlendIf))
         _check_ratio(self.recompute_ratio)
-        if isinstance(self.reach, bool) or not isinstance(self.reach, int) or self.reach < 0:
-            raise ConfigError(f"reach is {self.reach!r}; it must be a number of tokens, 0 for none")
+        if (
+            isinstance(self.propagation_length, bool)
+            or not isinstance(self.propagation_length, int)
+            or self.propagation_length < 0
+        ):
+            raise ConfigError(
+                f"reach is {self.propagation_length!r}; it must be a number of tokens, 0 for none"
+            )
         if self.min_chunk_tokens < 32:
             raise ConfigError("min_chunk_tokens must be at least 32: anchors need that many")
         if isinstance(self.ingest_prefix, str):

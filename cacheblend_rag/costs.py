@@ -79,5 +79,5 @@ class Costs(NamedTuple):
         return Why(
             Reason.PREFILL_AS_QUICK,
             f"a plain prefill is as quick here: {1e3 * plain:.1f} ms predicted for {plan.end} "
-            f"tokens, a blend {1e3 * blended:.1f} ms{far} (when='always' blends all the same)",
+            f"tokens, a blend {1e3 * blended:.1f} ms{far} (blend_if='always' blends all the same)",
         )

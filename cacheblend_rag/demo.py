@@ -240,7 +240,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     """The summary, one row a mode; times are medians, answers are held against full's."""
     title = f"{summary['questions']} questions, {summary['prompt_tokens_median']:.0f} prompt tokens"
     table = Table(title=title, title_justify="left")
-    for heading in ("", "TTFT", "sooner", "same answer", "same first token", "correct"):
+    for heading in ("", "TTFT", "speed-up", "same answer", "same first token", "correct"):
         table.add_column(heading, justify="right" if heading else "left")
     for mode in MODES:
         compared = ["1.0×", "", ""]

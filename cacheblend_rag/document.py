@@ -34,14 +34,14 @@ def texts_before(pieces: Sequence[Piece]) -> list[str | None]:
     for number, piece in enumerate(pieces):
         if piece.document is not None:
             documents.setdefault(piece.document, []).append(number)
-    before: list[str | None] = [None] * len(pieces)
+    left_context: list[str | None] = [None] * len(pieces)
     for numbers in documents.values():
         known = ""
         for number, following in itertools.pairwise(_in_order(pieces, numbers)):
             own = _until(pieces[number], pieces[following])
             known = (known + own)[-BEFORE_CHARS:]
-            before[following] = known or None
-    return before
+            left_context[following] = known or None
+    return left_context
 
 
 def _in_order(pieces: Sequence[Piece], numbers: Sequence[int]) -> Sequence[int]:

@@ -11,7 +11,7 @@ from cacheblend_rag.errors import ConfigError, PromptError
 from cacheblend_rag.reason import Reason
 
 Owners = Mapping[str, Sequence[str]]  # documents by the key of a chunk of theirs
-Before = str | Sequence[int] | None  # what stands before a chunk: text, token ids, or unknown
+LeftContext = str | Sequence[int] | None  # what stands before a chunk: text, token ids, or unknown
 
 
 T = TypeVar("T")
@@ -81,22 +81,22 @@ def as_list(texts: object) -> list[Any]:
 
 
 def for_each(
-    texts: Sequence[object], before: str | Sequence[Before] | None, ingest_prefix: object
-) -> Sequence[Before]:
-    """``before`` as given to ``CacheBlend.ingest``, one for each of ``texts``.
+    texts: Sequence[object], left_context: str | Sequence[LeftContext] | None, ingest_prefix: object
+) -> Sequence[LeftContext]:
+    """``left_context`` as given to ``CacheBlend.ingest``, one for each of ``texts``.
 
     Raises:
         ConfigError: it was given, and ``ingest_prefix`` has no use for it.
         PromptError: it is not one for each.
     """
-    if before is None:
+    if left_context is None:
         return [None] * len(texts)
     if ingest_prefix != "document":
         raise ConfigError(
             f"before was given, but with ingest_prefix={ingest_prefix!r} no chunk is computed "
             "behind its document: set BlendConfig(ingest_prefix='document'), or leave before out"
         )
-    return one_for_each(texts, before, "before")
+    return one_for_each(texts, left_context, "left_context")
 
 
 def one_for_each(

@@ -38,8 +38,8 @@ class KeySpace(NamedTuple):
         """What every chunk was computed behind; None where that differs from chunk to chunk."""
         return None if self.by_document else self.prefix_ids
 
-    def head_key(self, token_ids: Sequence[int]) -> str:
-        """The key of a prompt's head, which stands behind nothing."""
+    def prompt_prefix_key(self, token_ids: Sequence[int]) -> str:
+        """The key of a prompt's prompt prefix, which stands behind nothing."""
         return self._replace(prefix_ids=(), by_document=False).key(token_ids)
 
     def key(self, token_ids: Sequence[int]) -> str:

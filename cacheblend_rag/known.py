@@ -59,7 +59,7 @@ class KnownChunks:
         held.update(row[0] for row in news.added)
         there = [row for row in news.added if all(row[0] in held for held in self._held.values())]
         for space, index in self._spaces.values():
-            index.add_many(ours(space, there))
+            index.add_many(chunks_of(space, there))
 
     def lose(self, keys: Iterable[str]) -> None:
         """These chunks could not be had: prompts are not searched for them until they are stored
@@ -73,7 +73,7 @@ class KnownChunks:
         return set.intersection(*self._held.values())
 
 
-def ours(space: KeySpace, rows: Iterable[Row]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def chunks_of(space: KeySpace, rows: Iterable[Row]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Keys and token ids of the chunks of this key space."""
     for key, raw, base in rows:
         if base == len(space.prefix_ids):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from cacheblend_rag.config import BlendConfig, When
+from cacheblend_rag.config import BlendConfig, BlendIf
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
 from cacheblend_rag.reason import Reason
@@ -35,7 +35,9 @@ class Kind(IntEnum):
     FRESH = 0  # no stored KV: always computed
     REUSE = 1  # stored KV, re-rotated; a share of its tokens is recomputed
     EXACT = 2  # stored KV at its own place behind its own prefix: equal to a full prefill's
-    HEAD_CUT = 3  # stored KV that attended to a head the prompt lacks: twice the ratio
+    LEFT_TRUNCATED = (
+        3  # stored KV that attended to a prompt prefix the prompt lacks: twice the ratio
+    )
 
 
 class Segment(NamedTuple):
@@ -63,8 +65,8 @@ class Plan:
     ratio: float
     selector: str
     selector_options: Mapping[str, Any]
-    reach: int = 0
-    when: When = "always"
+    propagation_length: int = 0
+    blend_if: BlendIf = "always"
     space: str = ""
 
     @property
@@ -77,7 +79,7 @@ class Plan:
         return {
             "segments": [[s.start, s.end, s.key, s.offset, int(s.kind)] for s in self.segments],
             "question_start": self.question_start,
-            "when": self.when,
+            "blend_if": self.blend_if,
             **self._choosing(),
         }
 
@@ -113,12 +115,12 @@ class Plan:
             "selector_options": {
                 k: list(v) if isinstance(v, tuple) else v for k, v in self.selector_options.items()
             },
-            "reach": self.reach,
+            "propagation_length": self.propagation_length,
             "space": self.space,
         }
 
 
-class Head(NamedTuple):
+class PromptPrefix(NamedTuple):
     """What chat template and system prompt put first, stored as a chunk without a prefix."""
 
     key: str
@@ -139,7 +141,7 @@ def make_plan(
     *,
     prefix_ids: Sequence[int] | None,
     block_size: int,
-    head: Head | None = None,
+    prompt_prefix: PromptPrefix | None = None,
     costs: Costs | None = None,
     longest: int | None = None,
 ) -> Plan | NoPlan:
@@ -167,7 +169,7 @@ def make_plan(
         # what comes behind asks, as if it stood there: a window would hide the tokens from it
         question_start = end = longest // block_size * block_size
     segments = tuple(_segments(token_ids, matches, end, prefix_ids))
-    segments = _with_head(segments, token_ids, head)
+    segments = _with_prompt_prefix(segments, token_ids, prompt_prefix)
     if cut and all(s.kind is Kind.FRESH for s in segments):
         detail = f"a sliding window bounds a blend to {longest} tokens, which hold no stored chunk"
         return NoPlan(Reason.SLIDING_WINDOW, detail)
@@ -181,10 +183,10 @@ def make_plan(
         ratio=0.0 if config.mode == "reuse" else float(config.recompute_ratio),
         selector=config.selector,
         selector_options=dict(config.selector_options),
-        reach=config.reach,
-        when=config.when if config.mode == "blend" else "always",
+        propagation_length=config.propagation_length,
+        blend_if=config.blend_if if config.mode == "blend" else "always",
     )
-    if costs is not None and plan.when == "pays":
+    if costs is not None and plan.blend_if == "faster":
         refusal = costs.refusal(plan)
         return NoPlan(*refusal) if refusal else plan
     return plan
@@ -207,23 +209,23 @@ def _segments(
     return segments
 
 
-def _with_head(
-    segments: tuple[Segment, ...], token_ids: Sequence[int], head: Head | None
+def _with_prompt_prefix(
+    segments: tuple[Segment, ...], token_ids: Sequence[int], prompt_prefix: PromptPrefix | None
 ) -> tuple[Segment, ...]:
     """Serve the prompt's first tokens from the stored head: exact, as nothing comes before them."""
     first = segments[0] if segments else None
-    if head is None or first is None or first.kind is not Kind.FRESH:
+    if prompt_prefix is None or first is None or first.kind is not Kind.FRESH:
         return segments
-    size = len(head.token_ids)
-    if size > len(first) or tuple(token_ids[:size]) != head.token_ids:
+    size = len(prompt_prefix.token_ids)
+    if size > len(first) or tuple(token_ids[:size]) != prompt_prefix.token_ids:
         return segments
     rest = (Segment(size, first.end),) if size < first.end else ()
-    return (Segment(0, size, head.key, 0, Kind.EXACT), *rest, *segments[1:])
+    return (Segment(0, size, prompt_prefix.key, 0, Kind.EXACT), *rest, *segments[1:])
 
 
 def _kind(token_ids: Sequence[int], match: Match, prefix: Sequence[int] | None) -> Kind:
     if match.offset > BOUNDARY_TOKENS:
-        return Kind.HEAD_CUT
+        return Kind.LEFT_TRUNCATED
     if prefix is None:
         return Kind.REUSE
     in_place = match.offset == 0 and match.start == len(prefix)

@@ -13,7 +13,7 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import KnownChunks, News
-from cacheblend_rag.plan import Head, NoPlan, Plan, make_plan
+from cacheblend_rag.plan import NoPlan, Plan, PromptPrefix, make_plan
 from cacheblend_rag.reason import Reason, Why
 
 _OWN = ("space", "request_id")  # beside the options of a request
@@ -35,24 +35,39 @@ class Space:
 
     name: str
     keys: KeySpace
-    head: Head | None = None
+    prompt_prefix: PromptPrefix | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
     default: bool = False
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, numbers and texts, for an RPC."""
-        head = None if self.head is None else [self.head.key, list(self.head.token_ids)]
+        prompt_prefix = (
+            None
+            if self.prompt_prefix is None
+            else [self.prompt_prefix.key, list(self.prompt_prefix.token_ids)]
+        )
         keys = [list(field) if isinstance(field, tuple) else field for field in self.keys]
-        return {"name": self.name, "keys": keys, "head": head, "options": dict(self.options)}
+        return {
+            "name": self.name,
+            "keys": keys,
+            "prompt_prefix": prompt_prefix,
+            "options": dict(self.options),
+        }
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Space:
         """The space that ``to_plain`` wrote."""
         fingerprint, prefix, namespace, by_document = data["keys"]
         keys = KeySpace(fingerprint, tuple(prefix), namespace, by_document)
-        head = Head(data["head"][0], tuple(data["head"][1])) if data["head"] else None
-        return cls(name=data["name"], keys=keys, head=head, options=data["options"])
+        prompt_prefix = (
+            PromptPrefix(data["prompt_prefix"][0], tuple(data["prompt_prefix"][1]))
+            if data["prompt_prefix"]
+            else None
+        )
+        return cls(
+            name=data["name"], keys=keys, prompt_prefix=prompt_prefix, options=data["options"]
+        )
 
 
 class Limits(NamedTuple):
@@ -148,7 +163,7 @@ class Planner:
             config,
             prefix_ids=space.keys.shared_prefix,
             block_size=self._block_size,
-            head=space.head,
+            prompt_prefix=space.prompt_prefix,
             costs=self._limits.costs,
             longest=min((n for n in longest if n is not None), default=None),
         )
@@ -167,8 +182,8 @@ class Planner:
     def _lose(self, keys: Sequence[str]) -> None:
         self.known.lose(keys)
         for name, space in self._spaces.items():
-            if space.head is not None and space.head.key in keys:
-                self._spaces[name] = replace(space, head=None)
+            if space.prompt_prefix is not None and space.prompt_prefix.key in keys:
+                self._spaces[name] = replace(space, prompt_prefix=None)
 
     def _settings(self, options: Mapping[str, Any]) -> tuple[Space, BlendConfig]:
         """The space of a request, and its configuration.

@@ -20,7 +20,7 @@ from cacheblend_rag.token_ids import token_ids
 
 BEFORE_CHARS = 4096  # of what stands before a chunk; the neutral text, as many tokens, has 1,175
 MOST_AUTO = 1024  # tokens of the prefix that `auto` may choose
-_WORDS = ("Apple", "Zebra")  # of users: what stands before them is the head
+_WORDS = ("Apple", "Zebra")  # of users: what stands before them is the prompt prefix
 
 NEUTRAL_TEXT = """\
 The material below was gathered from several places and is given in no special order. A passage \
@@ -47,7 +47,7 @@ def ingest_prefix(
     config: BlendConfig, tokenizer: Any, chat: ChatRenderer | None, *, positions: int
 ) -> tuple[int, ...]:
     """Token ids of the ingest prefix that ``config`` asks for. They are part of every chunk's key,
-    so they are the same on every day: the head is the timeless one.
+    so they are the same on every day: the prompt prefix is the timeless one.
 
     ``auto`` leaves the neutral text out where the prefix would take more than ``MOST_AUTO`` tokens
     or half of the positions. That of ``document`` is what a chunk without one is computed behind.
@@ -73,7 +73,7 @@ def ingest_prefix(
     elif kind == "bos":
         ids = _bos(tokenizer)
     else:
-        ids = prompt_head(config, tokenizer, chat, timeless=True)
+        ids = prompt_prefix_ids(config, tokenizer, chat, timeless=True)
         whole = ids + tuple(tokenizer.encode(NEUTRAL_TEXT, add_special_tokens=False))
         fits = len(whole) <= MOST_AUTO and len(whole) * 2 < positions
         if kind == "document" or (kind == "auto" and fits):
@@ -87,24 +87,28 @@ def ingest_prefix(
 
 
 def document_context(
-    before: str | Sequence[int] | None, neutral_ids: Sequence[int], tokenizer: Any
+    left_context: str | Sequence[int] | None, neutral_ids: Sequence[int], tokenizer: Any
 ) -> tuple[int, ...]:
-    """Token ids that stand in for ``neutral_ids``, as many of them: the last ones of ``before``,
+    """Token ids that stand in for ``neutral_ids``, as many of them: the last ones of ``left_context``,
     behind the end of the neutral text where they are fewer. Empty where nothing is known.
 
     A text ends in a blank line here, whatever it ends in: a chunk's own tokens are those of a text
     at the beginning of a line.
     """
-    if before is None or not len(before) or (isinstance(before, str) and not before.strip()):
+    if (
+        left_context is None
+        or not len(left_context)
+        or (isinstance(left_context, str) and not left_context.strip())
+    ):
         return ()
-    if isinstance(before, str):
-        text = before.rstrip()[-BEFORE_CHARS:] + "\n\n"
-        before = tokenizer.encode(text, add_special_tokens=False)
-    ids = token_ids(before)
+    if isinstance(left_context, str):
+        text = left_context.rstrip()[-BEFORE_CHARS:] + "\n\n"
+        left_context = tokenizer.encode(text, add_special_tokens=False)
+    ids = token_ids(left_context)
     return (*neutral_ids[len(ids) :], *ids)[-len(neutral_ids) :]
 
 
-def prompt_head(
+def prompt_prefix_ids(
     config: BlendConfig, tokenizer: Any, chat: ChatRenderer | None, *, timeless: bool = False
 ) -> tuple[int, ...]:
     """Token ids that the chat template and the system prompt put before the user's first word.
@@ -140,7 +144,7 @@ def prompt_head(
         except PromptError as error:
             raise ConfigError(f"system_prompt can't be used with this model: {error}") from error
     for likely in dict.fromkeys((config.likely_system_prompt, None)):
-        with suppress(PromptError):  # it takes none; only closeness depends on the head
+        with suppress(PromptError):  # it takes none; only closeness depends on the prompt prefix
             return head(likely)
     return _bos(tokenizer)
 

@@ -93,7 +93,7 @@ class Reason(StrEnum):
     KV_GROUPS = "kv_groups"
     """The model's layers need more than one block table."""
 
-    # what the gate measured
+    # what the model check measured
     MOVED_KEYS_DIFFER = "moved_keys_differ"
     """Moved keys or values are not those computed there."""
     ATTENTION_DIFFERS = "attention_differs"

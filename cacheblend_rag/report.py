@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, Why
 
-_COMPUTED = ("fresh", "missing", "late")
+_COMPUTED = ("fresh", "missing", "timed_out")
 _DETAILS = {
     Kind.FRESH: "no stored chunk covers these tokens",
     Kind.REUSE: "stored KV, keys re-rotated",
     Kind.EXACT: "stored KV at its own position behind its own prefix: exact",
-    Kind.HEAD_CUT: "stored KV of a chunk whose head is not in the prompt: twice the ratio",
+    Kind.LEFT_TRUNCATED: "stored KV of a chunk whose head is not in the prompt: twice the ratio",
 }
 
 
@@ -99,7 +99,7 @@ def make_report(
     Args:
         why_not: why it was not asked to blend; None if it was.
         engine: ``prefix_cached``, and, where it did not blend, ``reason`` and ``detail``; of a
-            blend the ``plan``, ``recomputed`` per segment, ``missing``, ``late`` and
+            blend the ``plan``, ``recomputed`` per segment, ``missing``, ``timed_out`` and
             ``unavailable`` segment numbers, ``seconds``, ``bytes``.
     """
     cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
@@ -148,7 +148,7 @@ def _tokens_fresh(segments: Sequence[SegmentReport]) -> int:
 
 
 def _why_nothing_was_reused(segments: Sequence[SegmentReport]) -> Why:
-    absent = [s for s in segments if s.kind in ("missing", "late")]
+    absent = [s for s in segments if s.kind in ("missing", "timed_out")]
     if absent:
         detail = f"none of the {len(absent)} stored chunks could be had; see the segments"
         return Why(Reason.CHUNKS_MISSING, detail)
@@ -184,10 +184,10 @@ def _why(engine: Mapping[str, Any]) -> Why:
 
 def _absence(engine: Mapping[str, Any], number: int) -> tuple[str, str] | None:
     """Kind and detail of a segment whose chunk was not used."""
-    if number in engine.get("late", ()):
-        return "late", "the store would have taken longer with this chunk than computing it"
+    if number in engine.get("timed_out", ()):
+        return "timed_out", "the store would have taken longer with this chunk than computing it"
     if number in engine.get("unavailable", ()):
-        return "late", "the store could not be asked for this chunk: computed afresh"
+        return "timed_out", "the store could not be asked for this chunk: computed afresh"
     if number in engine["missing"]:
         return "missing", "the store no longer has this chunk, or it was damaged: computed afresh"
     return None

@@ -37,7 +37,7 @@ _by_name: weakref.WeakValueDictionary[str, SharedEngine] = weakref.WeakValueDict
 
 
 class SharedEngine:
-    """Make one with ``of`` or ``around``. Safe to use from several threads and event loops.
+    """Make one with ``for_model`` or ``around``. Safe to use from several threads and event loops.
 
     Attributes:
         model: hub name or folder, as it was given.
@@ -55,7 +55,7 @@ class SharedEngine:
         _by_name[self._name] = self
 
     @classmethod
-    def of(
+    def for_model(
         cls,
         model: str | Path,
         config: BlendConfig | None = None,
@@ -84,7 +84,7 @@ class SharedEngine:
         return shared
 
     @classmethod
-    def given(
+    def resolve(
         cls,
         engine: SharedEngine | None,
         model: str | Path | None,
@@ -92,19 +92,19 @@ class SharedEngine:
         engine_args: Mapping[str, Any] | None,
         default: Callable[[], BlendConfig] = BlendConfig,
     ) -> SharedEngine:
-        """What an adapter was given: the engine itself, or what ``of`` makes one of.
+        """What an adapter was given: the engine itself, or what ``for_model`` makes one of.
 
         Raises:
-            ConfigError: neither engine nor model; or as ``of`` does.
+            ConfigError: neither engine nor model; or as ``for_model`` does.
         """
         if engine is not None:
             return engine
         if model is None:
             raise ConfigError("name a model, or pass a running engine to from_engine()")
-        return cls.of(model, config, engine_args, default)
+        return cls.for_model(model, config, engine_args, default)
 
     @classmethod
-    def around(cls, blend: CacheBlend) -> SharedEngine:
+    def from_running(cls, blend: CacheBlend) -> SharedEngine:
         """The one of an engine that runs already: the same for all who hold one of it."""
         with _lock:
             for shared in _by_name.values():
@@ -156,7 +156,7 @@ class SharedEngine:
 
     @staticmethod
     def close_all() -> None:
-        """Close every engine that was made by ``of``, as happens when the process ends."""
+        """Close every engine that was made by ``for_model``, as happens when the process ends."""
         for shared in {*_running, *_by_model.values()}:
             shared.close()
 
@@ -183,7 +183,7 @@ class SharedEngine:
         self,
         texts: Sequence[str],
         documents: Sequence[str | None],
-        before: Sequence[str | None] | None = None,
+        left_context: Sequence[str | None] | None = None,
         *,
         progress: bool,
     ) -> IngestReport:
@@ -200,7 +200,7 @@ class SharedEngine:
         blend = self.blend()
         report = blend.ingest(
             [texts[i] for i, _ in rows],
-            before=None if before is None else [before[i] for i, _ in rows],
+            left_context=None if left_context is None else [left_context[i] for i, _ in rows],
             documents=[document for _, document in rows],
             progress=progress,
         )
@@ -241,7 +241,7 @@ class SharedEngine:
             PromptError: a document that the store has no chunks on record for.
         """
         documents, blend = set(documents), self.blend()
-        if unknown := documents - blend.labelled(documents):
+        if unknown := documents - blend.registered_documents(documents):
             raise PromptError(
                 f"no chunks are on record for {sorted(unknown)}: they were never ingested, or "
                 "into a store that is gone or keeps no such records. To drop all chunks that your "
@@ -250,9 +250,9 @@ class SharedEngine:
             )
         return blend.forget_documents(documents)
 
-    def labelled(self, documents: Iterable[str]) -> set[str]:
+    def registered_documents(self, documents: Iterable[str]) -> set[str]:
         """Those of ``documents`` that can be forgotten by name."""
-        return self.blend().labelled(documents)
+        return self.blend().registered_documents(documents)
 
     def forget_chunks(self, chunks: Iterable[tuple[str, str]]) -> int:
         """Drop single chunks, each a document and a key, but for what other documents consist of;
@@ -320,7 +320,7 @@ def _revive(
     if shared is not None:
         return shared
     if engine_args is not None:
-        return SharedEngine.of(model, BlendConfig(**config), engine_args)
+        return SharedEngine.for_model(model, BlendConfig(**config), engine_args)
 
     def refuse() -> CacheBlend:
         raise ConfigError(

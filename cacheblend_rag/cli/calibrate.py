@@ -21,14 +21,14 @@ def add(commands: Any) -> None:
     parser = command(commands, "calibrate", _calibrate, text)
     add_asking(parser, out="cacheblend-calibrate", group=8)
     parser.add_argument(
-        "--flips", type=share, default=0.2, metavar="S", help="share of answers that may change"
+        "--changed", type=share, default=0.2, metavar="S", help="share of answers that may change"
     )
     parser.add_argument("--file", type=Path, help="where to keep it (where 'auto' looks for it)")
 
 
 def _calibrate(args: argparse.Namespace, screen: Screen) -> Done:
     results, fingerprint = ask(args, screen, [parse_row(name) for name in CANDIDATES])
-    name = choose(pooled(summarise(results, split="tune")), args.flips)
+    name = choose(pooled(summarise(results, split="tune")), args.changed)
     measured = pooled(summarise(results, split="report"))
     row = next(row for row in measured.rows if row.row == name)
     options = parse_row(name).options
@@ -39,9 +39,9 @@ def _calibrate(args: argparse.Namespace, screen: Screen) -> Done:
         ratio=options["recompute_ratio"],
         selector=options["selector"],
         selector_options=options["selector_options"],
-        reach=options["reach"],
-        flips_allowed=args.flips,
-        flips=row.flip,
+        propagation_length=options["propagation_length"],
+        changed_allowed=args.changed,
+        changed=row.changed,
         mean_ratio=row.ratio,
         questions=measured.questions,
         data=tuple(sorted({key[0] for key in results.asked})),
@@ -49,9 +49,9 @@ def _calibrate(args: argparse.Namespace, screen: Screen) -> Done:
     path = args.file or usual_path(fingerprint)
     found.save(path)
     screen.out.print(
-        f"{name}: changes {row.flip:.0%} of {measured.questions} answers it was not chosen by "
-        f"({args.flips:.0%} allowed) and recomputes {row.ratio:.1%}. Kept in {path}",
+        f"{name}: changes {row.changed:.0%} of {measured.questions} answers it was not chosen by "
+        f"({args.changed:.0%} allowed) and recomputes {row.ratio:.1%}. Kept in {path}",
         soft_wrap=True,
         highlight=False,
     )
-    return Done(OK, {"row": name, "file": str(path), "flips": row.flip, "ratio": row.ratio})
+    return Done(OK, {"row": name, "file": str(path), "changed": row.changed, "ratio": row.ratio})

@@ -30,7 +30,7 @@ from cacheblend_rag.cli.base import (
     share,
 )
 from cacheblend_rag.cli.engine import require_extras, started
-from cacheblend_rag.cli.store import label
+from cacheblend_rag.cli.store import register
 from cacheblend_rag.config import Mode
 from cacheblend_rag.errors import PromptError
 from cacheblend_rag.ingest import IngestReport
@@ -83,7 +83,7 @@ def _ingest(args: argparse.Namespace, screen: Screen) -> Done:
         report = store_kv(blend, passages, screen)
     if report.keys:
         sources = [passage.source for passage in passages]
-        label(args.store, sources, list(report.keys), args.namespace)
+        register(args.store, sources, list(report.keys), args.namespace)
     index = index_of(args.store, args.namespace)
     kept = _other_passages(index, args.paths, [bad.path.resolve() for bad in left_out])
     screen.note.print(f"Indexing {len(kept) + len(passages)} passages ...")

@@ -116,7 +116,7 @@ def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[
     """
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.evaluate.prompts import system_prompt
-    from cacheblend_rag.evaluate.readers import company, load
+    from cacheblend_rag.evaluate.readers import load, other_passages
     from cacheblend_rag.evaluate.run import Evaluation
 
     if args.data is None:
@@ -155,8 +155,8 @@ def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[
         }
         part, parts = args.shard
         path = args.out / f"answers-{part}of{parts}.jsonl"
-        needs_company = any(row.prefix.startswith("company:") for row in rows)
-        passages = company(args.data, args.seed) if needs_company else {}
+        needs_other_passages = any(row.prefix.startswith("other_passages:") for row in rows)
+        passages = other_passages(args.data, args.seed) if needs_other_passages else {}
         show = getattr(args, "show", 0)
         evaluation = Evaluation(blend, rows, args.group, show, args.max_tokens, passages)
         with (
@@ -211,7 +211,7 @@ def _table(summary: SetSummary) -> Table:
     title = f"{summary.set}: {summary.questions} questions"
     if summary.left_out or summary.skipped:
         title += f" ({summary.left_out} unfinished, {summary.skipped} too long)"
-    table = Table("row", summary.measure, "to full", "agree", "flips", "KL", "share", title=title)
+    table = Table("row", summary.measure, "to full", "agree", "changed", "KL", "share", title=title)
     for r in summary.rows:
         quality = r.to_full.get("quality")
         table.add_row(
@@ -219,7 +219,7 @@ def _table(summary: SetSummary) -> Table:
             "" if r.quality is None else f"{r.quality:.3f}",
             "" if quality is None else f"{quality.mean:+.3f}",
             f"{r.agree:.3f}",
-            f"{r.flip:.3f}",
+            f"{r.changed:.3f}",
             "" if r.kl is None else f"{r.kl:.4f}",
             "" if r.ratio is None else f"{r.ratio:.1%}",
         )

@@ -9,10 +9,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from cacheblend_rag import gate
+from cacheblend_rag import model_check
 from cacheblend_rag.cli.base import OK, REFUSED, Done, Screen, command
 from cacheblend_rag.cli.engine import started
-from cacheblend_rag.engine.base import GateReport
+from cacheblend_rag.engine.base import ModelCheck
 
 
 def add(commands: Any) -> None:
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 def _check(args: argparse.Namespace, screen: Screen) -> Done:
     with started(args.model, None, screen) as blend:
-        report, info, calibration = blend.gate, blend.info, blend.calibration
+        report, info, calibration = blend.model_check, blend.info, blend.calibration
     if report.layers:
         screen.out.print(_layers_table(report))
     if report.prefill_error is not None:
@@ -46,8 +46,8 @@ def _check(args: argparse.Namespace, screen: Screen) -> Done:
     if calibration is not None:
         screen.out.print(
             f"'auto' is {calibration.selector} at {calibration.ratio:g}, reach "
-            f"{calibration.reach}, "
-            f"{dict(calibration.selector_options)}: changed {calibration.flips:.0%} of "
+            f"{calibration.propagation_length}, "
+            f"{dict(calibration.selector_options)}: changed {calibration.changed:.0%} of "
             f"{calibration.questions} answers, recomputed {calibration.mean_ratio:.1%}.",
             soft_wrap=True,
             highlight=False,
@@ -55,7 +55,7 @@ def _check(args: argparse.Namespace, screen: Screen) -> Done:
     data = {
         **asdict(report),
         "calibration": None if calibration is None else asdict(calibration),
-        "layers": gate.table(report),
+        "layers": model_check.table(report),
         "model": info.model,
         "dtype": info.dtype,
         "device": info.device,
@@ -64,7 +64,7 @@ def _check(args: argparse.Namespace, screen: Screen) -> Done:
     return Done(OK if report.passed else REFUSED, data)
 
 
-def _layers_table(report: GateReport) -> Table:
+def _layers_table(report: ModelCheck) -> Table:
     bound = f"{report.tolerance[0]:g} allowed"
     table = Table("layer", "key error", "value error", "", title=f"Moved keys and values ({bound})")
     for layer in sorted({check.layer for check in report.layers}):

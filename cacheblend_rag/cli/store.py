@@ -188,7 +188,7 @@ def _index_only(index: Path, kept: list[Passage]) -> None:
         (index / MANIFEST).unlink()
 
 
-def label(folder: Path, sources: list[str], keys: list[str], tenant: str = "") -> None:
+def register(folder: Path, sources: list[str], keys: list[str], tenant: str = "") -> None:
     """Note in every namespace of a tenant which document each chunk is of; an empty key is none."""
     if not is_store(folder):
         return
@@ -198,9 +198,9 @@ def label(folder: Path, sources: list[str], keys: list[str], tenant: str = "") -
             by_document.setdefault(source, []).append(key)
     for namespace in namespaces(folder, tenant):
         with contextlib.suppress(StoreError), open_namespace(folder, namespace) as store:
-            before = store.unlabel(map(document_id, by_document))
+            before = store.unregister(map(document_id, by_document))
             for document, its_keys in by_document.items():
-                store.label(document, [key for key in its_keys if store.contains(key)])
+                store.register(document, [key for key in its_keys if store.contains(key)])
             for key in set(before).difference(*by_document.values()):
                 store.discard(key)  # of a document that has changed since it was last read
 

@@ -12,8 +12,8 @@ from cacheblend_rag.engine.base import (
     EngineInfo,
     EngineOutput,
     EngineRequest,
-    GateReport,
     LayerCheck,
+    ModelCheck,
 )
 from cacheblend_rag.errors import ConfigError
 
@@ -23,8 +23,8 @@ __all__ = [
     "EngineInfo",
     "EngineOutput",
     "EngineRequest",
-    "GateReport",
     "LayerCheck",
+    "ModelCheck",
     "create_engine",
 ]
 

@@ -52,7 +52,7 @@ class EngineOutput(NamedTuple):
 
 
 class LayerCheck(NamedTuple):
-    """One layer of the gate's table: relative error of keys and values moved by ``shift``."""
+    """One layer of the model check's table: relative error of keys and values moved by ``shift``."""
 
     layer: int
     shift: int
@@ -62,7 +62,7 @@ class LayerCheck(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateReport:
+class ModelCheck:
     """Whether this engine may blend, and what was measured to decide it.
 
     Attributes:
@@ -182,7 +182,7 @@ def as_result(error: Exception, failed: str) -> dict[str, str]:
     return {WORKER_ERROR: EngineError.__name__, "message": message}
 
 
-def spoken(results: Iterable[Any]) -> list[Any]:
+def from_speaking_ranks(results: Iterable[Any]) -> list[Any]:
     """Of an RPC's results, one a rank, those of ranks that speak for a store: of ranks that share
     one, only the first does.
     """

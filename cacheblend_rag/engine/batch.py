@@ -35,7 +35,7 @@ from cacheblend_rag.errors import ClosedError, EngineError
 from cacheblend_rag.process import Home
 
 
-class _Turn:
+class _CallLock:
     """One call at a time. A stream that is read from several threads may hold it, so it belongs to
     no thread; but a thread that would wait for its own unfinished stream is told so.
     """
@@ -68,7 +68,7 @@ class BatchEngine(Engine):
         with naming_failures(model):
             self._llm: Any = LLM.from_engine_args(prepared.engine_args)
         _watch(self._llm.llm_engine.engine_core)
-        self._turn, self._home = _Turn(), Home()
+        self._call_lock, self._home = _CallLock(), Home()
         self._numbers = itertools.count()
         self.sampling_names = sampling_names()
         config = self._llm.llm_engine.vllm_config
@@ -82,7 +82,7 @@ class BatchEngine(Engine):
 
     def _ranks(self, method: str, *args: Any) -> list[Any]:
         self._home.check()
-        with self._turn, naming_death():
+        with self._call_lock, naming_death():
             _take_thread_count()
             return list(self._open().collective_rpc(method, args=args))
 
@@ -131,7 +131,7 @@ class BatchEngine(Engine):
     ) -> Generator[tuple[int, EngineOutput], None, None]:
         """``left``: set once nobody reads any more."""
         self._home.check()
-        with self._turn, naming_death():
+        with self._call_lock, naming_death():
             if left and left.is_set():  # while it waited for its turn
                 return
             engine = self._open().llm_engine
@@ -170,7 +170,7 @@ class BatchEngine(Engine):
     def close(self) -> None:
         if not self._home.is_here:
             return
-        with self._turn:
+        with self._call_lock:
             llm, self._llm = self._llm, None
             if llm is not None:
                 llm.llm_engine.engine_core.shutdown()

@@ -16,19 +16,19 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 from vllm.logger import init_logger
 
-from cacheblend_rag import calibration, gate
+from cacheblend_rag import calibration, model_check
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.link import Link
-from cacheblend_rag.engine.start import Prepared, make_info
+from cacheblend_rag.engine.start import EngineSetup, make_info
 from cacheblend_rag.engine.worker import WorkerExtension
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.keys import KeySpace
-from cacheblend_rag.plan import Head
+from cacheblend_rag.plan import PromptPrefix
 from cacheblend_rag.planner import Limits, Message, Space
-from cacheblend_rag.prefix import ingest_prefix, prompt_head
+from cacheblend_rag.prefix import ingest_prefix, prompt_prefix_ids
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.store import open_store
 from cacheblend_rag.store.follow import Follower
@@ -43,7 +43,7 @@ logger = init_logger("vllm.cacheblend_rag")
 
 
 @dataclasses.dataclass
-class Said(KVConnectorHandshakeMetadata):
+class RankMessages(KVConnectorHandshakeMetadata):
     """From a rank to the scheduler's side, once the worker is bound.
 
     Attributes:
@@ -81,7 +81,9 @@ def model_runner() -> Any:
     raise RuntimeError("no model runner of vLLM's registers these KV caches")
 
 
-def bind(connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, told: bool) -> Said:
+def bind(
+    connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, told: bool
+) -> RankMessages:
     """Check the model, open the store, and say how requests are planned. All ranks do it together.
     What can't be blended is served without.
 
@@ -91,7 +93,7 @@ def bind(connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, told:
     """
     if get_kv_transfer_group() is not connector:
         why_not = Why(Reason.OTHER_CONNECTORS, "other KV connectors are beside ours")
-        return Said([_nothing(), Limits(why_not=why_not)])
+        return RankMessages([_nothing(), Limits(why_not=why_not)])
     try:
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
         config = BlendConfig.of(given, "kv_connector_extra_config")
@@ -99,34 +101,34 @@ def bind(connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, told:
     except CacheBlendError as error:
         why_not = Why(Reason.NOT_READY, f"{type(error).__name__}: {error}")
     logger.error("requests are served without blending: %s", why_not.detail)
-    return Said([_nothing(), Limits(why_not=why_not)])
+    return RankMessages([_nothing(), Limits(why_not=why_not)])
 
 
-def _bind(worker: _Worker, config: BlendConfig, told: bool) -> Said:
+def _bind(worker: _Worker, config: BlendConfig, told: bool) -> RankMessages:
     vllm_config, link = worker.vllm_config, worker._connector().link
     refusal = compat.model_refusal(vllm_config.model_config)
-    prepared = Prepared(None, refusal, compat.installed_version())
+    prepared = EngineSetup(None, refusal, compat.installed_version())
     info = make_info(prepared, vllm_config, lambda: _of_all_ranks(worker.cacheblend_inspect()))
-    report = gate.check_layers(info)
+    report = model_check.check_layers(info)
     if not report.passed:
         assert report.reason is not None
         logger.warning("requests are served without blending: %s", report.detail)
-        return Said([_nothing(), Limits(why_not=Why(report.reason, report.detail))])
-    worker._rows().proved = lambda why_not: worker._say(
+        return RankMessages([_nothing(), Limits(why_not=Why(report.reason, report.detail))])
+    worker._rows().proved = lambda why_not: worker._send(
         Limits(why_not=why_not, longest=report.max_tokens, costs=worker._blender().costs)
     )
     follows = told or parse_url(config.store).scheme == "memory"
     memory = parse_size(config.gpu_cache) if config.gpu_cache else 0
     worker._open_store(config.store, info.fingerprint, memory, config.namespace, follows=follows)
-    worker._say(_space(worker, config, info))
+    worker._send(_space(worker, config, info))
     measured = worker.cacheblend_costs()
     costs = Costs(**measured) if measured else None
     worker._limit(Limits(longest=report.max_tokens, costs=costs, proving=True))
     if follows:
         worker._list_store()
-        return Said([] if link.is_heard else link.take())
+        return RankMessages([] if link.has_scheduler else link.take())
     where = config.store, info.fingerprint[:32], config.namespace
-    return Said(link.take(), where)
+    return RankMessages(link.take(), where)
 
 
 def follow(link: Link, url: str, namespace: str, tenant: str) -> Callable[[], None]:
@@ -149,21 +151,21 @@ def _nothing() -> Space:
 
 
 def _space(worker: _Worker, config: BlendConfig, info: Any) -> Space:
-    """Of all requests; their usual head is stored, if it is not there yet."""
+    """Of all requests; their usual prompt prefix is stored, if it is not there yet."""
     renderer = compat.renderer(worker.vllm_config)
     tokenizer, chat = renderer.tokenizer, VllmChat(renderer)
     prefix = ingest_prefix(config, tokenizer, chat, positions=info.positions)
     by_document = config.ingest_prefix == "document"
     keys = KeySpace(info.fingerprint, prefix, config.namespace, by_document)
-    ids = prompt_head(config, tokenizer, chat)
-    head = None
+    ids = prompt_prefix_ids(config, tokenizer, chat)
+    prompt_prefix = None
     if len(ids) >= 2:
-        head = Head(keys.head_key(ids), ids)
-        worker._store_head(head)
+        prompt_prefix = PromptPrefix(keys.prompt_prefix_key(ids), ids)
+        worker._store_prompt_prefix(prompt_prefix)
     return Space(
         name=_SPACE,
         keys=keys,
-        head=head,
+        prompt_prefix=prompt_prefix,
         options=config.request_defaults(),
         calibration=calibration.find(info.fingerprint, config.calibration),
         default=True,

@@ -14,9 +14,9 @@ import torch
 
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine.attention import Array, upload
+from cacheblend_rag.engine.executor import BlendExecutor, Loaded, Region
+from cacheblend_rag.engine.executors import ExecutorFactory
 from cacheblend_rag.engine.forward import ModelHandle
-from cacheblend_rag.engine.lane import Lane, Loaded, Region
-from cacheblend_rag.engine.lanes import Lanes
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask
 from cacheblend_rag.engine.proof import Proof
 from cacheblend_rag.engine.rope import Rerotator
@@ -33,16 +33,16 @@ class FromStore(NamedTuple):
 
     refusal: Why | None  # of the whole blend
     chunks: Mapping[str, ChunkKV | None]  # by key
-    late: AbstractSet[str] = frozenset()  # keys of those that come too late
+    timed_out: AbstractSet[str] = frozenset()  # keys of those that come too late
     unavailable: AbstractSet[str] = frozenset()  # keys for which the store could not be asked
 
 
 class Choice(NamedTuple):
-    """The lane of a request, and the positions that are computed: int64 on the device, ascending,
+    """The executor of a request, and the positions that are computed: int64 on the device, ascending,
     the last tokens of the request among them.
     """
 
-    lane: Lane
+    executor: BlendExecutor
     positions: torch.Tensor
     proof: Proof | None = None
 
@@ -51,7 +51,7 @@ class Blender:
     """Decides on one rank what a request's rows are. All ranks of a tensor parallel group take the
     same steps.
 
-    ``lanes`` makes a request's lane: how things are done on this device.
+    ``executors`` makes a request's executor: how things are done on this device.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Blender:
         handle: ModelHandle,
         rope: Rerotator,
         store: KVStore,
-        lanes: Lanes,
+        executors: ExecutorFactory,
     ) -> None:
-        self.handle, self.rope, self.store, self._lanes = handle, rope, store, lanes
+        self.handle, self.rope, self.store, self._executors = handle, rope, store, executors
         self.costs: Costs | None = None  # set once they are measured
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._fetched: dict[str, FromStore] = {}  # by a request's id
@@ -73,12 +73,14 @@ class Blender:
         if self.is_near(plan):
             found = self._fetch(plan, set())  # all is near: nothing to consider
             self._fetched[request_id] = found
-            self._lanes.expect({key: chunk for key, chunk in found.chunks.items() if chunk})
+            self._executors.expect({key: chunk for key, chunk in found.chunks.items() if chunk})
 
     def is_near(self, plan: Plan) -> bool:
         """Whether all chunks are in memory."""
         keys = {s.key for s in plan.segments if s.key}
-        return all(self._lanes.held(key) is not None or self.store.in_memory(key) for key in keys)
+        return all(
+            self._executors.held(key) is not None or self.store.in_memory(key) for key in keys
+        )
 
     def fetch(self, request_id: str, plan: Plan) -> None:
         """Bring what the blend needs to memory, from any thread, before it is asked for."""
@@ -114,25 +116,27 @@ class Blender:
         outcome.clock.mark("fetch")
         region = Region(task, loaded)
         outcome.bytes = region.bytes
-        lane = self._lanes(region)
+        executor = self._executors(region)
         try:
-            return Choice(lane, self._choose(lane, task, outcome), proof)
+            return Choice(executor, self._choose(executor, task, outcome), proof)
         except BaseException:
-            lane.give_up()
+            executor.give_up()
             raise
 
-    def _choose(self, lane: Lane, task: BlendTask, outcome: BlendOutcome) -> torch.Tensor:
+    def _choose(
+        self, executor: BlendExecutor, task: BlendTask, outcome: BlendOutcome
+    ) -> torch.Tensor:
         clock, plan, device = outcome.clock, task.plan, self.handle.device
-        must_E, candidate_E = _duties(task, lane.region.stored_E, outcome.missing)
+        must_E, candidate_E = _duties(task, executor.region.stored_E, outcome.missing)
         num_must, num_candidates = int(must_E.sum()), int(candidate_E.sum())
         budget = min(max(task.computes - num_must, 0), num_candidates)
         must, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
         clock.mark("load")
         if 0 < budget < num_candidates:
-            picked = self._pick(lane, task, candidate, budget)
+            picked = self._pick(executor, task, candidate, budget)
             positions = torch.cat([must, picked]).sort().values
-            if plan.reach:
-                lane.correct(candidate, positions, plan.reach)
+            if plan.propagation_length:
+                executor.correct(candidate, positions, plan.propagation_length)
         elif budget:
             positions = upload((must_E | candidate_E).nonzero()[0], device)
         else:
@@ -142,13 +146,13 @@ class Blender:
         outcome.chosen = _to_host(positions[: len(positions) - behind])
         return positions
 
-    def recompute(self, lane: Lane, positions: torch.Tensor) -> None:
+    def recompute(self, executor: BlendExecutor, positions: torch.Tensor) -> None:
         """Compute tokens in forwards of our own, whatever becomes of the others."""
         for tile in positions.split(self._most_rows):
-            lane.recompute(tile)
+            executor.recompute(tile)
 
     def _pick(
-        self, lane: Lane, task: BlendTask, candidate: torch.Tensor, budget: int
+        self, executor: BlendExecutor, task: BlendTask, candidate: torch.Tensor, budget: int
     ) -> torch.Tensor:
         """The ``budget`` candidates that the plan's selector wants most."""
         selector = create_selector(task.plan.selector, task.plan.selector_options)
@@ -157,13 +161,15 @@ class Blender:
         if isinstance(wanted, QuestionAttention):
             keep = wanted.among(self.handle.sees_all)
             room = self._most_rows - len(task.question)
-            question_E = self.handle.ranks.sum(lane.ask(task.question, keep, room))
+            question_E = self.handle.ranks.sum(executor.ask(task.question, keep, room))
         elif isinstance(wanted, KVDeviation):
             check = min(wanted.layer, self.handle.num_layers - 1)
             deviation_E = self.handle.ranks.sum(
-                lane.deviation(check, wanted.values, self._most_rows)
+                executor.deviation(check, wanted.values, self._most_rows)
             )
-        evidence = Evidence(candidate, lane.offset_E, lane.ids_E, question_E, deviation_E, budget)
+        evidence = Evidence(
+            candidate, executor.offset_E, executor.ids_E, question_E, deviation_E, budget
+        )
         picked = selector.choose(evidence, selector.score(evidence))
         if len(picked) < budget:  # the rows are there: they are used
             others = candidate.index_fill(0, picked, False).nonzero().flatten()
@@ -178,22 +184,22 @@ class Blender:
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
-        refusal, chunks, late, unavailable = found
+        refusal, chunks, timed_out, unavailable = found
         segments = task.plan.segments
         unused = [
             bool(s.key) and not self._fits(chunks.get(s.key), s, task.token_ids) for s in segments
         ]
-        away, is_late = late | unavailable, [s.key in late for s in segments]
+        away, is_timed_out = timed_out | unavailable, [s.key in timed_out for s in segments]
         is_gone = [gone and s.key not in away for gone, s in zip(unused, segments, strict=True)]
-        votes = self.handle.ranks.any([*unused, *is_gone, *is_late, bool(refusal)])
+        votes = self.handle.ranks.any([*unused, *is_gone, *is_timed_out, bool(refusal)])
         if votes[-1]:
             too_slow = Why(Reason.PREFILL_AS_QUICK, "another rank's store is too slow")
             raise RefusedError(*(refusal or too_slow))
         n = len(segments)
-        unused, is_gone, is_late = votes[:n], votes[n : 2 * n], votes[2 * n : -1]
+        unused, is_gone, is_timed_out = votes[:n], votes[n : 2 * n], votes[2 * n : -1]
         outcome.missing = [i for i in range(n) if unused[i]]
-        outcome.late = [i for i in outcome.missing if is_late[i] and not is_gone[i]]
-        outcome.unavailable = [i for i in outcome.missing if not (is_late[i] or is_gone[i])]
+        outcome.timed_out = [i for i in outcome.missing if is_timed_out[i] and not is_gone[i]]
+        outcome.unavailable = [i for i in outcome.missing if not (is_timed_out[i] or is_gone[i])]
         return [
             Loaded(s.start, s.end, s.offset, s.key, chunk)
             for s, is_unused in zip(segments, unused, strict=True)
@@ -208,17 +214,17 @@ class Blender:
     def _fetch(self, plan: Plan, far: set[str]) -> FromStore:
         """The chunks of ``plan`` that are not ``far`` and come within the time of a prefill."""
         patience_s = _PATIENCE_S
-        if self.costs is not None and plan.when == "pays":
+        if self.costs is not None and plan.blend_if == "faster":
             patience_s = self.costs.prefill(plan)
         keys = dict.fromkeys(s.key for s in plan.segments if s.key)
         near = [key for key in keys if key not in far]
-        held = {key: chunk for key in near if (chunk := self._lanes.held(key)) is not None}
+        held = {key: chunk for key in near if (chunk := self._executors.held(key)) is not None}
         for key in held:
             self.store.touch(key)  # it is in use
         wanted = [key for key in near if key not in held]
         found = self.store.get_in_time(wanted, patience_s)
         chunks = {**held, **dict(zip(wanted, found.chunks, strict=True))}
-        return FromStore(None, chunks, found.late | far, found.unavailable)
+        return FromStore(None, chunks, found.timed_out | far, found.unavailable)
 
     def consider(self, plan: Plan) -> tuple[Why | None, set[str]]:
         """Why a plan is not worth it, now that the store says what is not in memory; None if it is.
@@ -226,7 +232,7 @@ class Blender:
         to memory for the next one who asks.
         """
         refusal, far = None, set[str]()
-        if self.costs is not None and plan.when == "pays":
+        if self.costs is not None and plan.blend_if == "faster":
             fetch_s = self._fetch_seconds(plan)
             if fetch_s:
                 refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
@@ -244,7 +250,7 @@ class Blender:
         return {
             s.key: (s.offset + len(s)) * a_token / bandwidth
             for s in plan.segments
-            if s.key and self._lanes.held(s.key) is None and not self.store.in_memory(s.key)
+            if s.key and self._executors.held(s.key) is None and not self.store.in_memory(s.key)
         }
 
     def _fits(self, chunk: ChunkKV | None, s: Segment, token_ids: Sequence[int]) -> bool:
@@ -277,7 +283,7 @@ def rows_of(plan: Plan, num_tokens: int, write_from: int) -> int:
             must += new
         elif s.kind is not Kind.EXACT:
             candidates += new
-            weighted += new * (twice if s.kind is Kind.HEAD_CUT else 1.0)
+            weighted += new * (twice if s.kind is Kind.LEFT_TRUNCATED else 1.0)
     selector = create_selector(plan.selector, plan.selector_options)
     return must + min(selector.budget(plan.ratio, weighted), candidates)
 
@@ -298,6 +304,6 @@ def _duties(task: BlendTask, stored_E: Array, missing: Sequence[int]) -> tuple[A
     must[: task.write_from] = False
     candidate = np.zeros_like(stored_E)
     for i, s in enumerate(task.plan.segments):
-        if s.kind in (Kind.REUSE, Kind.HEAD_CUT) and i not in missing:
+        if s.kind in (Kind.REUSE, Kind.LEFT_TRUNCATED) and i not in missing:
             candidate[max(s.start, min(task.write_from, s.end)) : s.end] = True
     return must, candidate

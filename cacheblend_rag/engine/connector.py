@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from cacheblend_rag.engine import binding
-from cacheblend_rag.engine.binding import Said
+from cacheblend_rag.engine.binding import RankMessages
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.outcome import BlendOutcome
@@ -50,7 +50,7 @@ class BlendResults(KVConnectorWorkerMetadata):
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, Why] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
-    said: dict[int, list[Message]] = field(default_factory=dict)
+    messages: dict[int, list[Message]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
@@ -59,7 +59,7 @@ class BlendResults(KVConnectorWorkerMetadata):
             other.outcomes | self.outcomes,
             other.failed | self.failed,
             other.lost | self.lost,
-            other.said | self.said,
+            other.messages | self.messages,
         )
 
 
@@ -130,7 +130,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         results = connector_output.kv_connector_worker_meta
         if isinstance(results, BlendResults):
             assert self.claims is not None
-            for rank, messages in sorted(results.said.items()):
+            for rank, messages in sorted(results.messages.items()):
                 self.claims.planning.deliver(rank, messages)
             self.claims.lose(results.lost)
             self.claims.results(results.outcomes, results.failed)
@@ -145,11 +145,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """What the workers said when they were bound."""
         assert self.claims is not None
-        for rank, said in sorted(metadata.items()):
-            if isinstance(said, Said):
-                self.claims.planning.deliver(rank, said.messages)
-                if said.store is not None and self.closing is None:
-                    self.closing = binding.follow(self.link, *said.store)
+        for rank, messages in sorted(metadata.items()):
+            if isinstance(messages, RankMessages):
+                self.claims.planning.deliver(rank, messages.messages)
+                if messages.store is not None and self.closing is None:
+                    self.closing = binding.follow(self.link, *messages.store)
 
     # ---- worker side ---------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         super().bind_connector_metadata(connector_metadata)
         if self._runner is not None:  # beside a connector whose handshake hides ours
             for message in self._bind(told=True).messages:
-                self.link.say(message)
+                self.link.send(message)
         step: Step = connector_metadata.step
         for name, report in step.plain.items():
             self._remember(name, report)
@@ -174,11 +174,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if self._binds:
             self._runner = binding.model_runner()
 
-    def get_handshake_metadata(self) -> Said | None:
+    def get_handshake_metadata(self) -> RankMessages | None:
         """The engine is about to start."""
-        return self._bind(told=self.link.is_heard) if self._runner is not None else None
+        return self._bind(told=self.link.has_scheduler) if self._runner is not None else None
 
-    def _bind(self, *, told: bool) -> Said:
+    def _bind(self, *, told: bool) -> RankMessages:
         runner, self._runner = self._runner, None
         with torch.inference_mode():
             return binding.bind(self, runner, self._config, told=told)
@@ -214,10 +214,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
         outcomes = {d.request_id: d.outcome.to_dict() for d in ready if d.why_not is None}
         failed = {d.request_id: d.why_not for d in ready if d.why_not is not None}
         lost, self._lost = set(self._lost), {}
-        said = {} if self.link.is_heard else self._said()
-        return BlendResults(outcomes, failed, lost, said) if ready or lost or said else None
+        messages = {} if self.link.has_scheduler else self._messages()
+        return BlendResults(outcomes, failed, lost, messages) if ready or lost or messages else None
 
-    def _said(self) -> dict[int, list[Message]]:
+    def _messages(self) -> dict[int, list[Message]]:
         messages = self.link.take()
         return {get_tensor_model_parallel_rank(): messages} if messages else {}
 

@@ -16,8 +16,8 @@ import torch
 
 from cacheblend_kernels import nearness
 from cacheblend_rag.engine.attention import upload
-from cacheblend_rag.engine.lane import Lane
-from cacheblend_rag.engine.rope import Turn
+from cacheblend_rag.engine.executor import BlendExecutor
+from cacheblend_rag.engine.rope import RotationDelta
 
 
 class _Chunk(NamedTuple):
@@ -36,13 +36,17 @@ class Correction:
     not heard all yet.
 
     Args:
-        lane: whose region is blended.
+        executor: whose region is blended.
         candidate_E: bool, reused tokens that are not exact; chosen: int64 positions, ascending.
         reach: tokens at which a recomputed token's say has fallen to 1/e.
     """
 
     def __init__(
-        self, lane: Lane, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int
+        self,
+        executor: BlendExecutor,
+        candidate_E: torch.Tensor,
+        chosen: torch.Tensor,
+        propagation_length: int,
     ) -> None:
         reused_E = candidate_E.clone()
         reused_E[chosen] = False
@@ -50,15 +54,15 @@ class Correction:
         self.moved_N = reused_E.nonzero().flatten()
         self._chunks = [
             chunk
-            for start, end, *_ in lane.region.spans
-            if (chunk := self._chunk(start, end, reach)) is not None
+            for start, end, *_ in executor.region.spans
+            if (chunk := self._chunk(start, end, propagation_length)) is not None
         ]
-        self._rope, zeros = lane.rope, torch.zeros_like
-        self._there = lane.rope.turn(zeros(self.moved_N), self.moved_N)
-        self._back = lane.rope.turn(self._sources_R, zeros(self._sources_R))
+        self._rope, zeros = executor.rope, torch.zeros_like
+        self._there = executor.rope.delta(zeros(self.moved_N), self.moved_N)
+        self._back = executor.rope.delta(self._sources_R, zeros(self._sources_R))
         self._sums: dict[int, list[torch.Tensor]] = {}  # by layer, of earlier passes
 
-    def _chunk(self, start: int, end: int, reach: int) -> _Chunk | None:
+    def _chunk(self, start: int, end: int, propagation_length: int) -> _Chunk | None:
         """The chunk at prompt tokens [start, end); None where nothing of it moves."""
         bounds = upload(torch.tensor([start, end]), self.moved_N.device)
         first, last = torch.searchsorted(self.moved_N, bounds).tolist()
@@ -66,9 +70,11 @@ class Correction:
         if first == last or low == high:
             return None
         moved_C, sources_S = self.moved_N[first:last], self._sources_R[low:high]
-        return _Chunk(slice(first, last), low, high, nearness(moved_C, sources_S, reach))
+        return _Chunk(
+            slice(first, last), low, high, nearness(moved_C, sources_S, propagation_length)
+        )
 
-    def move(
+    def propagate(
         self,
         index: int,
         tile_T: torch.Tensor,
@@ -90,7 +96,7 @@ class Correction:
         here = slice(low, high)
         sources = self._sources_R[here]
         at = torch.searchsorted(tile_T, sources)
-        back = Turn(self._back.cos_TNP[:, here], self._back.sin_TNP[:, here])
+        back = RotationDelta(self._back.cos_TNP[:, here], self._back.sin_TNP[:, here])
         off_k, off_v = (
             f[at].float() - r[sources].float() for f, r in zip(fresh, reused, strict=True)
         )
@@ -109,7 +115,7 @@ class Correction:
             self._sums[index] = sums
         moves = self._rope.apply(sums[0], self._there, index), sums[1]
         k, v = (
-            (r[self.moved_N].float() + move).to(r.dtype)
-            for r, move in zip(reused, moves, strict=True)
+            (r[self.moved_N].float() + propagate).to(r.dtype)
+            for r, propagate in zip(reused, moves, strict=True)
         )
         return k, v

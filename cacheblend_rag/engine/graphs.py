@@ -28,7 +28,7 @@ _MOST_ASKING = 256
 _LEAST_CONTEXT = 8192
 _STRETCH = 4  # layers a graph: about as many as arrive together
 
-Before = Callable[[int], None]  # called with a layer's number before the layer is touched
+LayerHook = Callable[[int], None]  # called with a layer's number before the layer is touched
 
 
 class CapturedPass:
@@ -41,7 +41,7 @@ class CapturedPass:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """What runs inside is captured, given that it calls ``reach`` at each layer."""
+        """What runs inside is captured, given that it calls ``propagation_length`` at each layer."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             self._begin()
@@ -57,7 +57,7 @@ class CapturedPass:
             self._begin()
         self._last[-1] = index
 
-    def replay(self, before: Before | None = None) -> None:
+    def replay(self, before: LayerHook | None = None) -> None:
         """Queue the pass; ``before`` is called with the last layer that the next graph reads."""
         for graph, last in zip(self._graphs, self._last, strict=True):
             if before is not None:
@@ -99,7 +99,7 @@ class QuestionGraphs:
 
         self._ids, self._rope = rows(0), rows(0)
         self._positions, self._slots = rows(NOWHERE), rows(NOWHERE)
-        self._asking, self._beside = rows(NOWHERE), rows(NEVER)
+        self._asking, self._key_position = rows(NOWHERE), rows(NEVER)
         self._length = torch.zeros(1, dtype=torch.int32, device=device)
         size = view(0, self._length, self._length, 1).k_BSGD.shape[1]
         self._table = torch.zeros(most // size + 2, dtype=torch.int32, device=device)
@@ -112,10 +112,10 @@ class QuestionGraphs:
         positions_T: torch.Tensor,
         slots_T: torch.Tensor,
         asking_T: torch.Tensor,
-        beside_T: torch.Tensor,
+        key_position_T: torch.Tensor,
         keep: tuple[int, ...],
         at: PagedKV,
-        before: Before,
+        before: LayerHook,
     ) -> torch.Tensor | None:
         """The attention of the question over all heads, float32 [at.most]; None where there are no
         graphs for it.
@@ -126,19 +126,19 @@ class QuestionGraphs:
             return None
         self._fill(at, size, ids_T, positions_T, slots_T)
         _set_rows(self._asking, asking_T, size, NOWHERE)
-        _set_rows(self._beside, beside_T, size, NEVER)
+        _set_rows(self._key_position, key_position_T, size, NEVER)
         if context not in self._scores:
             self._scores[context] = torch.zeros(self._groups, context, device=self._handle.device)
         score = self._scores[context]
 
-        def make(step: Before | None) -> Pass:
+        def make(step: LayerHook | None) -> Pass:
             return QuestionPass(
                 self._handle,
                 self._layers(context),
                 self._positions[:size],
                 self._slots[:size],
                 self._asking[:size],
-                self._beside[:size],
+                self._key_position[:size],
                 None,
                 score,
                 keep,
@@ -191,7 +191,7 @@ class QuestionGraphs:
         _set_rows(self._slots, slots_T, size, NOWHERE)
 
     def _captured(
-        self, key: tuple[int, int, tuple[int, ...]], make: Callable[[Before | None], Pass]
+        self, key: tuple[int, int, tuple[int, ...]], make: Callable[[LayerHook | None], Pass]
     ) -> CapturedPass | None:
         if key not in self._passes:
             try:
@@ -202,7 +202,7 @@ class QuestionGraphs:
                 return None
         return self._passes[key]
 
-    def _capture(self, size: int, make: Callable[[Before | None], Pass]) -> CapturedPass:
+    def _capture(self, size: int, make: Callable[[LayerHook | None], Pass]) -> CapturedPass:
         """Run once as it is, so that all is compiled and allocated, then capture."""
         ids, rope = self._ids[:size], self._rope[:size]
         self._handle.run(make(None), ids, rope)

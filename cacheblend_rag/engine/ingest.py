@@ -1,4 +1,4 @@
-"""Computing the KV of chunks: each alone behind the ingest prefix, or behind its head and what the
+"""Computing the KV of chunks: each alone behind the ingest prefix, or behind its prompt prefix and what the
 chunk's own document has before it; many in one forward.
 
 Shape legend: N tokens of a chunk, L layers, G KV heads, D head size.

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
-from cacheblend_kernels.move import Movers, move
 from cacheblend_kernels.paged import PagedKV
+from cacheblend_kernels.propagate import Propagation, propagate
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.rope import Rerotator
@@ -27,14 +27,16 @@ View = Callable[[int], PagedKV]
 class Moving(NamedTuple):
     """What a forward does to the reused tokens around those it computes."""
 
-    movers: Movers
+    propagation: Propagation
     rope: Rerotator
 
     def __call__(self, index: int, view: PagedKV, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
         """Move them by what these fresh K and V of layer ``index`` show."""
         (cos_TXP, sin_TXP), table = self.rope.from_start, self.rope.table_of(index)
         neox = self.rope.is_neox
-        move(self.movers, k_TGD, v_TGD, view, cos_TXP[table], sin_TXP[table], is_neox=neox)
+        propagate(
+            self.propagation, k_TGD, v_TGD, view, cos_TXP[table], sin_TXP[table], is_neox=neox
+        )
 
 
 class QuestionPass(Pass):
@@ -61,7 +63,7 @@ class QuestionPass(Pass):
         positions_T: torch.Tensor,
         slots_T: torch.Tensor,
         asking_T: torch.Tensor,
-        beside_T: torch.Tensor,
+        key_position_T: torch.Tensor,
         known_N: torch.Tensor | None,
         score_GN: torch.Tensor,
         keep: tuple[int, ...],
@@ -69,7 +71,7 @@ class QuestionPass(Pass):
     ) -> None:
         self._handle, self._view, self._before = handle, view, before
         self._positions_T, self._slots_T = positions_T, slots_T
-        self._asking_T, self._beside_T = asking_T, beside_T
+        self._asking_T, self._key_position_T = asking_T, key_position_T
         self._known_N, self._score_GN, self._keep = known_N, score_GN, keep
         self.last = keep[-1]
 
@@ -92,7 +94,7 @@ class QuestionPass(Pass):
             "window": compat.sliding_window(layer),
             "known_N": self._known_N,
         }
-        extra = Extra(k_TGD, v_TGD, self._beside_T)
+        extra = Extra(k_TGD, v_TGD, self._key_position_T)
         lse = scattered_attention(
             q_THD, self._positions_T, view, out_THD, extra=extra, want_lse=scored, **options
         )

@@ -30,10 +30,10 @@ class Link:
 
     def __init__(self) -> None:
         self.blender: Blender | None = None
-        self._said: list[Message] = []
+        self._messages: list[Message] = []
         self._lock = Lock()
         self._news: Follower | None = None
-        self._hear: Callable[[], object] | None = None
+        self._on_message: Callable[[], object] | None = None
 
     @classmethod
     def of(cls, engine_id: str) -> Link:
@@ -42,25 +42,25 @@ class Link:
             return cls._here.setdefault(engine_id, cls())
 
     @property
-    def is_heard(self) -> bool:
+    def has_scheduler(self) -> bool:
         """Whether the scheduler's side is in this process."""
-        return self._hear is not None
+        return self._on_message is not None
 
     @property
     def waits(self) -> bool:
         """Whether something was said that was not taken."""
-        return bool(self._said) or (self._news is not None and self._news.has_news)
+        return bool(self._messages) or (self._news is not None and self._news.has_news)
 
-    def hear(self, wake: Callable[[], object]) -> None:
+    def on_message(self, wake: Callable[[], object]) -> None:
         """The scheduler's side is here: ``wake`` is called, from any thread, when it should
         ``take``.
         """
-        self._hear = wake
+        self._on_message = wake
 
-    def say(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Tell the scheduler's side."""
         with self._lock:
-            self._said.append(message)
+            self._messages.append(message)
         self._wake()
 
     def follow(self, news: Follower) -> None:
@@ -71,7 +71,7 @@ class Link:
     def take(self) -> list[Message]:
         """What was said since the call before; waits for nothing."""
         with self._lock:
-            said, self._said = self._said, []
+            said, self._messages = self._messages, []
         news = self._news.take() if self._news is not None else None
         return said if news is None else [*said, news]
 
@@ -80,5 +80,5 @@ class Link:
         self.blender = self._news = None
 
     def _wake(self) -> None:
-        if self._hear is not None:
-            self._hear()
+        if self._on_message is not None:
+            self._on_message()

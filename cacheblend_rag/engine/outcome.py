@@ -126,7 +126,7 @@ class BlendOutcome:
     prefix_cached: int = 0
     planned: Mapping[str, Any] = field(default_factory=dict)
     missing: list[int] = field(default_factory=list)
-    late: list[int] = field(default_factory=list)
+    timed_out: list[int] = field(default_factory=list)
     unavailable: list[int] = field(default_factory=list)
     bytes: int = 0
     chosen: torch.Tensor | None = None
@@ -148,12 +148,12 @@ class BlendOutcome:
         bounds = torch.tensor([[s.start, s.end] for s in self.segments])
         counts = torch.searchsorted(chosen, bounds).diff(dim=1).flatten().tolist()
         reused = [bool(s.key) and i not in self.missing for i, s in enumerate(self.segments)]
-        gone = [i for i in self.missing if i not in self.late and i not in self.unavailable]
+        gone = [i for i in self.missing if i not in self.timed_out and i not in self.unavailable]
         return {
             "recomputed": [n if kept else 0 for n, kept in zip(counts, reused, strict=True)],
             "prefix_cached": self.prefix_cached,
             "missing": self.missing,
-            "late": self.late,
+            "timed_out": self.timed_out,
             "unavailable": self.unavailable,
             "seconds": seconds,
             "bytes": self.bytes,

@@ -41,7 +41,7 @@ class Planning:
         self._thread = DaemonPool(1, "cacheblend-plan")
         self._collecting, self._learning = Lock(), Lock()
         self._busy: Future[Any] | None = None  # the last that the thread was given
-        link.hear(self._wake)
+        link.on_message(self._wake)
 
     def deliver(self, rank: int, messages: Sequence[Message]) -> None:
         """Messages of a worker in another process."""

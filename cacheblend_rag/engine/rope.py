@@ -56,7 +56,7 @@ class Table(NamedTuple):
         )
 
 
-class Turn(NamedTuple):
+class RotationDelta(NamedTuple):
     """Cosine and sine, float32 [T, N, P], of the further angle of N tokens by each table."""
 
     cos_TNP: torch.Tensor
@@ -120,28 +120,28 @@ class Rerotator:
         return self._index_T[table][low:high]
 
     @functools.cached_property
-    def from_start(self) -> Turn:
+    def from_start(self) -> RotationDelta:
         """The turns from position 0 to every position of the tables."""
         everywhere = torch.arange(self.positions, device=self._cos_TXP.device)
-        return self.turn(torch.zeros_like(everywhere), everywhere)
+        return self.delta(torch.zeros_like(everywhere), everywhere)
 
-    def turn(self, old_N: torch.Tensor, new_N: torch.Tensor) -> Turn:
+    def delta(self, old_N: torch.Tensor, new_N: torch.Tensor) -> RotationDelta:
         """The turns from positions ``old_N`` to ``new_N`` (int64); none at all where they agree."""
         cos_old, sin_old = self._cos_TXP[:, old_N], self._sin_TXP[:, old_N]
         cos_new, sin_new = self._cos_TXP[:, new_N], self._sin_TXP[:, new_N]
         cos = (cos_new * cos_old + sin_new * sin_old) * self._inverse_m2
         sin = (sin_new * cos_old - cos_new * sin_old) * self._inverse_m2
         stay = (old_N == new_N)[:, None]
-        return Turn(cos.masked_fill_(stay, 1.0), sin.masked_fill_(stay, 0.0))
+        return RotationDelta(cos.masked_fill_(stay, 1.0), sin.masked_fill_(stay, 0.0))
 
-    def apply(self, k: torch.Tensor, turn: Turn, layers: int | slice) -> torch.Tensor:
+    def apply(self, k: torch.Tensor, delta: RotationDelta, layers: int | slice) -> torch.Tensor:
         """Keys [N, G, D] of one layer, or [K, N, G, D] of several, after ``turn``; a new tensor of
         the same dtype.
         """
         chosen = self._of_layer[layers]
         tables = (chosen,) if isinstance(chosen, int) else chosen
         which: Any = tables[0] if len(set(tables)) == 1 else list(tables)
-        cos, sin = turn.cos_TNP[which], turn.sin_TNP[which]
+        cos, sin = delta.cos_TNP[which], delta.sin_TNP[which]
         return rerotate(k, cos, sin, is_neox=self.is_neox, first=self.first)
 
 

@@ -31,12 +31,12 @@ from vllm.logger import init_logger
 from cacheblend_rag.engine.attention import Array, PagedCache, upload
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.exact import clear, prefill
+from cacheblend_rag.engine.executor import BlendExecutor
 from cacheblend_rag.engine.forward import ModelHandle, ProxyImpl, ProxyLayer
-from cacheblend_rag.engine.lane import Lane
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.proof import Proof
 from cacheblend_rag.engine.runner import StepTensors
-from cacheblend_rag.gate import tolerance
+from cacheblend_rag.model_check import tolerance
 from cacheblend_rag.reason import Reason, RefusedError, Why
 
 _KEEP_CAUSES = 1024
@@ -77,7 +77,7 @@ class _Blend:
 
     Attributes:
         positions: int64 on the device, of each row in order.
-        lane: None where the rows are the tokens that vLLM takes them for.
+        executor: None where the rows are the tokens that vLLM takes them for.
         blocks: those allocated so far.
         placed: the first position whose stored KV may be wanting in the cache.
         proof: of blends that are to show that they are right.
@@ -87,7 +87,7 @@ class _Blend:
     task: BlendTask
     outcome: BlendOutcome
     positions: torch.Tensor
-    lane: Lane | None
+    executor: BlendExecutor | None
     placed: int
     proof: Proof | None = None
     why_not: Why | None = None
@@ -95,11 +95,11 @@ class _Blend:
     done: int = 0
 
     def advance(self, scheduled: Scheduled) -> torch.Tensor:
-        """Go on by this step's rows: open their blocks to the lane, and return their positions."""
+        """Go on by this step's rows: open their blocks to the executor, and return their positions."""
         first = scheduled.computed - self.task.first_row
         self.done = scheduled.computed + scheduled.rows
-        if self.lane is not None:
-            self.lane.open(self.blocks, self.placed, self.done)
+        if self.executor is not None:
+            self.executor.open(self.blocks, self.placed, self.done)
         self.placed = max(self.placed, self.done)
         return self.positions[first : first + scheduled.rows]
 
@@ -109,7 +109,7 @@ class _Part(NamedTuple):
 
     name: str
     blend: _Blend
-    lane: Lane
+    executor: BlendExecutor
     place: slice
     positions: torch.Tensor
 
@@ -154,8 +154,8 @@ class StepRows:
             self._change(ours, batch)
         except Exception as error:  # other requests' rows are as they were
             for blend in ours.values():
-                if blend.lane is not None:
-                    self._lose(blend, _said(error))
+                if blend.executor is not None:
+                    self._lose(blend, _messages(error))
         self._collect(ours)
 
     def _change(self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]) -> None:
@@ -196,8 +196,8 @@ class StepRows:
         """Requests that ended, or were preempted."""
         for name in names:
             blend = self._blends.pop(name, None)
-            if blend is not None and blend.lane is not None:
-                blend.lane.give_up()
+            if blend is not None and blend.executor is not None:
+                blend.executor.give_up()
 
     # ---- a blend -------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class StepRows:
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
             behind = f" behind {task.write_from} cached tokens" if task.write_from else ""
-            detail = f"blending failed, computed exactly{behind}: {_said(error)}"
+            detail = f"blending failed, computed exactly{behind}: {_messages(error)}"
             why_not = Why(Reason.BLEND_FAILED, detail)
         rows = torch.arange(task.first_row, task.end, device=self.handle.device)
         blend = _Blend(task, outcome, rows, None, task.end, None, why_not, list(task.blocks))
@@ -224,7 +224,7 @@ class StepRows:
         try:
             prefill(self._cache, task, self._most_rows)
         except Exception as error:
-            self._lose(blend, f"{_said(error)} (before that: {why_not.detail})")
+            self._lose(blend, f"{_messages(error)} (before that: {why_not.detail})")
 
     def _lose(self, blend: _Blend, cause: str) -> None:
         """Not even an exact answer can be had: vLLM ends the request with an error, since it takes
@@ -247,20 +247,20 @@ class StepRows:
         if self.blender is None:
             raise RuntimeError("the worker was not bound")
         assert all(task.blocks), "the null block, which all requests share, is among the blocks"
-        lane, positions, proof = self.blender.choose(task, outcome)
+        executor, positions, proof = self.blender.choose(task, outcome)
         placed, spare = task.write_from, len(positions) - task.rows
         assert spare >= 0, "a blend never computes fewer tokens than it said"
         if spare:  # more than there are rows: the first tokens are computed before the step
             placed = task.first_row
             try:
-                lane.open(task.blocks, task.write_from, placed)
-                self.blender.recompute(lane, positions[:spare])
-                lane.place_through(self.handle.num_layers - 1)
+                executor.open(task.blocks, task.write_from, placed)
+                self.blender.recompute(executor, positions[:spare])
+                executor.place_through(self.handle.num_layers - 1)
             except BaseException:
-                lane.give_up()
+                executor.give_up()
                 raise
         blocks = list(task.blocks)
-        return _Blend(task, outcome, positions[spare:], lane, placed, proof, None, blocks)
+        return _Blend(task, outcome, positions[spare:], executor, placed, proof, None, blocks)
 
     def _collect(self, ours: Mapping[str, _Blend]) -> None:
         for name, blend in ours.items():
@@ -281,18 +281,18 @@ class StepRows:
         parts = []
         for name, first, end in zip(order, ends - counts, ends, strict=True):
             blend = ours.get(name)
-            if blend is not None and blend.lane is not None:
+            if blend is not None and blend.executor is not None:
                 place = slice(int(first), int(end))
-                parts.append(_Part(name, blend, blend.lane, place, blend.advance(batch[name])))
+                parts.append(_Part(name, blend, blend.executor, place, blend.advance(batch[name])))
             elif blend is not None:
                 blend.advance(batch[name])
         if not parts:
             return
         for part in parts:
-            ids = part.lane.ids_E[part.positions]
+            ids = part.executor.ids_E[part.positions]
             self._tensors.write(part.place, order.index(part.name), ids, part.positions, context)
         context.attn_metadata = self._metadata(parts, order, batch, context)
-        moves = [(part, part.lane.mover(part.positions)) for part in parts]
+        moves = [(part, part.executor.mover(part.positions)) for part in parts]
         layers = self.handle.attention
         context.no_compile_layers = {
             **context.no_compile_layers,
@@ -334,12 +334,12 @@ class StepRows:
         order = self._tensors.order({name: s.rows for name, s in batch.items()})
         for name, blend in ours.items():
             positions = blend.advance(batch[name])
-            if blend.lane is None:
+            if blend.executor is None:
                 continue
             if blend.done < blend.task.end:
-                blend.lane.recompute(positions)
+                blend.executor.recompute(positions)
                 self._tensors.write_nothing(order.index(name))
-            blend.lane.place_through(self.handle.num_layers - 1)
+            blend.executor.place_through(self.handle.num_layers - 1)
 
 
 class _StepImpl(ProxyImpl):
@@ -367,17 +367,17 @@ class _StepImpl(ProxyImpl):
             if part.blend.why_not is not None:
                 continue  # it was lost at a layer below
             try:
-                part.lane.place_through(self._index)
+                part.executor.place_through(self._index)
                 if move is not None:
                     move(self._index, key[part.place], value[part.place])
             except Exception as error:  # the other requests of the step go on
-                self._lose(part.blend, _said(error))
+                self._lose(part.blend, _messages(error))
             if part.blend.proof is not None and self._is_last:
                 part.blend.proof.note(part.positions, key[part.place], value[part.place])
         self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
 
 
-def _said(error: Exception) -> str:
+def _messages(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

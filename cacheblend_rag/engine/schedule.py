@@ -169,7 +169,7 @@ class Claims:
         known = self._prefixes.find(exact, request.prompt_token_ids, plan.settings, per)
         if known is not None:
             request.block_hashes = known
-        elif plan.when == "always":  # exact KV is no reason not to
+        elif plan.blend_if == "always":  # exact KV is no reason not to
             first = _first_approximate(plan) // per
             request.block_hashes = private(exact, first, uuid.uuid4().hex)
 

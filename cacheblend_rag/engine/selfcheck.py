@@ -1,4 +1,4 @@
-"""The worker's half of the gate: are keys really movable by rotation, and by which, layer by layer?
+"""The worker's half of the model check: are keys really movable by rotation, and by which, layer by layer?
 And is attention outside of the paged cache that of the layer's own backend?
 
 Shape legend: T tokens, G KV heads, H query heads, D head size.
@@ -118,7 +118,7 @@ def _errors(table: Table, home: list[LayerKV], moved: list[Moved]) -> list[float
 
 def _key_error(rope: Rerotator, layer: int, here: LayerKV, there: LayerKV, shift: int) -> float:
     at = torch.arange(len(here.k_TGD), device=here.k_TGD.device)
-    return _relative(rope.apply(here.k_TGD, rope.turn(at, at + shift), layer), there.k_TGD)
+    return _relative(rope.apply(here.k_TGD, rope.delta(at, at + shift), layer), there.k_TGD)
 
 
 class _Recording(IsolatedPass):

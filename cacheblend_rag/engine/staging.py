@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from cacheblend_rag.engine.hot import HotChunk, HotChunks
+from cacheblend_rag.engine.device_cache import CachedChunk, DeviceCache
 from cacheblend_rag.engine.outcome import gpu_seconds
 from cacheblend_rag.store.base import ChunkKV
 
@@ -36,8 +36,8 @@ class Buffers:
 class Staging:
     """The copy stream of one rank, and buffers that wait for a transfer."""
 
-    def __init__(self, device: torch.device, num_layers: int, hot: HotChunks) -> None:
-        self.device, self.num_layers, self.hot = device, num_layers, hot
+    def __init__(self, device: torch.device, num_layers: int, device_cache: DeviceCache) -> None:
+        self.device, self.num_layers, self.device_cache = device, num_layers, device_cache
         self.stream = torch.cuda.Stream(device)
         self._idle: list[Buffers] = []
         self._expected: tuple[dict[str, ChunkKV], Transfer] | None = None
@@ -100,8 +100,8 @@ class Transfer:
     def __init__(self, staging: Staging, sources: Mapping[str, ChunkKV]) -> None:
         self._staging = staging
         self._ready: dict[int, torch.cuda.Event] = {}
-        self._hot: list[HotChunk] = []  # kept until the request is done with them
-        self._filling: list[tuple[str, HotChunk, ChunkKV]] = []
+        self._cached: list[CachedChunk] = []  # kept until the request is done with them
+        self._filling: list[tuple[str, CachedChunk, ChunkKV]] = []
         self._passing: list[tuple[int, ChunkKV]] = []  # byte offset in a buffer
         self._buffers: Buffers | None = None
         self._started = 0
@@ -118,19 +118,19 @@ class Transfer:
         passing: list[tuple[int, ChunkKV]] = []
         layers = np.arange(num_layers)
         for i, (key, chunk) in enumerate(sources.items()):
-            hot = staging.hot.get(key)
-            if hot is None:
-                hot = staging.hot.room(key, chunk)
-                if hot is not None:
-                    hot.kv.record_stream(staging.stream)
-                    self._filling.append((key, hot, chunk))
-            elif not hot.whole:
-                hot = None  # another request's transfer is not through
-            if hot is None:
+            cached = staging.device_cache.get(key)
+            if cached is None:
+                cached = staging.device_cache.room(key, chunk)
+                if cached is not None:
+                    cached.kv.record_stream(staging.stream)
+                    self._filling.append((key, cached, chunk))
+            elif not cached.whole:
+                cached = None  # another request's transfer is not through
+            if cached is None:
                 passing.append((i, chunk))
                 continue
-            self._hot.append(hot)
-            self.address_LS[:, i] = hot.kv.data_ptr() + layers * (chunk.nbytes // num_layers)
+            self._cached.append(cached)
+            self.address_LS[:, i] = cached.kv.data_ptr() + layers * (chunk.nbytes // num_layers)
         if self._filling:  # their memory may still be read by what was queued before
             staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
         moving = [chunk for _, chunk in passing] + [chunk for _, _, chunk in self._filling]
@@ -156,8 +156,8 @@ class Transfer:
 
     def give_up(self) -> None:
         """Nothing more will be read: what is half filled would be held for ever."""
-        for key, hot, _ in self._filling:
-            self._staging.hot.give_up(key, hot)
+        for key, cached, _ in self._filling:
+            self._staging.device_cache.give_up(key, cached)
 
     def arrive(self, index: int) -> range:
         """Make the computing stream wait for layer ``index``; returns it and those that come along.
@@ -176,8 +176,8 @@ class Transfer:
             done = torch.cuda.current_stream(self._staging.device).record_event()
             self._buffers.free[layers.start // self._group % _BUFFERS] = done
         if layers.stop == self._staging.num_layers:
-            for _, hot, _ in self._filling:
-                hot.whole = True
+            for _, cached, _ in self._filling:
+                cached.whole = True
             if self._buffers is not None:
                 self._staging.give_back(self._buffers)
                 self._buffers = None
@@ -195,8 +195,8 @@ class Transfer:
         first = number * self._group
         last = min(first + self._group, self._staging.num_layers)
         with torch.cuda.stream(stream):
-            for _, hot, chunk in self._filling:
-                hot.kv[first:last].copy_(chunk.kv_L2NHD[first:last], non_blocking=True)
+            for _, cached, chunk in self._filling:
+                cached.kv[first:last].copy_(chunk.kv_L2NHD[first:last], non_blocking=True)
             if self._buffers is not None:
                 free = self._buffers.free[number % _BUFFERS]
                 if free is not None:

@@ -26,7 +26,7 @@ _OURS = ("kv_transfer_config", "worker_extension_cls")
 BY_FRONT_DOOR = {"opened_by": "cacheblend_rag.CacheBlend"}  # extra config of the connector
 
 
-class Prepared(NamedTuple):
+class EngineSetup(NamedTuple):
     """Arguments for vLLM, and what is known before it starts."""
 
     engine_args: Any
@@ -34,7 +34,7 @@ class Prepared(NamedTuple):
     version: str
 
 
-def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> Prepared:
+def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSetup:
     """Check ``options`` and the model, and add our connector where the model can be blended.
 
     Args:
@@ -57,7 +57,7 @@ def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> Prepared
     refusal = _model_refusal(kind, model, {**defaults, **options})
     ours: dict[str, Any] = {} if refusal else _connector_options()
     with naming_failures(model):
-        return Prepared(kind(model=model, **{**defaults, **options, **ours}), refusal, version)
+        return EngineSetup(kind(model=model, **{**defaults, **options, **ours}), refusal, version)
 
 
 def _connector_options() -> dict[str, Any]:
@@ -194,7 +194,7 @@ def unwrap(results: Iterable[Any]) -> list[Any]:
     return results
 
 
-def make_info(prepared: Prepared, config: Any, inspect: Callable[[], list[Any]]) -> EngineInfo:
+def make_info(prepared: EngineSetup, config: Any, inspect: Callable[[], list[Any]]) -> EngineInfo:
     """Facts about the started engine, asking every rank to inspect its model."""
     model, scheduler = config.model_config, config.scheduler_config
     refusal = prepared.refusal or compat.engine_refusal(config)

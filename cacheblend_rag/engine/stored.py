@@ -12,7 +12,7 @@ from cacheblend_rag.engine.base import TICKET, as_result
 from cacheblend_rag.known import Row
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
 from cacheblend_rag.store.follow import Follower, row_of
-from cacheblend_rag.store.notes import Notes
+from cacheblend_rag.store.registry import DocumentRegistry
 
 Work = Callable[[], Any]
 _MOST_RESULTS = 10_000  # that wait to be taken
@@ -67,7 +67,7 @@ class RankStore:
     ) -> None:
         self.store, self._forget, self._leads = store, forget, leads
         # a store that is all remote keeps none, and then they last as long as the engine
-        self._notes = store if store.keeps_documents else Notes()
+        self._registry = store if store.keeps_documents else DocumentRegistry()
         self.follower = Follower(store, forget)
         self.thread = StoreThread()
 
@@ -95,19 +95,19 @@ class RankStore:
         if failed := [answer for answer in answers if answer is not None]:
             raise failed[0]
 
-    def label(self, documents: Sequence[tuple[str, Sequence[str]]]) -> None:
+    def register(self, documents: Sequence[tuple[str, Sequence[str]]]) -> None:
         """Note which keys each document consists of."""
         for document, keys in documents:
-            self._notes.label(document, keys)
+            self._registry.register(document, keys)
 
-    def labelled(self, documents: Sequence[str]) -> list[str]:
+    def registered(self, documents: Sequence[str]) -> list[str]:
         """Those that something is noted for."""
-        noted = self._notes.documents()
+        noted = self._registry.documents()
         return [document for document in documents if document_id(document) in noted]
 
-    def unlabel(self, documents: Sequence[str], only: Sequence[str] | None) -> list[str]:
-        """As ``KVStore.unlabel``, of documents by name."""
-        return self._notes.unlabel(map(document_id, documents), only)
+    def unregister(self, documents: Sequence[str], only: Sequence[str] | None) -> list[str]:
+        """As ``KVStore.unregister``, of documents by name."""
+        return self._registry.unregister(map(document_id, documents), only)
 
     def stats(self) -> dict[str, int]:
         """The store's counts."""

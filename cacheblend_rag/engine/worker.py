@@ -19,11 +19,11 @@ from cacheblend_rag.engine import answers, compat
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import as_result
 from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.executors import open_executors
 from cacheblend_rag.engine.fingerprint import fingerprint
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.heads import heads_of
 from cacheblend_rag.engine.ingest import Ingestor
-from cacheblend_rag.engine.lanes import open_lanes
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rope import context_length, tables_of
 from cacheblend_rag.engine.rows import StepRows
@@ -32,7 +32,7 @@ from cacheblend_rag.engine.selfcheck import measured
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.known import News, Row
-from cacheblend_rag.plan import Head
+from cacheblend_rag.plan import PromptPrefix
 from cacheblend_rag.planner import Limits, Message, Space
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.store import open_store
@@ -110,7 +110,7 @@ class WorkerExtension:
         they are.
         """
         self._open_store(store_url, fingerprint, gpu_cache, tenant)
-        return self._connector().link.is_heard
+        return self._connector().link.has_scheduler
 
     def _open_store(
         self, url: str, fingerprint: str, gpu_cache: int, tenant: str, *, follows: bool = True
@@ -122,12 +122,12 @@ class WorkerExtension:
         # what all ranks share one of them speaks for
         is_shared = parse_url(url).scheme != "memory"
         self._cacheblend_is_silent = heads is not None and is_shared and not heads.leads
-        self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
-        blender = Blender(handle, rope, store, self._cacheblend_lanes)
+        self._cacheblend_executors = open_executors(handle, rope, cache, gpu_cache)
+        blender = Blender(handle, rope, store, self._cacheblend_executors)
         self._rows().blender = blender
         self._cacheblend_ingestor = Ingestor(handle, heads)
         leads = not get_tensor_model_parallel_rank()
-        self._cacheblend_store = RankStore(store, self._cacheblend_lanes.forget, leads=leads)
+        self._cacheblend_store = RankStore(store, self._cacheblend_executors.forget, leads=leads)
         self._connector().closing = self._cacheblend_store.close
         link = self._connector().link
         link.blender = blender if heads is None else None
@@ -143,9 +143,9 @@ class WorkerExtension:
             space: as ``planner.Space.to_plain`` writes it.
             known: rows of chunks that are taken for stored; None: those that are.
         """
-        self._say(Space.from_plain(space))
+        self._send(Space.from_plain(space))
         if known is not None:
-            self._say(News(known))
+            self._send(News(known))
             return None
         return self._spoken(lambda store: store.follower.list())
 
@@ -157,7 +157,7 @@ class WorkerExtension:
 
     def _limit(self, limits: Limits) -> None:
         self._blender().costs = limits.costs
-        self._say(limits)
+        self._send(limits)
 
     def cacheblend_waits(self) -> bool:
         """Whether the scheduler's side has something to learn, which the next step tells it."""
@@ -165,13 +165,13 @@ class WorkerExtension:
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
-        return self._cacheblend_lanes.costs()
+        return self._cacheblend_executors.costs()
 
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
         rows = self._rows()
         if rows.blender is not None:
-            self._say(Limits(why_not=Why(Reason.NOT_READY, "blending was turned off")))
+            self._send(Limits(why_not=Why(Reason.NOT_READY, "blending was turned off")))
             self._cacheblend_store.close()
             rows.blender = None
             self._connector().link.end()
@@ -205,19 +205,19 @@ class WorkerExtension:
         """Drop ``keys`` from the store, and what is kept of them beside it."""
         return self._later(lambda store: store.forget(keys))
 
-    def cacheblend_label(self, documents: list[tuple[str, list[str]]]) -> Any:
+    def cacheblend_register(self, documents: list[tuple[str, list[str]]]) -> Any:
         """Note which keys each document consists of."""
-        return self._later(lambda store: store.label(documents))
+        return self._later(lambda store: store.register(documents))
 
-    def cacheblend_labelled(self, documents: list[str]) -> Any:
+    def cacheblend_registered(self, documents: list[str]) -> Any:
         """Which of ``documents`` something is noted for."""
-        return self._later(lambda store: store.labelled(documents))
+        return self._later(lambda store: store.registered(documents))
 
-    def cacheblend_unlabel(self, documents: list[str], only: list[str] | None) -> Any:
+    def cacheblend_unregister(self, documents: list[str], only: list[str] | None) -> Any:
         """Drop the notes on ``documents``, or only those on the keys ``only`` among theirs; returns
         the keys dropped that no document consists of any more.
         """
-        return self._later(lambda store: store.unlabel(documents, only))
+        return self._later(lambda store: store.unregister(documents, only))
 
     def cacheblend_store_stats(self) -> Any:
         """Counts of this rank's store; None where another speaks for it."""
@@ -266,21 +266,21 @@ class WorkerExtension:
         """See ``answers.drop``."""
         answers.drop(prompts)
 
-    def _store_head(self, head: Head) -> None:
+    def _store_prompt_prefix(self, prompt_prefix: PromptPrefix) -> None:
         """Store the prompts' usual first tokens, unless all ranks have them."""
-        missing = bool(self._cacheblend_store.missing([head.key]))
+        missing = bool(self._cacheblend_store.missing([prompt_prefix.key]))
         if self._cacheblend_parts[0].ranks.any([missing])[0]:
-            computed = self._cacheblend_ingestor.compute([head.token_ids], [], [[]])
-            self._cacheblend_store.put([head.key], computed)
+            computed = self._cacheblend_ingestor.compute([prompt_prefix.token_ids], [], [[]])
+            self._cacheblend_store.put([prompt_prefix.key], computed)
 
     def _list_store(self) -> None:
         if not self._cacheblend_is_silent:
             self._cacheblend_store.follower.list()
 
-    def _say(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         """Tell the scheduler's side what all ranks know."""
         if not get_tensor_model_parallel_rank():
-            self._connector().link.say(message)
+            self._connector().link.send(message)
 
     def _connector(self) -> CacheBlendConnector:
         connector: Any = get_kv_transfer_group()

@@ -36,7 +36,7 @@ class Question:
     answers: tuple[str, ...]
     passages: tuple[str, ...]
     kind: Kind = "qa"
-    before: tuple[str | None, ...] = ()
+    left_context: tuple[str | None, ...] = ()
 
     def cut(self, words: int, *, scatter: bool = False) -> Question:
         """The same over pieces of so many words, the passage that they are of being their document.
@@ -48,8 +48,8 @@ class Question:
         pieces = [piece for passage in self.passages for piece in _pieces(passage, words)]
         if scatter:
             pieces = random.Random(self.id).sample(pieces, (len(pieces) + 1) // 2)
-        texts, before = zip(*pieces, strict=True)
-        return replace(self, passages=texts, before=before)
+        texts, left_context = zip(*pieces, strict=True)
+        return replace(self, passages=texts, left_context=left_context)
 
     @property
     def half(self) -> str:

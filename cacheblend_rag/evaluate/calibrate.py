@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cacheblend_rag.config import REACH
+from cacheblend_rag.config import PROPAGATION_LENGTH
 from cacheblend_rag.errors import DataError
 from cacheblend_rag.evaluate.summary import RowSummary, SetSummary
 
@@ -12,8 +12,8 @@ _RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 _COVERAGES = (0.4, 0.5, 0.6, 0.7)
 
 CANDIDATES = tuple(
-    f"{row}{reach}"
-    for reach in ("", f"~{REACH}")
+    f"{row}{propagation_length}"
+    for propagation_length in ("", f"~{PROPAGATION_LENGTH}")
     for row in (
         *(f"query@{ratio:g}" for ratio in _RATIOS),
         *(f"query:coverage={share:g}:first_share=0@0.5" for share in _COVERAGES),
@@ -35,8 +35,8 @@ def pooled(summaries: Sequence[SetSummary]) -> SetSummary:
     return together[0]
 
 
-def choose(summary: SetSummary, flips: float) -> str:
-    """The row that recomputes least of those that change at most the share ``flips`` of answers.
+def choose(summary: SetSummary, changed: float) -> str:
+    """The row that recomputes least of those that change at most the share ``changed`` of answers.
 
     Raises:
         DataError: no row does.
@@ -44,12 +44,12 @@ def choose(summary: SetSummary, flips: float) -> str:
     rows = [row for row in summary.rows if row.row in CANDIDATES and row.ratio is not None]
     if not rows:
         raise DataError("no question was blended: are the passages long enough to be chunks?")
-    fitting = [row for row in rows if row.flip <= flips]
+    fitting = [row for row in rows if row.changed <= changed]
     if not fitting:
-        best = min(rows, key=lambda row: row.flip)
+        best = min(rows, key=lambda row: row.changed)
         raise DataError(
-            f"no way of blending changes at most {flips:.0%} of these {summary.questions} answers; "
-            f"the best, {best.row}, changes {best.flip:.0%}. Allow more with --flips, or serve "
+            f"no way of blending changes at most {changed:.0%} of these {summary.questions} answers; "
+            f"the best, {best.row}, changes {best.changed:.0%}. Allow more with --changed, or serve "
             "such questions with mode='full'"
         )
     return min(fitting, key=_cost).row

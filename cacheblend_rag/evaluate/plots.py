@@ -68,7 +68,7 @@ def _over_ratio(axis: Any, rows: Sequence[RowSummary], name: str, label: str) ->
             continue
         if r.row == FULL:
             axis.axhline(value, color="black", linewidth=0.8, label="full prefill")
-        elif r.ratio is not None and r.row != "noise":
+        elif r.ratio is not None and r.row != "ratio_1":
             lines.setdefault(_RATIO.sub("", r.row), []).append((r.ratio, value))
     for line, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=line)

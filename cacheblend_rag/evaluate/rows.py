@@ -3,7 +3,7 @@
 ========================= ==========================================================================
 ``full``                  every token is prefilled: what all others are held against
 ``prefix_caching``        plain vLLM with its prefix cache
-``noise``                 blended at ratio 1: what other batch shapes alone do to answers
+``ratio_1``                 blended at ratio 1: what other batch shapes alone do to answers
 ``reuse``                 naive reuse, ratio 0 (keys are re-rotated)
 ``query@0.15``            a selector at a ratio, as it was published: without reach
 ``query:window=33@0.15``  the same with an option of its own; values are JSON or words
@@ -11,8 +11,8 @@
 ``.../none``              any of these behind another ingest prefix
 ========================= ==========================================================================
 
-An ingest prefix is ``auto``, ``head``, ``document`` (other than ``auto`` only for cut passages),
-``bos``, ``none``, ``neutral:N`` (the head, then N tokens of neutral text), or ``company:N`` (the
+An ingest prefix is ``auto``, ``prompt_prefix``, ``document`` (other than ``auto`` only for cut passages),
+``bos``, ``none``, ``neutral:N`` (the prompt prefix, then N tokens of neutral text), or ``other_passages:N`` (the
 head, then N tokens of other passages of the same set).
 """
 
@@ -25,16 +25,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cacheblend_rag.config import PREFIXES, REACH, BlendConfig
+from cacheblend_rag.config import PREFIXES, PROPAGATION_LENGTH, BlendConfig
 from cacheblend_rag.engine import ChatRenderer
 from cacheblend_rag.errors import ConfigError, DataError
-from cacheblend_rag.prefix import NEUTRAL_TEXT, prompt_head
+from cacheblend_rag.prefix import NEUTRAL_TEXT, prompt_prefix_ids
 
 FULL = "full"
 _FIXED: dict[str, dict[str, Any]] = {
     FULL: {"mode": "full"},
     "prefix_caching": {"mode": "off"},
-    "noise": {"recompute_ratio": 1.0},
+    "ratio_1": {"recompute_ratio": 1.0},
     "reuse": {"mode": "reuse"},
 }
 _SIZED = re.compile(r"(neutral|company):(\d+)")
@@ -69,7 +69,7 @@ def parse_row(text: str, prefix: str = "auto") -> Row:
     name, _, own = text.partition("/")
     if own:
         check_prefix(own)
-    where = {"when": "always"}  # a row that declines would not be one
+    where = {"blend_if": "always"}  # a row that declines would not be one
     chosen = own or prefix
     if name in _FIXED:
         return Row(text, {**where, **_FIXED[name]}, chosen)
@@ -80,9 +80,12 @@ def parse_row(text: str, prefix: str = "auto") -> Row:
             "as query@0.15"
         )
     kind, options = parse_selector(selector)
-    share, _, reach = ratio.partition("~")
+    share, _, propagation_length = ratio.partition("~")
     try:
-        numbers = {"recompute_ratio": float(share), "reach": int(reach or 0)}
+        numbers = {
+            "recompute_ratio": float(share),
+            "propagation_length": int(propagation_length or 0),
+        }
     except ValueError as error:
         raise ConfigError(f"row {text!r}: {ratio!r} is no ratio (and reach)") from error
     return Row(text, {**where, "selector": kind, "selector_options": options, **numbers}, chosen)
@@ -121,10 +124,10 @@ def make_rows(
     for prefix in prefixes:
         check_prefix(prefix)
     first, *rest = prefixes
-    names = [FULL, "prefix_caching", "noise", "reuse", *(f"reuse/{p}" for p in rest)]
+    names = [FULL, "prefix_caching", "ratio_1", "reuse", *(f"reuse/{p}" for p in rest)]
     names += [f"{selector}@{ratio:g}" for selector in selectors for ratio in ratios]
     if BlendConfig().selector in selectors:
-        names += [f"{BlendConfig().selector}@{ratio:g}~{REACH}" for ratio in ratios]
+        names += [f"{BlendConfig().selector}@{ratio:g}~{PROPAGATION_LENGTH}" for ratio in ratios]
     return [parse_row(name, first) for name in dict.fromkeys([*names, *others])]
 
 
@@ -133,7 +136,7 @@ def check_prefix(name: str) -> None:
     if name not in PREFIXES and not _SIZED.fullmatch(name):
         raise ConfigError(
             f"ingest prefix {name!r} is unknown: write {', '.join(PREFIXES)}, neutral:N "
-            "or company:N"
+            "or other_passages:N"
         )
 
 
@@ -152,7 +155,7 @@ def with_prefix(
     sized = _SIZED.fullmatch(name)
     if sized is None:
         return replace(config, ingest_prefix=name)
-    head = prompt_head(config, tokenizer, chat, timeless=True)
+    head = prompt_prefix_ids(config, tokenizer, chat, timeless=True)
     kind, size = sized[1], int(sized[2])
     texts = itertools.repeat(NEUTRAL_TEXT) if kind == "neutral" else (f"{p}\n\n" for p in passages)
     ids: list[int] = []

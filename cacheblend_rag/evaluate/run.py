@@ -34,7 +34,7 @@ class Evaluation:
         group: questions that are asked together; with 1, times to the first token are kept.
         show: of so many questions, the recomputed positions are kept.
         limit_tokens: most tokens of an answer; by kind where None.
-        company: of each set, passages that ingest prefixes may be made of.
+        other_passages: of each set, passages that ingest prefixes may be made of.
     """
 
     blend: CacheBlend
@@ -42,13 +42,13 @@ class Evaluation:
     group: int = 1
     show: int = 0
     limit_tokens: int | None = None
-    company: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    other_passages: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.blend.gate.passed:
+        if not self.blend.model_check.passed:
             raise ModelError(
                 f"there is nothing to evaluate: this model is not blended, as "
-                f"{self.blend.gate.detail}"
+                f"{self.blend.model_check.detail}"
             )
         if not self.rows or self.rows[0].name != FULL:
             self.rows = [parse_row(FULL), *(r for r in self.rows if r.name != FULL)]
@@ -84,14 +84,14 @@ class Evaluation:
         from cacheblend_rag.engine import answers
 
         kind = questions[0].kind
-        before = _before(questions)
-        chunks = list(before)
+        left_context = _before(questions)
+        chunks = list(left_context)
         prompts = [messages(q) for q in questions]
         rows = [r for r in self.rows if not all(file.results.has(q, r.name) for q in questions)]
         fronts = {r.prefix: self._front(questions[0], r.prefix) for r in rows if r.blends}
         for prefix, front in fronts.items():
-            known = list(before.values()) if prefix == "document" else None
-            stored = front.ingest(chunks, before=known, progress=False)
+            known = list(left_context.values()) if prefix == "document" else None
+            stored = front.ingest(chunks, left_context=known, progress=False)
             self._stored_bytes += stored.bytes
             self._stored.append((front, chunks))
         sampling = {
@@ -153,11 +153,11 @@ class Evaluation:
         name = question.set, question.kind, prefix
         if name not in self._fronts:
             config = replace(self.blend.config, system_prompt=system_prompt(question.kind))
-            company = self.company.get(question.set, ())
+            other_passages = self.other_passages.get(question.set, ())
             config = with_prefix(
-                config, prefix, self.blend.tokenizer, self.blend.engine.chat, company
+                config, prefix, self.blend.tokenizer, self.blend.engine.chat, other_passages
             )
-            self._fronts[name] = self.blend.beside(config)
+            self._fronts[name] = self.blend.with_config(config)
         return self._fronts[name]
 
     def _compared(self, digests: list[str]) -> list[list[tuple[float, bool]]]:
@@ -202,7 +202,7 @@ class Evaluation:
             chunks=[
                 [s.end - s.start, s.tokens_recomputed]
                 for s in report.segments
-                if s.kind == "reused" and s.start > 0  # the head is exact: no candidate
+                if s.kind == "reused" and s.start > 0  # the prompt prefix is exact: no candidate
             ],
             selected=selected,
         )
@@ -214,8 +214,8 @@ def _before(questions: Sequence[Question]) -> dict[str, str | None]:
     """
     found: dict[str, str | None] = {}
     for question in questions:
-        before = question.before or itertools.repeat(None)
-        for passage, text in zip(question.passages, before, strict=False):
+        left_context = question.left_context or itertools.repeat(None)
+        for passage, text in zip(question.passages, left_context, strict=False):
             found.setdefault(passage, text)
     return found
 

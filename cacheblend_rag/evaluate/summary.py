@@ -45,7 +45,7 @@ class Scores:
     quality: float | None
     exact: float | None
     agree: float
-    flip: float
+    changed: float
     kl: float | None
     top1: float | None
     ratio: float | None
@@ -66,7 +66,7 @@ class RowSummary:
     quality: float | None
     exact: float | None
     agree: float
-    flip: float
+    changed: float
     kl: float | None
     kl_p95: float | None
     top1: float | None
@@ -140,7 +140,7 @@ def score(asked: Asked, answer: Answer, full: Answer) -> Scores:
         quality=best(measure, answer.text, asked.answers),
         exact=best(exact, answer.text, asked.answers),
         agree=measure(answer.text, full.text),
-        flip=float(normalised(answer.text) != normalised(full.text)),
+        changed=float(normalised(answer.text) != normalised(full.text)),
         kl=kl,
         top1=answer.same / len(answer.kl) if answer.kl else None,
         ratio=again / among if answer.tokens_recomputed is not None and among else None,
@@ -183,7 +183,7 @@ def _row(row: str, table: Sequence[Mapping[str, Scores]], names: Sequence[str]) 
         quality=_mean(s.quality for s in mine),
         exact=_mean(s.exact for s in mine),
         agree=statistics.fmean(s.agree for s in mine),
-        flip=statistics.fmean(s.flip for s in mine),
+        changed=statistics.fmean(s.changed for s in mine),
         kl=_mean(kls),
         kl_p95=sorted(kls)[math.ceil(0.95 * len(kls)) - 1] if kls else None,
         top1=_mean(s.top1 for s in mine),
@@ -250,7 +250,7 @@ def to_markdown(results: Results, summaries: Sequence[SetSummary]) -> str:
 def _table(s: SetSummary) -> list[str]:
     head = [
         "row", s.measure, "exact", f"{s.measure} - full", f"{s.measure} - hkvd", "agree",
-        "flips", "KL", "KL - hkvd", "recomputed", "TTFT",
+        "changed", "KL", "KL - hkvd", "recomputed", "TTFT",
     ]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in s.rows:
@@ -261,7 +261,7 @@ def _table(s: SetSummary) -> list[str]:
             _interval(r.to_full.get("quality")),
             _interval(r.to_hkvd.get("quality")),
             _number(r.agree),
-            _number(r.flip),
+            _number(r.changed),
             _number(r.kl, 4),
             _interval(r.to_hkvd.get("kl")),
             "" if r.ratio is None else f"{r.recomputed:.0f} ({r.ratio:.1%})",

@@ -85,7 +85,7 @@ class StoreStats(NamedTuple):
     misses: int
     evictions: int
     corrupt: int  # entries that failed their check and were set aside
-    late: int = 0  # loads that did not end in time
+    timed_out: int = 0  # loads that did not end in time
     unavailable: int = 0  # loads for which the store could not be asked
 
 
@@ -93,7 +93,7 @@ class Found(NamedTuple):
     """What a store had in time."""
 
     chunks: list[ChunkKV | None]  # in the order asked for; None: absent, or one of the following
-    late: AbstractSet[str] = frozenset()  # keys of those that did not come in time
+    timed_out: AbstractSet[str] = frozenset()  # keys of those that did not come in time
     unavailable: AbstractSet[str] = frozenset()  # keys for which the store could not be asked
 
     @classmethod
@@ -235,14 +235,16 @@ class KVStore(ABC):
         """Whether what follows does anything; a store that doesn't keep notes forgets nothing."""
         return False
 
-    def label(self, document: str, keys: Iterable[str]) -> None:  # noqa: B027 - see above
+    def register(self, document: str, keys: Iterable[str]) -> None:  # noqa: B027 - see above
         """Note that ``document`` (any text) consists of these chunks, beside those noted before."""
 
     def documents(self) -> set[str]:
         """The ``document_id`` of each document noted."""
         return set()
 
-    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+    def unregister(
+        self, documents: Iterable[str], only: Collection[str] | None = None
+    ) -> list[str]:
         """Drop the notes on these ids, or of those notes only that on the keys ``only``; returns
         the keys dropped that no document consists of any more.
         """
@@ -262,7 +264,7 @@ class KVStore(ABC):
         """Drop the documents of these ids and the chunks that no other one consists of; returns the
         keys of these.
         """
-        keys = self.unlabel(documents)
+        keys = self.unregister(documents)
         for key in keys:
             self.discard(key)
         return keys

@@ -15,7 +15,7 @@ from cacheblend_rag.store import metrics
 from cacheblend_rag.store.base import ChunkKV, Found, StoreStats, ask
 from cacheblend_rag.store.parallel import Readers
 
-Event = Literal["hits", "misses", "evictions", "corrupt", "late", "unavailable"]
+Event = Literal["hits", "misses", "evictions", "corrupt", "timed_out", "unavailable"]
 
 _RECENT = 0.2  # weight of one measurement
 _STALE_S = 60.0  # an older one says nothing of the next load
@@ -127,7 +127,7 @@ class EventCounts:
             misses=events["misses"],
             evictions=events["evictions"],
             corrupt=events["corrupt"],
-            late=events["late"],
+            timed_out=events["timed_out"],
             unavailable=events["unavailable"],
         )
 
@@ -142,5 +142,5 @@ def found_within(
     """``get`` of all keys at once, and what of it came in time."""
     answers = readers.map_within(partial(ask, get), keys, within_s)
     found = Found.of(keys, answers)
-    counts.add("late", len(found.late))
+    counts.add("timed_out", len(found.timed_out))
     return found

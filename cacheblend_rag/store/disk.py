@@ -180,20 +180,22 @@ class DiskStore(KVStore):
     def keeps_documents(self) -> bool:
         return True
 
-    def label(self, document: str, keys: Iterable[str]) -> None:
+    def register(self, document: str, keys: Iterable[str]) -> None:
         with explained(self._folder):
             raw = [bytes.fromhex(key) for key in keys]
-            self._catalog.index.label(self.namespace, bytes.fromhex(document_id(document)), raw)
+            self._catalog.index.register(self.namespace, bytes.fromhex(document_id(document)), raw)
 
     def documents(self) -> set[str]:
         with explained(self._folder):
             return {document.hex() for document in self._catalog.index.documents(self.namespace)}
 
-    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+    def unregister(
+        self, documents: Iterable[str], only: Collection[str] | None = None
+    ) -> list[str]:
         with explained(self._folder):
             raw = [bytes.fromhex(document) for document in documents]
             keys = None if only is None else {bytes.fromhex(key) for key in only}
-            return [key.hex() for key in self._catalog.index.unlabel(self.namespace, raw, keys)]
+            return [key.hex() for key in self._catalog.index.unregister(self.namespace, raw, keys)]
 
     def drop(self, documents: Iterable[str]) -> list[str]:
         with explained(self._folder):

@@ -98,7 +98,7 @@ class Follower:
             except UnavailableError:
                 continue
             except Exception as error:  # one that died would leave the engine behind for good
-                self._say(error)
+                self._send(error)
 
     def _ask(self) -> None:
         with self._lock:
@@ -142,7 +142,7 @@ class Follower:
             self._news.clear()
             self._stale = True
 
-    def _say(self, error: Exception) -> None:
+    def _send(self, error: Exception) -> None:
         if not self._said:
             self._said = True
             text = f"The store's changes cannot be followed ({type(error).__name__}: {error})"

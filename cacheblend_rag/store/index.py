@@ -346,23 +346,23 @@ class Index:
 
     # ---- documents -----------------------------------------------------------------------------
 
-    def label(self, namespace: str, document: bytes, keys: Iterable[bytes]) -> None:
+    def register(self, namespace: str, document: bytes, keys: Iterable[bytes]) -> None:
         """Note that ``document`` consists of these chunks."""
         rows = [(namespace, document, key) for key in keys]
 
-        def label(db: sqlite3.Connection) -> None:
+        def register(db: sqlite3.Connection) -> None:
             db.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", rows)
             query = "UPDATE chunks SET putter = 0 WHERE namespace = ? AND key = ?"
             db.executemany(query, [(namespace, key) for _, _, key in rows])
 
-        self._database.write(label, owed=label)
+        self._database.write(register, owed=register)
 
     def documents(self, namespace: str) -> set[bytes]:
         """The documents noted."""
         query = "SELECT DISTINCT document FROM documents WHERE namespace = ?"
         return {name for (name,) in self._all(query, namespace) if isinstance(name, bytes)}
 
-    def unlabel(
+    def unregister(
         self,
         namespace: str,
         documents: Collection[bytes],
@@ -370,10 +370,10 @@ class Index:
     ) -> list[bytes]:
         """Drop documents, or of their keys these; returns the keys dropped that none has now."""
 
-        def unlabel(db: sqlite3.Connection) -> list[bytes]:
-            return self._unlabel(db, namespace, documents, only)
+        def unregister(db: sqlite3.Connection) -> list[bytes]:
+            return self._unregister(db, namespace, documents, only)
 
-        return self._database.write(unlabel, owed=unlabel)
+        return self._database.write(unregister, owed=unregister)
 
     def drop(
         self, namespace: str, documents: Collection[bytes], erase: Callable[[bytes], None]
@@ -383,17 +383,17 @@ class Index:
         for which document.
         """
 
-        def unlabel(db: sqlite3.Connection) -> list[bytes]:
-            return self._unlabel(db, namespace, documents, None)
+        def unregister(db: sqlite3.Connection) -> list[bytes]:
+            return self._unregister(db, namespace, documents, None)
 
         def drop(db: sqlite3.Connection) -> list[bytes]:
-            orphans = [key for key in unlabel(db) if not self._is_being_put(db, namespace, key)]
+            orphans = [key for key in unregister(db) if not self._is_being_put(db, namespace, key)]
             for key in orphans:
                 erase(key)
             self._forget(db, namespace, orphans)
             return orphans
 
-        dropped = self._database.write(drop, owed=unlabel)
+        dropped = self._database.write(drop, owed=unregister)
         self._database.clean()
         return dropped
 
@@ -427,7 +427,7 @@ class Index:
     def _all(self, query: str, *values: object) -> list[Any]:
         return self._database.read(lambda db: db.execute(query, values).fetchall())
 
-    def _unlabel(
+    def _unregister(
         self,
         db: sqlite3.Connection,
         namespace: str,

@@ -21,8 +21,8 @@ from cacheblend_rag.store.base import (
 from cacheblend_rag.store.counts import EventCounts
 from cacheblend_rag.store.evict import GDSF, Policy, Ranking, recompute_cost
 from cacheblend_rag.store.host import pinned
-from cacheblend_rag.store.notes import Notes
 from cacheblend_rag.store.part import Heads
+from cacheblend_rag.store.registry import DocumentRegistry
 
 _REMEMBERED = 10_000  # changes, for those who follow them
 
@@ -45,7 +45,7 @@ class MemoryStore(KVStore):
         self._chunks: dict[str, ChunkKV] = {}
         self._ranking = Ranking(policy or GDSF(), capacity_bytes)
         self._pins: Counter[str] = Counter()
-        self._notes = Notes()
+        self._registry = DocumentRegistry()
         self._changed = deque[str](maxlen=_REMEMBERED)
         self._changes = 0  # of all times
         self._counts = EventCounts("memory")
@@ -115,14 +115,16 @@ class MemoryStore(KVStore):
     def keeps_documents(self) -> bool:
         return True
 
-    def label(self, document: str, keys: Iterable[str]) -> None:
-        self._notes.label(document, keys)
+    def register(self, document: str, keys: Iterable[str]) -> None:
+        self._registry.register(document, keys)
 
     def documents(self) -> set[str]:
-        return self._notes.documents()
+        return self._registry.documents()
 
-    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
-        return self._notes.unlabel(documents, only)
+    def unregister(
+        self, documents: Iterable[str], only: Collection[str] | None = None
+    ) -> list[str]:
+        return self._registry.unregister(documents, only)
 
     def scan(self) -> Iterator[ChunkInfo]:
         with self._lock:

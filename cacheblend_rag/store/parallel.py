@@ -23,7 +23,7 @@ class Late:
     """In the place of a result that did not come in time."""
 
 
-LATE = Late()
+TIMED_OUT = Late()
 
 
 _all: WeakSet[Readers] = WeakSet()
@@ -68,15 +68,16 @@ class Readers:
         """
         items = list(items)
         if self.is_behind:
-            return [LATE] * len(items)
+            return [TIMED_OUT] * len(items)
         until = time.monotonic() + seconds
         futures = [self._submit(work, item) for item in items]
         wait(futures, timeout=until - time.monotonic())
-        late = {future for future in futures if not future.done() and not future.cancel()}
+        timed_out = {future for future in futures if not future.done() and not future.cancel()}
         with self._lock:
-            self._overdue |= late
+            self._overdue |= timed_out
         return [
-            LATE if future in late or future.cancelled() else future.result() for future in futures
+            TIMED_OUT if future in timed_out or future.cancelled() else future.result()
+            for future in futures
         ]
 
     def start(self, work: Callable[[Item], object], items: Iterable[Item]) -> None:

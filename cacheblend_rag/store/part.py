@@ -99,14 +99,16 @@ class PartStore(KVStore):
     def keeps_documents(self) -> bool:
         return self.whole.keeps_documents
 
-    def label(self, document: str, keys: Iterable[str]) -> None:
-        self.whole.label(document, keys)
+    def register(self, document: str, keys: Iterable[str]) -> None:
+        self.whole.register(document, keys)
 
     def documents(self) -> set[str]:
         return self.whole.documents()
 
-    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
-        return self.whole.unlabel(documents, only)
+    def unregister(
+        self, documents: Iterable[str], only: Collection[str] | None = None
+    ) -> list[str]:
+        return self.whole.unregister(documents, only)
 
     def drop(self, documents: Iterable[str]) -> list[str]:
         return self.whole.drop(documents)

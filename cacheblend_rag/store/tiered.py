@@ -105,22 +105,24 @@ class TieredStore(KVStore):
         return self.fast.keeps_documents or self.slow.keeps_documents
 
     @property
-    def _notes(self) -> KVStore:
+    def _registry(self) -> KVStore:
         """The tier that lives longest of those that keep notes on documents."""
         return self.slow if self.slow.keeps_documents else self.fast
 
-    def label(self, document: str, keys: Iterable[str]) -> None:
-        self._notes.label(document, keys)
+    def register(self, document: str, keys: Iterable[str]) -> None:
+        self._registry.register(document, keys)
 
     def documents(self) -> set[str]:
-        return self._notes.documents()
+        return self._registry.documents()
 
-    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
-        return self._notes.unlabel(documents, only)
+    def unregister(
+        self, documents: Iterable[str], only: Collection[str] | None = None
+    ) -> list[str]:
+        return self._registry.unregister(documents, only)
 
     def drop(self, documents: Iterable[str]) -> list[str]:
-        keys = self._notes.drop(documents)
-        copies = self.fast if self._notes is self.slow else self.slow
+        keys = self._registry.drop(documents)
+        copies = self.fast if self._registry is self.slow else self.slow
         for key in keys:
             copies.discard(key)
         return keys
@@ -149,7 +151,9 @@ class TieredStore(KVStore):
             misses=slow.misses,
             evictions=slow.evictions,
             corrupt=fast.corrupt + slow.corrupt,
-            late=fast.late + slow.late + self._counts.stats(chunks=0, nbytes=0).late,
+            timed_out=fast.timed_out
+            + slow.timed_out
+            + self._counts.stats(chunks=0, nbytes=0).timed_out,
             unavailable=slow.unavailable,
         )
 
@@ -176,7 +180,9 @@ class TieredStore(KVStore):
             if isinstance(answer, UnavailableError) and chunks[key] is None
         }
         return Found(
-            [chunks[key] for key in keys], found.late, (found.unavailable | unasked) - found.late
+            [chunks[key] for key in keys],
+            found.timed_out,
+            (found.unavailable | unasked) - found.timed_out,
         )
 
     def _tell(self, _: None) -> None:

@@ -98,14 +98,16 @@ class WriteBackStore(KVStore):
     def keeps_documents(self) -> bool:
         return self.store.keeps_documents
 
-    def label(self, document: str, keys: Iterable[str]) -> None:
-        self.store.label(document, keys)
+    def register(self, document: str, keys: Iterable[str]) -> None:
+        self.store.register(document, keys)
 
     def documents(self) -> set[str]:
         return self.store.documents()
 
-    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
-        return self.store.unlabel(documents, only)
+    def unregister(
+        self, documents: Iterable[str], only: Collection[str] | None = None
+    ) -> list[str]:
+        return self.store.unregister(documents, only)
 
     def close(self) -> None:
         self._writer.close(wait_for_all=True)

@@ -36,7 +36,7 @@ class CacheBlendIngestion(BaseDocumentTransformer):
         document_prompt: BasePromptTemplate[str] | None = None,
         show_progress: bool = True,
     ) -> None:
-        self.engine = SharedEngine.around(llm) if isinstance(llm, CacheBlend) else llm.engine
+        self.engine = SharedEngine.from_running(llm) if isinstance(llm, CacheBlend) else llm.engine
         self.document_prompt = document_prompt
         self.show_progress = show_progress
 
@@ -61,8 +61,10 @@ class CacheBlendIngestion(BaseDocumentTransformer):
         """
         names = [document.id for document in documents] if ids is None else ids
         texts = list(map(self.text_of, documents))
-        before = texts_before(list(map(_piece, documents))) if self.engine.by_document else None
-        return self.engine.ingest(texts, names, before, progress=self.show_progress)
+        left_context = (
+            texts_before(list(map(_piece, documents))) if self.engine.by_document else None
+        )
+        return self.engine.ingest(texts, names, left_context, progress=self.show_progress)
 
     def check(self, documents: Sequence[Document]) -> None:
         """Before a vector store takes them: that ``ingest`` does.

@@ -56,7 +56,7 @@ class EngineSettings(BaseModel):
         **fields: Any,
     ) -> None:
         fields = _fields(fields)
-        engine = SharedEngine.given(
+        engine = SharedEngine.resolve(
             engine,
             model,
             blend_config,
@@ -70,7 +70,7 @@ class EngineSettings(BaseModel):
     @classmethod
     def from_engine(cls, blend: CacheBlend, **fields: Any) -> Self:
         """One over an engine that runs already, which it does not own but may close."""
-        return cls(engine=SharedEngine.around(blend), **fields)
+        return cls(engine=SharedEngine.from_running(blend), **fields)
 
     @property
     def blend(self) -> CacheBlend:

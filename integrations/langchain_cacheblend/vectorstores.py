@@ -118,7 +118,7 @@ class CacheBlendVectorStore(VectorStore):
 
     def _unrecorded(self, ids: list[str] | None) -> list[str]:
         """Texts of documents whose chunks the KV store has no record of."""
-        known = self.ingestion.engine.labelled(ids or [])
+        known = self.ingestion.engine.registered_documents(ids or [])
         unknown = [id_ for id_ in ids or [] if id_ not in known]
         try:
             documents = self.inner.get_by_ids(unknown) if unknown else []
@@ -130,7 +130,7 @@ class CacheBlendVectorStore(VectorStore):
         engine = self.ingestion.engine
         gone = self._added.copy() if ids is None else set(ids)
         self._added -= gone
-        engine.forget(engine.labelled(gone))
+        engine.forget(engine.registered_documents(gone))
         if old:
             engine.blend().forget(old)
 

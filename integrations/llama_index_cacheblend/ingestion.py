@@ -50,7 +50,7 @@ class CacheBlendIngestion(TransformComponent):
     def __init__(self, llm: CacheBlendLLM | CacheBlend | SharedEngine, **fields: Any) -> None:
         super().__init__(**fields)
         if isinstance(llm, CacheBlend):
-            llm = SharedEngine.around(llm)
+            llm = SharedEngine.from_running(llm)
         self._engine = llm.engine if isinstance(llm, CacheBlendLLM) else llm
 
     @classmethod
@@ -145,7 +145,7 @@ class CacheBlendIngestion(TransformComponent):
             Chunks dropped.
         """
         texts = [self.text_of(node) for node in docstore.docs.values()]
-        return self._engine.blend().retain(text for text in texts if text)
+        return self._engine.blend().delete_except(text for text in texts if text)
 
     def _batch(self, nodes: Sequence[BaseNode]) -> relay.Batch:
         # what stands in place of a node's text (a window of sentences, say) has no place of its own
@@ -202,8 +202,8 @@ def texts_before_nodes(nodes: Sequence[BaseNode]) -> list[str | None]:
     nothing does. They are ordered by where they start in it, or by what each follows.
     """
     ordered = _by_previous(nodes)
-    before = texts_before([_piece(node) for node in ordered])
-    found = {node.node_id: text for node, text in zip(ordered, before, strict=True)}
+    left_context = texts_before([_piece(node) for node in ordered])
+    found = {node.node_id: text for node, text in zip(ordered, left_context, strict=True)}
     return [found[node.node_id] for node in nodes]
 
 

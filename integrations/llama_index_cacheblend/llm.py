@@ -101,7 +101,7 @@ class CacheBlendLLM(LLM):
         engine: SharedEngine | None = None,
         **fields: Any,
     ) -> None:
-        engine = SharedEngine.given(
+        engine = SharedEngine.resolve(
             engine,
             model,
             blend_config,
@@ -117,7 +117,7 @@ class CacheBlendLLM(LLM):
     @classmethod
     def from_engine(cls, blend: CacheBlend, **fields: Any) -> CacheBlendLLM:
         """An LLM over an engine that runs already, which it does not own but may close."""
-        return cls(engine=SharedEngine.around(blend), **fields)
+        return cls(engine=SharedEngine.from_running(blend), **fields)
 
     @classmethod
     def class_name(cls) -> str:

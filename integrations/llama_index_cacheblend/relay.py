@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
     texts: Sequence[str]
     documents: Sequence[str | None]
-    before: Sequence[str | None] | None
+    left_context: Sequence[str | None] | None
 
 
 Ingest = Callable[[Batch], Any]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cacheblend_kernels.paged import PagedKV
 
 if TYPE_CHECKING:
-    from cacheblend_kernels.move import Movers
+    from cacheblend_kernels.propagate import Propagation
 
 FAR = 4  # times the reach: a token's say would be below 1/50 there, and is nothing
 _LOGITS = 1 << 26  # attention logits held at once, float32
@@ -62,7 +62,7 @@ def rerotate(
 def nearness(
     position_N: torch.Tensor,
     position_R: torch.Tensor,
-    reach: float | torch.Tensor,
+    propagation_length: float | torch.Tensor,
     same_chunk_NR: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """How much each of R tokens has to say about each of N: ``exp(-distance / reach)``, over 1 plus
@@ -74,7 +74,9 @@ def nearness(
     """
     distance_NR = (position_N[:, None] - position_R[None]).abs().float()
     # cut off at FAR: the kernel then looks at a bounded run of recomputed tokens
-    weight_NR = torch.exp(-distance_NR / reach) * (distance_NR <= FAR * reach)
+    weight_NR = torch.exp(-distance_NR / propagation_length) * (
+        distance_NR <= FAR * propagation_length
+    )
     if same_chunk_NR is not None:
         weight_NR = weight_NR * same_chunk_NR
     # 1 + sum, not sum: a mean would move a token as far as its only, distant neighbour
@@ -191,14 +193,14 @@ def placed(
     *,
     is_neox: bool,
 ) -> None:
-    """Twin of ``place.place``: ``rerotate``, then write K and V at ``positions_N``."""
+    """Twin of ``rotate_and_scatter.rotate_and_scatter``: ``rerotate``, then write K and V at ``positions_N``."""
     block, inside = cache.slots(positions_N)
     cache.k_BSGD[block, inside] = rerotate(k_NGD, cos_NP, sin_NP, is_neox=is_neox)
     cache.v_BSGD[block, inside] = v_NGD
 
 
 def moved(
-    movers: Movers,
+    propagation: Propagation,
     k_RGD: torch.Tensor,
     v_RGD: torch.Tensor,
     cache: PagedKV,
@@ -207,14 +209,14 @@ def moved(
     *,
     is_neox: bool,
 ) -> None:
-    """Twin of ``move.move`` for all recomputed tokens in one pass: ``nearness`` times how far each
+    """Twin of ``propagate.propagate`` for all recomputed tokens in one pass: ``nearness`` times how far each
     is off, keys compared as if all stood at position 0.
     """
-    chunk_N, at_R = movers.chunk_N, movers.position_R
+    chunk_N, at_R = propagation.chunk_N, propagation.position_R
     everywhere_N = torch.arange(len(chunk_N), device=chunk_N.device)
     k_NGD, v_NGD = (old.float() for old in cache.gather(everywhere_N))
-    same_NR = (chunk_N[:, None] == movers.chunk_R[None]) & (movers.chunk_R >= 0)
-    weight_NR = nearness(everywhere_N, at_R, movers.reach_1, same_NR)
+    same_NR = (chunk_N[:, None] == propagation.chunk_R[None]) & (propagation.chunk_R >= 0)
+    weight_NR = nearness(everywhere_N, at_R, propagation.propagation_length_1, same_NR)
     # back to position 0, where differences at unlike positions can be added
     off_k = rerotate(k_RGD.float() - k_NGD[at_R], cos_NP[at_R], -sin_NP[at_R], is_neox=is_neox)
     off_v = v_RGD.float() - v_NGD[at_R]

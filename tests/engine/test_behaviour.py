@@ -25,10 +25,10 @@ from tiny import VOCAB, Words, make
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 from cacheblend_rag.engine.base import EngineOutput
 from cacheblend_rag.engine.blend import Blender, BlendTask, FromStore
-from cacheblend_rag.engine.lane import Lane
+from cacheblend_rag.engine.executor import BlendExecutor
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.schedule import _why
-from cacheblend_rag.engine.torch_lane import TorchLane
+from cacheblend_rag.engine.torch_executor import TorchExecutor
 from cacheblend_rag.errors import (
     ClosedError,
     ConfigError,
@@ -82,10 +82,12 @@ def blend(
     """One engine at a time in this process, all chunks stored on disk."""
     store = tmp_path_factory.mktemp("store")
     # without reach: with it, what a step moves depends on where vLLM cuts a prompt into steps
-    config = BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}", when="always", reach=0)
+    config = BlendConfig(
+        ingest_prefix=PREFIX, store=f"file://{store}", blend_if="always", propagation_length=0
+    )
     options = ENGINES[request.param]
     with start_in_process(make("llama", tiny_models), config=config, **options) as opened:
-        assert opened.gate.passed == (request.param != "lora"), opened.gate.detail
+        assert opened.model_check.passed == (request.param != "lora"), opened.model_check.detail
         yield opened
 
 
@@ -273,8 +275,8 @@ def test_a_repeated_blend_hits_the_prefix_cache(blend: CacheBlend) -> None:
 
 
 def test_another_question_reuses_no_blended_block(blend: CacheBlend) -> None:
-    head = prompt([words(5), "a", "d", "c"])
-    first, second = head + words(40), head + words(40)
+    prompt_prefix = prompt([words(5), "a", "d", "c"])
+    first, second = prompt_prefix + words(40), prompt_prefix + words(40)
     apart = alone(blend, second)
     ask(blend, first)
     after = ask(blend, second)
@@ -319,7 +321,8 @@ def test_a_callers_own_salt_is_kept(blend: CacheBlend) -> None:
 def test_tenants_read_no_block_of_one_another(blend: CacheBlend) -> None:
     ids = prompt([words(40), "a", words(30)])
     fronts = [
-        blend.beside(dataclasses.replace(blend.config, namespace=name)) for name in ("one", "two")
+        blend.with_config(dataclasses.replace(blend.config, namespace=name))
+        for name in ("one", "two")
     ]
     cached = []
     for front in (blend, *fronts, *fronts, blend):
@@ -359,10 +362,10 @@ def test_options_that_are_none_of_ours_are_served_exactly(blend: CacheBlend, opt
         {"selector": ["query"]},
         {"selector_options": 3},
         {"selector_options": {"colour": 1}},
-        {"reach": -1},
-        {"reach": float("inf")},
+        {"propagation_length": -1},
+        {"propagation_length": float("inf")},
         {"mode": "nonsense"},
-        {"when": 3},
+        {"blend_if": 3},
         {"space": 5},
         {"space": None},
     ],
@@ -522,13 +525,13 @@ def fill(blender: Blender, task: BlendTask, value: float) -> None:
         blender.handle.write(index, k, v, slots)
 
 
-def lane_class(blend: CacheBlend) -> type[Lane]:
-    """Whose lanes this engine takes."""
-    if connector(blend).blender._lanes.reason:
-        return TorchLane
-    from cacheblend_rag.engine.kernel_lane import KernelLane
+def lane_class(blend: CacheBlend) -> type[BlendExecutor]:
+    """Whose executors this engine takes."""
+    if connector(blend).blender._executors.reason:
+        return TorchExecutor
+    from cacheblend_rag.engine.kernel_executor import KernelExecutor
 
-    return KernelLane
+    return KernelExecutor
 
 
 def test_a_request_that_vllm_refuses_leaves_nothing_behind(blend: CacheBlend) -> None:
@@ -791,7 +794,7 @@ def test_layouts(blend: CacheBlend, name: str) -> None:
         some = alone(blend, ids, selector=selector)
         assert some.report.blended
         budget = sum(
-            len(s) * {Kind.REUSE: 1, Kind.HEAD_CUT: 2}.get(s.kind, 0)
+            len(s) * {Kind.REUSE: 1, Kind.LEFT_TRUNCATED: 2}.get(s.kind, 0)
             for s in planned(blend, ids).segments
         )
         assert some.report.tokens_recomputed == -(-budget * 15 // 100)
@@ -804,7 +807,7 @@ def test_the_same_chunk_twice(blend: CacheBlend) -> None:
 
 
 def test_a_cut_head_gets_twice_the_ratio(blend: CacheBlend) -> None:
-    for parts, kind, times in (("head cut", Kind.HEAD_CUT, 2), ("tail cut", Kind.REUSE, 1)):
+    for parts, kind, times in (("head cut", Kind.LEFT_TRUNCATED, 2), ("tail cut", Kind.REUSE, 1)):
         ids = prompt(LAYOUTS[parts])
         [segment] = [s for s in planned(blend, ids).segments if s.key]
         assert segment.kind is kind and segment.offset == (20 if times == 2 else 0)

@@ -141,7 +141,9 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_the_first_blend_proves_that_blends_are_right(serve: Any, filled: Filled) -> None:
-    server = serve(store=filled.url, ingest_prefix=list(PREFIX), when="always", reach=0)
+    server = serve(
+        store=filled.url, ingest_prefix=list(PREFIX), blend_if="always", propagation_length=0
+    )
     first, second = prompt(B, A), prompt(A, C, B)
     proof = server.ask(first)
     assert sum(proof.report["recomputed"]) > 0 and "reason" not in proof.report
@@ -158,7 +160,7 @@ def test_the_first_blend_proves_that_blends_are_right(serve: Any, filled: Filled
 
 
 def test_what_other_processes_store_and_forget_is_learnt(serve: Any, filled: Filled) -> None:
-    server = serve(store=filled.url, ingest_prefix=list(PREFIX), when="always")
+    server = serve(store=filled.url, ingest_prefix=list(PREFIX), blend_if="always")
     store = open_store(filled.url, namespace=filled.fingerprint[:32])
     number = iter(range(10, 500))
 
@@ -178,7 +180,7 @@ def test_what_other_processes_store_and_forget_is_learnt(serve: Any, filled: Fil
 def test_rows_that_are_wrong_end_the_request_and_all_blends(
     serve: Any, filled: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = serve(store=filled.url, ingest_prefix=list(PREFIX), when="always")
+    server = serve(store=filled.url, ingest_prefix=list(PREFIX), blend_if="always")
     write = StepTensors.write
 
     def shifted(self: Any, place: Any, number: int, ids: Any, positions: Any, context: Any) -> None:
@@ -209,7 +211,7 @@ def test_beside_another_connector_nothing_is_blended(
     serve: Any, filled: Filled, tmp_path: Path
 ) -> None:
     """One that keeps KV by token ids would hand blended KV on as exact."""
-    server = serve(beside=tmp_path, store=filled.url, ingest_prefix=list(PREFIX), when="always")
+    server = serve(beside=tmp_path, store=filled.url, ingest_prefix=list(PREFIX), blend_if="always")
     answer = server.ask(prompt(A, B), mode="blend")
     assert answer.finish_reason == "length"
     assert answer.report["reason"] == Reason.OTHER_CONNECTORS
@@ -222,7 +224,9 @@ def test_with_a_worker_in_another_process(
     """As on a CPU, and with tensor parallelism: what it says comes with the handshake."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    server = Server(model, store=filled.url, ingest_prefix=list(PREFIX), when="always", reach=0)
+    server = Server(
+        model, store=filled.url, ingest_prefix=list(PREFIX), blend_if="always", propagation_length=0
+    )
     try:
         proof = server.ask(prompt(B, A))
         assert "recomputed" in proof.report

@@ -36,14 +36,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_auto_takes_what_was_calibrated(tiny_models: Path) -> None:
     model, prompt = make("llama", tiny_models), (*words(8), *CHUNK, *words(12))
-    config = BlendConfig(ingest_prefix=(), when="always", recompute_ratio="auto")
+    config = BlendConfig(ingest_prefix=(), blend_if="always", recompute_ratio="auto")
     with start(model, config=config) as blend:
         blend.ingest([CHUNK], progress=False)
         assert blend.calibration is None
         assert blend.generate(prompt, max_tokens=1).report.recompute_ratio == 0.15
         found = Calibration(
-            fingerprint=blend.info.fingerprint, version="0", ratio=0.4, selector="hkvd", reach=4,
-            flips_allowed=0.2, flips=0.1, mean_ratio=0.4, questions=9,
+            fingerprint=blend.info.fingerprint, version="0", ratio=0.4, selector="hkvd", propagation_length=4,
+            changed_allowed=0.2, changed=0.1, mean_ratio=0.4, questions=9,
         )  # fmt: skip
     found.save(usual_path(found.fingerprint))
     with start(model, config=config) as blend:
@@ -82,9 +82,9 @@ def test_the_command_chooses_and_keeps(
         "--engine-arg",
         "max_model_len=2048",
     ]
-    assert cli.main(["calibrate", *given, *more, "--flips", "1"]) == 0
+    assert cli.main(["calibrate", *given, *more, "--changed", "1"]) == 0
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     kept = find(json.loads(file.read_text())["fingerprint"], str(file))
     assert kept is not None and told["row"] in few
     assert kept.mean_ratio == pytest.approx(0.15, abs=0.003) and kept.data == ("valley",)
-    assert kept.questions > 0 and kept.flips == told["flips"]
+    assert kept.questions > 0 and kept.changed == told["changed"]

@@ -34,17 +34,17 @@ def test_a_later_engine_forgets_documents_of_an_earlier_one(
     with opened() as blend:
         at_start = chunks(blend)
         a, b, c = blend.ingest([A, B, C], progress=False).keys
-        blend.label({"one": [a, b], "two": [b, c]})
+        blend.register_documents({"one": [a, b], "two": [b, c]})
         assert chunks(blend) == at_start + 3
     with opened("tenant") as blend:
-        assert blend.labelled(["one"]) == set()  # another's
+        assert blend.registered_documents(["one"]) == set()  # another's
         assert blend.forget_documents(["one"]) == 0
     with opened() as blend:
-        assert blend.labelled(["one", "two", "three"]) == {"one", "two"}
-        assert SharedEngine.around(blend).forget(["one"]) == 1  # of the two, "two" has one
+        assert blend.registered_documents(["one", "two", "three"]) == {"one", "two"}
+        assert SharedEngine.from_running(blend).forget(["one"]) == 1  # of the two, "two" has one
         assert blend.forget_documents(["two"], [c, a]) == 1
         assert chunks(blend) == at_start + 1
-        assert blend.labelled(["one", "two"]) == {"two"}
+        assert blend.registered_documents(["one", "two"]) == {"two"}
         assert blend.forget_documents(["two"]) == 1
         assert chunks(blend) == at_start
 
@@ -56,7 +56,7 @@ def test_a_store_without_records_keeps_them_with_the_engine(
     monkeypatch.setattr(MemoryStore, "keeps_documents", False)  # as remote stores are
     with start(make("llama", tiny_models)) as blend:
         [key] = blend.ingest([A], progress=False).keys
-        blend.label({"one": [key]})
-        assert blend.labelled(["one"]) == {"one"}
+        blend.register_documents({"one": [key]})
+        assert blend.registered_documents(["one"]) == {"one"}
         assert blend.forget_documents(["one"]) == 1
-        assert blend.labelled(["one"]) == set()
+        assert blend.registered_documents(["one"]) == set()

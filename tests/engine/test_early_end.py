@@ -48,9 +48,9 @@ def blend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = make_with_tokenizer("llama", tmp_path_factory.mktemp("model"))
     begin: Any = start if request.param == "serving" else start_in_process
     store = str(tmp_path_factory.mktemp("store"))
-    config = BlendConfig(ingest_prefix=words(4), when="always", store=store)
+    config = BlendConfig(ingest_prefix=words(4), blend_if="always", store=store)
     with begin(model, engine=request.param, config=config, skip_tokenizer_init=False) as opened:
-        assert opened.gate.passed, opened.gate.detail
+        assert opened.model_check.passed, opened.model_check.detail
         yield opened
 
 

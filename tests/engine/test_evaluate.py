@@ -32,7 +32,7 @@ def blend(tiny_models: Path) -> Iterator[CacheBlend]:
         logits_processors=[answers.PROCESSOR],
         max_num_batched_tokens=64,  # prompts come in parts
     ) as opened:
-        assert opened.gate.passed, opened.gate.detail
+        assert opened.model_check.passed, opened.model_check.detail
         opened.ingest(CHUNKS, progress=False)
         yield opened
 
@@ -109,7 +109,7 @@ def test_compare_by_hand() -> None:
 def test_a_second_front_has_its_own_chunks(blend: CacheBlend) -> None:
     from dataclasses import replace
 
-    other = blend.beside(replace(blend.config, ingest_prefix=words(40)))
+    other = blend.with_config(replace(blend.config, ingest_prefix=words(40)))
     prompt = words(8) + PROMPTS[0] + words(16)  # no other test asks what begins so
     assert not other.generate(prompt, mode="reuse", **GREEDY).report.blended
     other.ingest(CHUNKS, progress=False)

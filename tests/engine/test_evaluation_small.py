@@ -18,7 +18,7 @@ from cacheblend_rag import BlendConfig, cli
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.usefixtures("embedded")]
 
 DEFAULT = BlendConfig()
-SHIPS = f"{DEFAULT.selector}@{DEFAULT.recompute_ratio:g}~{DEFAULT.reach}"
+SHIPS = f"{DEFAULT.selector}@{DEFAULT.recompute_ratio:g}~{DEFAULT.propagation_length}"
 PUBLISHED = "hkvd@0.15"  # CacheBlend's own selection, which moves no other tokens
 ROWS = ["reuse", PUBLISHED, SHIPS]
 

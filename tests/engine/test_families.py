@@ -37,7 +37,7 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
     reference = Reference(path, PREFIX)
     options = {"enforce_eager": False} if compiled else {}
     with start_in_process(path, prefix=PREFIX, **options) as blend:
-        assert blend.gate.passed, blend.gate.detail
+        assert blend.model_check.passed, blend.model_check.detail
         blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
         yield Family(blend, reference)
 
@@ -76,18 +76,20 @@ def test_reach_equals_the_reference(family: Family) -> None:
     blend, reference = family
     for selector in ("query", "hkvd"):
         some = {"recompute_ratio": 0.2, "selector": selector, **FULL_LOGPROBS}
-        moved = blend.generate(PROMPT, reach=8, **some)
+        moved = blend.generate(PROMPT, propagation_length=8, **some)
         rows = selected(blend, moved)
-        agree(moved, reference.blend(PARTS, QUESTION, rows, 4, reach=8))
-        still = blend.generate(PROMPT, reach=0, **some)
+        agree(moved, reference.blend(PARTS, QUESTION, rows, 4, propagation_length=8))
+        still = blend.generate(PROMPT, propagation_length=0, **some)
         assert selected(blend, still) == rows
         agree(still, reference.blend(PARTS, QUESTION, rows, 4))
         apart = (logprobs(still) - logprobs(moved)).abs().max()
         assert apart > 1e-3, "reach must change something"
-    exact = blend.generate(PROMPT, recompute_ratio=1.0, reach=8, **FULL_LOGPROBS)
+    exact = blend.generate(PROMPT, recompute_ratio=1.0, propagation_length=8, **FULL_LOGPROBS)
     plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
     torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)
-    naive, reused = (blend.generate(PROMPT, mode="reuse", reach=r, **FULL_LOGPROBS) for r in (8, 0))
+    naive, reused = (
+        blend.generate(PROMPT, mode="reuse", propagation_length=r, **FULL_LOGPROBS) for r in (8, 0)
+    )
     torch.testing.assert_close(logprobs(naive), logprobs(reused), atol=0, rtol=0)
 
 

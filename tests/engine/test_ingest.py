@@ -34,7 +34,7 @@ def blend(tiny_models: Path) -> Iterator[CacheBlend]:
 
 def stored(blend: CacheBlend, prefix: object, chunks: Sequence[tuple[int, ...]] = CHUNKS) -> Any:
     """The KV of chunks computed now behind ``prefix``, float32 each."""
-    front = blend.beside(replace(blend.config, ingest_prefix=prefix))  # type: ignore[arg-type]
+    front = blend.with_config(replace(blend.config, ingest_prefix=prefix))  # type: ignore[arg-type]
     front.forget(chunks)
     keys = front.ingest(chunks, progress=False).keys
     store = get_kv_transfer_group().blender.store  # type: ignore[attr-defined]

@@ -46,7 +46,7 @@ def model(tiny_models: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(model: Path) -> Iterator[CacheBlend]:
-    config = BlendConfig(ingest_prefix=(), when="always")
+    config = BlendConfig(ingest_prefix=(), blend_if="always")
     options: dict[str, Any] = {"dtype": FLASH_DTYPE, "max_num_batched_tokens": 512}
     with start_in_process(model, config=config, **options) as engine:
         engine._tokenizer = Letters()
@@ -55,10 +55,10 @@ def opened(model: Path) -> Iterator[CacheBlend]:
 
 @pytest.fixture
 def blend(opened: CacheBlend) -> Iterator[CacheBlend]:
-    """Nothing is stored but the head."""
-    front = opened.beside(replace(opened.config, ingest_prefix="document"))
+    """Nothing is stored but the prompt prefix."""
+    front = opened.with_config(replace(opened.config, ingest_prefix="document"))
     yield front
-    front.retain([])
+    front.delete_except([])
 
 
 def kv(front: CacheBlend, ids: Sequence[int]) -> torch.Tensor:
@@ -86,7 +86,7 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 def test_kv_is_that_of_one_forward_over_the_document(blend: CacheBlend, model: Path) -> None:
     """Of a long, a short and no context, in one call."""
     long = words(ROOM + 30)
-    blend.ingest([FIRST, SECOND, THIRD], before=[None, FIRST[:50], long], progress=False)
+    blend.ingest([FIRST, SECOND, THIRD], left_context=[None, FIRST[:50], long], progress=False)
     assert close(kv(blend, FIRST), expected(model, NEUTRAL, FIRST))
     filled = [*NEUTRAL[50:], *FIRST[:50]]
     assert len(filled) == ROOM and close(kv(blend, SECOND), expected(model, filled, SECOND))
@@ -95,7 +95,7 @@ def test_kv_is_that_of_one_forward_over_the_document(blend: CacheBlend, model: P
 
 
 def test_text_before_ends_in_a_blank_line(blend: CacheBlend, model: Path) -> None:
-    blend.ingest([SECOND], before=["What came before it. \n"], progress=False)
+    blend.ingest([SECOND], left_context=["What came before it. \n"], progress=False)
     ids = Letters().encode("What came before it.\n\n", add_special_tokens=False)
     assert close(kv(blend, SECOND), expected(model, [*NEUTRAL[len(ids) :], *ids], SECOND))
 
@@ -103,24 +103,24 @@ def test_text_before_ends_in_a_blank_line(blend: CacheBlend, model: Path) -> Non
 def test_without_a_document_all_but_the_key_is_as_with_the_neutral_text(
     opened: CacheBlend, blend: CacheBlend
 ) -> None:
-    auto = opened.beside(replace(opened.config, ingest_prefix=(HEAD, *NEUTRAL)))
+    auto = opened.with_config(replace(opened.config, ingest_prefix=(HEAD, *NEUTRAL)))
     auto.ingest([FIRST, SECOND], progress=False)
-    blend.ingest([FIRST, SECOND], before=[None, " \n"], progress=False)
+    blend.ingest([FIRST, SECOND], left_context=[None, " \n"], progress=False)
     for ids in (FIRST, SECOND):
         assert blend.key(ids) != auto.key(ids)
         assert torch.equal(kv(blend, ids), kv(auto, ids))
-    auto.retain([])
+    auto.delete_except([])
 
 
 def test_the_first_that_was_stored_stays(blend: CacheBlend, model: Path) -> None:
     one, other = words(ROOM), words(ROOM)
-    report = blend.ingest([SECOND, SECOND], before=[one, other], progress=False)
+    report = blend.ingest([SECOND, SECOND], left_context=[one, other], progress=False)
     assert (report.computed, report.repeated) == (1, 1)
     assert close(kv(blend, SECOND), expected(model, one, SECOND))
-    assert blend.ingest([SECOND], before=[other], progress=False).present == 1
+    assert blend.ingest([SECOND], left_context=[other], progress=False).present == 1
     assert close(kv(blend, SECOND), expected(model, one, SECOND))
     blend.forget([SECOND])
-    blend.ingest([SECOND], before=[other], progress=False)
+    blend.ingest([SECOND], left_context=[other], progress=False)
     assert close(kv(blend, SECOND), expected(model, other, SECOND))
 
 
@@ -136,24 +136,26 @@ def test_batches_leave_room_for_what_stands_before(
         run(step, ids, positions)
 
     monkeypatch.setattr(handle, "run", counted)
-    blend.ingest([words(64) for _ in range(5)], before=[words(300)] * 5, progress=False)
+    blend.ingest([words(64) for _ in range(5)], left_context=[words(300)] * 5, progress=False)
     fitting = 512 // (ROOM + 64)
     assert 1 <= fitting < 5
-    batches = [size // (ROOM + 64) for size in sizes if size > 1]  # one token is the head's
+    batches = [
+        size // (ROOM + 64) for size in sizes if size > 1
+    ]  # one token is the prompt prefix's
     assert max(batches) == fitting and sum(batches) == 5
 
 
-@pytest.mark.parametrize("before", [None, FIRST])
-def test_no_segment_is_exact(blend: CacheBlend, before: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize("left_context", [None, FIRST])
+def test_no_segment_is_exact(blend: CacheBlend, left_context: tuple[int, ...] | None) -> None:
     """Not even behind the very tokens that stand before it in the prompt: nobody looks."""
-    blend.ingest([SECOND], before=[before], progress=False)
-    behind = NEUTRAL if before is None else (*NEUTRAL[len(before) :], *before)
+    blend.ingest([SECOND], left_context=[left_context], progress=False)
+    behind = NEUTRAL if left_context is None else (*NEUTRAL[len(left_context) :], *left_context)
     plan = planned(blend, (HEAD, *behind, *SECOND, *words(20)))
     assert [s.kind for s in plan.segments if s.key] == [Kind.REUSE]
 
 
 def test_ratio_one_is_a_full_prefill(blend: CacheBlend) -> None:
-    blend.ingest([FIRST, SECOND, THIRD], before=[None, FIRST, words(300)], progress=False)
+    blend.ingest([FIRST, SECOND, THIRD], left_context=[None, FIRST, words(300)], progress=False)
     ids = (*words(9), *THIRD, *words(3), *FIRST, *SECOND, *words(30))
     full = blend.generate(ids, mode="full", **FULL_LOGPROBS)
     exact = blend.generate(ids, recompute_ratio=1.0, **FULL_LOGPROBS)
@@ -166,15 +168,15 @@ def test_ratio_one_is_a_full_prefill(blend: CacheBlend) -> None:
 
 def test_what_is_refused(opened: CacheBlend, blend: CacheBlend, model: Path) -> None:
     with pytest.raises(ConfigError, match="ingest_prefix='document'"):
-        opened.ingest([FIRST], before=[SECOND], progress=False)
+        opened.ingest([FIRST], left_context=[SECOND], progress=False)
     with pytest.raises(PromptError, match="1 texts for 2 chunks"):
-        blend.ingest([FIRST, SECOND], before=[SECOND], progress=False)
+        blend.ingest([FIRST, SECOND], left_context=[SECOND], progress=False)
     with pytest.raises(PromptError, match="vocabulary"):
-        blend.ingest([FIRST], before=[(VOCAB,)], progress=False)
+        blend.ingest([FIRST], left_context=[(VOCAB,)], progress=False)
     opened._tokenizer = None
     try:
         with pytest.raises(ConfigError, match="needs a tokenizer"):
-            opened.beside(replace(opened.config, ingest_prefix="document"))
+            opened.with_config(replace(opened.config, ingest_prefix="document"))
     finally:
         opened._tokenizer = Letters()
 
@@ -183,12 +185,12 @@ def test_what_is_refused(opened: CacheBlend, blend: CacheBlend, model: Path) -> 
 def test_flash_attention_agrees_with_plain_torch(
     blend: CacheBlend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunks, before = [FIRST, SECOND, THIRD], [FIRST[:50], FIRST, words(300)]
-    blend.ingest(chunks, before=before, progress=False)
+    chunks, left_context = [FIRST, SECOND, THIRD], [FIRST[:50], FIRST, words(300)]
+    blend.ingest(chunks, left_context=left_context, progress=False)
     quick = [kv(blend, chunk) for chunk in chunks]
     blend.forget(chunks)
     monkeypatch.setattr(compat, "flash_attention", lambda layer: None)
-    blend.ingest(chunks, before=before, progress=False)
+    blend.ingest(chunks, left_context=left_context, progress=False)
     for got, chunk in zip(quick, chunks, strict=True):
         wanted = kv(blend, chunk)
         assert (got - wanted).norm() / wanted.norm() < 0.02

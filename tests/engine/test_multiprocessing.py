@@ -62,7 +62,7 @@ class Known(NamedTuple):
 
 def config(store: Path) -> BlendConfig:
     # without reach: with it, what a step moves depends on where vLLM cuts a prompt into steps
-    return BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}", reach=0)
+    return BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}", propagation_length=0)
 
 
 def open_here(path: Path, store: Path) -> CacheBlend:
@@ -160,7 +160,7 @@ def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     store = shutil.copytree(known.store, tmp_path / "kv")  # what one rank stored, two read
     with open_apart(model, store, **options) as blend:
-        assert blend.gate.passed, blend.gate.detail
+        assert blend.model_check.passed, blend.model_check.detail
         assert len(blend.stored()) == len(CHUNKS) + len(SMALL)
         assert blend.ingest(CHUNKS, progress=False).present == len(CHUNKS)
         assert len(blend.stats()) == 1, "they share the store"
@@ -214,7 +214,7 @@ def test_a_rank_that_fails_leaves_no_other_waiting(
         "worker_cls": "failing_rank.FailingWorker",
     }
     with open_apart(model, tmp_path / "store", **options) as blend:
-        assert blend.gate.passed, blend.gate.detail
+        assert blend.model_check.passed, blend.model_check.detail
         assert blend.ingest(CHUNKS, progress=False).computed == len(CHUNKS)
         for number, name in enumerate(["_load", "__init__", "layer", "ask", "_choose"]):
             ids = (7 + number, *PROMPT[1:])  # nothing of it is in vLLM's prefix cache

@@ -136,7 +136,7 @@ def test_every_option_of_this_vllm_was_decided() -> None:
 
 
 def test_an_engine_started_otherwise_reuses_what_is_stored(model: Path, tmp_path: Path) -> None:
-    config = BlendConfig(ingest_prefix=words(4), store=f"file://{tmp_path}", when="always")
+    config = BlendConfig(ingest_prefix=words(4), store=f"file://{tmp_path}", blend_if="always")
     with start_in_process(model, config=config, max_model_len=640, block_size=64) as blend:
         assert blend.ingest(CHUNKS, progress=False).computed == len(CHUNKS)
     with start_in_process(model, config=config, max_num_batched_tokens=128) as blend:

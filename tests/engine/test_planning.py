@@ -62,7 +62,7 @@ def planner() -> Gated:
 def planning(link: Link, planner: Gated) -> Planning:
     made = Planning(link, planner)
     for message in (SPACE, Limits()):
-        link.say(message)
+        link.send(message)
     made.begin(PROMPT, OPTIONS).result(30)
     return made
 
@@ -85,7 +85,7 @@ def is_blended(planned: Planned) -> bool:
 
 def test_what_was_said_before_a_request_counts_for_it(planning: Planning, link: Link) -> None:
     assert not is_blended(planning.begin(PROMPT, OPTIONS).result(30))
-    link.say(news([CHUNK]))
+    link.send(news([CHUNK]))
     assert is_blended(planning.begin(PROMPT, OPTIONS).result(30))
 
 
@@ -102,12 +102,12 @@ def test_a_store_s_news_are_heard(planning: Planning, link: Link) -> None:
 def test_short_prompts_are_planned_at_once_and_long_ones_in_a_thread(
     planning: Planning, link: Link, planner: Gated
 ) -> None:
-    link.say(news([CHUNK]))
+    link.send(news([CHUNK]))
     until(lambda: planner.threads[-1] == "cacheblend-plan" and not link.waits)
     until(lambda: planning._busy is None or planning._busy.done())
     assert planning.begin(PROMPT, OPTIONS).done()
     planner.gate.clear()
-    link.say(news([words(40)]))
+    link.send(news([words(40)]))
     long = planning.begin(words(9000) + PROMPT, OPTIONS)
     behind = planning.begin(PROMPT, OPTIONS)
     assert not long.done() and not behind.done()
@@ -117,7 +117,7 @@ def test_short_prompts_are_planned_at_once_and_long_ones_in_a_thread(
 
 def test_many_new_chunks_hold_up_no_step(planning: Planning, link: Link, planner: Gated) -> None:
     planner.gate.clear()
-    link.say(news([CHUNK, words(50), words(60)]))
+    link.send(news([CHUNK, words(50), words(60)]))
     asked = time.monotonic()
     planned = planning.begin(PROMPT, OPTIONS)
     assert time.monotonic() - asked < 5 and not planned.done()
@@ -154,8 +154,8 @@ def test_a_request_outlives_what_fails(
 def test_one_link_an_engine(link: Link) -> None:
     one, other = Link.of("one"), Link.of("other")
     assert Link.of("one") is one is not other
-    assert not one.is_heard
-    one.say(Limits())
+    assert not one.has_scheduler
+    one.send(Limits())
     assert one.waits and one.take() == [Limits()] and not one.waits
 
 

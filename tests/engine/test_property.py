@@ -27,7 +27,7 @@ Ids = tuple[int, ...]
 def blend(tiny_models: Path) -> Iterator[CacheBlend]:
     options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": BATCH}
     with start_in_process(make("llama", tiny_models), prefix=(7, 9, 11), **options) as opened:
-        assert opened.gate.passed
+        assert opened.model_check.passed
         yield opened
 
 
@@ -107,7 +107,7 @@ def test_random_prompts(blend: CacheBlend, record_property: Any) -> None:
         plain = blend.generate(batch, mode="full", **SAMPLING)
         exact = blend.generate(batch, recompute_ratio=1.0, **SAMPLING)
         # without reach: with it, what a step moves depends on where vLLM cuts a prompt into steps
-        options = {"selector": selector, "reach": 0, **SAMPLING}
+        options = {"selector": selector, "propagation_length": 0, **SAMPLING}
         reset(blend)
         together = blend.generate(batch, **options)
         for ids, one, other, mixed in zip(batch, plain, exact, together, strict=True):

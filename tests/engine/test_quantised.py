@@ -36,7 +36,7 @@ def test_an_fp8_cache_costs_its_rounding(tiny_models: Path) -> None:
 
 
 def blends_within(blend: CacheBlend, tolerance: float) -> None:
-    assert blend.gate.passed, blend.gate.detail
+    assert blend.model_check.passed, blend.model_check.detail
     blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
     plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
     exact = blend.generate(PROMPT, recompute_ratio=1.0, **FULL_LOGPROBS)

@@ -33,11 +33,11 @@ def test_refused_family_answers_exactly(name: str, tiny_models: Path) -> None:
         torch.set_default_dtype(torch.float32)  # vLLM's failed loading leaves the model's behind
         pytest.skip(f"this vLLM can't serve it without us either: {error}")
     with start(path, **options) as blend:
-        assert not blend.gate.passed
+        assert not blend.model_check.passed
         report = blend.ingest(CHUNKS, progress=False)
-        assert report.computed == 0 and report.reason is blend.gate.reason is not None
+        assert report.computed == 0 and report.reason is blend.model_check.reason is not None
         result = blend.generate(PROMPT, **FULL_LOGPROBS)
-        assert not result.report.blended and result.report.detail == blend.gate.detail
+        assert not result.report.blended and result.report.detail == blend.model_check.detail
         got = logprobs(result)
     assert result.token_ids == expected.tokens
     torch.testing.assert_close(got, expected.logprobs, atol=0, rtol=0)

@@ -119,7 +119,7 @@ def moved_equal_rotated_there(rope: Any, mover: Rerotator) -> None:
     query = torch.zeros_like(raw)
     stored = rope.forward_native(old, query, raw.clone())[1].view(200, 2, 64)
     expected = rope.forward_native(new, query, raw.clone())[1].view(200, 2, 64)
-    moved = mover.apply(stored, mover.turn(old, new), 0)
+    moved = mover.apply(stored, mover.delta(old, new), 0)
     torch.testing.assert_close(moved, expected, atol=5e-5, rtol=1e-4)
     assert torch.equal(moved[:20], stored[:20]), "unmoved keys stay bit for bit"
     assert (stored[20:] - expected[20:]).abs().max() > 0.1, "the test must be able to fail"
@@ -132,14 +132,14 @@ def test_each_layer_turns_by_its_own_table() -> None:
     both = Rerotator(found, [0, 2, 1], CPU)
     k_KNGD = torch.randn(3, 50, 2, 64)
     old, new = torch.randint(0, 4000, (2, 50))
-    turn = both.turn(old, new)
-    turned = both.apply(k_KNGD, turn, slice(0, 3))
+    delta = both.delta(old, new)
+    turned = both.apply(k_KNGD, delta, slice(0, 3))
     assert torch.equal(turned[1], k_KNGD[1])
     for layer, rope in ((0, ropes[0]), (2, ropes[1])):
         alone = one(rope)
-        expected = alone.apply(k_KNGD[layer], alone.turn(old, new), 0)
+        expected = alone.apply(k_KNGD[layer], alone.delta(old, new), 0)
         assert torch.equal(turned[layer], expected)
-        assert torch.equal(both.apply(k_KNGD[layer], turn, layer), expected)
+        assert torch.equal(both.apply(k_KNGD[layer], delta, layer), expected)
     indices = [both.layers(table, range(1, 3)) for table in range(3)]
     assert [index.tolist() for index in indices] == [[], [2], [1]]
 
@@ -157,8 +157,8 @@ def test_the_table_of_each_layer_is_found(first: int, dtype: torch.dtype) -> Non
     home = [LayerKV(k.to(dtype), k.to(dtype)) for k in keys]
     moved = []
     for shift in (37, 4096 - 40):
-        turn = truth.turn(at, at + shift)
-        there = [truth.apply(keys[layer], turn, layer).to(dtype) for layer in range(4)]
+        delta = truth.delta(at, at + shift)
+        there = [truth.apply(keys[layer], delta, layer).to(dtype) for layer in range(4)]
         moved.append(selfcheck.Moved(shift, [LayerKV(k, k) for k in there]))
     tables, of_layer = selfcheck._explanation(found, home, moved)
     assert all(tables[t].same(right[u]) for t, u in zip(of_layer, used, strict=True))
@@ -195,10 +195,10 @@ def test_rotated_dimensions_may_be_a_keys_last(is_neox: bool) -> None:
     at_end = Rerotator([tables[1]], [0], CPU)
     k_NGD = torch.randn(50, 2, 96)
     old, new = torch.randint(0, 4000, (2, 50))
-    moved = at_end.apply(k_NGD, at_end.turn(old, new), 0)
+    moved = at_end.apply(k_NGD, at_end.delta(old, new), 0)
     assert torch.equal(moved[..., :32], k_NGD[..., :32])
     plain = one(rope)
-    expected = plain.apply(k_NGD[..., 32:], plain.turn(old, new), 0)
+    expected = plain.apply(k_NGD[..., 32:], plain.delta(old, new), 0)
     assert torch.equal(moved[..., 32:], expected)
 
 

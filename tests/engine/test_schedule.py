@@ -24,7 +24,7 @@ PLAN = Plan(
     ratio=0.5,
     selector="query",
     selector_options={},
-    when="always",
+    blend_if="always",
 )
 COMPUTES = 10 + 83 + 24  # before the chunk, half of it, behind the plan
 
@@ -135,7 +135,7 @@ def test_a_hit_is_not_claimed_again(claims: Claims) -> None:
 
 def test_what_others_compute_in_this_step_is_not_read_before_it(claims: Claims) -> None:
     """vLLM hands on blocks when they are allocated; a blend reads them before the step."""
-    plan = replace(PLAN, when="pays")
+    plan = replace(PLAN, blend_if="faster")
     other, one, later = (request(plan, name) for name in ("other", "one", "later"))
     for each in (other, one, later):
         claims.begin(each)

@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def serve(model: Path) -> CacheBlend:
-    config = BlendConfig(ingest_prefix=PREFIX, reach=0)  # see test_behaviour.py
+    config = BlendConfig(ingest_prefix=PREFIX, propagation_length=0)  # see test_behaviour.py
     with pytest.MonkeyPatch.context() as patch:
         # two threads that wait for each other cost more than they save
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -69,7 +69,7 @@ def serve(model: Path) -> CacheBlend:
 @pytest.fixture(scope="module")
 def blend(model: Path) -> Iterator[CacheBlend]:
     with serve(model) as opened:
-        assert opened.gate.passed, opened.gate.detail
+        assert opened.model_check.passed, opened.model_check.detail
         yield opened
 
 

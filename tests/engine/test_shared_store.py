@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def blend(folder: Path, tiny_models: Path) -> Iterator[CacheBlend]:
-    config = BlendConfig(ingest_prefix=PREFIX, store=f"{folder}?memory=1GiB", when="always")
+    config = BlendConfig(ingest_prefix=PREFIX, store=f"{folder}?memory=1GiB", blend_if="always")
     with start(make("llama", tiny_models), engine="serving", config=config) as opened:
         yield opened
 
@@ -99,7 +99,7 @@ def test_a_stream_goes_on_while_another_process_holds_the_index(
     def ingest() -> None:
         try:
             blend.ingest([words(50)], progress=False)
-            blend.label({"a": [blend.key(CHUNKS[0])]})
+            blend.register({"a": [blend.key(CHUNKS[0])]})
         except StoreError:
             pass
         ended.set()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cacheblend_rag.engine.hot import HotChunks
+from cacheblend_rag.engine.device_cache import DeviceCache
 from cacheblend_rag.engine.staging import Staging, Transfer
 from cacheblend_rag.store.base import ChunkKV
 
@@ -24,15 +24,15 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
     device = torch.device("cuda")
     a, b, c = chunk(300), chunk(200), chunk(250)
     for capacity in (0, a.nbytes + b.nbytes):
-        hot = HotChunks(capacity, device)
-        staging = Staging(device, LAYERS, hot)
+        device_cache = DeviceCache(capacity, device)
+        staging = Staging(device, LAYERS, device_cache)
         for ahead, wanted in (
             ({"a": a, "b": b}, {"a": a, "b": b}),
             ({"a": a}, {"a": a, "b": b}),
             ({"c": c, "b": b}, {"b": b, "c": c}),
             ({"a": a}, {"a": chunk(300)}),
         ):
-            hot.discard("a")
+            device_cache.discard("a")
             staging.expect(ahead)
             assert staging._expected is not None
             begun = staging._expected[1]
@@ -41,11 +41,11 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
             assert (transfer is begun) == same and staging._expected is None
             assert staging.begin(wanted) is not transfer, "it is another request's"
             for key in (*ahead, *wanted):
-                hot.discard(key)
+                device_cache.discard(key)
             assert arrived(transfer, wanted)
         staging.expect({"a": a})
         staging.expect({"b": b})
-        assert hot.get("a") is None, "what was given up does not stay half filled"
+        assert device_cache.get("a") is None, "what was given up does not stay half filled"
 
 
 def arrived(transfer: Transfer, wanted: dict[str, ChunkKV]) -> bool:

@@ -90,7 +90,7 @@ def test_redis_killed_hung_and_back(
 ) -> None:
     counts = {"answers": 0, "missing": 0, "healthy": 0}
     with opened(tiny_models, f"{server.url}?timeout={TIMEOUT}", monkeypatch) as blend:
-        assert blend.gate.passed, blend.gate.detail
+        assert blend.model_check.passed, blend.model_check.detail
         assert ingest_again(blend) == len(CHUNKS)
         good = asked(blend, prompts(1)[0])
         counts["healthy"] += good.report.blended
@@ -137,7 +137,7 @@ def test_a_remote_that_was_away_is_used_again(
         assert not any(report.tokens_reused for report in away)
         assert not any(report.missing_keys for report in away)
         kinds = {s.kind for report in away for s in report.segments if s.key}
-        assert kinds == {"late"}
+        assert kinds == {"timed_out"}
         assert planner(blend) and index.keys() == known
         time.sleep(max(0.0, back - time.monotonic()))
         server.process.send_signal(signal.SIGCONT)
@@ -198,7 +198,7 @@ def test_tenants_share_a_disk_and_see_nothing_of_each_other(
         assert not asked(two, ids).report.blended
         assert two.stats()[0]["chunks"] <= 1  # the probe's
         assert ingest_again(two) == len(CHUNKS)
-        two.retain([])
+        two.delete_except([])
     with opened(tiny_models, url, monkeypatch, "one") as again:
         assert again.stats()[0]["chunks"] == held
         assert ingest_again(again) == 0
@@ -223,11 +223,11 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
         monkeypatch.setattr("cacheblend_rag.engine.blend._PATIENCE_S", 0.3)
         monkeypatch.setattr(FileSource, "read_into", hanging)
         started = time.monotonic()
-        late = asked(blend, ids)
+        timed_out = asked(blend, ids)
         assert time.monotonic() - started < 5
-        assert [s.kind for s in late.report.segments].count("late") == 4
-        assert late.report.bytes_loaded == 0
-        assert torch.allclose(logprobs(late), logprobs(plain), atol=2e-4)
+        assert [s.kind for s in timed_out.report.segments].count("timed_out") == 4
+        assert timed_out.report.bytes_loaded == 0
+        assert torch.allclose(logprobs(timed_out), logprobs(plain), atol=2e-4)
         gate.set()
         wait_until(lambda: blender.store.fast.stats().chunks == 4)
         assert asked(blend, (7, *ids[1:])).report.tokens_reused > 0  # nothing was forgotten
@@ -247,7 +247,7 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
             assert torch.allclose(logprobs(refused), logprobs(exact), atol=2e-4)
             wait_until(lambda: blender.store.fast.stats().chunks == 4)
         _forget_memory(blender.store)
-        assert asked(blend, (9, *ids[1:]), when="always").report.blended
+        assert asked(blend, (9, *ids[1:]), blend_if="always").report.blended
         wait_until(lambda: blender.store.fast.stats().chunks == 4)  # brought for the next one
         assert asked(blend, (10, *ids[1:])).report.blended
 
@@ -266,7 +266,7 @@ def test_a_chunk_kept_beside_the_store_is_not_read(
         read = asked(blend, ids)
         blender = get_kv_transfer_group().blender
         kept = {info.key: blender.store.get(info.key) for info in blender.store.scan()}
-        monkeypatch.setattr(blender._lanes, "held", kept.get)
+        monkeypatch.setattr(blender._executors, "held", kept.get)
         monkeypatch.setattr(FileSource, "read_into", never)
         again = asked(blend, (3, *ids[1:]))
         assert again.report.tokens_reused == read.report.tokens_reused > 0
@@ -285,7 +285,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
         alone = [asked(blend, ids) for ids in asking]
         blender = get_kv_transfer_group().blender
         store, ahead = blender.store, []
-        monkeypatch.setattr(blender._lanes, "expect", ahead.append)
+        monkeypatch.setattr(blender._executors, "expect", ahead.append)
         reads = store.stats().hits
         again = asked(blend, (5, *asking[0][1:]))
         keys = {s.key for s in again.report.segments if s.kind == "reused"}
@@ -302,7 +302,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
         def fails(sources: object) -> None:
             raise RuntimeError("no memory left")
 
-        monkeypatch.setattr(blender._lanes, "expect", fails)
+        monkeypatch.setattr(blender._executors, "expect", fails)
         assert asked(blend, (6, *asking[0][1:])).report.blended
         store.discard(next(iter(keys)))
         assert asked(blend, (7, *asking[0][1:])).report.blended, "less is there, and not ahead"

@@ -68,7 +68,7 @@ def test_ids_are_the_same_in_every_mode_and_chunks_are_found(blend: CacheBlend) 
     messages = [SYSTEM, {"role": "user", "content": user}]
     [output] = plain(blend).chat([messages], use_tqdm=False)
     results = [
-        blend.generate(messages, mode=mode, when="always", max_tokens=2)
+        blend.generate(messages, mode=mode, blend_if="always", max_tokens=2)
         for mode in ("off", "blend", "reuse")
     ]
     for result in results:

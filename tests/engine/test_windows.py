@@ -19,7 +19,7 @@ from tiny import Words, make
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendResult, CacheBlend
-from cacheblend_rag.config import REACH
+from cacheblend_rag.config import PROPAGATION_LENGTH
 from cacheblend_rag.reason import Reason
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
@@ -61,7 +61,7 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
     path = make(request.param, tiny_models / "windows", sliding_window=WINDOW)
     reference = Reference(path, PREFIX)  # first: an engine's start changes transformers' classes
     with start_in_process(path, prefix=PREFIX) as blend:
-        assert blend.gate.passed, blend.gate.detail
+        assert blend.model_check.passed, blend.model_check.detail
         blend.ingest([A, B, C, D], progress=False)
         yield Family(blend, reference, request.param in UNIFORM)
 
@@ -109,7 +109,7 @@ def test_a_long_prompt_blends_as_the_reference(family: Family, null_block: None)
         some = blend.generate(LONG, recompute_ratio=0.3, selector=selector, **FULL_LOGPROBS)
         rows = selected(blend, some)
         assert set(fresh) < set(rows)
-        agree(some, reference, parts, rest, rows, REACH)
+        agree(some, reference, parts, rest, rows, PROPAGATION_LENGTH)
 
 
 def agree(
@@ -118,10 +118,10 @@ def agree(
     parts: list[Part],
     rest: tuple[int, ...],
     rows: list[int],
-    reach: int = 0,
+    propagation_length: int = 0,
 ) -> None:
     assert result.report.blended, result.report.detail
-    answer = reference.blend(parts, rest, rows, 4, reach)
+    answer = reference.blend(parts, rest, rows, 4, propagation_length)
     assert list(result.token_ids) == answer.tokens
     torch.testing.assert_close(logprobs(result), answer.logprobs, atol=2 * EXACT, rtol=0)
 
@@ -138,7 +138,7 @@ def cut(end: int) -> tuple[list[Part], tuple[int, ...]]:
 def test_the_gate_says_how_far_blends_reach(family: Family) -> None:
     block = family.blend.info.block_size
     assert family.blend.info.window == WINDOW
-    assert family.blend.gate.max_tokens == (WINDOW + block - 2 if family.uniform else None)
+    assert family.blend.model_check.max_tokens == (WINDOW + block - 2 if family.uniform else None)
 
 
 def test_a_prompt_whose_chunks_lie_behind_the_window_says_so(family: Family) -> None:

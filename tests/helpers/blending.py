@@ -10,7 +10,7 @@ from reference import Answer, Part, Reference
 from tiny import Words
 
 from cacheblend_rag import BlendResult, CacheBlend
-from cacheblend_rag.config import REACH
+from cacheblend_rag.config import PROPAGATION_LENGTH
 
 words = Words(1)
 PREFIX, HEAD, GLUE, QUESTION = words(4), words(9), words(3), words(40)
@@ -58,7 +58,9 @@ def blends_as_the_reference(blend: CacheBlend, reference: Reference) -> str:
         some = blend.generate(PROMPT, recompute_ratio=0.2, selector=selector, **FULL_LOGPROBS)
         rows = selected(blend, some)
         assert set(fresh) < set(rows) and 0 < some.report.tokens_recomputed < 0.25 * len(IDS)
-        agree(some, reference.blend(PARTS, QUESTION, rows, 4, reach=REACH))
+        agree(
+            some, reference.blend(PARTS, QUESTION, rows, 4, propagation_length=PROPAGATION_LENGTH)
+        )
     return f"{float((logprobs(exact) - logprobs(plain)).abs().max()):.0e}"
 
 

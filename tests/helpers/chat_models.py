@@ -28,7 +28,7 @@ DATED = """<|im_start|>system\nToday Date: {{ strftime_now("%d %b %Y") }}\n\n\
 THINKING = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {{ message['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant
 {% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"""
-# as SmolLM3's: the head has it too
+# as SmolLM3's: the prompt prefix has it too
 THINKING_HEAD = "{% if enable_thinking %}/think{% else %}/no_think{% endif %}\n" + THINKING
 
 

@@ -40,7 +40,7 @@ def start(
 ) -> CacheBlend:
     """A float32 engine on token ids with small blocks and full log-probabilities."""
     freeze_what_is_imported()
-    config = changes.pop("config", None) or BlendConfig(ingest_prefix=prefix, when="always")
+    config = changes.pop("config", None) or BlendConfig(ingest_prefix=prefix, blend_if="always")
     options = {
         "dtype": "float32",
         "skip_tokenizer_init": True,

@@ -14,7 +14,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.ingest import Ingestor
-from cacheblend_rag.engine.torch_lane import TorchLane
+from cacheblend_rag.engine.torch_executor import TorchExecutor
 
 ORDER = "CACHEBLEND_TEST_FAILS"
 
@@ -30,9 +30,9 @@ def _failing(work: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 for _kind, _name in [
     (Blender, "_load"),
-    (TorchLane, "__init__"),
-    (TorchLane, "layer"),
-    (TorchLane, "ask"),
+    (TorchExecutor, "__init__"),
+    (TorchExecutor, "layer"),
+    (TorchExecutor, "ask"),
     (Blender, "_choose"),
     (Ingestor, "_run_prefix"),
 ]:

@@ -23,10 +23,10 @@ from cacheblend_rag.errors import ClosedError
 from cacheblend_rag.known import News
 from cacheblend_rag.locate import ChunkIndex
 from cacheblend_rag.models import cache_home
-from cacheblend_rag.plan import PARAMS_KEY, Head, Plan
+from cacheblend_rag.plan import PARAMS_KEY, Plan, PromptPrefix
 from cacheblend_rag.planner import Limits, Planner, Space
 from cacheblend_rag.store.base import document_id
-from cacheblend_rag.store.notes import Notes
+from cacheblend_rag.store.registry import DocumentRegistry
 
 MODEL = cache_home() / "models" / "smollm2-135m-instruct"
 ANSWER = ("A", " short", " answer", ".")
@@ -60,7 +60,7 @@ class FakeEngine(Engine):
         self.rows: dict[str, Any] = {}  # by key, what the index has to know
         self.planner = Planner(block_size=16)
         self.plans: list[Plan | None] = []  # of the requests
-        self.notes = Notes()
+        self.notes = DocumentRegistry()
         self.outcomes: dict[str, dict[str, Any]] = {}  # of requests that a stop string ended
         self.closed = False
         self.aborted = 0
@@ -120,13 +120,13 @@ class FakeEngine(Engine):
                 return [None]
             case "label", [documents]:
                 for document, keys in documents:
-                    self.notes.label(document, keys)
+                    self.notes.register(document, keys)
                 return [None]
             case "labelled", [documents]:
                 noted = self.notes.documents()
                 return [[name for name in documents if document_id(name) in noted]]
             case "unlabel", [documents, only]:
-                return [self.notes.unlabel(map(document_id, documents), only)]
+                return [self.notes.unregister(map(document_id, documents), only)]
             case "compared", [prompts]:
                 return [[[(0.25, True), (0.5, False)] for _ in prompts]]
             case "drop_answers", _:
@@ -233,15 +233,15 @@ def fake_blend(patch: pytest.MonkeyPatch, **options: Any) -> CacheBlend:
 
 
 def sent(blend: CacheBlend) -> list[EngineRequest]:
-    """The requests that reached the fake engine, those of the gate left out."""
+    """The requests that reached the fake engine, those of the model check left out."""
     engine: Any = blend._engine
     return [r for r in engine.requests if not _of_gate(r)]
 
 
-def head_of(blend: CacheBlend) -> Head | None:
+def head_of(blend: CacheBlend) -> PromptPrefix | None:
     """The stored head that prompts of this front may begin with."""
     engine: Any = blend._engine
-    return engine.planner._spaces[blend._name].head  # type: ignore[no-any-return]
+    return engine.planner._spaces[blend._name].prompt_prefix  # type: ignore[no-any-return]
 
 
 def index_of(blend: CacheBlend) -> ChunkIndex:

@@ -31,7 +31,7 @@ def main(folder: Path, names: list[str]) -> None:
         with start_in_process(path, prefix=PREFIX, **options) as blend:
             chosen = blend._engine._llm.llm_engine.model_config  # type: ignore[attr-defined]
             assert chosen.supports_multimodal_inputs, "else it is a model of text"
-            assert blend.gate.passed, blend.gate.detail
+            assert blend.model_check.passed, blend.model_check.detail
             blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
             errors[name] = blends_as_the_reference(blend, reference)
     sys.stdout.write(json.dumps(errors) + "\n")

@@ -150,14 +150,18 @@ class Reference:
         question: Sequence[int],
         selected: Sequence[int],
         steps: int,
-        reach: int = 0,
+        propagation_length: int = 0,
     ) -> Answer:
         """Reuse, recompute exactly the ``selected`` positions, answer greedily."""
         ids = [t for p in parts for t in p.ids]
         fused = self.reused(parts)
         if selected:
             at = torch.tensor(list(selected))
-            moving = (self, _weights(parts, selected, reach)) if reach else None
+            moving = (
+                (self, _weights(parts, selected, propagation_length))
+                if propagation_length
+                else None
+            )
             self.model(
                 torch.tensor([[ids[i] for i in selected]]),
                 position_ids=at[None],
@@ -239,14 +243,16 @@ def _mask(at: torch.Tensor, count: int, window: int) -> torch.Tensor:
     return mask[None, None]
 
 
-def _weights(parts: Sequence[Part], selected: Sequence[int], reach: int) -> torch.Tensor:
+def _weights(
+    parts: Sequence[Part], selected: Sequence[int], propagation_length: int
+) -> torch.Tensor:
     """What each recomputed token says of each reused one, in words of one token at a time."""
     chunk_of = [number for number, p in enumerate(parts) for _ in p.ids]
     weights = torch.zeros(len(chunk_of), len(selected))
     for token, chunk in enumerate(chunk_of):
         if parts[chunk].stored and token not in selected:
             for column, other in enumerate(selected):
-                if chunk_of[other] == chunk and abs(token - other) <= 4 * reach:
-                    weights[token, column] = math.exp(-abs(token - other) / reach)
+                if chunk_of[other] == chunk and abs(token - other) <= 4 * propagation_length:
+                    weights[token, column] = math.exp(-abs(token - other) / propagation_length)
             weights[token] /= 1 + weights[token].sum()
     return weights

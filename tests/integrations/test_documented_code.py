@@ -28,7 +28,7 @@ CHUNK = (
 def running(real: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> SharedEngine:
     """Whoever names the embedded model from here on shares the engine that runs already."""
     monkeypatch.chdir(ROOT)
-    shared = SharedEngine.around(real)
+    shared = SharedEngine.from_running(real)
     monkeypatch.setattr(shared, "close", lambda: None)  # others still need it
     monkeypatch.setitem(_by_model, _canonical(embedded_model()), shared)
     return shared

@@ -39,7 +39,7 @@ class TestUnit(ChatModelUnitTests):
 class TestIntegration(ChatModelIntegrationTests):
     @pytest.fixture(autouse=True)
     def _engine(self, real: CacheBlend) -> None:
-        type(self).engine = SharedEngine.around(real)
+        type(self).engine = SharedEngine.from_running(real)
 
     engine: SharedEngine
 

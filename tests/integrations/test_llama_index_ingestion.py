@@ -59,9 +59,9 @@ def pipeline(hook: CacheBlendIngestion, **options: Any) -> IngestionPipeline:
 
 def test_nodes_pass_unchanged(hook: CacheBlendIngestion, store: Callable[[], int]) -> None:
     nodes = split()
-    before = [node.model_dump() for node in nodes]
+    left_context = [node.model_dump() for node in nodes]
     assert hook(nodes) is nodes
-    assert [node.model_dump() for node in nodes] == before
+    assert [node.model_dump() for node in nodes] == left_context
     assert store() == len(nodes)
 
 
@@ -115,11 +115,11 @@ def test_nodes_are_computed_behind_what_precedes_them(
     seen = 0
     for node, key in zip(reversed(nodes), report.keys, strict=True):
         assert isinstance(node, TextNode) and node.start_char_idx is not None
-        before = whole[node.ref_doc_id][: node.start_char_idx].split()  # type: ignore[index]
+        left_context = whole[node.ref_doc_id][: node.start_char_idx].split()  # type: ignore[index]
         behind = text_behind(engines[0], key)
-        if before:
+        if left_context:
             seen += 1
-            assert behind.split()[-60:] == before[-60:] or len(before) < 60
+            assert behind.split()[-60:] == left_context[-60:] or len(left_context) < 60
         else:
             assert behind.endswith(NEUTRAL_TEXT)
     assert seen > 3

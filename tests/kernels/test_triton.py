@@ -15,8 +15,8 @@ from cacheblend_kernels.reference import moved, placed, question_attention
 
 pytest.importorskip("triton", reason="this platform has no Triton")
 from cacheblend_kernels.attention import Extra, _parts, question_scores, scattered_attention
-from cacheblend_kernels.move import Movers, move
-from cacheblend_kernels.place import Sources, place
+from cacheblend_kernels.propagate import Propagation, propagate
+from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
 
 pytestmark = pytest.mark.anywhere
 
@@ -86,7 +86,7 @@ def test_place(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None
     addresses = torch.tensor(
         [[c.k_BSGD.data_ptr(), c.v_BSGD.data_ptr()] for c in caches], device=DEVICE
     )
-    place(sources, cos, sin, positions, caches[0], addresses, is_neox=is_neox)
+    rotate_and_scatter(sources, cos, sin, positions, caches[0], addresses, is_neox=is_neox)
     for cache, twin in zip(caches, twins, strict=True):
         torch.testing.assert_close(cache.v_BSGD, twin.v_BSGD, atol=0, rtol=0)
         torch.testing.assert_close(cache.k_BSGD, twin.k_BSGD, atol=TOLERANCE[dtype], rtol=1e-2)
@@ -100,7 +100,7 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
     torch.manual_seed(dim)
-    context, groups, reach = 300, 2, 6
+    context, groups, propagation_length = 300, 2, 6
     cache = paged(context, 16, groups, dim, dtype)
     chunk_N = torch.full((context,), -1, dtype=torch.int32, device=DEVICE)
     for number, (start, end) in enumerate([(5, 90), (90, 120), (140, 290)]):
@@ -120,13 +120,13 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
     old_k, old_v = (x.clone() for x in cache.gather(everywhere))
     twin = cache._replace(k_BSGD=cache.k_BSGD.clone(), v_BSGD=cache.v_BSGD.clone())
     pass_2 = torch.tensor([0, 50], dtype=torch.int32, device=DEVICE)
-    reach_1 = torch.tensor([float(reach)], device=DEVICE)
-    movers = Movers(chunk_N, position_R, chunk_R, before, pass_2, reach_1)
-    moved(movers, k, v, twin, cos, sin, is_neox=is_neox)
+    propagation_length_1 = torch.tensor([float(propagation_length)], device=DEVICE)
+    propagation = Propagation(chunk_N, position_R, chunk_R, before, pass_2, propagation_length_1)
+    moved(propagation, k, v, twin, cos, sin, is_neox=is_neox)
     for some in (slice(0, 21), slice(21, 50)):
         here = torch.tensor([some.start, some.stop - some.start], device=DEVICE).int()
         fresh = (F.pad(x[some], (0, 0, 0, 0, 0, 7), value=9.0) for x in (k, v))  # rows to spare
-        move(movers._replace(pass_2=here), *fresh, cache, cos, sin, is_neox=is_neox)
+        propagate(propagation._replace(pass_2=here), *fresh, cache, cos, sin, is_neox=is_neox)
     new_k, new_v = cache.gather(everywhere)
     assert torch.equal(new_k[~moves], old_k[~moves]) and torch.equal(new_v[~moves], old_v[~moves])
     bound = 2 * TOLERANCE[dtype]

@@ -25,9 +25,9 @@ MADE = Calibration(
     ratio=0.5,
     selector="query",
     selector_options={"coverage": 0.6},
-    reach=16,
-    flips_allowed=0.2,
-    flips=0.18,
+    propagation_length=16,
+    changed_allowed=0.2,
+    changed=0.18,
     mean_ratio=0.12,
     questions=40,
     data=("s",),
@@ -85,7 +85,7 @@ def test_auto_is_the_calibration_or_the_default() -> None:
     auto = BlendConfig(recompute_ratio="auto")
     assert resolved(auto, None) == BlendConfig()
     got = resolved(auto, MADE)
-    assert (got.recompute_ratio, got.selector, got.reach) == (0.5, "query", 16)
+    assert (got.recompute_ratio, got.selector, got.propagation_length) == (0.5, "query", 16)
     assert dict(got.selector_options) == {"coverage": 0.6}
     fixed = BlendConfig(recompute_ratio=0.3)
     assert resolved(fixed, MADE) is fixed
@@ -122,8 +122,8 @@ def summary(tmp_path: Path, sets: tuple[str, ...] = ("s",), kind: str = "qa") ->
                 )
                 file.add_question(asked)
                 file.add([Answer(row="full", text="Rome", **common)])
-                for row, flips in FLIPS.items():
-                    text = "Oslo" if n < flips else "Rome"
+                for row, changed in FLIPS.items():
+                    text = "Oslo" if n < changed else "Rome"
                     blended: dict[str, Any] = {
                         "tokens_reused": 100 - SHARES[row],
                         "tokens_recomputed": SHARES[row],
@@ -146,7 +146,9 @@ def test_the_cheapest_row_that_keeps_to_it_is_chosen(tmp_path: Path) -> None:
 def test_every_candidate_is_a_row() -> None:
     for name in CANDIDATES:
         options = parse_row(name).options
-        replace(MADE, ratio=options["recompute_ratio"], reach=options["reach"])
+        replace(
+            MADE, ratio=options["recompute_ratio"], propagation_length=options["propagation_length"]
+        )
 
 
 def test_sets_are_taken_together(tmp_path: Path) -> None:

@@ -83,10 +83,10 @@ def test_ids_of_mistral_s_own_tokenizer(
     assert blend.takes_messages
     expected = own_chat(folder, CONVERSATIONS[name], "mistral")
     assert blend.tokenize(CONVERSATIONS[name]) == expected
-    head = head_of(blend)
-    assert head is not None
+    prompt_prefix = head_of(blend)
+    assert prompt_prefix is not None
     if name == "one":
-        assert expected[: len(head.token_ids)] == head.token_ids
+        assert expected[: len(prompt_prefix.token_ids)] == prompt_prefix.token_ids
 
 
 def test_a_model_without_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +120,9 @@ def test_the_head_follows_the_arguments(tmp_path: Path, monkeypatch: pytest.Monk
     for thinking in (True, False):
         config = BlendConfig(chat_template_kwargs={"enable_thinking": thinking})
         blend = opened(monkeypatch, folder, config=config)
-        head = head_of(blend)
-        assert head is not None
-        heads.append(text_of(blend, head.token_ids))
+        prompt_prefix = head_of(blend)
+        assert prompt_prefix is not None
+        heads.append(text_of(blend, prompt_prefix.token_ids))
     assert heads[0].startswith("/think")
     assert heads[1].startswith("/no_think")
 
@@ -153,9 +153,9 @@ def test_a_template_without_a_system_role(tmp_path: Path, monkeypatch: pytest.Mo
     folder = with_template(tmp_path, NO_SYSTEM)
     blend = opened(monkeypatch, folder, config=BlendConfig(likely_system_prompt="Be brief."))
     assert blend.tokenize(CONVERSATIONS["one"]) == own_chat(folder, CONVERSATIONS["one"])
-    head = head_of(blend)
-    assert head is not None
-    assert text_of(blend, head.token_ids).endswith("<turn>user\n")
+    prompt_prefix = head_of(blend)
+    assert prompt_prefix is not None
+    assert text_of(blend, prompt_prefix.token_ids).endswith("<turn>user\n")
     with pytest.raises(PromptError, match=r"System role not supported.*system, user.*text"):
         blend.generate(CONVERSATIONS["system"])
     with pytest.raises(PromptError, match=r"must alternate.*user, user"):
@@ -193,7 +193,7 @@ def test_an_engine_is_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
     for copied in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(EngineError, match="running engine"):
             copied(blend)
-    assert blend.beside(BlendConfig(ingest_prefix="none")).generate("Hello").text
+    assert blend.with_config(BlendConfig(ingest_prefix="none")).generate("Hello").text
 
 
 # --- dates ----------------------------------------------------------------------------------------
@@ -221,15 +221,18 @@ def test_chunks_outlive_the_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         on_day(monkeypatch, day)
         blend = opened(monkeypatch, folder, config=BlendConfig(system_prompt="Be brief."))
         keys.update(ingested(blend).keys)
-        head = head_of(blend)
-        assert head is not None
-        heads.append(text_of(blend, head.token_ids))
+        prompt_prefix = head_of(blend)
+        assert prompt_prefix is not None
+        heads.append(text_of(blend, prompt_prefix.token_ids))
         prompts.append(blend.tokenize(CONVERSATIONS["system"]))
         assert prompts[-1] == own_chat(folder, CONVERSATIONS["system"])
         assert f"Today Date: 0{day} May 2031" in text_of(blend, prompts[-1])
     assert len(keys) == 1
     assert prompts[0] != prompts[1]
-    assert [f"0{day} May 2031" in head for day, head in zip((6, 7), heads, strict=True)] == [1, 1]
+    assert [
+        f"0{day} May 2031" in prompt_prefix
+        for day, prompt_prefix in zip((6, 7), heads, strict=True)
+    ] == [1, 1]
 
 
 def test_only_the_newest_head_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +242,7 @@ def test_only_the_newest_head_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     [chunk] = ingested(blend).keys
     for day in (6, 7, 8):
         on_day(monkeypatch, day)
-        head = blend._store_head()
-        assert head is not None
-        assert engine.stored == {chunk, head.key}
-    assert len(set(engine.ingested)) == 5  # the gate's probe, the chunk, and three heads
+        prompt_prefix = blend._store_prompt_prefix()
+        assert prompt_prefix is not None
+        assert engine.stored == {chunk, prompt_prefix.key}
+    assert len(set(engine.ingested)) == 5  # the model check's probe, the chunk, and three heads

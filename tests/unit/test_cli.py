@@ -15,7 +15,7 @@ import torch
 
 from cacheblend_rag import __version__, cli, demo
 from cacheblend_rag.calibration import Calibration
-from cacheblend_rag.engine.base import EngineInfo, EngineOutput, GateReport, LayerCheck
+from cacheblend_rag.engine.base import EngineInfo, EngineOutput, LayerCheck, ModelCheck
 from cacheblend_rag.errors import EngineError, StoreError
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.reason import Reason
@@ -43,7 +43,7 @@ class FakeBlend:
         self.options, self.asked = options, list[dict[str, Any]]()
         self.tokenizer = None
         check = LayerCheck(0, 37, 1e-4, 2e-4, not self.refusal)
-        self.gate = GateReport(
+        self.model_check = ModelCheck(
             passed=not self.refusal,
             reason=Reason.HYBRID if self.refusal else None,
             detail=self.refusal,
@@ -449,13 +449,13 @@ def test_check_shows_a_calibration(
     fake: type[FakeBlend], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.calibration = Calibration(
-        fingerprint="ab", version="0", ratio=0.3, selector="query", reach=16,
-        flips_allowed=0.2, flips=0.18, mean_ratio=0.12, questions=40,
+        fingerprint="ab", version="0", ratio=0.3, selector="query", propagation_length=16,
+        changed_allowed=0.2, changed=0.18, mean_ratio=0.12, questions=40,
     )  # fmt: skip
     assert cli.main(["check", "org/model"]) == 0
     assert "changed 18% of 40 answers, recomputed 12.0%" in capsys.readouterr().out
     assert cli.main(["check", "org/model", "--json"]) == 0
-    assert object_on_stdout(capsys)["calibration"]["reach"] == 16
+    assert object_on_stdout(capsys)["calibration"]["propagation_length"] == 16
 
 
 def test_stats_count_each_namespace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

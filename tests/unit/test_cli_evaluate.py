@@ -66,7 +66,7 @@ def test_all_rows_are_asked_and_scored(
     [own] = got["sets"]
     rows = {r["row"]: r for r in own["rows"]}
     assert list(rows) == [
-        "full", "prefix_caching", "noise", "reuse", "reuse/none", "query@0.1", "hkvd@0.1",
+        "full", "prefix_caching", "ratio_1", "reuse", "reuse/none", "query@0.1", "hkvd@0.1",
         "query@0.1~64",
     ]  # fmt: skip
     assert own["questions"] == 5 and rows["query@0.1"]["quality"] == 1.0
@@ -115,7 +115,7 @@ def test_parted_answers_are_asked_again(
         capsys, MODEL, "--data", data, "--out", tmp_path / "o", "--only-rows", "reuse", "--limit", 3
     )
     [_, reuse] = got["sets"][0]["rows"]
-    assert reuse["flip"] == 1.0 and reuse["quality"] == 0.0
+    assert reuse["changed"] == 1.0 and reuse["quality"] == 0.0
     assert asked(engines[0]) == ["keep", "compare", "force"] * 3
 
 
@@ -170,7 +170,7 @@ def test_pieces_of_passages_stand_behind_one_another(
     pieces = [text for text in behind if text.endswith("be kept. A\n\n")]
     assert len(pieces) == 1, "both passages go on alike: the first is taken"
     lengths = {len(engine.behind[key]) for key in engine.ingested}
-    assert len(lengths) == 3, "the head, the gate's probe, and the rest"
+    assert len(lengths) == 3, "the prompt prefix, the model check's probe, and the rest"
     assert "cut is None, was 30" in refused(capsys, *common)
     run(capsys, *common[:-1], tmp_path / "whole")
     other = [tmp_path / "out", tmp_path / "whole"]

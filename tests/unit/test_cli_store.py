@@ -14,7 +14,7 @@ import pytest
 from chunks import chunk_of, key_of, same
 
 from cacheblend_rag import cli
-from cacheblend_rag.cli.store import label
+from cacheblend_rag.cli.store import register
 from cacheblend_rag.retrieval import MANIFEST, Passage
 from cacheblend_rag.store import DiskStore, Encoding
 from cacheblend_rag.store.folder import namespaces
@@ -262,7 +262,7 @@ def documents(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     FakeRetriever(
         [Passage(name, number, "text") for name, number in rows], folder.with_name("kv-index")
     )
-    label(folder, [name for name, _ in rows], [key_of(number) for _, number in rows])
+    register(folder, [name for name, _ in rows], [key_of(number) for _, number in rows])
     return names
 
 
@@ -289,10 +289,10 @@ def test_gc(folder: Path, documents: list[str], capsys: pytest.CaptureFixture[st
 
 
 def test_a_document_that_changed_leaves_nothing_behind(folder: Path, documents: list[str]) -> None:
-    label(folder, [documents[0], documents[0]], [key_of(1), ""])  # its first passage is gone
+    register(folder, [documents[0], documents[0]], [key_of(1), ""])  # its first passage is gone
     assert held(folder) == [1, 2, 3]
 
 
 def test_labels_where_there_is_no_store(tmp_path: Path) -> None:
-    label(tmp_path, ["a"], [key_of(1)])
+    register(tmp_path, ["a"], [key_of(1)])
     assert list(tmp_path.iterdir()) == []

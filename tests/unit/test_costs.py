@@ -57,7 +57,7 @@ def test_a_refusal_says_what_was_predicted() -> None:
     refusal = costs.refusal(far_plan(0.25))
     assert refusal is not None and refusal.detail == (
         "a plain prefill is as quick here: 6144.0 ms predicted for 6144 tokens, a blend 7680.0 ms "
-        "(when='always' blends all the same)"
+        "(blend_if='always' blends all the same)"
     )
 
 
@@ -89,7 +89,7 @@ def test_a_high_ratio_is_not_worth_it() -> None:
 def test_without_measurements_or_when_asked_for_everything_is_blended() -> None:
     slow = H100._replace(blend_s=9.0)
     assert isinstance(plan(1, None), Plan)
-    assert isinstance(plan(6, slow, when="always"), Plan)
+    assert isinstance(plan(6, slow, blend_if="always"), Plan)
     assert isinstance(plan(6, slow, mode="reuse"), Plan)  # a baseline, asked for by name
     assert isinstance(plan(6, slow), NoPlan)
 
@@ -162,15 +162,15 @@ def test_the_more_is_recomputed_the_less_is_worth_fetching() -> None:
 
 def test_a_plan_tells_the_engine_whether_costs_matter() -> None:
     asked: list[tuple[dict[str, object], str]] = [
-        ({}, "pays"),
-        ({"when": "always"}, "always"),
+        ({}, "faster"),
+        ({"blend_if": "always"}, "always"),
         ({"mode": "reuse"}, "always"),
     ]
     for options, expected in asked:
         made = plan(6, None, **options)
         assert isinstance(made, Plan)
-        assert made.when == expected
+        assert made.blend_if == expected
         assert Plan.from_dict(made.to_dict()) == made
-    one, other = plan(6, None), plan(6, None, when="always")
+    one, other = plan(6, None), plan(6, None, blend_if="always")
     assert isinstance(one, Plan) and isinstance(other, Plan)
     assert one.settings == other.settings  # the same KV

@@ -13,7 +13,7 @@ from cacheblend_rag.prefix import (
     MOST_AUTO,
     document_context,
     ingest_prefix,
-    prompt_head,
+    prompt_prefix_ids,
 )
 
 TEXT = "One fish. Two fish. Red fish. Blue fish."
@@ -60,9 +60,9 @@ def test_starts_tell_order_gaps_and_shared_text() -> None:
 
 def test_only_the_end_of_a_long_document_is_kept() -> None:
     pieces = [Piece(f"{n:07} " * 100, "d", n * 800) for n in range(20)]
-    before = texts_before(pieces)
-    assert before[3] == "".join(p.text for p in pieces[:3])
-    assert before[-1] == "".join(p.text for p in pieces[:-1])[-BEFORE_CHARS:]
+    left_context = texts_before(pieces)
+    assert left_context[3] == "".join(p.text for p in pieces[:3])
+    assert left_context[-1] == "".join(p.text for p in pieces[:-1])[-BEFORE_CHARS:]
 
 
 def test_context_is_as_long_as_the_neutral_text() -> None:
@@ -83,7 +83,7 @@ def test_prefix_of_a_chunk_without_a_document_is_that_of_auto() -> None:
     for tokenizer, positions in ((Pairs(), 2 * size + 1), (Pairs(), 8192)):
         whole = ingest_prefix(document, tokenizer, None, positions=positions)
         assert whole == ingest_prefix(auto, tokenizer, None, positions=positions)
-    head = prompt_head(auto, Letters(), None)
+    head = prompt_prefix_ids(auto, Letters(), None)
     assert head == ingest_prefix(auto, Pairs(), None, positions=2 * size), (
         "half of the model's positions"
     )

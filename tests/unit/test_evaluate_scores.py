@@ -55,13 +55,13 @@ def test_rows() -> None:
         ["query", "hkvd"], [0.1, 0.15], ["auto", "none"], ["query:window=33@0.15/head"]
     )
     assert [r.name for r in rows] == [
-        "full", "prefix_caching", "noise", "reuse", "reuse/none", "query@0.1", "query@0.15",
+        "full", "prefix_caching", "ratio_1", "reuse", "reuse/none", "query@0.1", "query@0.15",
         "hkvd@0.1", "hkvd@0.15", "query@0.1~64", "query@0.15~64", "query:window=33@0.15/head",
     ]  # fmt: skip
-    assert [r.prefix for r in rows[-2:]] == ["auto", "head"]
+    assert [r.prefix for r in rows[-2:]] == ["auto", "prompt_prefix"]
     assert rows[-1].options["selector_options"] == {"window": 33}
     assert rows[4].prefix == "none" and rows[4].options["mode"] == "reuse"
-    assert all(r.options["when"] == "always" for r in rows)
+    assert all(r.options["blend_if"] == "always" for r in rows)
     assert [r.blends for r in rows[:4]] == [False, False, True, True]
     assert parse_selector("query:layers=[0.5,0.75]")[1] == {"layers": [0.5, 0.75]}
 
@@ -94,12 +94,12 @@ class Letters:
 
 def test_prefixes_of_a_size() -> None:
     config = BlendConfig()
-    got = with_prefix(config, "company:7", Letters(), None, ["abc", "de", "f"])
+    got = with_prefix(config, "other_passages:7", Letters(), None, ["abc", "de", "f"])
     assert "".join(map(chr, got.ingest_prefix)) == "abc\n\nde"
     assert len(with_prefix(config, "neutral:3000", Letters(), None, ()).ingest_prefix) == 3000
     assert with_prefix(config, "bos", Letters(), None, ()).ingest_prefix == "bos"
     with pytest.raises(DataError, match="5 tokens together, fewer than 9"):
-        with_prefix(config, "company:9", Letters(), None, ["abc"])
+        with_prefix(config, "other_passages:9", Letters(), None, ["abc"])
 
 
 def question(number: int, **changes: Any) -> Question:
@@ -151,7 +151,7 @@ def test_a_summary(tmp_path: Path) -> None:
     [summary] = summarise(results)
     full, query, hkvd = summary.rows
     assert (full.quality, query.quality, hkvd.quality) == (1.0, 0.5, 0.0)
-    assert (query.agree, query.flip, query.top1) == (0.5, 0.5, 0.5)
+    assert (query.agree, query.changed, query.top1) == (0.5, 0.5, 0.5)
     assert query.kl == pytest.approx(0.2) and hkvd.kl == pytest.approx(0.4)
     assert query.ratio == pytest.approx(0.1) and query.recomputed == 10
     assert query.speedup == pytest.approx(2.0)

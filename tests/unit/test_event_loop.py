@@ -102,7 +102,7 @@ async def test_wrong_options_are_refused_at_once_and_wrong_prompts_when_read(
     for bad in ("", [1, 2.5], "word " * 9000):
         with pytest.raises(PromptError):
             await blend.agenerate(bad)
-    front = blend.beside(BlendConfig(min_chunk_tokens=64))
+    front = blend.with_config(BlendConfig(min_chunk_tokens=64))
     blend.close()
     with pytest.raises(ClosedError):
         await blend.agenerate("text")
@@ -136,7 +136,7 @@ def test_who_truncates_with_our_tokenizer_cuts_no_prompt(blend: CacheBlend) -> N
 
 def test_what_is_set_on_the_tokenizer_stays_there(blend: CacheBlend) -> None:
     whole = blend.tokenize(TEXT)
-    for handed_out in (blend.tokenizer, blend.beside(BlendConfig()).tokenizer):
+    for handed_out in (blend.tokenizer, blend.with_config(BlendConfig()).tokenizer):
         handed_out.add_tokens(["quick brown fox"])
         handed_out.chat_template = "nothing"
         handed_out._tokenizer.enable_truncation(5)

@@ -40,14 +40,14 @@ def fail_after(
     def failing(method: str, *args: Any) -> list[Any]:
         if method != "cacheblend_ingest":
             return list(rpc(method, *args))
-        room = chunks - len(engine.stored) + before
+        room = chunks - len(engine.stored) + left_context
         keys, chunks_ids, prefix, contexts = args
         done = list(rpc(method, keys[:room], chunks_ids[:room], prefix, contexts[:room]))
         if len(args[0]) > room:
             raise error
         return done
 
-    before = len(engine.stored)
+    left_context = len(engine.stored)
     patch.setattr(engine, "rpc", failing)
 
 
@@ -65,27 +65,27 @@ def test_what_was_stored_before_a_failure_is_used(
     assert len(stored) == chunks + 1
     assert stored == blend.stored()
     documents = {name for name, text in zip(NAMES, TEXTS, strict=True) if blend.key(text) in stored}
-    assert blend.labelled(NAMES) == documents
+    assert blend.registered_documents(NAMES) == documents
     if chunks:
         assert blend.generate(TEXTS[0] + TEXTS[-1] + "Which day?").report.blended
     assert blend.ingest(TEXTS, progress=False).computed == len(TEXTS) - chunks - 1
 
 
 def test_adapters_leave_the_same_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = SharedEngine.around(blend := fake_blend(monkeypatch))
+    shared = SharedEngine.from_running(blend := fake_blend(monkeypatch))
     with monkeypatch.context() as patch:
         fail_after(blend, patch, 7, StoreError("the disk is full"))
         with pytest.raises(StoreError):
             shared.ingest(TEXTS, NAMES, progress=False)
-    assert len(shared.labelled(NAMES)) == 7 == len(blend.stored())
-    assert shared.forget(shared.labelled(NAMES)) == 7
+    assert len(shared.registered_documents(NAMES)) == 7 == len(blend.stored())
+    assert shared.forget(shared.registered_documents(NAMES)) == 7
     assert not {blend.key(text) for text in TEXTS} & blend.engine.stored  # type: ignore[attr-defined]
 
 
 def test_documents_are_noted_with_their_chunks(blend: CacheBlend) -> None:
     report = blend.ingest([*TEXTS[:2], TEXTS[0]], documents=["a", None, "b"], progress=False)
     assert (report.computed, report.repeated) == (2, 1)
-    assert blend.labelled(["a", "b", "c"]) == {"a", "b"}
+    assert blend.registered_documents(["a", "b", "c"]) == {"a", "b"}
     assert blend.forget_documents(["a"]) == 0  # b has it as well
     assert blend.forget_documents(["b"]) == 1
     blend.ingest(TEXTS[1], documents="c", progress=False)  # it is stored already
@@ -101,7 +101,7 @@ def test_too_long_ones_are_counted_and_the_others_computed(blend: CacheBlend) ->
     assert blend.key(LONG) not in blend.stored()
     blend.forget(LONG)  # it is not there
     blend.prefetch(LONG)
-    assert blend.retain([LONG, TEXTS[0]]) == 1
+    assert blend.delete_except([LONG, TEXTS[0]]) == 1
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_bad_text_is_named_before_anything_is_computed(
         lambda: blend.ingest([*TEXTS[:2], bad], progress=False),
         lambda: blend.forget([*TEXTS[:2], bad]),
         lambda: blend.prefetch([*TEXTS[:2], bad]),
-        lambda: blend.retain([*TEXTS[:2], bad]),
+        lambda: blend.delete_except([*TEXTS[:2], bad]),
     ]
     for use in uses:
         with pytest.raises(error, match=f"text 3 of 3: .*{message}"):
@@ -134,12 +134,12 @@ def test_a_bad_text_is_named_before_anything_is_computed(
 def test_what_stands_before_a_bad_text_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     blend = fake_blend(monkeypatch, config=BlendConfig(ingest_prefix="document"))
     with pytest.raises(PromptError, match=r"before, text 2 of 2: .*2\.5"):
-        blend.ingest(TEXTS[:2], before=["a title", [2.5]], progress=False)
+        blend.ingest(TEXTS[:2], left_context=["a title", [2.5]], progress=False)
     assert len(blend.stored()) == 0
 
 
 def test_adapters_warn_of_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = SharedEngine.around(fake_blend(monkeypatch))
+    shared = SharedEngine.from_running(fake_blend(monkeypatch))
     with pytest.warns(UserWarning, match=r"1 of 2 texts .* smaller chunks"):
         report = shared.ingest([TEXTS[0], LONG], NAMES[:2], progress=False)
-    assert report.computed == 1 and shared.labelled(NAMES) == {NAMES[0]}
+    assert report.computed == 1 and shared.registered_documents(NAMES) == {NAMES[0]}

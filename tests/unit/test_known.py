@@ -66,7 +66,7 @@ def test_what_another_engine_stores_and_forgets(
     storing_engine.install(monkeypatch)
     with start(url) as here, start(url) as there:
         engine: Any = here._engine
-        beside = here.beside(BlendConfig(store=url, ingest_prefix="bos"))
+        beside = here.with_config(BlendConfig(store=url, ingest_prefix="bos"))
         assert there.ingest(TEXTS[0], progress=False).computed == 1
         learnt = until(lambda: reuses(here, TEXTS[0]))
         assert not reuses(beside, TEXTS[0]), "its keys are others"
@@ -82,7 +82,7 @@ def test_what_another_engine_stores_and_forgets(
         until(lambda: not reuses(here, TEXTS[0]))
         assert reuses(here, TEXTS[1])
 
-        late = here.beside(here.config)
+        late = here.with_config(here.config)
         assert reuses(late, TEXTS[1]), "what is stored already is known at once"
         there.ingest(TEXTS[2], progress=False)
         until(lambda: reuses(late, TEXTS[2]) and reuses(here, TEXTS[2]))
@@ -94,7 +94,7 @@ def test_what_one_front_ingests_the_others_find(
 ) -> None:
     storing_engine.install(monkeypatch)
     with start("memory://") as one:
-        two = one.beside(one.config)
+        two = one.with_config(one.config)
         one.ingest(TEXTS[0], progress=False)
         until(lambda: reuses(two, TEXTS[0]))
         two.forget(TEXTS[0])

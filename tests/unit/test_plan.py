@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cacheblend_rag import BlendConfig, locate
 from cacheblend_rag.locate import Match
-from cacheblend_rag.plan import Head, Kind, NoPlan, Plan, Segment, make_plan
+from cacheblend_rag.plan import Kind, NoPlan, Plan, PromptPrefix, Segment, make_plan
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import make_report
 
@@ -105,11 +105,11 @@ def test_exact_only_behind_its_own_prefix_at_its_own_place() -> None:
     assert kind(match(20, 100), (1, *prefix[1:])) is Kind.REUSE
     assert kind(match(30, 100), prefix) is Kind.REUSE
     assert kind(match(20, 100, offset=4), prefix) is Kind.REUSE
-    assert kind(match(20, 100, offset=40), prefix) is Kind.HEAD_CUT
+    assert kind(match(20, 100, offset=40), prefix) is Kind.LEFT_TRUNCATED
     assert kind(match(0, 100), ()) is Kind.EXACT
     for start in (0, 20):  # each chunk has a prefix of its own: it may be any
         assert kind(match(start, 100), None) is Kind.REUSE
-    assert kind(match(20, 100, offset=40), None) is Kind.HEAD_CUT
+    assert kind(match(20, 100, offset=40), None) is Kind.LEFT_TRUNCATED
 
 
 def test_a_head_cut_by_no_more_than_a_tokeniser_seam_is_no_cut() -> None:
@@ -121,7 +121,7 @@ def test_a_head_cut_by_no_more_than_a_tokeniser_seam_is_no_cut() -> None:
         return made.segments[-1].kind
 
     assert kind(locate.ANCHOR_MARGIN) is Kind.REUSE
-    assert kind(locate.ANCHOR_MARGIN + 1) is Kind.HEAD_CUT
+    assert kind(locate.ANCHOR_MARGIN + 1) is Kind.LEFT_TRUNCATED
 
 
 def test_every_option_of_a_request_reaches_its_plan() -> None:
@@ -130,17 +130,22 @@ def test_every_option_of_a_request_reaches_its_plan() -> None:
         recompute_ratio=0.4,
         selector="query",
         selector_options={"layers": (0.2, 0.5)},
-        reach=7,
-        when="always",
+        propagation_length=7,
+        blend_if="always",
     )
     assert isinstance(made, Plan)
-    assert (made.ratio, made.selector, made.reach, made.when) == (0.4, "query", 7, "always")
+    assert (made.ratio, made.selector, made.propagation_length, made.blend_if) == (
+        0.4,
+        "query",
+        7,
+        "always",
+    )
     assert made.selector_options == {"layers": (0.2, 0.5)}
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == replace(
         made, selector_options={"layers": [0.2, 0.5]}
     )
-    reuse = plan([match(0, 100)], mode="reuse", recompute_ratio=0.4, when="pays")
-    assert isinstance(reuse, Plan) and (reuse.ratio, reuse.when) == (0.0, "always")
+    reuse = plan([match(0, 100)], mode="reuse", recompute_ratio=0.4, blend_if="faster")
+    assert isinstance(reuse, Plan) and (reuse.ratio, reuse.blend_if) == (0.0, "always")
 
 
 def test_the_stored_head_is_exact_where_the_prompt_starts_with_it() -> None:
@@ -151,7 +156,7 @@ def test_the_stored_head_is_exact_where_the_prompt_starts_with_it() -> None:
             BlendConfig(),
             prefix_ids=(1, 2),
             block_size=16,
-            head=Head("h", ids),
+            prompt_prefix=PromptPrefix("h", ids),
         )
         assert isinstance(plan, Plan)
         return plan.segments
@@ -161,7 +166,7 @@ def test_the_stored_head_is_exact_where_the_prompt_starts_with_it() -> None:
     assert made(IDS[:12]) == (exact, Segment(12, 20), reused)
     assert made(IDS[:20]) == (Segment(0, 20, "h", 0, Kind.EXACT), reused)
     assert made((7, *IDS[1:12])) == (Segment(0, 20), reused)
-    assert made(IDS[:30]) == (Segment(0, 20), reused), "a head that reaches into a chunk"
+    assert made(IDS[:30]) == (Segment(0, 20), reused), "a prompt prefix that reaches into a chunk"
     assert made(IDS[:12], start=0) == (Segment(0, 96, "k", 0, Kind.REUSE),)
 
 
@@ -194,7 +199,7 @@ def test_any_matches_make_a_plan_of_whole_blocks(data: st.DataObject) -> None:
 
 
 def test_the_ends_of_ranges_belong_to_them() -> None:
-    made = plan([match(0, 100)], recompute_ratio=1.0, reach=0)
+    made = plan([match(0, 100)], recompute_ratio=1.0, propagation_length=0)
     assert isinstance(made, Plan)
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
@@ -205,11 +210,11 @@ def test_settings_tell_apart_what_gives_other_kv() -> None:
         assert isinstance(made, Plan)
         return made.settings
 
-    assert settings_of() == settings_of(when="always") == settings_of((*IDS[:-1], 7))
+    assert settings_of() == settings_of(blend_if="always") == settings_of((*IDS[:-1], 7))
     assert settings_of() != settings_of(recompute_ratio=0.2)
     assert settings_of() != settings_of(selector="hkvd")
     assert settings_of() != settings_of(selector_options={"window": 33})
-    assert settings_of() != settings_of(reach=0)
+    assert settings_of() != settings_of(propagation_length=0)
     made = plan([match(10, 100)])
     assert isinstance(made, Plan) and replace(made, space="another").settings != made.settings
 
@@ -274,7 +279,7 @@ def test_a_chunk_that_came_too_late_is_not_forgotten() -> None:
     engine: dict[str, object] = {
         "recomputed": [0, 5, 0],
         "missing": [1, 2],
-        "late": [2],
+        "timed_out": [2],
         "seconds": {},
         "bytes": 0,
     }
@@ -283,7 +288,7 @@ def test_a_chunk_that_came_too_late_is_not_forgotten() -> None:
     report = make_report(
         None, engine, mode="blend", tokens_total=300, ttft_s=1.0, total_s=2.0, tokenize_s=0
     )
-    assert [s.kind for s in report.segments] == ["fresh", "missing", "late", "fresh"]
+    assert [s.kind for s in report.segments] == ["fresh", "missing", "timed_out", "fresh"]
     assert "longer" in report.segments[2].detail
     assert report.missing_keys == ("a",)
     assert report.tokens_fresh == 300

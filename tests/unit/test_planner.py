@@ -15,7 +15,7 @@ from cacheblend_rag.calibration import Calibration
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import KnownChunks, News, Row
-from cacheblend_rag.plan import Head, Kind, NoPlan, Plan
+from cacheblend_rag.plan import Kind, NoPlan, Plan, PromptPrefix
 from cacheblend_rag.planner import Limits, Lost, Planner, Space
 from cacheblend_rag.reason import Reason, Why
 
@@ -57,9 +57,16 @@ def reused(found: Plan) -> list[str]:
 def test_a_request_has_options_of_its_own() -> None:
     made = planner()
     assert reused(plan(made)) == [KEYS.key(A), KEYS.key(B)]
-    assert (plan(made).ratio, plan(made).reach) == (0.15, 64)
-    asked = plan(made, recompute_ratio=0.4, reach=0, selector="hkvd", when="always")
-    assert (asked.ratio, asked.reach, asked.selector, asked.when) == (0.4, 0, "hkvd", "always")
+    assert (plan(made).ratio, plan(made).propagation_length) == (0.15, 64)
+    asked = plan(
+        made, recompute_ratio=0.4, propagation_length=0, selector="hkvd", blend_if="always"
+    )
+    assert (asked.ratio, asked.propagation_length, asked.selector, asked.blend_if) == (
+        0.4,
+        0,
+        "hkvd",
+        "always",
+    )
     assert plan(made, mode="reuse").ratio == 0
     for mode in ("off", "full"):
         assert why_not(made, {"space": "here", "mode": mode}).reason is Reason.MODE
@@ -81,7 +88,7 @@ def test_auto_is_what_was_calibrated() -> None:
         version="0",
         ratio=0.07,
         selector="hkvd",
-        flips_allowed=0.1,
+        changed_allowed=0.1,
         flips=0.1,
         mean_ratio=0.07,
         questions=9,
@@ -101,8 +108,8 @@ REFUSED: list[Any] = [
     {"space": "here", "selector": {}},
     {"space": "here", "selector_options": {"colour": 1}},
     {"space": "here", "selector_options": None},
-    {"space": "here", "reach": -1},
-    {"space": "here", "when": "sometimes"},
+    {"space": "here", "propagation_length": -1},
+    {"space": "here", "blend_if": "sometimes"},
     {"space": "here", "mode": 3},
     {},
     [],
@@ -123,7 +130,16 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-NAMES = ["mode", "recompute_ratio", "selector", "selector_options", "reach", "when", "space", "x"]
+NAMES = [
+    "mode",
+    "recompute_ratio",
+    "selector",
+    "selector_options",
+    "propagation_length",
+    "blend_if",
+    "space",
+    "x",
+]
 
 
 @settings(max_examples=300, deadline=None)
@@ -131,7 +147,7 @@ NAMES = ["mode", "recompute_ratio", "selector", "selector_options", "reach", "wh
 def test_whatever_a_client_sends(options: dict[str, Any]) -> None:
     found = SERVER.plan(PROMPT, options).plan
     if isinstance(found, Plan):
-        assert 0 <= found.ratio <= 1 and found.reach >= 0
+        assert 0 <= found.ratio <= 1 and found.propagation_length >= 0
     else:
         assert found.reason in (Reason.MALFORMED_OPTIONS, Reason.MODE)
 
@@ -165,7 +181,7 @@ def test_what_went_is_not_reused() -> None:
 
 
 def test_a_lost_head_is_not_looked_for() -> None:
-    made = planner(head=Head("h" * 64, HEAD))
+    made = planner(prompt_prefix=PromptPrefix("h" * 64, HEAD))
     assert plan(made).segments[0].kind is Kind.EXACT
     made.learn(0, Lost(["h" * 64]))
     assert plan(made).segments[0].kind is Kind.FRESH
@@ -178,7 +194,7 @@ def test_limits() -> None:
     slow = Costs(prefill_s=1e-9, recompute_s=1.0, load_s=1.0, blend_s=1.0)
     made.learn(0, Limits(costs=slow))
     assert why_not(made, {"space": "here"}).reason is Reason.PREFILL_AS_QUICK
-    assert plan(made, when="always").when == "always"
+    assert plan(made, blend_if="always").blend_if == "always"
     made.learn(0, Limits(proving=True))
     assert made.plan(PROMPT, {"space": "here"}).proves
     made.learn(0, Limits(why_not=Why(Reason.ROWS_DIFFER, "broken")))
@@ -200,7 +216,12 @@ def test_before_the_store_is_open_nothing_is_blended() -> None:
 
 
 def test_a_space_travels() -> None:
-    space = Space(name="s", keys=KEYS, head=Head("h", HEAD), options={"reach": 3})
+    space = Space(
+        name="s",
+        keys=KEYS,
+        prompt_prefix=PromptPrefix("h", HEAD),
+        options={"propagation_length": 3},
+    )
     assert Space.from_plain(space.to_plain()) == space
     assert pickle.loads(pickle.dumps(space)) == space  # with the metadata of a step
 

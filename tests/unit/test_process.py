@@ -21,7 +21,7 @@ from fake_engine import fake_blend
 from cacheblend_rag import EngineError
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.base import EngineRequest
-from cacheblend_rag.engine.batch import BatchEngine, _Turn
+from cacheblend_rag.engine.batch import BatchEngine, _CallLock
 from cacheblend_rag.engine.serving import ServingEngine
 from cacheblend_rag.process import Home
 from cacheblend_rag.shared import SharedEngine
@@ -87,7 +87,7 @@ def serving(vllm: Endless) -> Iterator[ServingEngine]:
 @pytest.fixture
 def batch() -> BatchEngine:
     made = BatchEngine.__new__(BatchEngine)
-    made._llm, made._turn, made._home = Endless(), _Turn(), Home()
+    made._llm, made._call_lock, made._home = Endless(), _CallLock(), Home()
     return made
 
 
@@ -134,7 +134,7 @@ def test_a_forked_child_is_told_and_leaves_the_parent_alone(serving: ServingEngi
 def test_a_fork_while_others_hold_the_locks(
     serving: ServingEngine, batch: BatchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = SharedEngine.around(blend := fake_blend(monkeypatch))
+    shared = SharedEngine.from_running(blend := fake_blend(monkeypatch))
 
     def child() -> None:
         refuses(lambda: serving.rpc("anything"))
@@ -149,7 +149,7 @@ def test_a_fork_while_others_hold_the_locks(
         blend.close()
         SharedEngine.close_all()  # as at the interpreter's end
 
-    with serving._entry, batch._turn, shared._lock:
+    with serving._entry, batch._call_lock, shared._lock:
         assert in_child(child) == 0
     assert blend.generate("a text").text and not blend.engine.closed  # type: ignore[attr-defined]
 

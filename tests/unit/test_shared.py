@@ -40,14 +40,14 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_one_model_has_one_engine_in_any_spelling(count: list[int], tmp_path: Path) -> None:
     spelled = [tmp_path, str(tmp_path), tmp_path / ".." / tmp_path.name]
-    shared = [SharedEngine.of(model) for model in spelled]
+    shared = [SharedEngine.for_model(model) for model in spelled]
     assert shared[0] is shared[1] is shared[2]
-    assert SharedEngine.of("other/model") is not shared[0]
+    assert SharedEngine.for_model("other/model") is not shared[0]
     assert count == []
 
 
 def test_many_threads_start_it_once(count: list[int]) -> None:
-    shared = SharedEngine.of("a/b", engine_args={"max_model_len": 7})
+    shared = SharedEngine.for_model("a/b", engine_args={"max_model_len": 7})
     barrier, seen = threading.Barrier(16), []
 
     def ask() -> None:
@@ -65,33 +65,33 @@ def test_many_threads_start_it_once(count: list[int]) -> None:
 
 
 def test_other_settings_are_refused_unless_left_out(count: list[int]) -> None:
-    shared = SharedEngine.of("a/b", BlendConfig(recompute_ratio=0.3), {"seed": 1})
-    assert SharedEngine.of("a/b") is shared
-    assert SharedEngine.of("a/b", BlendConfig(recompute_ratio=0.3), {"seed": 1}) is shared
+    shared = SharedEngine.for_model("a/b", BlendConfig(recompute_ratio=0.3), {"seed": 1})
+    assert SharedEngine.for_model("a/b") is shared
+    assert SharedEngine.for_model("a/b", BlendConfig(recompute_ratio=0.3), {"seed": 1}) is shared
     with pytest.raises(ConfigError, match="engine_args"):
-        SharedEngine.of("a/b", engine_args={"seed": 2})
+        SharedEngine.for_model("a/b", engine_args={"seed": 2})
     with pytest.raises(ConfigError, match="recompute_ratio"):
-        SharedEngine.of("a/b", BlendConfig())
+        SharedEngine.for_model("a/b", BlendConfig())
 
 
 def test_closing_is_for_all_and_for_good(count: list[int]) -> None:
-    shared = SharedEngine.of("a/b")
+    shared = SharedEngine.for_model("a/b")
     blend: Any = shared.blend()
     shared.close()
     shared.close()
     assert blend.closed
     with pytest.raises(ClosedError, match="make a new object"):
         shared.blend()
-    assert SharedEngine.of("a/b") is not shared
+    assert SharedEngine.for_model("a/b") is not shared
 
 
 def test_what_was_never_started_and_is_gone_stands_in_nobody_s_way(count: list[int]) -> None:
-    SharedEngine.of("a/b", engine_args={"seed": 1})
-    shared = SharedEngine.of("a/b", engine_args={"seed": 2})
+    SharedEngine.for_model("a/b", engine_args={"seed": 1})
+    shared = SharedEngine.for_model("a/b", engine_args={"seed": 2})
     shared.blend()
     del shared
     with pytest.raises(ConfigError, match="engine_args"):  # while what runs stays
-        SharedEngine.of("a/b", engine_args={"seed": 1})
+        SharedEngine.for_model("a/b", engine_args={"seed": 1})
 
 
 def test_a_failed_start_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_failed_start_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
         return Started([])
 
     monkeypatch.setattr("cacheblend_rag.shared.CacheBlend", start)
-    shared = SharedEngine.of("a/b")
+    shared = SharedEngine.for_model("a/b")
     with pytest.raises(ConfigError, match="not today"):
         shared.blend()
     assert shared.blend()
@@ -112,13 +112,13 @@ def test_a_failed_start_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_copies_and_pickles_are_itself(count: list[int]) -> None:
-    shared = SharedEngine.of("a/b", BlendConfig(selector_options={}))
+    shared = SharedEngine.for_model("a/b", BlendConfig(selector_options={}))
     assert copy.copy(shared) is copy.deepcopy(shared) is shared
     assert pickle.loads(pickle.dumps(shared)) is shared
 
 
 def test_a_pickle_in_another_process_is_an_engine_of_its_own(count: list[int]) -> None:
-    shared = SharedEngine.of("a/b", BlendConfig(recompute_ratio=0.3), {"seed": 1})
+    shared = SharedEngine.for_model("a/b", BlendConfig(recompute_ratio=0.3), {"seed": 1})
     code = """
 import pickle, sys
 shared = pickle.load(sys.stdin.buffer)
@@ -141,7 +141,7 @@ def _use(shared: SharedEngine) -> str:
 def test_a_pickle_around_an_engine_of_another_process_says_so(count: list[int]) -> None:
     blend: Any = Started([])
     blend.info, blend.config = type("Info", (), {"model": "a/b"}), BlendConfig()
-    shared = SharedEngine.around(blend)
-    assert SharedEngine.around(blend) is shared
+    shared = SharedEngine.from_running(blend)
+    assert SharedEngine.from_running(blend) is shared
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert "from_engine()" in pool.apply(_use, (shared,))

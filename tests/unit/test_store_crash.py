@@ -56,7 +56,7 @@ def is_intact(store: DiskStore, index: int) -> bool:
 # --- the helper -----------------------------------------------------------------------------------
 
 
-def say(line: object) -> None:
+def send(line: object) -> None:
     os.write(1, f"{line}\n".encode())
 
 
@@ -72,9 +72,9 @@ def write_chunks(
     for index in itertools.count(first):
         try:
             store.put(key_of(index), chunk_of(index))
-            say(index)
+            send(index)
         except StoreError as error:
-            say(f"refused {index} {error}")
+            send(f"refused {index} {error}")
             return
 
 
@@ -104,9 +104,9 @@ def serve() -> None:
         if child == 0:
             write_chunks(**json.loads(line))
             os._exit(0)
-        say(f"pid {child}")
+        send(f"pid {child}")
         os.waitpid(child, 0)
-        say("ended")
+        send("ended")
 
 
 class Writers:

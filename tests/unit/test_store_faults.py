@@ -134,11 +134,11 @@ def test_what_another_process_puts_and_labels_is_not_forgotten(tmp_path: Path) -
             seeds = range(shared * turn, shared * (turn + 1))
             for seed in seeds:
                 store.put(key_of(seed), chunk_of(seed))
-            store.label(f"a{turn}", map(key_of, seeds))
+            store.register(f"a{turn}", map(key_of, seeds))
             go.wait(60)
             for seed in seeds:
                 store.put(key_of(seed), chunk_of(seed))
-            store.label(f"b{turn}", map(key_of, seeds))
+            store.register(f"b{turn}", map(key_of, seeds))
             done.wait(60)
             lost += sum(not same(store.get(key_of(seed)), chunk_of(seed)) for seed in seeds)
             store.forget(f"b{turn}")
@@ -152,7 +152,7 @@ def test_forgetting_leaves_nothing_of_a_document_on_the_disk(tmp_path: Path) -> 
     with disk(tmp_path) as store:
         for _ in range(3):
             store.put(key_of(1), chunk_of(1))
-            store.label("a", [key_of(1)])
+            store.register("a", [key_of(1)])
             path = next(tmp_path.rglob("*.safetensors"))
             path.write_bytes(path.read_bytes()[:-1] + b"x")
             assert store.get(key_of(1)) is None

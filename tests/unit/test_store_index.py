@@ -36,7 +36,7 @@ def filled(tmp_path: Path) -> Path:
     with open_disk(tmp_path) as store:
         for seed in range(5):
             store.put(key_of(seed), chunk_of(seed))
-        store.label("a", [key_of(0)])
+        store.register("a", [key_of(0)])
     return tmp_path
 
 
@@ -253,7 +253,7 @@ def test_a_process_that_holds_the_index_holds_up_no_reader(
         monkeypatch.setattr(database, "_AWAY_S", 0)
         with warned():
             store.put(key_of(9), chunk_of(9))
-        store.label("b", [key_of(9)])
+        store.register("b", [key_of(9)])
         assert sorted(scanned(store)) == [0, 1, 2, 3, 4, 9]
         other.execute("ROLLBACK")
         other.close()

@@ -20,14 +20,14 @@ from cacheblend_rag.store import (
     WriteBackStore,
 )
 from cacheblend_rag.store.counts import Meter
-from cacheblend_rag.store.parallel import LATE, Readers
+from cacheblend_rag.store.parallel import TIMED_OUT, Readers
 from cacheblend_rag.store.source import FileSource
 
 SOON_S = 1.0  # less than any hang here, more than a busy machine takes for nothing
 
 
 class Hang:
-    """Reads of files wait for ``gate``; but for the first ``free`` of them."""
+    """Reads of files wait for ``model_check``; but for the first ``free`` of them."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.gate, self.free, self.waiting = threading.Event(), 0, 0
@@ -96,17 +96,17 @@ def test_a_disk_that_hangs_is_late_and_is_not_waited_for_again(
     found = store.get_in_time([*KEYS[1:], absent], 0.1)
     assert 0.09 < time.monotonic() - started < SOON_S
     assert found.chunks[:3] == [None] * 3
-    assert found.late >= set(KEYS[1:])
+    assert found.timed_out >= set(KEYS[1:])
     reads = hang.waiting
     for _ in range(20):  # nobody waits twice, and nothing piles up
         assert soon(lambda: store.get_in_time(KEYS[2:], 5)) < SOON_S
     assert hang.waiting == reads
-    assert store.stats().late >= 3 + 20 * 2
+    assert store.stats().timed_out >= 3 + 20 * 2
     if kind != "disk":  # what is in memory is served as ever
         assert soon(lambda: store.get_in_time(KEYS[:1], 5)) < SOON_S
         assert same(store.get_in_time(KEYS[:1], 5).chunks[0], chunk_of(0))
     hang.gate.set()
-    until(lambda: not store.get_in_time(KEYS, 10).late)
+    until(lambda: not store.get_in_time(KEYS, 10).timed_out)
     for seed, chunk in enumerate(store.get_in_time(KEYS, 10).chunks):
         assert same(chunk, chunk_of(seed))
     store.close()
@@ -116,19 +116,19 @@ def test_what_comes_in_time_is_used(disk: DiskStore, hang: Hang) -> None:
     hang.start(free=3 * 3)  # a file is read in three or four pieces
     found = disk.get_in_time(KEYS, 0.5)
     came = [seed for seed, chunk in enumerate(found.chunks) if chunk is not None]
-    assert found.late == {KEYS[seed] for seed in range(4) if seed not in came}
-    assert found.late
+    assert found.timed_out == {KEYS[seed] for seed in range(4) if seed not in came}
+    assert found.timed_out
     assert all(same(found.chunks[seed], chunk_of(seed)) for seed in came)
 
 
 def test_what_comes_too_late_is_promoted_for_the_next_one(disk: DiskStore, hang: Hang) -> None:
     with TieredStore(MemoryStore(1 << 20), disk) as store:
         hang.start()
-        assert store.get_in_time(KEYS[:2], 0.05).late == set(KEYS[:2])
+        assert store.get_in_time(KEYS[:2], 0.05).timed_out == set(KEYS[:2])
         hang.gate.set()
         until(lambda: all(store.in_memory(key) for key in KEYS[:2]))
         hang.start()
-        assert not store.get_in_time(KEYS[:2], 5).late
+        assert not store.get_in_time(KEYS[:2], 5).timed_out
 
 
 def test_hits_in_memory_do_not_wait_for_a_disk_that_cannot_count_them(disk: DiskStore) -> None:
@@ -178,7 +178,7 @@ def test_stores_that_wait_for_nothing(disk: DiskStore) -> None:
     memory = MemoryStore(1 << 20)
     memory.put(KEYS[0], chunk_of(0))
     found = memory.get_in_time(KEYS[:2], 0.0)
-    assert same(found.chunks[0], chunk_of(0)) and found.chunks[1] is None and not found.late
+    assert same(found.chunks[0], chunk_of(0)) and found.chunks[1] is None and not found.timed_out
     assert memory.in_memory(KEYS[0]) and not memory.in_memory(KEYS[1])
     assert NullStore().get_in_time(KEYS, 0.0).chunks == [None] * 4
     assert not disk.in_memory(KEYS[0])
@@ -207,8 +207,8 @@ def test_readers_know_what_is_behind() -> None:
     gate = threading.Event()
     readers = Readers(2)
     assert readers.map_within(lambda n: n, [1, 2, 3], 10) == [1, 2, 3]
-    late = readers.map_within(lambda n: gate.wait(30), [1, 2, 3, 4], 0.05)
-    assert late == [LATE] * 4 and readers.is_behind
+    timed_out = readers.map_within(lambda n: gate.wait(30), [1, 2, 3, 4], 0.05)
+    assert timed_out == [TIMED_OUT] * 4 and readers.is_behind
     assert readers.backlog == 2  # what had not begun never will
     gate.set()
     until(lambda: not readers.is_behind)

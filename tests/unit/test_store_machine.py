@@ -163,8 +163,8 @@ class Machine(RuleBasedStateMachine):
             self.is_gone(seed)
 
     @rule(name=NAMES, seeds=st.sets(SEEDS, max_size=4))
-    def label(self, name: str, seeds: set[int]) -> None:
-        self.store.label(name, map(key_of, sorted(seeds)))
+    def register(self, name: str, seeds: set[int]) -> None:
+        self.store.register(name, map(key_of, sorted(seeds)))
         if seeds:
             self.documents.setdefault(name, set()).update(seeds)
 

@@ -79,7 +79,9 @@ def test_put_twice_and_discard(store: RemoteStore) -> None:
 
 def test_scan_tells_every_chunk_once(store: RemoteStore) -> None:
     chunks = {key_of(seed): chunk_of(seed, num_tokens=1 + seed) for seed in range(6)}
-    chunks[key_of("long")] = chunk_of(7, num_tokens=5000)  # its head is longer than what is read
+    chunks[key_of("long")] = chunk_of(
+        7, num_tokens=5000
+    )  # its prompt prefix is longer than what is read
     for key, chunk in chunks.items():
         store.put(key, chunk)
     told = {ChunkInfo(key, c.token_ids, c.base, c.nbytes) for key, c in chunks.items()}
@@ -426,9 +428,9 @@ def test_a_deadline_is_kept_that_is_shorter_than_the_timeout() -> None:
     keys = [key_of(n) for n in range(20)]
     found = []
     assert took(lambda: found.append(store.get_in_time(keys, 0.1))) < 1.5
-    assert found[0].late == set(keys) and found[0].chunks == [None] * 20
+    assert found[0].timed_out == set(keys) and found[0].chunks == [None] * 20
     assert took(lambda: store.get_in_time(keys, 5)) < 1  # one that hangs is not asked again
-    assert store.stats().late == 40
+    assert store.stats().timed_out == 40
     assert took(store.close) < 8
 
 
@@ -494,7 +496,7 @@ def test_a_remote_that_was_away_is_used_again_within_two_seconds(
             assert isinstance(ask(store.get, key_of(1)), UnavailableError)
             assert isinstance(ask(store.contains, key_of(1)), UnavailableError)
             found = store.get_in_time([key_of(1)], 0.1)
-            assert found.chunks == [None] and found.late | found.unavailable == {key_of(1)}
+            assert found.chunks == [None] and found.timed_out | found.unavailable == {key_of(1)}
             assert store.put(key_of(2), chunk_of(2)), "it says why it is not kept"
             away += 1
             time.sleep(0.05)

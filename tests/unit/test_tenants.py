@@ -11,7 +11,7 @@ from chunks import chunk_of, key_of
 
 from cacheblend_rag import BlendConfig, CacheBlend, cli
 from cacheblend_rag.cli.base import index_of
-from cacheblend_rag.cli.store import label
+from cacheblend_rag.cli.store import register
 from cacheblend_rag.retrieval import MANIFEST, Passage
 from cacheblend_rag.store import DiskStore, open_store
 from cacheblend_rag.store.folder import export, import_, namespaces
@@ -73,7 +73,7 @@ def test_tenants_of_the_front_door_see_nothing_of_each_other(opened: Any) -> Non
     assert not opened("three").generate(DOCUMENT + "Who sleeps?").report.blended
 
     two.forget(DOCUMENT)
-    assert two.retain([]) == 0
+    assert two.delete_except([]) == 0
     assert counts(one)["chunks"] == held
     assert again.generate(DOCUMENT + "Who sleeps?").report.blended
 
@@ -130,7 +130,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for seed in range(number):
                 store.put(key_of(f"{tenant}{seed}"), chunk_of(seed))
         keys = [key_of(f"{tenant}{seed}") for seed in range(number)]
-        label(path, [document] * number, keys, tenant)
+        register(path, [document] * number, keys, tenant)
         index = index_of(path, tenant)
         index.mkdir()
         (index / MANIFEST).touch()
@@ -183,7 +183,7 @@ def test_stores_of_tenants_are_apart(tmp_path: Path) -> None:
         open_store(url, namespace=MODEL, tenant="two") as two,
     ):
         one.put(key_of(1), chunk_of(1))
-        one.label("a", [key_of(1)])
+        one.register("a", [key_of(1)])
         assert two.get(key_of(1)) is None and not two.contains(key_of(1))
         assert list(two.scan()) == [] and two.documents() == set() and two.forget("a") == 0
         assert two.stats()[:3] == (0, 0, 0)

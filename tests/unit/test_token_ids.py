@@ -86,8 +86,8 @@ def test_what_is_not_a_whole_number_is_refused(blend: CacheBlend, ids: Any, mess
         lambda: blend.key(ids),
         lambda: blend.forget([ids]),
         lambda: blend.prefetch([ids]),
-        lambda: blend.retain([ids]),
-        lambda: blend.ingest([IDS], before=[ids], progress=False),
+        lambda: blend.delete_except([ids]),
+        lambda: blend.ingest([IDS], left_context=[ids], progress=False),
     ]
     for use in uses:
         with pytest.raises(PromptError, match=message):

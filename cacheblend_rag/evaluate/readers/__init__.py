@@ -21,7 +21,7 @@ from cacheblend_rag.evaluate.readers.plain import PlainReader
 from cacheblend_rag.evaluate.readers.samsum import SamsumReader
 from cacheblend_rag.evaluate.readers.squad import SquadReader
 
-__all__ = ["READERS", "company", "load", "read_file"]
+__all__ = ["READERS", "load", "other_passages", "read_file"]
 
 READERS: tuple[Reader, ...] = (
     PlainReader(),
@@ -69,7 +69,7 @@ def load(
     return chosen[part - 1 :: parts]
 
 
-def company(paths: Sequence[Path], seed: int = 7) -> dict[str, list[str]]:
+def other_passages(paths: Sequence[Path], seed: int = 7) -> dict[str, list[str]]:
     """Of each set, passages that others of it may be computed behind: those of some questions of
     the half for tuning.
     """

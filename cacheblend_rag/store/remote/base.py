@@ -15,7 +15,7 @@ class AnswerError(BackendError):
     """The other side answers that it does not do this: it is there, and others may ask it."""
 
 
-class Head(NamedTuple):
+class ValuePrefix(NamedTuple):
     """The start of a value."""
 
     name: str
@@ -72,7 +72,7 @@ class Backend(ABC):
         """Names that start so, some at a time, with the sizes of their values."""
 
     @abstractmethod
-    def heads(self, names: Sequence[str], nbytes: int) -> list[Head]:
+    def heads(self, names: Sequence[str], nbytes: int) -> list[ValuePrefix]:
         """The first bytes of values, without those that are gone."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cacheblend_rag.errors import MissingExtraError, StoreError
-from cacheblend_rag.store.remote.base import Backend, BackendError, Head, News
+from cacheblend_rag.store.remote.base import Backend, BackendError, News, ValuePrefix
 from cacheblend_rag.store.url import redacted
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class ObjectBackend(Backend):
             for page in self._obstore.list(self._bucket, prefix.rstrip("/"), chunk_size=500):
                 yield [(found["path"], found["size"]) for found in page]
 
-    def heads(self, names: Sequence[str], nbytes: int) -> list[Head]:
+    def heads(self, names: Sequence[str], nbytes: int) -> list[ValuePrefix]:
         with self._failing(), ThreadPoolExecutor(_AT_ONCE) as pool:
             found = list(pool.map(lambda name: self._head(name, nbytes), names))
         return [head for head in found if head is not None]
@@ -180,10 +180,10 @@ class ObjectBackend(Backend):
     def close(self) -> None:
         pass  # obstore keeps its connections for itself
 
-    def _head(self, name: str, nbytes: int) -> Head | None:
+    def _head(self, name: str, nbytes: int) -> ValuePrefix | None:
         try:
             found = self._obstore.get(self._bucket, name, options={"range": (0, nbytes)})
-            return Head(name, bytes(found.bytes()), found.meta["size"])
+            return ValuePrefix(name, bytes(found.bytes()), found.meta["size"])
         except self._not_found:
             return None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cacheblend_rag.errors import MissingExtraError, StoreError
-from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError, Head, News
+from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError, News, ValuePrefix
 
 _PAGE = 500
 _RETRIES = 2
@@ -116,7 +116,7 @@ class RedisBackend(Backend):
             if cursor == 0:
                 return
 
-    def heads(self, names: Sequence[str], nbytes: int) -> list[Head]:
+    def heads(self, names: Sequence[str], nbytes: int) -> list[ValuePrefix]:
         with self._failing():
             with self._client.pipeline(transaction=False) as pipeline:
                 for name in names:
@@ -124,7 +124,7 @@ class RedisBackend(Backend):
                     pipeline.strlen(name)
                 answers = pipeline.execute(raise_on_error=False)
             rows = zip(names, answers[::2], answers[1::2], strict=True)
-            return [Head(*row) for row in rows if isinstance(row[1], bytes) and row[2]]
+            return [ValuePrefix(*row) for row in rows if isinstance(row[1], bytes) and row[2]]
 
     def ping(self) -> None:
         with self._failing():

@@ -26,7 +26,7 @@ from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encod
 from cacheblend_rag.store.counts import EventCounts, found_within
 from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.parallel import Readers
-from cacheblend_rag.store.remote.base import Backend, BackendError, Head
+from cacheblend_rag.store.remote.base import Backend, BackendError, ValuePrefix
 from cacheblend_rag.store.remote.guard import Guard, PausedError
 from cacheblend_rag.store.source import BytesSource, DamagedFileError
 
@@ -182,7 +182,7 @@ class RemoteStore(KVStore):
             if (info := self._info(head)) is not None:
                 yield info
 
-    def _info(self, head: Head) -> ChunkInfo | None:
+    def _info(self, head: ValuePrefix) -> ChunkInfo | None:
         key = self._key(head.name)
         try:
             return decode_info(BytesSource(head.data, head.size), key, self._encoding.cipher)

@@ -20,7 +20,7 @@ _TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
 
 
-class Movers(NamedTuple):
+class Propagation(NamedTuple):
     """Which tokens move, and by whom.
 
     All are tensors on the device, so that a CUDA graph can read other values there.
@@ -39,11 +39,11 @@ class Movers(NamedTuple):
     chunk_R: torch.Tensor
     before_N: torch.Tensor
     pass_2: torch.Tensor
-    reach_1: torch.Tensor
+    propagation_length_1: torch.Tensor
 
 
-def move(
-    movers: Movers,
+def propagate(
+    propagation: Propagation,
     k_TGD: torch.Tensor,
     v_TGD: torch.Tensor,
     cache: PagedKV,
@@ -76,12 +76,12 @@ def move(
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
     }  # fmt: skip
     _off_kernel[(rows, groups)](
-        k_TGD, v_TGD, movers.position_R, movers.chunk_R, movers.pass_2, cache.table, k, v, cos_XP,
+        k_TGD, v_TGD, propagation.position_R, propagation.chunk_R, propagation.pass_2, cache.table, k, v, cos_XP,
         sin_XP, off_TX, k_TGD.stride(0), v_TGD.stride(0), *strides, **shape, num_warps=1,
     )  # fmt: skip
     _move_kernel[(_PROGRAMS, groups)](
-        off_TX, movers.chunk_N, movers.position_R, movers.chunk_R, movers.before_N, movers.pass_2,
-        movers.reach_1, cache.table, k, v, cos_XP, sin_XP, cache.length, *strides, **shape,
+        off_TX, propagation.chunk_N, propagation.position_R, propagation.chunk_R, propagation.before_N, propagation.pass_2,
+        propagation.propagation_length_1, cache.table, k, v, cos_XP, sin_XP, cache.length, *strides, **shape,
         REST=2 * pairs < dim, BLOCK_N=_TOKENS, BLOCK_R=_ROWS, FAR=FAR, num_warps=4,
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def _off_kernel(
 
 @triton.jit
 def _move_kernel(
-    off, chunk, position, chunk_of_row, before, pass_2, reach_1, table, k, v, cos, sin, length,
+    off, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table, k, v, cos, sin, length,
     k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
@@ -140,8 +140,11 @@ def _move_kernel(
 ):  # fmt: skip
     context, g = tl.load(length), tl.program_id(1)
     first, rows = tl.load(pass_2), tl.load(pass_2 + 1)
-    reach = tl.load(reach_1)
-    far, nearness = (FAR * reach).to(tl.int32), 1.4426950408889634 / reach  # log2(e): exp2 below
+    propagation_length = tl.load(propagation_length_1)
+    far, nearness = (
+        (FAR * propagation_length).to(tl.int32),
+        1.4426950408889634 / propagation_length,
+    )  # log2(e): exp2 below
     kind: tl.constexpr = off.dtype.element_ty
     d, p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
     in_d, in_p = d < DIM, p < PAIRS
@@ -170,7 +173,11 @@ def _move_kernel(
             theirs = tl.load(chunk_of_row + r, mask=there, other=-1)
             distance = tl.abs(n[:, None] - at[None]).to(tl.float32)
             # Tokens of another chunk miss another context: their differences say nothing here.
-            heard = (mine[:, None] == theirs[None]) & moves[:, None] & (distance <= FAR * reach)
+            heard = (
+                (mine[:, None] == theirs[None])
+                & moves[:, None]
+                & (distance <= FAR * propagation_length)
+            )
             say = tl.where(heard, tl.exp2(-distance * nearness), 0.0)
             # of all passes, later ones too: each pass adds its own part of the same mean
             total += tl.sum(say, 1)

@@ -1,4 +1,4 @@
-"""The gate's judgements, on numbers by hand."""
+"""The model check's judgements, on numbers by hand."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from cacheblend_rag import gate
-from cacheblend_rag.engine import EngineInfo, GateReport
+from cacheblend_rag import model_check
+from cacheblend_rag.engine import EngineInfo, ModelCheck
 from cacheblend_rag.reason import Reason, Why
 
-LAYERS, PREFILL = gate.tolerance("float32")
+LAYERS, PREFILL = model_check.tolerance("float32")
 NAN = math.nan
 ROW = [0, 37, 0.0, 0.0]
 SURE = {7: 0.0}
@@ -30,7 +30,7 @@ def info(*checks: list[Any], **changes: Any) -> EngineInfo:
 
 @pytest.mark.parametrize("row", [ROW, [3, 37, LAYERS, 0.0], [3, 900, 0.0, LAYERS]])
 def test_errors_within_the_tolerance_pass(row: list[Any]) -> None:
-    report = gate.check_layers(info(ROW, row))
+    report = model_check.check_layers(info(ROW, row))
     assert report.passed and report.reason is None and not report.detail
     assert [check.layer for check in report.layers] == [0, row[0]]
 
@@ -39,7 +39,7 @@ def test_errors_within_the_tolerance_pass(row: list[Any]) -> None:
 @pytest.mark.parametrize("what", ["keys", "values"])
 def test_one_layer_that_differs_is_enough(bad: float, what: str) -> None:
     errors = [bad, 0.0] if what == "keys" else [0.0, bad]
-    report = gate.check_layers(info(ROW, [1, 37, *errors], [2, 37, 0.0, 0.0]))
+    report = model_check.check_layers(info(ROW, [1, 37, *errors], [2, 37, 0.0, 0.0]))
     assert not report.passed and report.reason is Reason.MOVED_KEYS_DIFFER
     assert "layer 1" in report.detail and f"{bad:.3g} of {what}" in report.detail
     assert [check.ok for check in report.layers] == [True, False, True]
@@ -47,16 +47,16 @@ def test_one_layer_that_differs_is_enough(bad: float, what: str) -> None:
 
 def test_half_precision_may_round() -> None:
     row = [0, 37, 0.1, 0.1]
-    assert not gate.check_layers(info(row)).passed
-    assert gate.check_layers(info(row, dtype="bfloat16")).passed
-    assert not gate.check_layers(info([0, 37, 0.16, 0.0], dtype="bfloat16")).passed
+    assert not model_check.check_layers(info(row)).passed
+    assert model_check.check_layers(info(row, dtype="bfloat16")).passed
+    assert not model_check.check_layers(info([0, 37, 0.16, 0.0], dtype="bfloat16")).passed
 
 
 @pytest.mark.parametrize("bad", [1.01 * LAYERS, NAN])
 def test_attention_of_another_kind_is_refused(bad: float) -> None:
     same, other = [0, LAYERS, False], [1, bad, False]
-    assert gate.check_layers(info(extra={"checks": [ROW], "attention": [same]})).passed
-    report = gate.check_layers(info(extra={"checks": [ROW], "attention": [same, other]}))
+    assert model_check.check_layers(info(extra={"checks": [ROW], "attention": [same]})).passed
+    report = model_check.check_layers(info(extra={"checks": [ROW], "attention": [same, other]}))
     assert not report.passed and report.reason is Reason.ATTENTION_DIFFERS
     assert "layer 1" in report.detail and f"{bad:.3g}" in report.detail
 
@@ -64,27 +64,27 @@ def test_attention_of_another_kind_is_refused(bad: float) -> None:
 def test_a_cache_that_rounds_is_no_other_attention() -> None:
     for error, passes in ((0.1, True), (0.16, False)):
         extra = {"checks": [ROW], "attention": [[0, error, True]]}
-        assert gate.check_layers(info(extra=extra)).passed is passes
+        assert model_check.check_layers(info(extra=extra)).passed is passes
 
 
 def test_a_model_refused_before_stays_refused() -> None:
-    report = gate.check_layers(info(refusal=Why(Reason.MLA, "latent")))
+    report = model_check.check_layers(info(refusal=Why(Reason.MLA, "latent")))
     assert (report.passed, report.reason, report.detail) == (False, Reason.MLA, "latent")
 
 
 def test_nothing_passes_unchecked() -> None:
     with pytest.raises(AssertionError):
-        gate.check_layers(info(extra={}))
+        model_check.check_layers(info(extra={}))
 
 
-OPEN = GateReport(passed=True, tolerance=(LAYERS, PREFILL), max_tokens=96)
+OPEN = ModelCheck(passed=True, tolerance=(LAYERS, PREFILL), max_tokens=96)
 
 
 def test_the_same_distribution_passes() -> None:
-    report = gate.check_prefill(OPEN, EVEN, dict(EVEN), True)
+    report = model_check.check_prefill(OPEN, EVEN, dict(EVEN), True)
     assert report.passed and report.prefill_error == 0.0 and report.max_tokens == 96
     near = {7: math.log(0.5 + 0.9 * PREFILL), 8: math.log(0.5 - 0.9 * PREFILL)}
-    assert gate.check_prefill(OPEN, EVEN, near, True).passed
+    assert model_check.check_prefill(OPEN, EVEN, near, True).passed
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_same_distribution_passes() -> None:
     ],
 )
 def test_another_distribution_is_refused(blended: dict[int, float]) -> None:
-    report = gate.check_prefill(OPEN, EVEN, blended, True)
+    report = model_check.check_prefill(OPEN, EVEN, blended, True)
     assert not report.passed and report.reason is Reason.RATIO_ONE_DIFFERS
     assert "recomputing every token" in report.detail
 
@@ -107,22 +107,22 @@ def test_another_distribution_is_refused(blended: dict[int, float]) -> None:
 def test_unlikely_tokens_count_as_likely_ones() -> None:
     """A random prompt's 20 likeliest tokens may have a tenth of the probability together."""
     flat = {token: math.log(0.005) for token in range(20)}
-    half = replace(OPEN, tolerance=gate.tolerance("bfloat16"))
+    half = replace(OPEN, tolerance=model_check.tolerance("bfloat16"))
     others = {token + 20: probability for token, probability in flat.items()}
-    assert gate.check_prefill(half, flat, dict(flat), True).passed
-    assert not gate.check_prefill(half, flat, others, True).passed
+    assert model_check.check_prefill(half, flat, dict(flat), True).passed
+    assert not model_check.check_prefill(half, flat, others, True).passed
     for same, passes in ((19, True), (10, False)):
         mixed = dict(list(flat.items())[:same] + list(others.items())[same:])
-        assert gate.check_prefill(half, flat, mixed, True).passed is passes
+        assert model_check.check_prefill(half, flat, mixed, True).passed is passes
 
 
 @pytest.mark.parametrize("nothing", [{}, {7: NAN}])
 def test_two_answers_that_say_nothing_are_not_alike(nothing: dict[int, float]) -> None:
-    assert not gate.check_prefill(OPEN, nothing, dict(nothing), True).passed
+    assert not model_check.check_prefill(OPEN, nothing, dict(nothing), True).passed
 
 
 def test_a_probe_that_was_not_blended_proves_nothing() -> None:
-    report = gate.check_prefill(OPEN, EVEN, EVEN, False)
+    report = model_check.check_prefill(OPEN, EVEN, EVEN, False)
     assert not report.passed and report.reason is Reason.PROBE_NOT_BLENDED
 
 
@@ -133,30 +133,34 @@ def test_a_probe_that_was_not_blended_proves_nothing() -> None:
 @pytest.mark.parametrize(("device", "window"), [("cpu", 64), ("cpu", 1024), ("cuda", 4096)])
 def test_the_probe_is_longer_than_a_window(device: str, window: int, block_size: int) -> None:
     engine = info(device=device, window=window, block_size=block_size, max_model_len=32768)
-    probe = gate.probe(engine)
+    probe = model_check.probe(engine)
     assert probe is not None
     blocks = (len(probe.ids) - len(probe.question)) // block_size
     assert blocks * block_size > window + 1, "what is blended must be, too"
     assert all(probe.ids[s : s + len(probe.chunk)] == probe.chunk for s in probe.starts)
-    assert gate.within_what_was_proved(OPEN, engine, len(probe.ids)) == OPEN
+    assert model_check.within_what_was_proved(OPEN, engine, len(probe.ids)) == OPEN
 
 
 def test_what_no_probe_was_long_enough_for_is_not_blended() -> None:
     engine = info(window=4096, max_model_len=8192)
-    probe = gate.probe(engine)
+    probe = model_check.probe(engine)
     assert probe is not None and len(probe.ids) < 200, "on a CPU this would take minutes"
-    proved = gate.within_what_was_proved(replace(OPEN, max_tokens=None), engine, len(probe.ids))
+    proved = model_check.within_what_was_proved(
+        replace(OPEN, max_tokens=None), engine, len(probe.ids)
+    )
     assert proved.max_tokens == 4096
-    proved = gate.within_what_was_proved(replace(OPEN, max_tokens=500), engine, len(probe.ids))
+    proved = model_check.within_what_was_proved(
+        replace(OPEN, max_tokens=500), engine, len(probe.ids)
+    )
     assert proved.max_tokens == 500
     short = info(window=4096, max_model_len=4096)  # no prompt is longer
-    assert gate.within_what_was_proved(OPEN, short, len(probe.ids)) == OPEN
+    assert model_check.within_what_was_proved(OPEN, short, len(probe.ids)) == OPEN
 
 
 def test_the_probe_fits_the_context() -> None:
     for longest in (126, 127, 400, 1000):
         engine = info(window=512, max_model_len=longest)
-        probe = gate.probe(engine)
+        probe = model_check.probe(engine)
         assert (probe is None) is (longest < 126)
         assert probe is None or len(probe.ids) < longest
-    assert gate.probe(info(max_model_len=125)) is None
+    assert model_check.probe(info(max_model_len=125)) is None

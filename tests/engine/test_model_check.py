@@ -1,4 +1,4 @@
-"""An engine that computes wrongly is told by the gate, and then serves as vLLM alone does."""
+"""An engine that computes wrongly is told by the model check, and then serves as vLLM alone does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engines import FULL_LOGPROBS, PlainAnswer, logprobs, plain_engine, start_in
 from tiny import Words, make
 
 from cacheblend_rag.engine import attention, selfcheck
-from cacheblend_rag.engine.rope import Rerotator, Turn
+from cacheblend_rag.engine.rope import Rerotator, RotationDelta
 from cacheblend_rag.engine.runner import StepTensors
 from cacheblend_rag.reason import Reason
 
@@ -34,16 +34,16 @@ def plain(tiny_models: Path) -> Iterator[PlainAnswer]:
 
 
 def turns_one_position_too_far(patch: pytest.MonkeyPatch) -> None:
-    turn = Rerotator.turn
+    delta = Rerotator.delta
 
-    def too_far(self: Rerotator, old_N: torch.Tensor, new_N: torch.Tensor) -> Turn:
-        return turn(self, old_N, (new_N + 1).clamp_max(self.positions - 1))
+    def too_far(self: Rerotator, old_N: torch.Tensor, new_N: torch.Tensor) -> RotationDelta:
+        return delta(self, old_N, (new_N + 1).clamp_max(self.positions - 1))
 
     patch.setattr(Rerotator, "turn", too_far)
 
 
 def turns_into_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Rerotator, "apply", lambda self, k, turn, layers: torch.full_like(k, torch.nan))
+    patch.setattr(Rerotator, "apply", lambda self, k, delta, layers: torch.full_like(k, torch.nan))
 
 
 def looks_ahead(patch: pytest.MonkeyPatch) -> None:
@@ -89,11 +89,13 @@ def test_what_is_wrong_is_refused(
 ) -> None:
     fault(monkeypatch)
     with start_in_process(make("llama", tiny_models), prefix=PREFIX) as blend:
-        assert not blend.gate.passed and blend.gate.reason is reason, blend.gate.detail
+        assert not blend.model_check.passed and blend.model_check.reason is reason, (
+            blend.model_check.detail
+        )
         assert blend.ingest([CHUNK], progress=False).computed == 0
         result = blend.generate(PROMPT, **FULL_LOGPROBS)
         assert not result.report.blended and result.report.reason is reason
-        assert result.report.detail == blend.gate.detail
+        assert result.report.detail == blend.model_check.detail
     assert result.token_ids == plain.tokens
     torch.testing.assert_close(logprobs(result), plain.logprobs, atol=0, rtol=0)
 
@@ -110,8 +112,8 @@ def test_layers_that_get_one_anothers_table_are_refused(
 
     monkeypatch.setattr(selfcheck, "nearest", next_ones)
     with start_in_process(make("gemma3", tiny_models), prefix=PREFIX) as blend:
-        assert not blend.gate.passed and blend.gate.reason is Reason.MOVED_KEYS_DIFFER
-        assert {c.layer for c in blend.gate.layers if not c.ok} == {0, 1}
+        assert not blend.model_check.passed and blend.model_check.reason is Reason.MOVED_KEYS_DIFFER
+        assert {c.layer for c in blend.model_check.layers if not c.ok} == {0, 1}
         assert blend.ingest([CHUNK], progress=False).computed == 0
         result = blend.generate(PROMPT, **FULL_LOGPROBS)
         assert not result.report.blended and result.report.reason is Reason.MOVED_KEYS_DIFFER
@@ -123,5 +125,5 @@ def test_attention_without_the_models_sinks_is_refused(
     own = attention.own_options
     monkeypatch.setattr(attention, "own_options", lambda layer: {**own(layer), "sinks_H": None})
     with start_in_process(make("gpt_oss", tiny_models), prefix=PREFIX) as blend:
-        assert not blend.gate.passed and blend.gate.reason is Reason.ATTENTION_DIFFERS
+        assert not blend.model_check.passed and blend.model_check.reason is Reason.ATTENTION_DIFFERS
         assert blend.ingest([CHUNK], progress=False).computed == 0

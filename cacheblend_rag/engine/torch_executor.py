@@ -18,22 +18,22 @@ from cacheblend_kernels import question_attention
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, dense_causal, own_options, upload, visible
 from cacheblend_rag.engine.correction import Correction
+from cacheblend_rag.engine.executor import BlendExecutor, Region
 from cacheblend_rag.engine.forward import ModelHandle, Pass
-from cacheblend_rag.engine.lane import Lane, Region
 from cacheblend_rag.engine.rope import Rerotator
 
 # Bytes of layers taken together: operations have fixed costs, and a CPU's cache still holds these.
 _AT_ONCE = 4 << 20
 
 
-class TorchLane(Lane):
-    """See ``Lane``."""
+class TorchExecutor(BlendExecutor):
+    """See ``BlendExecutor``."""
 
     def __init__(
         self, region: Region, handle: ModelHandle, rope: Rerotator, cache: PagedCache
     ) -> None:
         super().__init__(region, handle, rope, cache)
-        self._turn = rope.turn(
+        self._delta = rope.delta(
             upload(region.old_E, self.device), torch.arange(region.end, device=self.device)
         )
         self._correction: Correction | None = None
@@ -56,7 +56,7 @@ class TorchLane(Lane):
                 kv[:, :, start:end].copy_(stored, non_blocking=True)
             self._first = index
             some = slice(index, last)
-            self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._turn, some), kv[:, 1]
+            self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._delta, some), kv[:, 1]
         return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
@@ -86,15 +86,17 @@ class TorchLane(Lane):
         k, v = self.layer(index)
         return k[at], v[at]
 
-    def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
-        self._correction = Correction(self, candidate_E, chosen, reach)
+    def correct(
+        self, candidate_E: torch.Tensor, chosen: torch.Tensor, propagation_length: int
+    ) -> None:
+        self._correction = Correction(self, candidate_E, chosen, propagation_length)
 
     def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
         return functools.partial(self._move, tile) if self._correction else None
 
     def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         assert self._correction is not None
-        moved = self._correction.move(index, tile, (k, v), self.layer(index))
+        moved = self._correction.propagate(index, tile, (k, v), self.layer(index))
         count = len(self._moved_slots)  # the others have no blocks yet
         if moved is not None and count:
             self.handle.write(index, moved[0][:count], moved[1][:count], self._moved_slots)
@@ -109,18 +111,18 @@ class _QuestionPass(Pass):
 
     def __init__(
         self,
-        lane: TorchLane,
+        executor: TorchExecutor,
         fresh_F: torch.Tensor,
         positions_Q: torch.Tensor,
         keep: tuple[int, ...],
     ) -> None:
-        self._lane, self._keep, self.last = lane, keep, keep[-1]
+        self._executor, self._keep, self.last = executor, keep, keep[-1]
         self._fresh_F, self._num_fresh = fresh_F, len(fresh_F)
-        end, device = lane.region.asked, lane.device
+        end, device = executor.region.asked, executor.device
         self._query_pos = torch.cat([fresh_F, positions_Q])
         self._key_pos = torch.cat([torch.arange(end, device=device), positions_Q])
         self._known = torch.ones(len(self._key_pos), dtype=torch.bool, device=device)
-        self._known[:end] = upload(lane.region.stored_E[:end], device)
+        self._known[:end] = upload(executor.region.stored_E[:end], device)
         self._known[fresh_F] = True
         self._masks: dict[int | None, torch.Tensor] = {}  # by sliding window
         self.score_A = torch.zeros(end, device=device)
@@ -137,7 +139,7 @@ class _QuestionPass(Pass):
         n = self._num_fresh
         end = len(self.score_A)
         q_THD = compat.plain_query(layer, q_THD, k_TGD)
-        stored_k, stored_v = self._lane.layer(index)
+        stored_k, stored_v = self._executor.layer(index)
         k, v = torch.cat([stored_k[:end], k_TGD[n:]]), torch.cat([stored_v[:end], v_TGD[n:]])
         k[self._fresh_F], v[self._fresh_F] = k_TGD[:n], v_TGD[:n]
         mask = self._mask(compat.sliding_window(layer))

@@ -8,15 +8,15 @@ from threading import Lock
 from cacheblend_rag.store.base import document_id
 
 
-class Notes:
+class DocumentRegistry:
     """The methods on documents of ``KVStore``, for as long as this object lives."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._keys: dict[str, set[str]] = {}
 
-    def label(self, document: str, keys: Iterable[str]) -> None:
-        """As ``KVStore.label``."""
+    def register(self, document: str, keys: Iterable[str]) -> None:
+        """As ``KVStore.register``."""
         with self._lock:
             self._keys.setdefault(document_id(document), set()).update(keys)
 
@@ -25,8 +25,10 @@ class Notes:
         with self._lock:
             return set(self._keys)
 
-    def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
-        """As ``KVStore.unlabel``."""
+    def unregister(
+        self, documents: Iterable[str], only: Collection[str] | None = None
+    ) -> list[str]:
+        """As ``KVStore.unregister``."""
         gone: set[str] = set()
         with self._lock:
             for document in documents:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from cacheblend_rag.engine.base import EngineRequest
-from cacheblend_rag.engine.batch import BatchEngine, _Turn
+from cacheblend_rag.engine.batch import BatchEngine, _CallLock
 from cacheblend_rag.errors import EngineError
 from cacheblend_rag.process import Home
 
@@ -79,15 +79,15 @@ def vllm() -> Vllm:
 @pytest.fixture
 def engine(vllm: Vllm) -> Iterator[BatchEngine]:
     made = BatchEngine.__new__(BatchEngine)
-    made._llm, made._turn, made._home = vllm, _Turn(), Home()
+    made._llm, made._call_lock, made._home = vllm, _CallLock(), Home()
     made._numbers = iter(range(1 << 30))  # type: ignore[assignment]
     yield made
     made.close()
 
 
 def is_free(engine: BatchEngine) -> bool:
-    if free := engine._turn._lock.acquire(timeout=10):
-        engine._turn._lock.release()
+    if free := engine._call_lock._lock.acquire(timeout=10):
+        engine._call_lock._lock.release()
     return free
 
 

@@ -12,7 +12,7 @@ from cacheblend_rag.store.base import ChunkKV
 
 
 @dataclass
-class HotChunk:
+class CachedChunk:
     """A chunk whose KV is on the GPU; ``whole`` once all of it is on its way there."""
 
     chunk: ChunkKV
@@ -24,7 +24,7 @@ class HotChunk:
         return self.chunk.kv_L2NHD
 
 
-class HotChunks:
+class DeviceCache:
     """A bounded LRU of whole chunks, filled by the transfers of the requests that use them. Any
     thread may discard a chunk.
     """
@@ -32,10 +32,10 @@ class HotChunks:
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity, self.nbytes = capacity, 0
         self._device = device
-        self._held: OrderedDict[str, HotChunk] = OrderedDict()
+        self._held: OrderedDict[str, CachedChunk] = OrderedDict()
         self._lock = RLock()
 
-    def get(self, key: str) -> HotChunk | None:
+    def get(self, key: str) -> CachedChunk | None:
         """The chunk under ``key``; also one that another request is still filling."""
         with self._lock:
             if key in self._held:
@@ -47,7 +47,7 @@ class HotChunks:
         held = self._held.get(key)
         return held.chunk if held is not None and held.whole else None
 
-    def room(self, key: str, chunk: ChunkKV) -> HotChunk | None:
+    def room(self, key: str, chunk: ChunkKV) -> CachedChunk | None:
         """Memory to fill with ``chunk``, in place of what was unused for longest; None where it is
         larger than the whole cache. Who fills it sets ``whole``.
         """
@@ -57,11 +57,11 @@ class HotChunks:
             while self.nbytes + chunk.nbytes > self.capacity:
                 self.discard(next(iter(self._held)))
             there = torch.empty_like(chunk.kv_L2NHD, device=self._device)
-            self._held[key] = HotChunk(replace(chunk, kv_L2NHD=there))
+            self._held[key] = CachedChunk(replace(chunk, kv_L2NHD=there))
             self.nbytes += chunk.nbytes
             return self._held[key]
 
-    def give_up(self, key: str, filled: HotChunk) -> None:
+    def give_up(self, key: str, filled: CachedChunk) -> None:
         """``filled`` will never be whole, if it is not yet."""
         if not filled.whole and self._held.get(key) is filled:
             self.discard(key)

@@ -1,6 +1,6 @@
 """One request's way into the paged cache: what a blend needs done, whoever does it.
 
-``TorchLane`` does it in plain torch on any device and is the specification; ``KernelLane`` does the
+``TorchExecutor`` does it in plain torch on any device and is the specification; ``KernelExecutor`` does the
 same with our kernels and a copy stream on a GPU.
 
 Shape legend: E tokens of the blended region, G KV heads, D head size.
@@ -78,7 +78,7 @@ class Region:
         return glue.nonzero()[0][-max(1, most) :]
 
 
-class Lane(ABC):
+class BlendExecutor(ABC):
     """Layers are placed in ascending order; everything else says what must be placed before."""
 
     def __init__(
@@ -143,7 +143,9 @@ class Lane(ABC):
         """K and V [at, G, D] of a placed layer, as they were placed, at positions on the device."""
 
     @abstractmethod
-    def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
+    def correct(
+        self, candidate_E: torch.Tensor, chosen: torch.Tensor, propagation_length: int
+    ) -> None:
         """From here on, what is recomputed also moves the reused tokens around it: ``Correction``
         has the arguments.
         """

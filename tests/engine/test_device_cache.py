@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cacheblend_rag.engine.hot import HotChunks
+from cacheblend_rag.engine.device_cache import DeviceCache
 from cacheblend_rag.store.base import ChunkKV
 
 pytestmark = pytest.mark.vllm
@@ -17,20 +17,20 @@ def chunk(tokens: int) -> ChunkKV:
 
 def test_what_is_whole_is_handed_out_and_the_longest_unused_leaves() -> None:
     a, b, c = chunk(5), chunk(5), chunk(5)
-    hot = HotChunks(a.nbytes + b.nbytes, torch.device("cpu"))
-    held = hot.room("a", a)
-    assert held is not None and hot.get("a") is held
-    assert hot.whole("a") is None, "its transfer is not through"
+    device_cache = DeviceCache(a.nbytes + b.nbytes, torch.device("cpu"))
+    held = device_cache.room("a", a)
+    assert held is not None and device_cache.get("a") is held
+    assert device_cache.whole("a") is None, "its transfer is not through"
     held.kv.copy_(a.kv_L2NHD)
     held.whole = True
-    kept = hot.whole("a")
+    kept = device_cache.whole("a")
     assert kept is not None and (kept.token_ids, kept.base) == (a.token_ids, 7)
     assert torch.equal(kept.kv_L2NHD, a.kv_L2NHD) and kept.kv_L2NHD is not a.kv_L2NHD
-    assert hot.room("b", b) is not None
-    hot.get("a")
-    assert hot.room("c", c) is not None
-    assert hot.whole("a") is not None and hot.get("b") is None
-    hot.discard("a")
-    assert hot.whole("a") is None and hot.nbytes == c.nbytes
+    assert device_cache.room("b", b) is not None
+    device_cache.get("a")
+    assert device_cache.room("c", c) is not None
+    assert device_cache.whole("a") is not None and device_cache.get("b") is None
+    device_cache.discard("a")
+    assert device_cache.whole("a") is None and device_cache.nbytes == c.nbytes
     assert torch.equal(kept.kv_L2NHD, a.kv_L2NHD), "who has it keeps it"
-    assert hot.room("d", chunk(11)) is None
+    assert device_cache.room("d", chunk(11)) is None

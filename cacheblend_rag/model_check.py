@@ -1,4 +1,4 @@
-"""The gate: a model blends only after it was shown, on this machine, that it can do so exactly."""
+"""The model check: a model blends only after it was shown, on this machine, that it can do so exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from cacheblend_rag.engine.base import EngineInfo, GateReport, LayerCheck
+from cacheblend_rag.engine.base import EngineInfo, LayerCheck, ModelCheck
 from cacheblend_rag.reason import Reason
 
 Distribution = Mapping[int, float]  # token id -> log-probability, the likeliest ones
@@ -24,11 +24,11 @@ def tolerance(dtype: str) -> tuple[float, float]:
     return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
 
 
-def check_layers(info: EngineInfo) -> GateReport:
+def check_layers(info: EngineInfo) -> ModelCheck:
     """Judge what the workers found when they moved keys: one row a layer and shift."""
     bound = tolerance(info.dtype)
     if info.refusal:
-        return GateReport(passed=False, **info.refusal._asdict(), tolerance=bound)
+        return ModelCheck(passed=False, **info.refusal._asdict(), tolerance=bound)
     checks = [_layer_check(row, bound[0]) for row in info.extra.get("checks", ())]
     assert checks, "the workers checked no layer"
     bad = [c for c in checks if not c.ok]
@@ -41,7 +41,7 @@ def check_layers(info: EngineInfo) -> GateReport:
             f"another way than RoPE (layer {worst.layer}: error {worst.key_error:.3g} of keys, "
             f"{worst.value_error:.3g} of values, {bound[0]:g} allowed)"
         )
-    return GateReport(
+    return ModelCheck(
         passed=reason is None,
         reason=reason,
         detail=detail,
@@ -65,8 +65,8 @@ def _attention_check(info: EngineInfo) -> tuple[Reason | None, str]:
 
 
 def check_prefill(
-    report: GateReport, plain: Distribution, blended: Distribution, blended_at_all: bool
-) -> GateReport:
+    report: ModelCheck, plain: Distribution, blended: Distribution, blended_at_all: bool
+) -> ModelCheck:
     """Judge ratio 1 against a plain prefill of the same prompt."""
     error = total_variation(plain, blended)
     bound = report.tolerance[1]
@@ -96,9 +96,9 @@ def total_variation(p: Distribution, q: Distribution) -> float:
 
 
 class Probe(NamedTuple):
-    """The probe prompt: a head, a chunk as many times as it takes, a question."""
+    """The probe prompt: a prompt prefix, a chunk as many times as it takes, a question."""
 
-    head: tuple[int, ...]
+    prompt_prefix: tuple[int, ...]
     chunk: tuple[int, ...]
     times: int
     question: tuple[int, ...]
@@ -106,12 +106,12 @@ class Probe(NamedTuple):
     @property
     def ids(self) -> tuple[int, ...]:
         """The whole prompt."""
-        return self.head + self.chunk * self.times + self.question
+        return self.prompt_prefix + self.chunk * self.times + self.question
 
     @property
     def starts(self) -> list[int]:
         """Where the chunk stands."""
-        return [len(self.head) + i * len(self.chunk) for i in range(self.times)]
+        return [len(self.prompt_prefix) + i * len(self.chunk) for i in range(self.times)]
 
 
 def probe(info: EngineInfo) -> Probe | None:
@@ -119,15 +119,15 @@ def probe(info: EngineInfo) -> Probe | None:
     and the device computes it in seconds. None where a block and a question do not fit.
     """
     words = _words(info, seed=20)
-    head, chunk, question = words(5), words(2 * info.block_size + 32), words(24)
-    room = (info.max_model_len - 1 - len(head + question)) // len(chunk)
+    prompt_prefix, chunk, question = words(5), words(2 * info.block_size + 32), words(24)
+    room = (info.max_model_len - 1 - len(prompt_prefix + question)) // len(chunk)
     window = info.window or 0
     long = window if info.device != "cpu" or window <= _LONGEST_ON_CPU else 0
     times = long // len(chunk) + 2 if long else 1
-    return Probe(head, chunk, min(times, room), question) if room else None
+    return Probe(prompt_prefix, chunk, min(times, room), question) if room else None
 
 
-def within_what_was_proved(report: GateReport, info: EngineInfo, tokens: int) -> GateReport:
+def within_what_was_proved(report: ModelCheck, info: EngineInfo, tokens: int) -> ModelCheck:
     """``report`` of a probe of so many ``tokens``: what is longer than a sliding window is blended
     only if the probe was.
     """
@@ -148,8 +148,8 @@ def timing_ids(
     if size < 256:
         return []
     words = _words(info, seed=21)
-    head, chunk = words(2 * info.block_size), words(size)
-    return [(head, chunk, words(32)) for _ in range(rounds)]
+    prompt_prefix, chunk = words(2 * info.block_size), words(size)
+    return [(prompt_prefix, chunk, words(32)) for _ in range(rounds)]
 
 
 def _words(info: EngineInfo, seed: int) -> Callable[[int], tuple[int, ...]]:
@@ -160,7 +160,7 @@ def _words(info: EngineInfo, seed: int) -> Callable[[int], tuple[int, ...]]:
     return lambda n: tuple(draw.randrange(low, high) for _ in range(n))
 
 
-def table(report: GateReport) -> Sequence[Mapping[str, Any]]:
+def table(report: ModelCheck) -> Sequence[Mapping[str, Any]]:
     """The layers' rows as plain data."""
     return [c._asdict() for c in report.layers]
 

@@ -1,30 +1,30 @@
-"""Which lane this engine's requests take."""
+"""Which executor this engine's requests take."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from cacheblend_rag.engine.attention import PagedCache
+from cacheblend_rag.engine.executor import BlendExecutor, Region
 from cacheblend_rag.engine.forward import ModelHandle
-from cacheblend_rag.engine.lane import Lane, Region
 from cacheblend_rag.engine.rope import Rerotator
-from cacheblend_rag.engine.torch_lane import TorchLane
+from cacheblend_rag.engine.torch_executor import TorchExecutor
 from cacheblend_rag.store.base import ChunkKV
 
 
-class Lanes:
-    """Makes requests' lanes. ``reason`` says why they are the plain ones; empty if they are not."""
+class ExecutorFactory:
+    """Makes requests' executors. ``reason`` says why they are the plain ones; empty if they are not."""
 
     def __init__(
         self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, reason: str
     ) -> None:
         self._handle, self._rope, self._cache, self.reason = handle, rope, cache, reason
 
-    def __call__(self, region: Region) -> Lane:
-        return TorchLane(region, self._handle, self._rope, self._cache)
+    def __call__(self, region: Region) -> BlendExecutor:
+        return TorchExecutor(region, self._handle, self._rope, self._cache)
 
     def expect(self, sources: Mapping[str, ChunkKV]) -> None:
-        """Begin to bring the chunks of a request whose lane is not made yet, if that helps."""
+        """Begin to bring the chunks of a request whose executor is not made yet, if that helps."""
 
     def costs(self) -> dict[str, float]:
         """Measured seconds, see ``cacheblend_rag.costs.Costs``; empty where none were measured."""
@@ -38,21 +38,21 @@ class Lanes:
         """Drop what is kept of a chunk beside the store; from any thread."""
 
 
-def open_lanes(
+def open_executors(
     handle: ModelHandle, rope: Rerotator, cache: PagedCache, gpu_cache: int = 0
-) -> Lanes:
-    """The quickest lanes that are right here.
+) -> ExecutorFactory:
+    """The quickest executors that are right here.
 
     Args:
         gpu_cache: bytes of GPU memory for chunks that are used often.
     """
     if handle.device.type != "cuda":
-        return Lanes(
+        return ExecutorFactory(
             handle, rope, cache, f"the kernels need a GPU, the engine is on {handle.device}"
         )
-    from cacheblend_rag.engine.kernel_lane import KernelLanes, KernelsUnusableError
+    from cacheblend_rag.engine.kernel_executor import KernelExecutorFactory, KernelsUnusableError
 
     try:
-        return KernelLanes(handle, rope, cache, gpu_cache)
+        return KernelExecutorFactory(handle, rope, cache, gpu_cache)
     except KernelsUnusableError as error:
-        return Lanes(handle, rope, cache, str(error))
+        return ExecutorFactory(handle, rope, cache, str(error))

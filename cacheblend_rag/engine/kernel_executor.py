@@ -17,18 +17,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cacheblend_kernels.move import Movers
 from cacheblend_kernels.paged import PagedKV
-from cacheblend_kernels.place import Sources, place
+from cacheblend_kernels.propagate import Propagation
+from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, upload
+from cacheblend_rag.engine.device_cache import DeviceCache
+from cacheblend_rag.engine.executor import BlendExecutor, Region
+from cacheblend_rag.engine.executors import ExecutorFactory
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import QuestionGraphs
-from cacheblend_rag.engine.hot import HotChunks
 from cacheblend_rag.engine.isolated import prefill_seconds
 from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, Moving, QuestionPass
-from cacheblend_rag.engine.lane import Lane, Region
-from cacheblend_rag.engine.lanes import Lanes
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.select.query import QuerySelector
@@ -97,8 +97,8 @@ class KernelCache:
             raise KernelsUnusableError(f"layer {index} has a paged cache of another layout")
 
 
-class KernelLane(Lane):
-    """See ``Lane``."""
+class KernelExecutor(BlendExecutor):
+    """See ``BlendExecutor``."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class KernelLane(Lane):
     ) -> None:
         super().__init__(region, handle, rope, cache)
         self._kernels, self._graphs = kernels, graphs
-        self._movers: Movers | None = None
+        self._propagation: Propagation | None = None
         self._computed = 0  # tokens, in earlier forwards
         sources = {s.key: s.chunk for s in region.spans}
         self._transfer = staging.begin(sources)
@@ -135,7 +135,7 @@ class KernelLane(Lane):
         at = new_E.nonzero()[0]
         rows = np.stack([at, region.old_E[at], chunk_E[at], region.offset_E[at]])
         self._positions_N, old_N, chunk_N, row_N = upload(rows, self.device)
-        self._turn = rope.turn(old_N, self._positions_N)
+        self._delta = rope.delta(old_N, self._positions_N)
         self._chunk_N, self._row_N = chunk_N.int(), row_N.int()
         lengths = np.array([[len(chunk.token_ids) for chunk in sources.values()]], dtype=np.int64)
         table = upload(np.concatenate([self._transfer.address_LS, lengths]), self.device)
@@ -171,10 +171,10 @@ class KernelLane(Lane):
 
     def _place(self, table: int, layers: slice | torch.Tensor) -> None:
         """Layers that turn by one table, in one launch."""
-        place(
+        rotate_and_scatter(
             Sources(self._address_LS[layers], self._length_S, self._chunk_N, self._row_N),
-            self._turn.cos_TNP[table],
-            self._turn.sin_TNP[table],
+            self._delta.cos_TNP[table],
+            self._delta.sin_TNP[table],
             self._positions_N,
             self.view(0),
             self._kernels.address_L2[layers],
@@ -214,28 +214,34 @@ class KernelLane(Lane):
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.view(index).gather(at)
 
-    def correct(self, candidate_E: torch.Tensor, chosen: torch.Tensor, reach: int) -> None:
+    def correct(
+        self, candidate_E: torch.Tensor, chosen: torch.Tensor, propagation_length: int
+    ) -> None:
         chosen_E = torch.zeros_like(candidate_E).index_fill_(0, chosen, True)
         chunk_E = self.span_E.int().masked_fill(~candidate_E, -1)
         before = torch.zeros(self.region.end + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(chosen_E, 0, dtype=torch.int32, out=before[1:])
         moving_E = chunk_E.masked_fill(chosen_E, -1)
         none_2 = torch.zeros(2, dtype=torch.int32, device=self.device)
-        reach_1 = torch.full((1,), float(reach), device=self.device)
-        self._movers = Movers(moving_E, chosen, chunk_E[chosen], before, none_2, reach_1)
+        propagation_length_1 = torch.full((1,), float(propagation_length), device=self.device)
+        self._propagation = Propagation(
+            moving_E, chosen, chunk_E[chosen], before, none_2, propagation_length_1
+        )
 
     def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
-        if self._movers is None:
+        if self._propagation is None:
             return None
-        movers = self._movers._replace(pass_2=torch.full_like(self._movers.pass_2, len(tile)))
-        movers.pass_2[:1].fill_(self._computed)
+        propagation = self._propagation._replace(
+            pass_2=torch.full_like(self._propagation.pass_2, len(tile))
+        )
+        propagation.pass_2[:1].fill_(self._computed)
         self._computed += len(tile)
-        moving = Moving(movers, self.rope)
+        moving = Moving(propagation, self.rope)
         return lambda index, k, v: moving(index, self.view(index), k, v)
 
 
-class KernelLanes(Lanes):
-    """Makes ``KernelLane``s, which share the kernels' views, the copy stream and the hot chunks.
+class KernelExecutorFactory(ExecutorFactory):
+    """Makes ``KernelExecutor``s, which share the kernels' views, the copy stream and the hot chunks.
 
     Raises:
         KernelsUnusableError: see ``KernelCache``.
@@ -250,15 +256,15 @@ class KernelLanes(Lanes):
         if any(compat.sinks(layer) is not None for layer in handle.layers):
             raise KernelsUnusableError("the model's attention has sinks")
         self._kernels = KernelCache(handle, cache.block_size)
-        self._hot = HotChunks(gpu_cache, handle.device)
-        self._staging = Staging(handle.device, handle.num_layers, self._hot)
+        self._device_cache = DeviceCache(gpu_cache, handle.device)
+        self._staging = Staging(handle.device, handle.num_layers, self._device_cache)
         self._graphs = QuestionGraphs(handle, self._kernels.view)
         self._graphs.prepare(QuerySelector().evidence.among(handle.sees_all))
 
-    def __call__(self, region: Region) -> Lane:
+    def __call__(self, region: Region) -> BlendExecutor:
         if len(region.task.blocks) * self._cache.block_size < region.end:
             return super().__call__(region)  # its blocks come with later steps
-        return KernelLane(
+        return KernelExecutor(
             region,
             self._handle,
             self._rope,
@@ -285,7 +291,7 @@ class KernelLanes(Lanes):
         }
 
     def held(self, key: str) -> ChunkKV | None:
-        return self._hot.whole(key)
+        return self._device_cache.whole(key)
 
     def forget(self, key: str) -> None:
-        self._hot.discard(key)
+        self._device_cache.discard(key)

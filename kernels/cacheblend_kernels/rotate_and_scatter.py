@@ -33,7 +33,7 @@ class Sources(NamedTuple):
     row_N: torch.Tensor
 
 
-def place(
+def rotate_and_scatter(
     sources: Sources,
     cos_NP: torch.Tensor,
     sin_NP: torch.Tensor,
