@@ -2,7 +2,7 @@
 
     python benchmarks/answer_kl.py FILE.jsonl[.xz] [--model M] [--limit 30] [--ratio 0.15]
 
-Modes: noise (ratio 1: what batch shapes alone do), reuse (ratio 0), and the selectors.
+Modes: ratio_1 (blended at 1: what batch shapes alone do), reuse (ratio 0), and the selectors.
 FILE holds one {"question", "passages": [{"title", "text"}]} a line. For each question the full
 prefill answers greedily; every mode is then made to say the same tokens, and its next-token
 distributions are compared with the full prefill's, over the whole vocabulary.
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--store", default="memory://", help="such as /tmp/kv?dtype=fp8")
-    parser.add_argument("--modes", nargs="+", help="a part of: noise reuse first_k hkvd query")
+    parser.add_argument("--modes", nargs="+", help="a part of: ratio_1 reuse first_k hkvd query")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

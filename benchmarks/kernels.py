@@ -74,7 +74,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {name}, {args.dtype}, {args.context} tokens of "
         f"{args.chunks} chunks, H G D {args.heads}, ratio {args.ratio}, {args.question_tokens} "
-        f"tokens of question, reach {args.propagation_length}, {time.strftime('%Y-%m-%d')}"
+        f"tokens of question, length {args.propagation_length}, {time.strftime('%Y-%m-%d')}"
     )
     found = {"ceilings": ceilings(256 if args.tiny else 8192), "rows": []}
     copy, product, host = found["ceilings"].values()
@@ -322,7 +322,7 @@ def move_operation(args: argparse.Namespace) -> Operation:
     near = (everywhere[:, None] - position_R[None]).abs() <= 8 * args.propagation_length
     heard = int((near & (propagation.chunk_N[:, None] == propagation.chunk_R[None])).sum())
     return Operation(
-        f"move, {len(position_R)} rows, reach {args.propagation_length}", ours, twin,
+        f"propagate, {len(position_R)} rows, length {args.propagation_length}", ours, twin,
         4 * (n + len(position_R)) * groups * dim * k.element_size() + 8 * cos.numel(),
         4 * heard * groups * dim,
     )  # fmt: skip

@@ -13,9 +13,10 @@ kernels a layer where a native one would be one. Figures of an H100:
 It needs this project's environment with vLLM 0.26 and torch 2.11, which LMCache's binaries load on;
 without ``--no-deps`` pip replaces packages of vLLM's.
 
-A prompt is a prompt prefix, the chunks and a question, LMCache's separator between them; plain vLLM gets
-the same tokens. The chunks are stored by sending them once; each round then shuffles them and asks
-anew. Both engines are eager, without vLLM's prefix cache, in turn in processes of their own. Modes:
+A prompt is a prompt prefix, the chunks and a question, LMCache's separator between them; plain vLLM
+gets the same tokens. The chunks are stored by sending them once; each round then shuffles them and
+asks anew. Both engines are eager, without vLLM's prefix cache, in turn in processes of their own.
+Modes:
 
 - ``lmcache R``: recomputes the share R, less two costs of LMCache that are not blending (``Costs``)
 - ``lmcache R as shipped``: with them

@@ -3,8 +3,8 @@
     python benchmarks/never_slower.py --shape llama-8b --disk-gbps 0.5
 
 The engine runs in this process, so that reads of the disk tier can be slowed here; nothing else is
-changed. Requests of each size run with the default ``blend_if="faster"`` and as a full prefill, in turn;
-compared are medians of the time to a first token.
+changed. Requests of each size run with the default ``blend_if="faster"`` and as a full prefill, in
+turn; compared are medians of the time to a first token.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 
 def selecting(selector: str) -> dict[str, Any]:
-    """Options of a call: the default as it ships, others as they were published: without reach."""
+    """Options of a call: the default as it ships, others as they were published, uncorrected."""
     return (
         {"selector": selector}
         if selector == "query"

@@ -133,11 +133,11 @@ def main() -> None:
                     "readv": lambda threads=threads: read_raw(files, threads),  # type: ignore[misc]
                 }
                 if has_fio:
-                    for register, block in (
+                    for label, block in (
                         ("fio, whole files", size),
                         ("fio, 1 MiB blocks", 1 << 20),
                     ):
-                        rivals[register] = lambda t=threads, b=block: fio(files, t, b)  # type: ignore[misc]
+                        rivals[label] = lambda t=threads, b=block: fio(files, t, b)  # type: ignore[misc]
                 for cold in (True, False):
                     compare(rivals, files, cold, args.rounds, f"{threads} at once")
 
@@ -147,7 +147,7 @@ def compare(
     files: Sequence[Path],
     cold: bool,
     rounds: int,
-    register: str,
+    label: str,
 ) -> None:
     """Let them take turns and print the medians; fio reads cold files only."""
     names = [name for name in rivals if cold or not name.startswith("fio")]
@@ -166,7 +166,7 @@ def compare(
         low, high = (total / edge(taken[name]) / 1e9 for edge in (max, min))
         pairs = [other / ours for ours, other in zip(taken["store"], taken[name], strict=True)]
         share = "" if name == "store" else f"  store / {name}: {statistics.median(pairs):.1%}"
-        print(f"{state}, {register}: {name:17} {rate:.2f} GB/s ({low:.2f} to {high:.2f}){share}")
+        print(f"{state}, {label}: {name:17} {rate:.2f} GB/s ({low:.2f} to {high:.2f}){share}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What does a store do when its index is damaged, its disk full?
 
 Damages the index of a closed store in many ways, opens it, and looks for every intact chunk; then
-damages the index of an open store under threads that get, put, label, forget, collect and prune;
+damages the index of an open store under threads that get, put, register, forget, collect and prune;
 and fills a disk to the last byte. Counts what went wrong, of which there should be nothing.
 
     python benchmarks/store_faults.py                       # the disk needs root, to mount a tmpfs

@@ -7,7 +7,7 @@ Weights are random (vLLM's ``load_format="dummy"``): latency depends on shapes o
 a new question over newly ordered chunks, so vLLM's prefix cache serves no mode but the rivals named
 for it: ``shuffled`` finds what earlier rounds left, ``repeated`` the chunks of the request before
 in the same order. Modes take turns within a round. Figures are medians over rounds; ``~16`` is a
-reach of 16.
+propagation length of 16.
 """
 
 from __future__ import annotations

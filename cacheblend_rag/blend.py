@@ -329,9 +329,9 @@ class CacheBlend:
             prompt: text, chat messages (the model's own template is applied) or token ids; a list
                 of these is several prompts.
             **options: vLLM's sampling parameters by their own names; ``mode``,
-                ``recompute_ratio``, ``selector``, ``selector_options``, ``propagation_length``, ``blend_if`` and
-                ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request`` (served without
-                blending).
+                ``recompute_ratio``, ``selector``, ``selector_options``, ``propagation_length``,
+                ``blend_if`` and ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request``
+                (served without blending).
 
         Raises:
             PromptError: an empty, too long or malformed prompt.
@@ -487,7 +487,7 @@ class CacheBlend:
         config = calibration.resolved(self.config.for_call(chunks_of), self.calibration)
         return _Options(config, sampling, options.get("lora_request"))
 
-    # ---- store and gate ------------------------------------------------------------------------
+    # ---- store and model check -----------------------------------------------------------------
 
     def _chunk(self, text: str | Sequence[int]) -> Chunk:
         ids = tokenize_chunk(text, self._tokenizer)
@@ -512,7 +512,7 @@ class CacheBlend:
         placed = []
         for chunk in todo:
             number = first[chunk.key]
-            with ingest.naming(f"before, text {number + 1} of {len(left_context)}"):
+            with ingest.naming(f"left_context, text {number + 1} of {len(left_context)}"):
                 context = document_context(left_context[number], neutral, self._tokenizer)
                 if context:
                     self._check_vocabulary(context)

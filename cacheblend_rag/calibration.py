@@ -22,9 +22,9 @@ class Calibration:
 
     Attributes:
         fingerprint: of the weights it was made with; version: of this package.
-        ratio, selector, selector_options, reach: as in ``BlendConfig``.
+        ratio, selector, selector_options, propagation_length: as in ``BlendConfig``.
         flips_allowed: share of answers that might differ from a full prefill's, as asked for.
-        flips: share of answers that did; mean_ratio: tokens of chunks recomputed for them.
+        changed: share of answers that did; mean_ratio: tokens of chunks recomputed for them.
         questions: how many there were, of ``data``.
     """
 

@@ -29,6 +29,7 @@ PER_REQUEST = (
     "blend_if",
 )
 PER_CALL = (*PER_REQUEST, "chat_template_kwargs")
+_RENAMED = {"reach": "propagation_length", "when": "blend_if"}
 _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
     "add_generation_prompt",
     "chat_template",
@@ -55,30 +56,30 @@ class BlendConfig:
         mode: ``blend``; ``reuse`` (ratio 0, the naive baseline); ``full`` (every token is
             prefilled, vLLM's prefix cache is not read); ``off`` (plain vLLM with its prefix cache).
         recompute_ratio: share of the reused tokens to recompute, 0 to 1 (CacheBlend, section 4.2),
-            or ``auto``: ratio, selector, its options and reach are those that ``cacheblend
-            calibrate`` found for this model; the defaults where it found none.
+            or ``auto``: ratio, selector, its options and propagation length are those that
+            ``cacheblend calibrate`` found for this model; the defaults where it found none.
         selector: which of them: a name of ``cacheblend_rag.select.selectors()``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
-        reach: each recomputed token also corrects the reused tokens near it in its chunk, by a part
-            of its own change. At this distance in tokens the part has fallen to 1/e; 0: none is
-            corrected. Brings answers closer to a full prefill's (docs/quality.md).
+        propagation_length: each recomputed token also corrects the reused tokens near it in its
+            chunk, by a part of its own change. At this distance in tokens the part has fallen to
+            1/e; 0: none is corrected. Brings answers closer to a full prefill's (docs/quality.md).
         calibration: a file that ``cacheblend calibrate --file`` wrote, for ``auto``; else the one
             it keeps for these weights.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
-        ingest_prefix: what a chunk is computed behind. ``auto``: the prompt prefix, which the chat template
-            and ``system_prompt`` put before the context, then neutral text. ``prompt_prefix``: the same
-            without the neutral text. ``document``: the prompt prefix, then the text before the chunk in its
-            own document, as many tokens as the neutral text has (see ``CacheBlend.ingest``); the
-            neutral text fills up where less is known. ``bos``: the BOS token, if the model has one.
-            ``none``: nothing. Or a sequence of token ids.
+        ingest_prefix: what a chunk is computed behind. ``auto``: the prompt prefix, which the chat
+            template and ``system_prompt`` put before the context, then neutral text.
+            ``prompt_prefix``: the same without the neutral text. ``document``: the prompt prefix,
+            then the text before the chunk in its own document, as many tokens as the neutral text
+            has (see ``CacheBlend.ingest``); the neutral text fills up where less is known. ``bos``:
+            the BOS token, if the model has one. ``none``: nothing. Or a sequence of token ids.
         system_prompt: the system prompt your requests use; the template's default where None. Leave
             out of it what changes, such as a date: it is part of every chunk's key.
         likely_system_prompt: the same as a guess, where ``system_prompt`` is None: passed over
             where the template takes no system message.
         chat_template_kwargs: more arguments of the chat template by name, for instance
             ``{"enable_thinking": False}``. Those of a call are added to them.
-        when: ``faster`` blends where the measured costs predict a gain over a plain prefill (they are
-            measured on a GPU only), ``always`` blends whatever is found.
+        blend_if: ``faster`` blends where the measured costs predict a gain over a plain prefill
+            (they are measured on a GPU only), ``always`` blends whatever is found.
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
             no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.
@@ -111,7 +112,8 @@ class BlendConfig:
             or self.propagation_length < 0
         ):
             raise ConfigError(
-                f"reach is {self.propagation_length!r}; it must be a number of tokens, 0 for none"
+                f"propagation_length is {self.propagation_length!r}; it must be a number of "
+                "tokens, 0 for none"
             )
         if self.min_chunk_tokens < 32:
             raise ConfigError("min_chunk_tokens must be at least 32: anchors need that many")
@@ -210,6 +212,8 @@ def template_arguments(*given: object) -> dict[str, Any]:
 
 def unknown_option(name: str, known: Iterable[str], what: str) -> ConfigError:
     """The error for a name that does not exist, with the closest one that does."""
+    if (renamed := _RENAMED.get(name, "")) in known:
+        return ConfigError(f"{what} has no option {name!r}: it is called {renamed!r}.")
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
     return ConfigError(f"{what} has no option {name!r}.{hint}")

@@ -1,4 +1,6 @@
-"""The model check: a model blends only after it was shown, on this machine, that it can do so exactly."""
+"""The model check: a model blends only after it was shown, on this machine, that it can do so
+exactly.
+"""
 
 from __future__ import annotations
 

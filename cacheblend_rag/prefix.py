@@ -89,8 +89,9 @@ def ingest_prefix(
 def document_context(
     left_context: str | Sequence[int] | None, neutral_ids: Sequence[int], tokenizer: Any
 ) -> tuple[int, ...]:
-    """Token ids that stand in for ``neutral_ids``, as many of them: the last ones of ``left_context``,
-    behind the end of the neutral text where they are fewer. Empty where nothing is known.
+    """Token ids that stand in for ``neutral_ids``, as many of them: the last ones of
+    ``left_context``, behind the end of the neutral text where they are fewer. Empty where nothing
+    is known.
 
     A text ends in a blank line here, whatever it ends in: a chunk's own tokens are those of a text
     at the beginning of a line.

@@ -23,7 +23,7 @@ class SegmentReport(NamedTuple):
 
     start: int
     end: int
-    kind: str  # reused | fresh | missing | late | prefix_cached
+    kind: str  # reused | fresh | missing | timed_out | prefix_cached
     tokens_recomputed: int  # of a reused segment
     detail: str  # why, as a sentence
     key: str = ""

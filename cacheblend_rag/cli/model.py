@@ -45,7 +45,7 @@ def _check(args: argparse.Namespace, screen: Screen) -> Done:
         )
     if calibration is not None:
         screen.out.print(
-            f"'auto' is {calibration.selector} at {calibration.ratio:g}, reach "
+            f"'auto' is {calibration.selector} at {calibration.ratio:g}, propagation length "
             f"{calibration.propagation_length}, "
             f"{dict(calibration.selector_options)}: changed {calibration.changed:.0%} of "
             f"{calibration.questions} answers, recomputed {calibration.mean_ratio:.1%}.",

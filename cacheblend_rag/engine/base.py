@@ -52,7 +52,7 @@ class EngineOutput(NamedTuple):
 
 
 class LayerCheck(NamedTuple):
-    """One layer of the model check's table: relative error of keys and values moved by ``shift``."""
+    """One layer of the check: relative error of keys and values moved by ``shift``."""
 
     layer: int
     shift: int

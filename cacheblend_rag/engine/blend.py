@@ -38,8 +38,8 @@ class FromStore(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The executor of a request, and the positions that are computed: int64 on the device, ascending,
-    the last tokens of the request among them.
+    """The executor of a request, and the positions that are computed: int64 on the device,
+    ascending, the last tokens of the request among them.
     """
 
     executor: BlendExecutor

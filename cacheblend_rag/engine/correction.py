@@ -38,7 +38,8 @@ class Correction:
     Args:
         executor: whose region is blended.
         candidate_E: bool, reused tokens that are not exact; chosen: int64 positions, ascending.
-        reach: tokens at which a recomputed token's say has fallen to 1/e.
+        propagation_length: tokens at which the weight of a recomputed token's change has fallen to
+            1/e.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """One request's way into the paged cache: what a blend needs done, whoever does it.
 
-``TorchExecutor`` does it in plain torch on any device and is the specification; ``KernelExecutor`` does the
-same with our kernels and a copy stream on a GPU.
+``TorchExecutor`` does it in plain torch on any device and is the specification; ``KernelExecutor``
+does the same with our kernels and a copy stream on a GPU.
 
 Shape legend: E tokens of the blended region, G KV heads, D head size.
 """

@@ -13,7 +13,9 @@ from cacheblend_rag.store.base import ChunkKV
 
 
 class ExecutorFactory:
-    """Makes requests' executors. ``reason`` says why they are the plain ones; empty if they are not."""
+    """Makes requests' executors. ``reason`` says why they are the plain ones; empty if they are
+    not.
+    """
 
     def __init__(
         self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, reason: str

@@ -41,7 +41,7 @@ class CapturedPass:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """What runs inside is captured, given that it calls ``propagation_length`` at each layer."""
+        """What runs inside is captured, given that it calls ``arrive`` at each layer."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             self._begin()
@@ -50,7 +50,7 @@ class CapturedPass:
             finally:
                 self._graphs[-1].capture_end()
 
-    def reach(self, index: int) -> None:
+    def arrive(self, index: int) -> None:
         """The pass being captured is at layer ``index``."""
         if index and index % _STRETCH == 0:
             self._graphs[-1].capture_end()
@@ -208,7 +208,7 @@ class QuestionGraphs:
         self._handle.run(make(None), ids, rope)
         captured = CapturedPass(self._pool, self._stream)
         with captured.capture():
-            self._handle.run(make(captured.reach), ids, rope)
+            self._handle.run(make(captured.arrive), ids, rope)
         return captured
 
 

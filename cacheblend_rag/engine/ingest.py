@@ -1,5 +1,5 @@
-"""Computing the KV of chunks: each alone behind the ingest prefix, or behind its prompt prefix and what the
-chunk's own document has before it; many in one forward.
+"""Computing the KV of chunks: each alone behind the ingest prefix, or behind its prompt prefix and
+what the chunk's own document has before it; many in one forward.
 
 Shape legend: N tokens of a chunk, L layers, G KV heads, D head size.
 """

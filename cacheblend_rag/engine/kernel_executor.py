@@ -241,7 +241,8 @@ class KernelExecutor(BlendExecutor):
 
 
 class KernelExecutorFactory(ExecutorFactory):
-    """Makes ``KernelExecutor``s, which share the kernels' views, the copy stream and the hot chunks.
+    """Makes ``KernelExecutor``s, which share the kernels' views, the copy stream and the device
+    cache.
 
     Raises:
         KernelsUnusableError: see ``KernelCache``.

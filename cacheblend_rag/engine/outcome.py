@@ -111,9 +111,9 @@ class BlendOutcome:
     """What one rank did for one request.
 
     Attributes:
-        segments: the plan's; missing: numbers of those whose chunk this engine did not have; late:
-            of those of them that the store may have, but not soon enough; unavailable: of those of
-            them for which it could not be asked.
+        segments: the plan's; missing: numbers of those whose chunk this engine did not have;
+            timed_out: of those of them that the store may have, but not soon enough; unavailable:
+            of those of them for which it could not be asked.
         prefix_cached: positions below it were in vLLM's prefix cache.
         planned: the scheduler's part of the report.
         bytes: of stored KV used.

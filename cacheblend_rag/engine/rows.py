@@ -95,7 +95,7 @@ class _Blend:
     done: int = 0
 
     def advance(self, scheduled: Scheduled) -> torch.Tensor:
-        """Go on by this step's rows: open their blocks to the executor, and return their positions."""
+        """Go on by this step's rows: open their blocks, and return their positions."""
         first = scheduled.computed - self.task.first_row
         self.done = scheduled.computed + scheduled.rows
         if self.executor is not None:

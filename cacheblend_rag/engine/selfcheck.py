@@ -1,5 +1,5 @@
-"""The worker's half of the model check: are keys really movable by rotation, and by which, layer by layer?
-And is attention outside of the paged cache that of the layer's own backend?
+"""The worker's half of the model check: are keys really movable by rotation, and by which, layer by
+layer? And is attention outside of the paged cache that of the layer's own backend?
 
 Shape legend: T tokens, G KV heads, H query heads, D head size.
 """

@@ -90,7 +90,7 @@ class Staging:
 class Transfer:
     """All layers of one request's chunks on their way to the GPU.
 
-    A chunk is there already (hot), goes into GPU memory to stay (filling), or passes through the
+    A chunk is there already (cached), goes into GPU memory to stay (filling), or passes through the
     buffers.
 
     Attributes:

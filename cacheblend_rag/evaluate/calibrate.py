@@ -48,8 +48,8 @@ def choose(summary: SetSummary, changed: float) -> str:
     if not fitting:
         best = min(rows, key=lambda row: row.changed)
         raise DataError(
-            f"no way of blending changes at most {changed:.0%} of these {summary.questions} answers; "
-            f"the best, {best.row}, changes {best.changed:.0%}. Allow more with --changed, or serve "
+            f"no way changes at most {changed:.0%} of these {summary.questions} answers; "
+            f"the best, {best.row}, changes {best.changed:.0%}. Allow more (--changed), or serve "
             "such questions with mode='full'"
         )
     return min(fitting, key=_cost).row

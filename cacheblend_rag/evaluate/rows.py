@@ -5,15 +5,15 @@
 ``prefix_caching``        plain vLLM with its prefix cache
 ``ratio_1``                 blended at ratio 1: what other batch shapes alone do to answers
 ``reuse``                 naive reuse, ratio 0 (keys are re-rotated)
-``query@0.15``            a selector at a ratio, as it was published: without reach
+``query@0.15``            a selector at a ratio, as it was published: without propagation
 ``query:window=33@0.15``  the same with an option of its own; values are JSON or words
-``query@0.15~64``         the same with a reach; of 64 tokens it is what ships
+``query@0.15~64``         the same with a propagation length; of 64 tokens it is what ships
 ``.../none``              any of these behind another ingest prefix
 ========================= ==========================================================================
 
-An ingest prefix is ``auto``, ``prompt_prefix``, ``document`` (other than ``auto`` only for cut passages),
-``bos``, ``none``, ``neutral:N`` (the prompt prefix, then N tokens of neutral text), or ``other_passages:N`` (the
-head, then N tokens of other passages of the same set).
+An ingest prefix is ``auto``, ``prompt_prefix``, ``document`` (other than ``auto`` only for cut
+passages), ``bos``, ``none``, ``neutral:N`` (the prompt prefix, then N tokens of neutral text), or
+``other_passages:N`` (the head, then N tokens of other passages of the same set).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "ratio_1": {"recompute_ratio": 1.0},
     "reuse": {"mode": "reuse"},
 }
-_SIZED = re.compile(r"(neutral|company):(\d+)")
+_SIZED = re.compile(r"(neutral|other_passages):(\d+)")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def parse_row(text: str, prefix: str = "auto") -> Row:
             "propagation_length": int(propagation_length or 0),
         }
     except ValueError as error:
-        raise ConfigError(f"row {text!r}: {ratio!r} is no ratio (and reach)") from error
+        raise ConfigError(f"row {text!r}: {ratio!r} is no ratio (and length)") from error
     return Row(text, {**where, "selector": kind, "selector_options": options, **numbers}, chosen)
 
 
@@ -115,8 +115,8 @@ def make_rows(
     others: Iterable[str] = (),
 ) -> list[Row]:
     """The usual rows: the fixed ones, naive reuse behind every prefix, every selector at every
-    ratio behind the first prefix, that of the default with the default's reach too; then ``others``
-    by name. ``full`` is always the first.
+    ratio behind the first prefix, that of the default with the default's propagation too; then
+    ``others`` by name. ``full`` is always the first.
 
     Raises:
         ConfigError: see ``parse_row``.
@@ -147,7 +147,7 @@ def with_prefix(
     chat: ChatRenderer | None,
     passages: Iterable[str],
 ) -> BlendConfig:
-    """``config`` behind the ingest prefix of this name; ``passages`` keep company.
+    """``config`` behind the ingest prefix of this name; ``passages`` are the others.
 
     Raises:
         DataError: there are too few passages for it.

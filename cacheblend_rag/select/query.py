@@ -10,8 +10,6 @@ from cacheblend_rag.select.base import Evidence, QuestionAttention, Selector
 if TYPE_CHECKING:
     import torch
 
-_UNITS = 2.0**32  # a unit of attention, in whole numbers
-
 
 @dataclass(frozen=True, kw_only=True)
 class QuerySelector(Selector):
@@ -26,14 +24,9 @@ class QuerySelector(Selector):
     Attributes:
         layers: first and last layer as shares of the depth; later ones carry the signal.
         window: odd number of neighbouring tokens that share their attention.
-        spread: how far the budget is spread over chunks, 0 to 1: scores are divided by the
-            attention that their chunk got in all, to this power. 0 leaves them as they are; at 1
-            every chunk counts the same (our own; for prompts whose last chunks get most attention
-            for being near the question).
-        first: the first tokens of every chunk that are recomputed in any case, within the budget:
-            false attention sinks (EPIC, arXiv 2410.15332).
-        first_share: the share of the budget, 0 to 1, that goes to such first tokens, as many of
-            every chunk; the question chooses the others.
+        first_share: the share of the budget, 0 to 1, that goes to the first tokens of chunks, as
+            many of every chunk: false attention sinks (EPIC, arXiv 2410.15332). The question
+            chooses the others.
         coverage: as soon as the chosen tokens get this share of the question's attention to reused
             tokens, no more are chosen; 1 uses up the budget. So a question that looks at few places
             costs less than one that looks everywhere (our own). First tokens come before others, so
@@ -43,8 +36,6 @@ class QuerySelector(Selector):
     name: ClassVar[str] = "query"
     layers: tuple[float, float] = (1 / 2, 3 / 4)
     window: int = 9
-    spread: float = 0.0
-    first: int = 0
     first_share: float = 0.5
     coverage: float = 1.0
 
@@ -54,10 +45,6 @@ class QuerySelector(Selector):
             raise ValueError(f"layers must be two shares 0 <= low < high <= 1, got {self.layers}")
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"window must be odd and positive, got {self.window}")
-        if not 0 <= self.spread <= 1:
-            raise ValueError(f"spread must be a share, 0 to 1, got {self.spread}")
-        if self.first < 0:
-            raise ValueError(f"first must be 0 or more, got {self.first}")
         if not 0 <= self.first_share <= 1:
             raise ValueError(f"first_share must be a share, 0 to 1, got {self.first_share}")
         if not 0 < self.coverage <= 1:
@@ -73,10 +60,6 @@ class QuerySelector(Selector):
         assert evidence.question_N is not None
         attention = evidence.question_N * evidence.candidate_N
         score: torch.Tensor = window_average(attention, self.window)
-        if self.spread:
-            score = score / _of_chunk(attention, evidence).clamp_min(1e-9) ** self.spread
-        if self.first:
-            score = score + (evidence.offset_N < self.first) * (score.max() + 1)
         if self.first_share:
             where = _first(evidence, int(self.first_share * evidence.budget))
             score = score.index_put((where,), score.max() + 1 + score[where])
@@ -103,18 +86,3 @@ def _first(evidence: Evidence, count: int) -> torch.Tensor:
     order = evidence.offset_N * size + torch.arange(size, device=evidence.offset_N.device)
     far = torch.iinfo(torch.int64).max
     return order.masked_fill(~evidence.candidate_N, far).topk(count, largest=False).indices
-
-
-def _of_chunk(attention_N: torch.Tensor, evidence: Evidence) -> torch.Tensor:
-    """float32 [N]: the attention that each token's chunk got in all.
-
-    Whole numbers are added, so the order in which a GPU adds them changes nothing, and every rank
-    gets the same.
-    """
-    offset, candidate = evidence.offset_N, evidence.candidate_N
-    starts = candidate.clone()
-    starts[1:] &= ~candidate[:-1] | (offset[1:] != offset[:-1] + 1)
-    chunk_N = starts.cumsum(0)
-    units = (attention_N.double() * _UNITS).long()
-    total = units.new_zeros(len(units) + 1).index_add_(0, chunk_N, units)
-    return (total[chunk_N].double() / _UNITS).float()

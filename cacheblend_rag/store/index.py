@@ -65,7 +65,7 @@ _CHECK = (
     f"SELECT (SELECT count(*) FROM chunks WHERE NOT ifnull({_POSSIBLE_CHUNK}, 0)), "
     f"(SELECT count(*) FROM state WHERE {_POSSIBLE_STATE})"
 )
-_PUTTING_S = 60.0  # between a put and its label
+_PUTTING_S = 60.0  # between a put and its registration
 _PAGE = 1000  # rows read at once
 _REMEMBERED = 4  # heats kept of chunks that left, times the number of chunks held
 _FEWEST_REMEMBERED = 1000
@@ -148,7 +148,7 @@ class Index:
         """Note that a chunk was put just now: count a use of one that was there. False where it is
         gone, asked while no other process can forget it.
 
-        Until it is labelled, for a while, it is not dropped with a document of another process.
+        Until it is registered, for a while, it is not dropped with a document of another process.
         """
 
         def put(db: sqlite3.Connection) -> bool:

@@ -1,7 +1,7 @@
 """Counters for Prometheus and spans for OpenTelemetry. Without these packages nothing happens.
 
 ========================================= =========== ==========================================
-``cacheblend_store_events_total``         tier, event hits, misses, evictions, corrupt, late
+``cacheblend_store_events_total``         tier, event hits, misses, evictions, corrupt, timed_out
 ``cacheblend_store_read_bytes_total``     tier        KV handed out
 ``cacheblend_store_written_bytes_total``  tier        KV put
 ``cacheblend_store_load_seconds``         tier        histogram of look-ups that found something

@@ -64,7 +64,7 @@ class Readers:
         self, work: Callable[[Item], Result], items: Iterable[Item], seconds: float
     ) -> list[Result | Late]:
         """As ``map``, but ``LATE`` for what takes longer. Until that has ended, which it may never,
-        nothing more is begun: all is late at once, so nobody waits twice for a disk that hangs.
+        nothing more is begun: all has timed out, so nobody waits twice for a disk that hangs.
         """
         items = list(items)
         if self.is_behind:

@@ -27,7 +27,7 @@ class TieredStore(KVStore):
     Nest it for more than two tiers. ``stats()`` describes the pair as one store:
 
     * hits: found in either tier; misses: found in neither.
-    * corrupt, late: of both tiers; unavailable: of ``slow``.
+    * corrupt, timed_out: of both tiers; unavailable: of ``slow``.
     * evictions: of ``slow``, since a chunk that only leaves ``fast`` is not forgotten.
     * chunks and nbytes: of the tier that holds more, because the other one holds copies.
 

@@ -1,7 +1,8 @@
 """Tensor operations of a blend.
 
 ``reference`` is the specification of each in plain torch, and what a CPU runs. The Triton kernels
-have a file an operation: ``attention``, ``propagate`` and ``rotate_and_scatter``. They are imported from there, and
+have a file an operation: ``attention``, ``propagate`` and ``rotate_and_scatter``. They are imported
+    from there, and
 only where there is a GPU.
 """
 

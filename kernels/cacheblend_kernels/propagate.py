@@ -31,7 +31,7 @@ class Propagation(NamedTuple):
             that no stored KV is known of.
         before_N: int32 [N + 1], how many recomputed tokens come before each position.
         pass_2: int32, the first recomputed token of this pass and how many there are.
-        reach_1: float32, tokens at which a say has fallen to 1/e.
+        reach_1: float32, tokens at which a weight has fallen to 1/e.
     """
 
     chunk_N: torch.Tensor
@@ -76,13 +76,15 @@ def propagate(
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
     }  # fmt: skip
     _off_kernel[(rows, groups)](
-        k_TGD, v_TGD, propagation.position_R, propagation.chunk_R, propagation.pass_2, cache.table, k, v, cos_XP,
-        sin_XP, off_TX, k_TGD.stride(0), v_TGD.stride(0), *strides, **shape, num_warps=1,
+        k_TGD, v_TGD, propagation.position_R, propagation.chunk_R, propagation.pass_2,
+        cache.table, k, v, cos_XP, sin_XP, off_TX, k_TGD.stride(0), v_TGD.stride(0), *strides,
+        **shape, num_warps=1,
     )  # fmt: skip
     _move_kernel[(_PROGRAMS, groups)](
-        off_TX, propagation.chunk_N, propagation.position_R, propagation.chunk_R, propagation.before_N, propagation.pass_2,
-        propagation.propagation_length_1, cache.table, k, v, cos_XP, sin_XP, cache.length, *strides, **shape,
-        REST=2 * pairs < dim, BLOCK_N=_TOKENS, BLOCK_R=_ROWS, FAR=FAR, num_warps=4,
+        off_TX, propagation.chunk_N, propagation.position_R, propagation.chunk_R,
+        propagation.before_N, propagation.pass_2, propagation.propagation_length_1, cache.table, k,
+        v, cos_XP, sin_XP, cache.length, *strides, **shape, REST=2 * pairs < dim, BLOCK_N=_TOKENS,
+        BLOCK_R=_ROWS, FAR=FAR, num_warps=4,
     )  # fmt: skip
 
 
@@ -132,8 +134,8 @@ def _off_kernel(
 
 @triton.jit
 def _move_kernel(
-    off, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table, k, v, cos, sin, length,
-    k_block, k_place, k_head, v_block, v_place, v_head,
+    off, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table, k, v, cos, sin,
+    length, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
@@ -155,7 +157,7 @@ def _move_kernel(
         n = start + tl.arange(0, BLOCK_N)
         mine = tl.load(chunk + n, mask=n < context, other=-1)
         moves = mine >= 0
-        # Recomputed tokens ascend, so those within reach of this stretch are a run of them.
+        # Recomputed tokens ascend, so those near enough to this stretch are a run of them.
         low = tl.load(before + tl.maximum(start - far, 0))
         high = tl.load(before + tl.minimum(start + BLOCK_N + far, context))
         # no token of the stretch moves: an empty run, as a loop can't be left early
@@ -173,33 +175,33 @@ def _move_kernel(
             theirs = tl.load(chunk_of_row + r, mask=there, other=-1)
             distance = tl.abs(n[:, None] - at[None]).to(tl.float32)
             # Tokens of another chunk miss another context: their differences say nothing here.
-            heard = (
+            near = (
                 (mine[:, None] == theirs[None])
                 & moves[:, None]
                 & (distance <= FAR * propagation_length)
             )
-            say = tl.where(heard, tl.exp2(-distance * nearness), 0.0)
+            weight = tl.where(near, tl.exp2(-distance * nearness), 0.0)
             # of all passes, later ones too: each pass adds its own part of the same mean
-            total += tl.sum(say, 1)
+            total += tl.sum(weight, 1)
             t = r - first
             # Of this pass: only its differences are known.
             now = there & (t >= 0) & (t < rows) & (theirs >= 0)
-            say = say.to(kind)
+            weight = weight.to(kind)
             row = off + (t * 2 * GROUPS + g) * DIM
             a = tl.load(row[:, None] + one[None], mask=now[:, None] & in_p[None], other=0.0)
             b = tl.load(row[:, None] + two[None], mask=now[:, None] & in_p[None], other=0.0)
             values = tl.load(
                 row[:, None] + GROUPS * DIM + d[None], mask=now[:, None] & in_d[None], other=0.0
             )
-            sum_a = tl.dot(say, a, sum_a, input_precision="ieee")
-            sum_b = tl.dot(say, b, sum_b, input_precision="ieee")
-            sum_v = tl.dot(say, values, sum_v, input_precision="ieee")
+            sum_a = tl.dot(weight, a, sum_a, input_precision="ieee")
+            sum_b = tl.dot(weight, b, sum_b, input_precision="ieee")
+            sum_v = tl.dot(weight, values, sum_v, input_precision="ieee")
             if REST:
                 rest = tl.load(
                     row[:, None] + d[None], mask=now[:, None] & (in_d & (d >= 2 * PAIRS))[None],
                     other=0.0,
                 )  # fmt: skip
-                sum_rest = tl.dot(say, rest, sum_rest, input_precision="ieee")
+                sum_rest = tl.dot(weight, rest, sum_rest, input_precision="ieee")
         # 1 + total, not total: a token whose neighbours are far or few hardly moves.
         share = 1.0 / (1.0 + total)
         block = tl.load(table + n // SIZE, mask=moves, other=0).to(tl.int64)

@@ -16,7 +16,7 @@ from cacheblend_kernels.paged import PagedKV
 if TYPE_CHECKING:
     from cacheblend_kernels.propagate import Propagation
 
-FAR = 4  # times the reach: a token's say would be below 1/50 there, and is nothing
+FAR = 4  # propagation lengths: a token's weight would be below 1/50 there, and is nothing
 _LOGITS = 1 << 26  # attention logits held at once, float32
 
 
@@ -65,9 +65,9 @@ def nearness(
     propagation_length: float | torch.Tensor,
     same_chunk_NR: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How much each of R tokens has to say about each of N: ``exp(-distance / reach)``, over 1 plus
-    their sum, so that few and far ones say little; nothing beyond ``FAR`` reaches and where they
-    are of different chunks.
+    """The weight of each of R tokens for each of N: ``exp(-distance / propagation_length)``, over 1
+    plus their sum, so that few and far ones weigh little; nothing beyond ``FAR`` reaches and where
+    they are of different chunks.
 
     Returns:
         float32 [N, R].
@@ -193,7 +193,9 @@ def placed(
     *,
     is_neox: bool,
 ) -> None:
-    """Twin of ``rotate_and_scatter.rotate_and_scatter``: ``rerotate``, then write K and V at ``positions_N``."""
+    """Twin of ``rotate_and_scatter.rotate_and_scatter``: ``rerotate``, then write K and V at
+    ``positions_N``.
+    """
     block, inside = cache.slots(positions_N)
     cache.k_BSGD[block, inside] = rerotate(k_NGD, cos_NP, sin_NP, is_neox=is_neox)
     cache.v_BSGD[block, inside] = v_NGD
@@ -209,8 +211,8 @@ def moved(
     *,
     is_neox: bool,
 ) -> None:
-    """Twin of ``propagate.propagate`` for all recomputed tokens in one pass: ``nearness`` times how far each
-    is off, keys compared as if all stood at position 0.
+    """Twin of ``propagate.propagate`` for all recomputed tokens in one pass: ``nearness`` times how
+    far each is off, keys compared as if all stood at position 0.
     """
     chunk_N, at_R = propagation.chunk_N, propagation.position_R
     everywhere_N = torch.arange(len(chunk_N), device=chunk_N.device)

@@ -81,7 +81,7 @@ def blend(
 ) -> Iterator[CacheBlend]:
     """One engine at a time in this process, all chunks stored on disk."""
     store = tmp_path_factory.mktemp("store")
-    # without reach: with it, what a step moves depends on where vLLM cuts a prompt into steps
+    # without propagation: with it, what a step moves depends on where vLLM cuts a prompt into steps
     config = BlendConfig(
         ingest_prefix=PREFIX, store=f"file://{store}", blend_if="always", propagation_length=0
     )

@@ -42,8 +42,9 @@ def test_auto_takes_what_was_calibrated(tiny_models: Path) -> None:
         assert blend.calibration is None
         assert blend.generate(prompt, max_tokens=1).report.recompute_ratio == 0.15
         found = Calibration(
-            fingerprint=blend.info.fingerprint, version="0", ratio=0.4, selector="hkvd", propagation_length=4,
-            changed_allowed=0.2, changed=0.1, mean_ratio=0.4, questions=9,
+            fingerprint=blend.info.fingerprint, version="0", ratio=0.4,
+            selector="hkvd", propagation_length=4, changed_allowed=0.2, changed=0.1,
+            mean_ratio=0.4, questions=9,
         )  # fmt: skip
     found.save(usual_path(found.fingerprint))
     with start(model, config=config) as blend:

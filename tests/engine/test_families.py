@@ -83,7 +83,7 @@ def test_reach_equals_the_reference(family: Family) -> None:
         assert selected(blend, still) == rows
         agree(still, reference.blend(PARTS, QUESTION, rows, 4))
         apart = (logprobs(still) - logprobs(moved)).abs().max()
-        assert apart > 1e-3, "reach must change something"
+        assert apart > 1e-3, "propagation must change something"
     exact = blend.generate(PROMPT, recompute_ratio=1.0, propagation_length=8, **FULL_LOGPROBS)
     plain = blend.generate(PROMPT, mode="full", **FULL_LOGPROBS)
     torch.testing.assert_close(logprobs(exact), logprobs(plain), atol=EXACT, rtol=0)

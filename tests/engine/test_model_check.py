@@ -1,4 +1,4 @@
-"""An engine that computes wrongly is told by the model check, and then serves as vLLM alone does."""
+"""An engine that computes wrongly fails the check, and then serves as vLLM alone does."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Known(NamedTuple):
 
 
 def config(store: Path) -> BlendConfig:
-    # without reach: with it, what a step moves depends on where vLLM cuts a prompt into steps
+    # without propagation: with it, what a step moves depends on where vLLM cuts a prompt into steps
     return BlendConfig(ingest_prefix=PREFIX, store=f"file://{store}", propagation_length=0)
 
 

@@ -106,7 +106,7 @@ def test_random_prompts(blend: CacheBlend, record_property: Any) -> None:
         batch = prompts[first : first + BATCH]
         plain = blend.generate(batch, mode="full", **SAMPLING)
         exact = blend.generate(batch, recompute_ratio=1.0, **SAMPLING)
-        # without reach: with it, what a step moves depends on where vLLM cuts a prompt into steps
+        # without propagation: what that changes depends on where vLLM cuts a prompt into steps
         options = {"selector": selector, "propagation_length": 0, **SAMPLING}
         reset(blend)
         together = blend.generate(batch, **options)

@@ -118,14 +118,14 @@ class FakeEngine(Engine):
             case "prefetch", [keys]:
                 self.prefetched += keys
                 return [None]
-            case "label", [documents]:
+            case "register", [documents]:
                 for document, keys in documents:
                     self.notes.register(document, keys)
                 return [None]
-            case "labelled", [documents]:
+            case "registered", [documents]:
                 noted = self.notes.documents()
                 return [[name for name in documents if document_id(name) in noted]]
-            case "unlabel", [documents, only]:
+            case "unregister", [documents, only]:
                 return [self.notes.unregister(map(document_id, documents), only)]
             case "compared", [prompts]:
                 return [[[(0.25, True), (0.5, False)] for _ in prompts]]

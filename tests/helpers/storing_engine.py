@@ -17,6 +17,9 @@ from cacheblend_rag.planner import Space
 from cacheblend_rag.store import ChunkKV, open_store
 
 
+_OF_STORE = ("missing", "forget", "register", "registered", "unregister", "list")
+
+
 class StoringEngine(FakeEngine):
     """Its KV is made up."""
 
@@ -60,7 +63,7 @@ class StoringEngine(FakeEngine):
                     for ids, context, of_ids in zip(chunks, contexts, kv, strict=True)
                 ]
                 return self._later(lambda rank: rank.put(keys, computed))
-            case ("missing" | "forget" | "label" | "labelled" | "unlabel" | "list") as name, _:
+            case name, _ if name in _OF_STORE:
                 return self._later(lambda rank: getattr(rank, name)(*args))
             case "store_stats", _:
                 return self._later(lambda rank: rank.stats())

@@ -89,7 +89,7 @@ def test_auto_is_what_was_calibrated() -> None:
         ratio=0.07,
         selector="hkvd",
         changed_allowed=0.1,
-        flips=0.1,
+        changed=0.1,
         mean_ratio=0.07,
         questions=9,
     )

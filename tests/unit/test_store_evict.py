@@ -319,7 +319,7 @@ def test_gc_drops_documents_that_are_not_live(tmp_path: Path, kind: str) -> None
     for seed, name in enumerate(("a", "b", "c")):
         store.register(name, [key_of(seed), key_of(3)])
     assert store.gc(live=["b", "new"]) == 2
-    assert held(store, range(5)) == [1, 3, 4]  # 3 is shared, 4 was never labelled
+    assert held(store, range(5)) == [1, 3, 4]  # 3 is shared, 4 was never registered
     assert store.gc(live=[]) == 2
     assert held(store, range(5)) == [4]
 
