@@ -16,7 +16,6 @@ from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.planner import Space
 from cacheblend_rag.store import ChunkKV, open_store
 
-
 _OF_STORE = ("missing", "forget", "register", "registered", "unregister", "list")
 
 

@@ -52,11 +52,12 @@ def test_intervals_hold_the_mean_and_shrink() -> None:
 
 def test_rows() -> None:
     rows = make_rows(
-        ["query", "hkvd"], [0.1, 0.15], ["auto", "none"], ["query:window=33@0.15/head"]
+        ["query", "hkvd"], [0.1, 0.15], ["auto", "none"], ["query:window=33@0.15/prompt_prefix"]
     )
     assert [r.name for r in rows] == [
         "full", "prefix_caching", "ratio_1", "reuse", "reuse/none", "query@0.1", "query@0.15",
-        "hkvd@0.1", "hkvd@0.15", "query@0.1~64", "query@0.15~64", "query:window=33@0.15/head",
+        "hkvd@0.1", "hkvd@0.15", "query@0.1~64", "query@0.15~64",
+        "query:window=33@0.15/prompt_prefix",
     ]  # fmt: skip
     assert [r.prefix for r in rows[-2:]] == ["auto", "prompt_prefix"]
     assert rows[-1].options["selector_options"] == {"window": 33}
@@ -116,7 +117,7 @@ def test_passages_are_cut_into_pieces_of_a_document() -> None:
     whole = question(1, passages=("T\na b c  d e\nf g", "h i j k", "l"))
     cut = whole.cut(4)
     assert cut.passages == ("T\na b c", "d e\nf g", "h i j k", "l")
-    assert cut.before == (None, "T\na b c  ", None, None)
+    assert cut.left_context == (None, "T\na b c  ", None, None)
     assert (cut.id, cut.half) == (whole.id, whole.half)
     assert whole.cut(3).passages[:3] == ("T\na b", "c  d e", "f g")
     assert whole.cut(7).passages == whole.passages, "one word is less than half a piece"
@@ -128,7 +129,7 @@ def test_pieces_are_scattered_with_what_precedes_them() -> None:
     cut = whole.cut(1, scatter=True)
     assert cut == whole.cut(1, scatter=True), "the same at every run"
     assert len(cut.passages) == 5 and list(cut.passages) != sorted(cut.passages)
-    for piece, before in zip(cut.passages, cut.before, strict=True):
+    for piece, before in zip(cut.passages, cut.left_context, strict=True):
         known = "" if before is None else before
         assert any(passage.startswith(known + piece) for passage in whole.passages)
 

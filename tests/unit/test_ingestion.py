@@ -133,7 +133,7 @@ def test_a_bad_text_is_named_before_anything_is_computed(
 
 def test_what_stands_before_a_bad_text_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     blend = fake_blend(monkeypatch, config=BlendConfig(ingest_prefix="document"))
-    with pytest.raises(PromptError, match=r"before, text 2 of 2: .*2\.5"):
+    with pytest.raises(PromptError, match=r"left_context, text 2 of 2: .*2\.5"):
         blend.ingest(TEXTS[:2], left_context=["a title", [2.5]], progress=False)
     assert len(blend.stored()) == 0
 

@@ -47,44 +47,11 @@ def test_query_takes_neighbours_and_ignores_fresh_tokens() -> None:
     assert 7 in chosen("query", 1, evidence(question_N=attention), window=1, first_share=0.0)
 
 
-def test_query_spreads_its_budget_over_chunks() -> None:
-    attention = torch.tensor([0.0, 0.2, 0, 0, 0, 5, 4, 3, 2])
-    found = evidence(question_N=attention)
-    alone: dict[str, Any] = {"window": 1, "first_share": 0.0}
-    assert chosen("query", 2, found, **alone) == {5, 6}
-    assert chosen("query", 2, found, **alone, spread=1.0) == {1, 5}
-    # 5 / sqrt(14) and 4 / sqrt(14) are more than 0.2 / sqrt(0.2)
-    assert chosen("query", 2, found, **alone, spread=0.5) == {5, 6}
-    score = create_selector("query", {"window": 1, "spread": 1.0}).score(found)
-    assert score.tolist() == pytest.approx([0, 1, 0, 0, 0, 5 / 14, 4 / 14, 3 / 14, 2 / 14])
-
-
-def test_query_keeps_the_first_tokens_of_chunks() -> None:
-    attention = torch.tensor([0.0, 0, 9, 8, 0, 0, 0, 0, 7])
-    assert chosen(
-        "query", 4, evidence(question_N=attention), window=1, first_share=0.0, first=1
-    ) == {0, 2, 3, 5}
-
-
 def test_first_tokens_come_before_every_other_however_low_all_scores_are() -> None:
     attention = torch.tensor([0.0, 0.1, 0.3, 0, 0, 0, 0, 0.2, 0])
-    found = evidence(question_N=attention)
-    score = create_selector("query", {"window": 1, "first_share": 0.0, "first": 1}).score(found)
-    assert min(score[0], score[5]) > score[2]
-    found = replace(found, budget=4)
+    found = replace(evidence(question_N=attention), budget=4)
     score = create_selector("query", {"window": 1, "first_share": 0.5}).score(found)
     assert min(score[0], score[5]) > score[2]
-
-
-def test_chunks_that_touch_and_pieces_of_one_are_told_apart() -> None:
-    """Two chunks one behind the other, then one with a gap: each token is seen beside its own."""
-    candidate = torch.tensor([1, 1, 1, 1, 0, 1], dtype=torch.bool)
-    offset = torch.tensor([0, 1, 0, 1, 0, 2])
-    attention = torch.tensor([1.0, 3.0, 1.0, 1.0, 5.0, 4.0])
-    found = Evidence(candidate, offset, torch.arange(6), question_N=attention)
-    options = {"window": 1, "spread": 1.0, "first_share": 0.0}
-    score = create_selector("query", options).score(found)
-    assert score.tolist() == pytest.approx([0.25, 0.75, 0.5, 0.5, 0, 1])
 
 
 def test_query_gives_a_share_to_first_tokens() -> None:
@@ -179,13 +146,12 @@ def test_unknown_options_are_refused(name: str) -> None:
         ("query", {"layers": (0.5, 0.5)}, "layers must be two shares"),
         ("query", {"layers": (0.5, 1.5)}, "layers must be two shares"),
         ("query", {"layers": 3}, "selector 'query'"),
-        ("query", {"spread": 2}, "spread must be a share, 0 to 1, got 2"),
-        ("query", {"first": -1}, "first must be 0 or more, got -1"),
         ("query", {"first_share": 1.5}, "first_share must be a share, 0 to 1, got 1.5"),
         ("query", {"coverage": 0}, "coverage must be a share above 0, up to 1, got 0"),
         ("query", {"coverage": 1.5}, "coverage must be a share above 0, up to 1, got 1.5"),
         ("hkvd", {"deviation": "v"}, "deviation must be 'k' or 'kv', got 'v'"),
         ("hkvd", {"check_layer": 0}, "check_layer must be at least 1: layer 0 has no deviation"),
+        ("query", {"spread": 1}, "spread"),
         ("nobody", {}, "nobody"),
     ],
 )
@@ -197,7 +163,7 @@ def test_values_that_make_no_sense_are_refused(
 
 
 def test_the_ends_of_ranges_are_values_that_make_sense() -> None:
-    ends = {"layers": (0, 1), "spread": 1, "first": 0, "first_share": 1, "coverage": 1, "window": 1}
+    ends = {"layers": (0, 1), "first_share": 1, "coverage": 1, "window": 1}
     assert create_selector("query", ends) == create_selector("query", dict(ends))
 
 
