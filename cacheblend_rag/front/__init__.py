@@ -1,0 +1,1 @@
+"""What ``CacheBlend`` consists of: a class for each of its tasks, over what they share."""

@@ -1,0 +1,248 @@
+"""The path of one request, from a prompt to its answer and report."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, overload
+
+from cacheblend_rag import calibration, metrics
+from cacheblend_rag.calibration import Calibration
+from cacheblend_rag.config import PER_CALL, PER_REQUEST, BlendConfig, unknown_option
+from cacheblend_rag.daemons import DaemonPool
+from cacheblend_rag.engine import EngineOutput, EngineRequest
+from cacheblend_rag.errors import (
+    ClosedError,
+    ConfigError,
+    EmptyTextError,
+    PromptError,
+)
+from cacheblend_rag.front.base import Front
+from cacheblend_rag.plan import PARAMS_KEY
+from cacheblend_rag.prompt import Prompt, is_prompt, owned, tokenize
+from cacheblend_rag.reason import Reason, Why
+from cacheblend_rag.report import make_report
+from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStream, make_result
+
+
+class PreparedRequest(NamedTuple):
+    """A request ready for the engine, and what its report will need.
+
+    Attributes:
+        why_not: why the engine is not asked to blend.
+    """
+
+    request: EngineRequest
+    why_not: Why | None
+    mode: str
+    tokenize_s: float
+    request_id: str
+
+
+class _Options(NamedTuple):
+    """Those of one call: ours, vLLM's sampling parameters, and a LoRA request."""
+
+    config: BlendConfig
+    sampling: Mapping[str, Any]
+    lora_request: Any
+
+
+class Answers(Front):
+    """Answers prompts."""
+
+    calibration: Calibration | None
+    _name: str  # of the space that this front's requests are planned in
+    _session: str
+    _numbers: Iterator[int]
+    _preparing: DaemonPool
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> BlendResult: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[BlendResult]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Any
+    ) -> BlendResult | list[BlendResult]:
+        """Answer one prompt, or several together.
+
+        Args:
+            prompt: text, chat messages (the model's own template is applied) or token ids; a list
+                of these is several prompts.
+            **options: vLLM's sampling parameters by their own names; ``mode``,
+                ``recompute_ratio``, ``selector``, ``selector_options``, ``propagation_length``,
+                ``blend_if`` and ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request``
+                (served without blending).
+
+        Raises:
+            PromptError: an empty, too long or malformed prompt.
+            ConfigError: an unknown option or a refused value.
+            EngineError: the engine failed.
+        """
+        prompts: list[Prompt] = [prompt] if is_prompt(prompt) else as_prompts(prompt)
+        prepared = [self._prepare(p, options) for p in prompts]
+        start = time.perf_counter()
+        answers = self._engine.generate([p.request for p in prepared])
+        results = [self._finish(p, a, start) for p, a in zip(prepared, answers, strict=True)]
+        return results[0] if is_prompt(prompt) else results
+
+    def stream(self, prompt: Prompt, **options: Any) -> BlendStream:
+        """Answer one prompt piece by piece: iterate over the text; ``.result`` is there at the end.
+
+        Leaving the iteration early (``close()``, or a ``with`` block) aborts the request.
+        Arguments and errors are those of ``generate``.
+        """
+        prepared = self._prepare(prompt, options)
+        pieces = self._engine.stream(prepared.request)
+        return BlendStream(pieces, partial(self._finish, prepared))
+
+    async def agenerate(self, prompt: Prompt, **options: Any) -> BlendResult:
+        """``generate`` of one prompt for an event loop; cancelling aborts the request."""
+        stream = self.astream(prompt, **options)
+        async for _ in stream:
+            pass
+        return stream.result
+
+    def astream(self, prompt: Prompt, **options: Any) -> AsyncBlendStream:
+        """``stream`` for an event loop: ``async for piece in blend.astream(prompt)``."""
+        self._check_open()
+        asked = self._split(options)  # what is wrong with them is said here
+        return AsyncBlendStream(partial(self._begin, owned(prompt), asked))
+
+    def tokenize(
+        self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
+        """The token ids that are computed for ``prompt``, with the cache on or off."""
+        config = self.config.for_call({"chat_template_kwargs": chat_template_kwargs or {}})
+        return self._ids(prompt, config)
+
+    @property
+    def takes_messages(self) -> bool:
+        """Whether prompts may be chat messages: the model has a chat template."""
+        return self._engine.chat.available
+
+    async def _begin(self, prompt: Prompt, asked: _Options) -> Begun:
+        """Prepare a request beside the event loop: long prompts take a while to tokenise."""
+        try:
+            preparing = self._preparing.submit(self._prepare_split, prompt, asked)
+        except RuntimeError as error:
+            raise ClosedError("this engine was closed; make a new CacheBlend") from error
+        prepared = await asyncio.wrap_future(preparing)
+        return Begun(
+            self._engine.astream(prepared.request),
+            partial(self._finish, prepared),
+            prepared.tokenize_s,
+        )
+
+    def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> PreparedRequest:
+        self._check_open()
+        return self._prepare_split(prompt, self._split(options))
+
+    def _prepare_split(self, prompt: Prompt, asked: _Options) -> PreparedRequest:
+        config, sampling, lora = asked
+        start = time.perf_counter()
+        ids = self._ids(prompt, config)
+        tokenize_s = time.perf_counter() - start
+        why_not = self._why_not(config)
+        if why_not is None:
+            self._sync_if_due()
+        request_id = f"{self._session}-{next(self._numbers)}"
+        request = EngineRequest(
+            token_ids=ids,
+            sampling=sampling,
+            params=None if why_not else self._params(config, request_id),
+            cache_salt=_salt(config, request_id),
+            lora_request=lora,
+        )
+        return PreparedRequest(request, why_not, config.mode, tokenize_s, request_id)
+
+    def _why_not(self, config: BlendConfig) -> Why | None:
+        """Why the engine is not asked to blend."""
+        if config.mode in ("off", "full"):
+            return Why(Reason.MODE, f"mode is {config.mode!r}")
+        if self.model_check.passed:
+            return None
+        assert self.model_check.reason is not None
+        return Why(self.model_check.reason, self.model_check.detail)
+
+    def _params(self, config: BlendConfig, request_id: str, space: str = "") -> dict[str, Any]:
+        options = {n: v for n, v in config.request_defaults().items() if n in PER_REQUEST}
+        names = {"space": space or self._name, "request_id": request_id}
+        return {PARAMS_KEY: {**options, **names}}
+
+    def _ids(self, prompt: Prompt, config: BlendConfig) -> tuple[int, ...]:
+        ids = tokenize(
+            prompt,
+            self._tokenizer,
+            self._engine.chat,
+            config.chat_template_kwargs,
+            max_model_len=self.info.max_model_len,
+        )
+        self._check_vocabulary(ids)
+        return ids
+
+    def _finish(
+        self, prepared: PreparedRequest, pieces: Sequence[EngineOutput], start: float
+    ) -> BlendResult:
+        last, waited = pieces[-1], prepared.tokenize_s
+        report = make_report(
+            prepared.why_not,
+            self._engine_part(prepared, pieces),
+            mode=prepared.mode,
+            tokens_total=len(prepared.request.token_ids),
+            ttft_s=pieces[0].at - start + waited,
+            total_s=last.at - start + waited,
+            tokenize_s=waited,
+        )
+        metrics.observe(report)
+        return make_result(prepared.request.token_ids, pieces, report, prepared.request_id)
+
+    def _engine_part(
+        self, prepared: PreparedRequest, pieces: Sequence[EngineOutput]
+    ) -> Mapping[str, Any]:
+        """What the engine says it did. The last piece does not tell where the request ended in the
+        very step of its blend, and where the front end ended it, as at a stop string.
+        """
+        engine = pieces[-1].engine
+        if prepared.why_not or "recomputed" in engine or "reason" in engine:
+            return engine
+        outcome: Mapping[str, Any] = self._engine.rpc("cacheblend_outcome", prepared.request_id)[0]
+        return outcome
+
+    def _split(self, options: Mapping[str, Any]) -> _Options:
+        """One call's options: ours, the sampling parameters, and a LoRA request."""
+        blending = {k: v for k, v in options.items() if k in PER_CALL}
+        sampling = {k: v for k, v in options.items() if k not in PER_CALL and k != "lora_request"}
+        known = self._engine.sampling_names
+        for name in sampling:
+            if name not in known:
+                raise unknown_option(name, {*known, *PER_CALL}, "generate")
+        if sampling.get("n", 1) != 1:
+            raise ConfigError("n must be 1: for several answers pass the prompt several times")
+        if self._tokenizer is None:
+            sampling.setdefault("detokenize", False)
+        config = calibration.resolved(self.config.for_call(blending), self.calibration)
+        return _Options(config, sampling, options.get("lora_request"))
+
+
+def as_prompts(prompts: object) -> list[Prompt]:
+    """A list of prompts as such.
+
+    Raises:
+        PromptError: it is not one, or empty.
+    """
+    if isinstance(prompts, Sequence) and not prompts:
+        raise EmptyTextError("there is no prompt; pass text, chat messages or token ids")
+    if not isinstance(prompts, Sequence) or not all(is_prompt(p) for p in prompts):
+        raise PromptError("pass text, chat messages or token ids, or a list of such prompts")
+    return list(prompts)
+
+
+def _salt(config: BlendConfig, request_id: str) -> str | None:
+    """A full prefill reads no cached block at all. Tenants read none of one another: it would tell
+    what the other asked.
+    """
+    if config.mode == "full":
+        return f"full:{request_id}"
+    return f"namespace:{config.namespace}" if config.namespace else None

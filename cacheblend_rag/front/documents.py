@@ -1,0 +1,103 @@
+"""Stored chunks and the documents that consist of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+from cacheblend_rag import ingest
+from cacheblend_rag.front.base import Front
+from cacheblend_rag.known import chunks_of
+
+
+class Documents(Front):
+    """Finds, registers and forgets what is stored."""
+
+    def prefetch(self, texts: str | Sequence[str | Sequence[int]]) -> None:
+        """Start bringing chunks from a slow tier of the store nearer, ahead of the prompt that will
+        contain them. Texts that are not stored are passed over.
+        """
+        self._check_open()
+        keys = [c.key for c in self._numbered(ingest.as_list(texts))]
+        if self.model_check.passed and keys:
+            self._engine.rpc("cacheblend_prefetch", keys)
+
+    def forget(self, texts: str | Sequence[str | Sequence[int]]) -> None:
+        """Drop chunks from the store and the index; absent ones are ignored."""
+        self._check_open()
+        self.forget_keys(c.key for c in self._numbered(ingest.as_list(texts)))
+
+    def forget_keys(self, keys: Iterable[str]) -> int:
+        """``forget`` chunks by the keys that ``IngestReport`` and reports name; returns how many
+        of them were there.
+        """
+        self._check_open()
+        keys = list(dict.fromkeys(keys))
+        if not (self.model_check.passed and keys):
+            return 0
+        absent = set.union(*map(set, self._ask_stores("cacheblend_missing", keys)))
+        self._engine.rpc("cacheblend_forget", keys)
+        self._sync()
+        return len(keys) - len(absent)
+
+    def key(self, text: str | Sequence[int]) -> str:
+        """The key that ``ingest`` stores a chunk under.
+
+        Raises:
+            PromptError, EmptyTextError: as ``ingest`` does.
+        """
+        return self._chunk(text).key
+
+    def register_documents(self, documents: Mapping[str, Iterable[str]]) -> None:
+        """Note which chunks each document (any text) consists of, by their keys, beside those noted
+        before; for ``forget_documents``. A store on disk keeps this for later engines too, as a
+        hash of the document's name; a store that is all remote keeps it until this one is closed.
+        """
+        self._check_open()
+        rows = [(name, list(keys)) for name, keys in documents.items()]
+        if self.model_check.passed and rows:
+            self._engine.rpc("cacheblend_register", rows)
+
+    def registered_documents(self, documents: Iterable[str]) -> set[str]:
+        """Those of ``documents`` that chunks are noted for."""
+        self._check_open()
+        names = list(documents)
+        if not (self.model_check.passed and names):
+            return set()
+        found = self._engine.rpc("cacheblend_registered", names)
+        return set(itertools.chain.from_iterable(found))
+
+    def forget_documents(self, documents: Iterable[str], only: Iterable[str] | None = None) -> int:
+        """Forget the chunks that these documents consist of, or those of them whose keys are in
+        ``only``, but for what other documents consist of; returns how many were there.
+        """
+        self._check_open()
+        names = list(documents)
+        if not (self.model_check.passed and names):
+            return 0
+        keys = None if only is None else list(only)
+        dropped = self._engine.rpc("cacheblend_unregister", names, keys)
+        return self.forget_keys(itertools.chain.from_iterable(dropped))
+
+    def delete_except(self, texts: Iterable[str | Sequence[int]]) -> int:
+        """Forget every chunk of this model and namespace that is not among ``texts``; returns how
+        many were forgotten, those that other processes stored among them.
+        """
+        self._check_open()
+        kept = {c.key for c in self._numbered(ingest.as_list(texts))}
+        return self.forget_keys(self.stored() - kept)
+
+    def stored(self) -> set[str]:
+        """The keys of all chunks of this model, namespace and ingest prefix that are stored, by
+        whichever process.
+
+        Raises:
+            StoreError: the store cannot be asked.
+        """
+        self._check_open()
+        if not self.model_check.passed:
+            return set()
+        ranks = self._ask_stores("cacheblend_list")
+        return set.intersection(
+            *({key for key, _ in chunks_of(self._space, rows)} for rows in ranks)
+        )
