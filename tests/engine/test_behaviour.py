@@ -102,7 +102,7 @@ def everything_stored(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> Ite
         reset(blend)
     yield
     if not blend._closed:
-        turn = blend._engine._turn  # type: ignore[attr-defined]
+        turn = blend._engine._call_lock  # type: ignore[attr-defined]
         left = core(blend).scheduler.has_unfinished_requests(), turn._lock.locked()
         let_go(blend)
         assert left == (False, False)
@@ -122,7 +122,7 @@ def let_go(blend: CacheBlend) -> None:
     from vllm.v1.request import RequestStatus
 
     core(blend).scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
-    turn = blend._engine._turn  # type: ignore[attr-defined]
+    turn = blend._engine._call_lock  # type: ignore[attr-defined]
     if turn._lock.locked():
         turn.__exit__()
 
