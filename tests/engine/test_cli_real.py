@@ -116,6 +116,7 @@ def test_demo(run: Run) -> None:
     assert {"cacheblend_rag", "vllm", "torch", "cpu", "dtype"} <= set(data["versions"])
 
 
+@pytest.mark.slow
 def test_check_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     """From the shell: the exit code, a silent stderr, and nothing but the object on stdout."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}

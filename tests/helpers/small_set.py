@@ -125,11 +125,13 @@ def prepare(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def write(path: Path, *, passages: int = 4, seed: int = 5) -> Path:
-    """The questions in the plain format, each over its own passage and others, in random order."""
+def write(path: Path, *, every: int = 1, passages: int = 4, seed: int = 5) -> Path:
+    """The questions, or one of so many, in the plain format, each over its own passage and others,
+    in random order.
+    """
     draw = random.Random(seed)
     lines = []
-    for number, (question, answer, where) in enumerate(QUESTIONS):
+    for number, (question, answer, where) in enumerate(QUESTIONS[::every]):
         others = draw.sample([title for title in PASSAGES if title != where], passages - 1)
         titles = draw.sample([where, *others], passages)
         lines.append(

@@ -97,7 +97,7 @@ def few(names: Iterable[str], always: Sequence[str]) -> list[Any]:
     return [pytest.param(n, marks=[] if n in always else [pytest.mark.slow]) for n in names]
 
 
-@pytest.mark.parametrize("name", few(CASES, ("compact", "streaming refine", "router")))
+@pytest.mark.parametrize("name", few(CASES, ("compact", "router")))
 def test_ids_and_answers_are_those_of_plain_vllm(
     name: str, real: CacheBlend, asked: Calls, results: list[BlendResult]
 ) -> None:
