@@ -46,7 +46,8 @@ def test_costs_are_corrected_from_end_to_end(
 ) -> None:
     """By a clock of our own, on which a plain prefill takes 5 s and a blend 7 s."""
     now = [0.0]
-    monkeypatch.setattr("cacheblend_rag.front.startup.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("cacheblend_rag.front.startup.time", clock)
     wrong = {"prefill_s": 1e-9, "recompute_s": 1e-9, "load_s": 1e-9, "blend_s": 0.5}
     rpc, generate = blend.engine.rpc, blend.engine.generate
 
