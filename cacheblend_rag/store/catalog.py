@@ -20,7 +20,8 @@ from cacheblend_rag.store.chunk_file import Encoding, decode_info
 from cacheblend_rag.store.database import BusyError
 from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import entries, is_abandoned, remove_abandoned
-from cacheblend_rag.store.index import Content, Index, Limits, Mark, Victim
+from cacheblend_rag.store.index import Index, Limits, Mark
+from cacheblend_rag.store.index_rows import Content, Victim
 from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.seal import Cipher

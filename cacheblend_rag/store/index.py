@@ -13,17 +13,22 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sqlite3
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
 from cacheblend_rag.store.database import Database, new_birth
-from cacheblend_rag.store.evict import GDSF, POLICIES, Policy, Usage, age_step, warmed
+from cacheblend_rag.store.evict import GDSF, POLICIES, Policy
+from cacheblend_rag.store.index_rows import (
+    FEWEST_REMEMBERED,
+    Content,
+    Rows,
+    Victim,
+    is_key,
+    seal_of,
+)
 
 _SCHEMA = (
     "CREATE TABLE chunks (id INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, "
@@ -65,19 +70,8 @@ _CHECK = (
     f"SELECT (SELECT count(*) FROM chunks WHERE NOT ifnull({_POSSIBLE_CHUNK}, 0)), "
     f"(SELECT count(*) FROM state WHERE {_POSSIBLE_STATE})"
 )
-_PUTTING_S = 60.0  # between a put and its registration
+
 _PAGE = 1000  # rows read at once
-_REMEMBERED = 4  # heats kept of chunks that left, times the number of chunks held
-_FEWEST_REMEMBERED = 1000
-
-
-class Content(NamedTuple):
-    """What is known of a chunk without reading it; ``tokens`` as the store wrote them."""
-
-    key: bytes
-    base: int
-    kv_bytes: int
-    tokens: bytes
 
 
 class Mark(NamedTuple):
@@ -86,14 +80,6 @@ class Mark(NamedTuple):
     birth: int  # tells it from one made anew
     chunk: int
     heat: int
-
-
-class Victim(NamedTuple):
-    """A chunk to remove."""
-
-    namespace: str
-    key: bytes
-    nbytes: int
 
 
 class Limits(NamedTuple):
@@ -115,9 +101,14 @@ class Index:
     """
 
     def __init__(self, folder: Path, policy: Policy | None, fill: Callable[[], object]) -> None:
-        self._asked, self.policy = policy, policy or GDSF()
-        self._name = secrets.randbelow(1 << 62) + 1
+        self._asked = policy
+        self._rows = Rows(policy or GDSF(), secrets.randbelow(1 << 62) + 1)
         self._database = Database(folder, self._prepare, fill)
+
+    @property
+    def policy(self) -> Policy:
+        """What ranks the chunks."""
+        return self._rows.policy
 
     @property
     def rebuilt(self) -> bool:
@@ -131,7 +122,7 @@ class Index:
 
         def add(db: sqlite3.Connection) -> None:
             for content, nbytes, cost in chunks:
-                self._add(db, namespace, content, nbytes, cost)
+                self._rows.add(db, namespace, content, nbytes, cost)
 
         self._database.write(add)
 
@@ -154,10 +145,10 @@ class Index:
         def put(db: sqlite3.Connection) -> bool:
             if gone(content.key):
                 return False
-            if is_new or not self._use(db, namespace, content.key):
-                self._add(db, namespace, content, nbytes, cost)
+            if is_new or not self._rows.use(db, namespace, content.key):
+                self._rows.add(db, namespace, content, nbytes, cost)
             query = "UPDATE chunks SET putter = ?, put_at = ? WHERE namespace = ? AND key = ?"
-            db.execute(query, (self._name, time.time(), namespace, content.key))
+            db.execute(query, (self._rows.putter, time.time(), namespace, content.key))
             return True
 
         return self._database.write(put)
@@ -169,7 +160,7 @@ class Index:
 
         def remove(db: sqlite3.Connection) -> int:
             confirmed = [key for key in keys if gone(key)]
-            self._forget(db, namespace, confirmed)
+            self._rows.forget(db, namespace, confirmed)
             return len(confirmed)
 
         return self._database.write(remove)
@@ -193,9 +184,9 @@ class Index:
                 while pending:
                     key = pending.popleft()
                     if gone(key):
-                        self._forget(db, namespace, [key])
+                        self._rows.forget(db, namespace, [key])
                     else:
-                        self._use(db, namespace, key)
+                        self._rows.use(db, namespace, key)
 
         (self._database.write_soon if soon else self._database.write)(settle)
 
@@ -217,21 +208,23 @@ class Index:
             return None
 
         def make_room(db: sqlite3.Connection) -> list[Victim] | None:
-            usage = self._next_usage(db, namespace, key, cost, nbytes)  # counted by ``put``
+            usage = self._rows.next_usage(db, namespace, key, cost, nbytes)  # counted by ``put``
             victims: dict[tuple[str, bytes], Victim] = {}
             for scope, limit in ((namespace, limits.namespace), (None, limits.folder)):
                 if limit is None:
                     continue
                 freed = sum(v.nbytes for v in victims.values())
-                missing = self._used(db, scope) - freed + nbytes - limit
-                found = self._victims(db, scope, missing, self._rank(usage), pinned, victims)
+                missing = self._rows.used(db, scope) - freed + nbytes - limit
+                found = self._rows.victims(
+                    db, scope, missing, self._rows.rank(usage), pinned, victims
+                )
                 if found is None:
-                    self._count(db, namespace, key, cost, nbytes)
-                    self._remember(db, namespace, key, usage.heat)
+                    self._rows.count(db, namespace, key, cost, nbytes)
+                    self._rows.remember(db, namespace, key, usage.heat)
                     return None
                 victims |= found
             for victim in victims.values():
-                self._forget(db, victim.namespace, [victim.key])
+                self._rows.forget(db, victim.namespace, [victim.key])
             return list(victims.values())
 
         return self._database.write(make_room)
@@ -256,7 +249,8 @@ class Index:
         """Whether more is noted than may be held."""
         scopes = ((namespace, limits.namespace), (None, limits.folder))
         return any(
-            limit is not None and self._database.read(lambda db, of=of: self._used(db, of)) > limit  # type: ignore[misc]
+            limit is not None
+            and self._database.read(lambda db, of=of: self._rows.used(db, of)) > limit  # type: ignore[misc]
             for of, limit in scopes
         )
 
@@ -281,7 +275,7 @@ class Index:
                     victims.append(Victim(of[0], of[1], mine[of]))
                     missing -= mine.pop(of)
             for victim in victims:
-                self._forget(db, victim.namespace, [victim.key])
+                self._rows.forget(db, victim.namespace, [victim.key])
             return victims
 
         victims = self._database.write(surplus) if limit is not None else []
@@ -294,7 +288,7 @@ class Index:
     def keys(self, namespace: str) -> set[bytes]:
         """The keys of a namespace."""
         query = "SELECT key FROM chunks WHERE namespace = ?"
-        return {key for (key,) in self._all(query, namespace) if _is_key(key)}
+        return {key for (key,) in self._all(query, namespace) if is_key(key)}
 
     def contents(self, namespace: str, after: int = 0) -> Iterator[tuple[int, Content]]:
         """Chunks with their number, those put later having a higher one; only from ``after`` on.
@@ -310,7 +304,7 @@ class Index:
         while True:
             rows = self._all(query, namespace, after, _PAGE)
             for number, seal, *content in rows:
-                if seal == _seal_of(namespace, found := Content(*content)):
+                if seal == seal_of(namespace, found := Content(*content)):
                     yield number, found
             if len(rows) < _PAGE:
                 return
@@ -331,10 +325,10 @@ class Index:
 
         def gone(db: sqlite3.Connection) -> set[bytes] | None:
             now, oldest = _mark_of(db), db.execute("SELECT min(id) FROM heats").fetchone()[0]
-            is_cut = (oldest or 0) > since.heat + 1 and now.heat - since.heat > _FEWEST_REMEMBERED
+            is_cut = (oldest or 0) > since.heat + 1 and now.heat - since.heat > FEWEST_REMEMBERED
             if now.birth != since.birth or is_cut:
                 return None
-            return {key for (key,) in db.execute(query, (namespace, since.heat)) if _is_key(key)}
+            return {key for (key,) in db.execute(query, (namespace, since.heat)) if is_key(key)}
 
         return self._database.read(gone)
 
@@ -371,7 +365,7 @@ class Index:
         """Drop documents, or of their keys these; returns the keys dropped that none has now."""
 
         def unregister(db: sqlite3.Connection) -> list[bytes]:
-            return self._unregister(db, namespace, documents, only)
+            return self._rows.unregister(db, namespace, documents, only)
 
         return self._database.write(unregister, owed=unregister)
 
@@ -384,13 +378,15 @@ class Index:
         """
 
         def unregister(db: sqlite3.Connection) -> list[bytes]:
-            return self._unregister(db, namespace, documents, None)
+            return self._rows.unregister(db, namespace, documents, None)
 
         def drop(db: sqlite3.Connection) -> list[bytes]:
-            orphans = [key for key in unregister(db) if not self._is_being_put(db, namespace, key)]
+            orphans = [
+                key for key in unregister(db) if not self._rows.is_being_put(db, namespace, key)
+            ]
             for key in orphans:
                 erase(key)
-            self._forget(db, namespace, orphans)
+            self._rows.forget(db, namespace, orphans)
             return orphans
 
         dropped = self._database.write(drop, owed=unregister)
@@ -419,154 +415,13 @@ class Index:
         elif db.execute(_CHECK, _LARGEST).fetchone() != (0, 1):
             raise sqlite3.DatabaseError("there are rows that are not ours")
         (name,) = db.execute("SELECT policy FROM state").fetchone()
-        self.policy = self._asked or POLICIES.get(name, GDSF())
-        if self.policy.name != name:
-            self._rank_anew(db)
+        self._rows.policy = self._asked or POLICIES.get(name, GDSF())
+        if self._rows.policy.name != name:
+            self._rows.rank_anew(db)
         _sum_up(db)  # a wrong sum would stop all eviction
 
     def _all(self, query: str, *values: object) -> list[Any]:
         return self._database.read(lambda db: db.execute(query, values).fetchall())
-
-    def _unregister(
-        self,
-        db: sqlite3.Connection,
-        namespace: str,
-        documents: Collection[bytes],
-        only: Collection[bytes] | None,
-    ) -> list[bytes]:
-        orphans: list[bytes] = []
-        for document in documents:
-            query = "SELECT key FROM documents WHERE namespace = ? AND document = ?"
-            keys = [key for (key,) in db.execute(query, (namespace, document))]
-            keys = [key for key in keys if only is None or key in only]
-            query = "DELETE FROM documents WHERE namespace = ? AND document = ? AND key = ?"
-            db.executemany(query, [(namespace, document, key) for key in keys])
-            query = "SELECT 1 FROM documents WHERE namespace = ? AND key = ?"
-            orphans += [k for k in keys if db.execute(query, (namespace, k)).fetchone() is None]
-        return [key for key in orphans if _is_key(key)]
-
-    def _is_being_put(self, db: sqlite3.Connection, namespace: str, key: bytes) -> bool:
-        query = "SELECT putter, put_at FROM chunks WHERE namespace = ? AND key = ?"
-        putter, put_at = db.execute(query, (namespace, key)).fetchone() or (0, 0.0)
-        return putter not in (0, self._name) and abs(time.time() - put_at) < _PUTTING_S
-
-    def _use(self, db: sqlite3.Connection, namespace: str, key: bytes) -> bool:
-        found = db.execute(
-            "SELECT id, cost, nbytes FROM chunks WHERE namespace = ? AND key = ?", (namespace, key)
-        ).fetchone()
-        if found is None:
-            return False
-        number, cost, nbytes = found
-        usage = self._count(db, namespace, key, cost, nbytes)
-        db.execute(
-            "UPDATE chunks SET heat = ?, tick = ?, priority = ? WHERE id = ?",
-            (usage.heat, usage.tick, self._rank(usage), number),
-        )
-        return True
-
-    def _rank(self, usage: Usage) -> float:
-        return self.policy.priority(usage)
-
-    def _add(
-        self, db: sqlite3.Connection, namespace: str, content: Content, nbytes: int, cost: float
-    ) -> None:
-        seal = _seal_of(namespace, content)
-        usage = self._count(db, namespace, content.key, cost, nbytes)
-        self._forget(db, namespace, [content.key])
-        row = db.execute(
-            "INSERT INTO chunks (namespace, key, nbytes, cost, heat, tick, priority) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (namespace, content.key, nbytes, cost, usage.heat, usage.tick, self._rank(usage)),
-        )
-        db.execute(
-            "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?)",
-            (row.lastrowid, content.base, content.kv_bytes, content.tokens, seal),
-        )
-
-    def _count(
-        self, db: sqlite3.Connection, namespace: str, key: bytes, cost: float, nbytes: int
-    ) -> Usage:
-        """Count a use of ``key``, which may have been here before."""
-        usage = self._next_usage(db, namespace, key, cost, nbytes)
-        step = age_step(self._held(db))
-        db.execute("UPDATE state SET age = age + ?, tick = tick + 1", (step,))
-        return usage
-
-    def _next_usage(
-        self, db: sqlite3.Connection, namespace: str, key: bytes, cost: float, nbytes: int
-    ) -> Usage:
-        """What a use of ``key`` would make of it."""
-        age, tick = db.execute("SELECT age, tick FROM state").fetchone()
-        where = (namespace, key)
-        query = "SELECT heat FROM {} WHERE namespace = ? AND key = ?"
-        found = db.execute(query.format("chunks"), where).fetchone()
-        found = found or db.execute(query.format("heats"), where).fetchone()
-        heat = warmed(found[0] if found else None, age + age_step(self._held(db)))
-        return Usage(heat, cost, nbytes, tick + 1)
-
-    def _held(self, db: sqlite3.Connection) -> int:
-        return int(db.execute("SELECT coalesce(sum(chunks), 0) FROM totals").fetchone()[0])
-
-    def _used(self, db: sqlite3.Connection, namespace: str | None) -> int:
-        query = "SELECT coalesce(sum(nbytes), 0) FROM totals"
-        if namespace is None:
-            return int(db.execute(query).fetchone()[0])
-        return int(db.execute(f"{query} WHERE namespace = ?", (namespace,)).fetchone()[0])
-
-    def _victims(
-        self,
-        db: sqlite3.Connection,
-        namespace: str | None,
-        missing: int,
-        priority: float,
-        pinned: Collection[bytes],
-        chosen: dict[tuple[str, bytes], Victim],
-    ) -> dict[tuple[str, bytes], Victim] | None:
-        query = "SELECT namespace, key, nbytes, priority FROM chunks"
-        if namespace is None:
-            rows = db.execute(f"{query} ORDER BY priority")
-        else:
-            rows = db.execute(f"{query} WHERE namespace = ? ORDER BY priority", (namespace,))
-        victims: dict[tuple[str, bytes], Victim] = {}
-        while missing > 0 and (row := rows.fetchone()) is not None:
-            victim, rank = Victim(*row[:3]), row[3]
-            if victim.key in pinned or victim[:2] in chosen:
-                continue
-            if self.policy.refuses and rank > priority:
-                break
-            victims[victim[:2]] = victim
-            missing -= victim.nbytes
-        rows.close()
-        if missing > 0 and not (pinned or chosen or self.policy.refuses):
-            raise sqlite3.DatabaseError("the sums are not those of the rows")
-        return None if missing > 0 else victims
-
-    def _forget(self, db: sqlite3.Connection, namespace: str, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            where = (namespace, key)
-            gone = db.execute(
-                "DELETE FROM chunks WHERE namespace = ? AND key = ? RETURNING id, heat", where
-            ).fetchone()
-            if gone is not None:
-                db.execute("DELETE FROM contents WHERE id = ?", (gone[0],))
-                self._remember(db, namespace, key, gone[1])
-
-    def _remember(self, db: sqlite3.Connection, namespace: str, key: bytes, heat: float) -> None:
-        db.execute(
-            "INSERT OR REPLACE INTO heats (namespace, key, heat) VALUES (?, ?, ?)",
-            (namespace, key, heat),
-        )
-        (kept,) = db.execute("SELECT max(id) - min(id) FROM heats").fetchone()
-        if kept > 2 * _FEWEST_REMEMBERED and kept % 100 == 0:  # now and then: it costs a count
-            keep = _REMEMBERED * self._held(db) + _FEWEST_REMEMBERED
-            db.execute("DELETE FROM heats WHERE id <= (SELECT max(id) FROM heats) - ?", (keep,))
-
-    def _rank_anew(self, db: sqlite3.Connection) -> None:
-        """Another policy than so far."""
-        db.execute("UPDATE state SET policy = ?", (self.policy.name,))
-        rows = db.execute("SELECT heat, cost, nbytes, tick, id FROM chunks").fetchall()
-        ranks = [(self._rank(Usage(*row[:4])), row[4]) for row in rows]
-        db.executemany("UPDATE chunks SET priority = ? WHERE id = ?", ranks)
 
 
 def _sum_up(db: sqlite3.Connection) -> None:
@@ -581,21 +436,6 @@ def _mark_of(db: sqlite3.Connection) -> Mark:
     (birth,) = db.execute("PRAGMA user_version").fetchone()
     last = [db.execute(query, (name,)).fetchone()[0] or 0 for name in ("chunks", "heats")]
     return Mark(birth, *map(int, last))
-
-
-def _is_key(key: object) -> bool:
-    return isinstance(key, bytes) and len(key) == 32
-
-
-def _seal_of(namespace: str, content: Content) -> int | None:
-    """Tells whether ``content`` is what was noted; None where no store notes such a thing."""
-    try:
-        numbers = struct.pack("<32sqq", *content[:3])
-        digest = xxhash.xxh3_64(numbers + namespace.encode())
-        digest.update(content.tokens)
-    except (struct.error, TypeError):  # SQLite holds whatever was written to it
-        return None
-    return digest.intdigest() - (1 << 63)
 
 
 def _schema(db: sqlite3.Connection) -> list[tuple[str, ...]]:

@@ -165,7 +165,7 @@ def test_an_index_made_anew_voids_the_cursor(tmp_path: Path) -> None:
 
 
 def remember(index: Index, keys: list[bytes]) -> None:
-    index._database.write(lambda db: [index._remember(db, "tiny", key, 1.0) for key in keys])
+    index._database.write(lambda db: [index._rows.remember(db, "tiny", key, 1.0) for key in keys])
 
 
 def test_more_removals_than_are_remembered_void_the_cursor(tmp_path: Path) -> None:
