@@ -151,6 +151,18 @@ def sliding_window(layer: Any) -> int | None:
     return int(window) if window is not None and int(window) > 0 else None
 
 
+def drop_output_in_flight(request: Any) -> None:
+    """Of a request that was preempted just now, drop what steps that are under way sample for it:
+    it is sampled again when the request resumes. Where the scheduler waits for each step, there is
+    none.
+    """
+    if hasattr(request, "drop_stale_output"):  # 0.28
+        request.drop_stale_output = True
+    elif request.num_output_placeholders:
+        request.async_tokens_to_discard = request.num_output_placeholders
+        request.num_output_placeholders = 0
+
+
 def longest_blend(kv_cache_config: Any) -> int | None:
     """How many of a prompt's first tokens a blend may cover; None for all.
 

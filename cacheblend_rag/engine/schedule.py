@@ -82,6 +82,7 @@ class _Tracked:
     claim: _Claim | None = None
     begun: bool = False  # its blend went to the workers once
     whole: bool = False  # all rows of the blend were scheduled
+    heard: bool = True  # what became of the latest blend
     prefix_cached: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
     prefix: Prefix | None = None  # its blocks, once it ended
@@ -226,7 +227,7 @@ class Claims:
         if tracked is None or tracked.claim is None or tracked.plan is None:
             return
         claim, plan = tracked.claim, tracked.plan
-        tracked.begun, tracked.whole = True, False
+        tracked.begun, tracked.whole, tracked.heard = True, False, False
         self._tasks[request.request_id] = BlendTask(
             request_id=request.request_id,
             name=tracked.name,
@@ -248,6 +249,7 @@ class Claims:
         plain, self._plain = self._plain, {}
         self._ahead.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
+        self._drop_unheard(gone)
         if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
             return Step(tasks, {}, gone, plain)
         batch = _batch(scheduled)
@@ -258,18 +260,28 @@ class Claims:
                 tracked.claim, tracked.whole = None, True
         return Step(tasks, batch, gone, plain)
 
+    def _drop_unheard(self, preempted: Iterable[str]) -> None:
+        """vLLM ends a request whose blocks were lost with an error only while it runs. One that was
+        preempted before that was heard would keep the token that was sampled from such blocks.
+        """
+        for name in preempted:
+            tracked = self._requests.get(name)
+            if tracked is not None and not tracked.heard:
+                compat.drop_output_in_flight(tracked.request)
+
     def results(self, outcomes: Mapping[str, dict[str, Any]], failed: Mapping[str, Why]) -> None:
         """What the workers did."""
         for name, outcome in outcomes.items():
             tracked = self._requests.get(name)
-            if tracked is not None and not tracked.outcome:
-                tracked.outcome = outcome
+            if tracked is not None:
+                tracked.heard = True
+                tracked.outcome = tracked.outcome or outcome
             self.planning.lose(outcome.get("lost", ()))
             if (ended := self._ended.pop(name, None)) is not None:
                 ended.share(self._prefixes)
         for name, why_not in failed.items():
             if name in self._requests:
-                self._requests[name].why_not = why_not
+                self._requests[name].why_not, self._requests[name].heard = why_not, True
 
     def lose(self, names: Iterable[str]) -> None:
         """These requests have blocks that were never written. vLLM ends those that still run. One

@@ -491,6 +491,28 @@ def test_what_cannot_be_computed_ends_with_an_error(model: Path) -> None:
     assert ground.ended["again"] == "length" and not ground.wrong
 
 
+@pytest.mark.parametrize("fate", ["blends", "lost"])
+def test_what_is_preempted_before_its_loss_is_heard_answers_from_its_own_kv(
+    model: Path, fate: Fate
+) -> None:
+    """vLLM's error for lost blocks passes a request by that does not run when they are reported."""
+    ground = Ground(model, blocks=33, ahead=True)
+    ground.add("old", Asked(words(310)), max_tokens=40)
+    old = ground.scheduler.requests["old"]
+    while old.num_computed_tokens < 319:  # the step behind the next one needs a block more
+        ground.step()
+    ground.blends.fates = iter([fate])
+    mine = asked("abc", words(20))
+    ground.add("first", mine)  # which has the last ones
+    first = ground.scheduler.requests["first"]
+    ground.step()
+    assert ground.blends.met[fate] == 1 and not ground.pool.get_num_free_blocks()
+    ground.step()
+    assert first.num_preemptions == 1 and old.num_preemptions == 0
+    ground.drain()
+    assert ground.ended == {"old": "length", "first": "length"} and not ground.wrong
+
+
 def test_a_follow_up_reads_what_was_blended_before_it(model: Path) -> None:
     ground = Ground(model, blocks=40)
     first = asked("ab", words(40))
