@@ -154,7 +154,7 @@ def make_plan(
         prefix_ids: the ingest prefix the chunks were computed behind; None where each has its own,
             which may be another than the prompt's: then no chunk is exact.
         block_size: tokens a block of the paged cache.
-        head: the prompts' usual first tokens, stored at position 0.
+        prompt_prefix: the prompts' usual first tokens, stored at position 0.
         costs: what was measured; None where nothing was: then every plan is worth it.
         longest: tokens that a blend may cover; None for all. vLLM computes what lies behind them.
     """
@@ -170,12 +170,8 @@ def make_plan(
         question_start = end = longest // block_size * block_size
     segments = tuple(_segments(token_ids, matches, end, prefix_ids))
     segments = _with_prompt_prefix(segments, token_ids, prompt_prefix)
-    if cut and all(s.kind is Kind.FRESH for s in segments):
-        detail = f"a sliding window bounds a blend to {longest} tokens, which hold no stored chunk"
-        return NoPlan(Reason.SLIDING_WINDOW, detail)
     if all(s.kind is Kind.FRESH for s in segments):
-        detail = f"the matched chunks fill no block of {block_size} tokens"
-        return NoPlan(Reason.NO_WHOLE_BLOCK, detail)
+        return _nothing_reused(longest if cut else None, block_size)
     assert config.recompute_ratio != "auto"  # resolved before
     plan = Plan(
         segments=segments,
@@ -190,6 +186,15 @@ def make_plan(
         refusal = costs.refusal(plan)
         return NoPlan(*refusal) if refusal else plan
     return plan
+
+
+def _nothing_reused(longest: int | None, block_size: int) -> NoPlan:
+    """``longest``: where that has cut the plan."""
+    if longest is not None:
+        detail = f"a sliding window bounds a blend to {longest} tokens, which hold no stored chunk"
+        return NoPlan(Reason.SLIDING_WINDOW, detail)
+    detail = f"the matched chunks fill no block of {block_size} tokens"
+    return NoPlan(Reason.NO_WHOLE_BLOCK, detail)
 
 
 def _segments(

@@ -27,7 +27,7 @@ class Space:
     Attributes:
         name: by which a request says that it is one of them.
         keys: what the keys of its chunks depend on.
-        head: the prompts' usual first tokens, if they are stored.
+        prompt_prefix: the prompts' usual first tokens, if they are stored.
         options: fields of ``BlendConfig``, which a request may change for itself.
         calibration: what the ratio ``auto`` stands for.
         default: requests that name no space are of this one.

@@ -192,7 +192,7 @@ class SharedEngine:
         Args:
             texts: the chunks.
             documents: what each is forgotten by.
-            before: see ``CacheBlend.ingest``.
+            left_context: see ``CacheBlend.ingest``.
             progress: a bar while KV is computed.
         """
         self.check(texts, documents)

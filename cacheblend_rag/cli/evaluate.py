@@ -17,6 +17,7 @@ from cacheblend_rag._version import __version__
 from cacheblend_rag.cli.base import OK, Done, Screen, command, positive, share
 from cacheblend_rag.cli.engine import started
 from cacheblend_rag.errors import ConfigError, DataError, MissingExtraError
+from cacheblend_rag.evaluate.base import Question
 from cacheblend_rag.evaluate.results import ResultFile, Results, read_results
 from cacheblend_rag.evaluate.rows import Row, make_rows, parse_row
 from cacheblend_rag.evaluate.summary import SetSummary, summarise, to_dict, to_markdown
@@ -116,23 +117,12 @@ def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[
     """
     from cacheblend_rag.config import BlendConfig
     from cacheblend_rag.evaluate.prompts import system_prompt
-    from cacheblend_rag.evaluate.readers import load, other_passages
+    from cacheblend_rag.evaluate.readers import other_passages
     from cacheblend_rag.evaluate.run import Evaluation
 
     if args.data is None:
         raise ConfigError("name files of questions: --data FILE")
-    questions = load(
-        args.data,
-        seed=args.seed,
-        limit=args.limit,
-        split=getattr(args, "split", "all"),
-        shard=args.shard,
-    )
-    cut, scatter = getattr(args, "cut", None), getattr(args, "scatter", False)
-    if cut is not None:
-        questions = [question.cut(cut, scatter=scatter) for question in questions]
-    elif scatter:
-        raise ConfigError("--scatter is about the pieces of passages: say with --cut how long")
+    questions, cut, scatter = _questions(args)
     config = BlendConfig(
         system_prompt=system_prompt(questions[0].kind),
         ingest_prefix="none",  # rows bring their own
@@ -165,6 +155,25 @@ def ask(args: argparse.Namespace, screen: Screen, rows: Sequence[Row]) -> tuple[
         ):
             evaluation.run(questions, file, bar.update)
             return file.results, blend.info.fingerprint
+
+
+def _questions(args: argparse.Namespace) -> tuple[list[Question], int | None, bool]:
+    """The questions asked, and how their passages were cut and scattered."""
+    from cacheblend_rag.evaluate.readers import load
+
+    questions = load(
+        args.data,
+        seed=args.seed,
+        limit=args.limit,
+        split=getattr(args, "split", "all"),
+        shard=args.shard,
+    )
+    cut, scatter = getattr(args, "cut", None), getattr(args, "scatter", False)
+    if cut is not None:
+        questions = [question.cut(cut, scatter=scatter) for question in questions]
+    elif scatter:
+        raise ConfigError("--scatter is about the pieces of passages: say with --cut how long")
+    return questions, cut, scatter
 
 
 def _engine_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,8 +26,8 @@ class Question:
         question: what is asked: of kind ``fewshot`` the input that follows the examples.
         answers: any of them is right; empty where none is known.
         passages: in the order of the prompt.
-        before: of each passage, what stands before it in its own document, or None; empty where
-            every passage is a document.
+        left_context: of each passage, what stands before it in its own document, or None; empty
+            where every passage is a document.
     """
 
     set: str

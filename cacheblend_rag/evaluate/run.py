@@ -18,6 +18,7 @@ from cacheblend_rag.evaluate.base import Kind, Question
 from cacheblend_rag.evaluate.prompts import answer_text, max_tokens, messages, system_prompt
 from cacheblend_rag.evaluate.results import Answer, ResultFile
 from cacheblend_rag.evaluate.rows import FULL, Row, parse_row, with_prefix
+from cacheblend_rag.prompt import Prompt
 from cacheblend_rag.result import BlendResult
 
 _KEEP_BYTES = 4 << 30  # of passages that later questions may share
@@ -116,22 +117,7 @@ class Evaluation:
             got = front.generate(
                 prompts, **{**sampling, "extra_args": {answers.KEY: "compare"}}, **row.options
             )
-            compared = self._compared(digests)
-            parted = [
-                i
-                for i, (a, b) in enumerate(zip(full, got, strict=True))
-                if a.token_ids[: answers.LAST] != b.token_ids[: answers.LAST]
-            ]
-            if parted:
-                forced = {
-                    **sampling,
-                    "max_tokens": min(answers.LAST, max(len(full[i].token_ids) for i in parted)),
-                    "extra_args": {answers.KEY: "force"},
-                }
-                front.generate([prompts[i] for i in parted], **forced, **row.options)
-                again = self._compared([digests[i] for i in parted])
-                for i, comparison in zip(parted, again, strict=True):
-                    compared[i] = comparison
+            compared = self._compare(front, row, prompts, full, got)
             file.add(
                 self._answer(q, row, r, c, show)
                 for q, r, c in zip(questions, got, compared, strict=True)
@@ -159,6 +145,38 @@ class Evaluation:
             )
             self._fronts[name] = self.blend.with_config(config)
         return self._fronts[name]
+
+    def _compare(
+        self,
+        front: CacheBlend,
+        row: Row,
+        prompts: Sequence[Prompt],
+        full: Sequence[BlendResult],
+        got: Sequence[BlendResult],
+    ) -> list[list[tuple[float, bool]]]:
+        """How far the row's answers are from the full prefill's, token by token: where they part,
+        the row is made to say the full prefill's tokens.
+        """
+        from cacheblend_rag.engine import answers
+
+        digests = [answers.digest(r.prompt_token_ids) for r in full]
+        compared = self._compared(digests)
+        parted = [
+            i
+            for i, (a, b) in enumerate(zip(full, got, strict=True))
+            if a.token_ids[: answers.LAST] != b.token_ids[: answers.LAST]
+        ]
+        if parted:
+            forced = {
+                "temperature": 0.0,
+                "max_tokens": min(answers.LAST, max(len(full[i].token_ids) for i in parted)),
+                "extra_args": {answers.KEY: "force"},
+            }
+            front.generate([prompts[i] for i in parted], **forced, **row.options)
+            again = self._compared([digests[i] for i in parted])
+            for i, comparison in zip(parted, again, strict=True):
+                compared[i] = comparison
+        return compared
 
     def _compared(self, digests: list[str]) -> list[list[tuple[float, bool]]]:
         compared: list[list[tuple[float, bool]]] = self.blend.engine.rpc(

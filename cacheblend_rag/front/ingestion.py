@@ -35,9 +35,9 @@ class Ingestion(Documents):
 
         Args:
             texts: the chunks, or their token ids.
-            before: of each, what stands before it in its own document (text or token ids, the last
-                of which are taken), or None; for ``ingest_prefix="document"``. It is no part of a
-                chunk's key: of equal chunks, the KV of the first that was stored stays.
+            left_context: of each, what stands before it in its own document (text or token ids, the
+                last of which are taken), or None; for ``ingest_prefix="document"``. It is no part
+                of a chunk's key: of equal chunks, the KV of the first that was stored stays.
             documents: of each, the document (any text) that it belongs to, or None; noted as
                 ``register_documents`` does, as soon as it is stored.
             progress: a bar while KV is computed.
@@ -52,26 +52,38 @@ class Ingestion(Documents):
         self._check_open()
         start = time.perf_counter()
         given = ingest.as_list(texts)
-        known = ingest.for_each(given, left_context, self.config.ingest_prefix)
+        contexts = ingest.for_each(given, left_context, self.config.ingest_prefix)
         names = ingest.one_for_each(given, documents, "documents")
         if not self.model_check.passed:
             return IngestReport(
                 chunks=len(given), reason=self.model_check.reason, detail=self.model_check.detail
             )
         chunks = self._numbered(given)
+        placed = contexts if left_context is not None else None
+        return self._ingest_chunks(chunks, placed, names, progress=progress, start=start)
+
+    def _ingest_chunks(
+        self,
+        chunks: Sequence[Chunk],
+        contexts: Sequence[LeftContext] | None,
+        documents: Sequence[str | None],
+        *,
+        progress: bool,
+        start: float,
+    ) -> IngestReport:
         most = min(self.info.max_model_len, self._positions - len(self._space.prefix_ids))
         sorted_out = ingest.by_length(chunks, self.config.min_chunk_tokens, most)
         new = ingest.distinct(sorted_out.useful)
         todo = self._missing(new)
-        if left_context is not None:
-            todo = self._in_context(todo, chunks, known)
-        owners = ingest.owners(chunks, names)
+        if contexts is not None:
+            todo = self._in_context(todo, chunks, contexts)
+        owners = ingest.owners(chunks, documents)
         absent = {c.key for c in todo}
         self._note([c for c in new if c.key not in absent], owners)
         stored, not_stored = self._compute(todo, owners, progress)
         useful = {c.key for c in new}
         return IngestReport(
-            chunks=len(given),
+            chunks=len(chunks),
             computed=len(todo),
             present=len(new) - len(todo),
             repeated=len(sorted_out.useful) - len(new),
