@@ -182,10 +182,8 @@ def make_plan(
         propagation_length=config.propagation_length,
         blend_if=config.blend_if if config.mode == "blend" else "always",
     )
-    if costs is not None and plan.blend_if == "faster":
-        refusal = costs.refusal(plan)
-        return NoPlan(*refusal) if refusal else plan
-    return plan
+    refusal = costs.refusal(plan) if costs is not None and plan.blend_if == "faster" else None
+    return NoPlan(*refusal) if refusal else plan
 
 
 def _nothing_reused(longest: int | None, block_size: int) -> NoPlan:

@@ -152,7 +152,7 @@ class Transfer:
     def start(self) -> None:
         """Bring as much as there are buffers for."""
         if self._num_groups:
-            self._reach(0)
+            self._arrive(0)
 
     def give_up(self) -> None:
         """Nothing more will be read: what is half filled would be held for ever."""
@@ -165,7 +165,7 @@ class Transfer:
         """
         if not self._num_groups:
             return range(index, self._staging.num_layers)
-        number = self._reach(index)
+        number = self._arrive(index)
         torch.cuda.current_stream(self._staging.device).wait_event(self._ready[number])
         last = min((number + 1) * self._group, self._staging.num_layers)
         return range(index, last)
@@ -182,7 +182,7 @@ class Transfer:
                 self._staging.give_back(self._buffers)
                 self._buffers = None
 
-    def _reach(self, index: int) -> int:
+    def _arrive(self, index: int) -> int:
         """The number of the group of layer ``index``, which is under way from here on."""
         number = index // self._group
         while self._started < min(number + _BUFFERS, self._num_groups):

@@ -147,7 +147,7 @@ class WorkerExtension:
         if known is not None:
             self._send(News(known))
             return None
-        return self._spoken(lambda store: store.follower.list())
+        return self._from_speaking_rank(lambda store: store.follower.list())
 
     def cacheblend_limit(self, longest: int | None, costs: dict[str, float] | None) -> None:
         """Blend from now on, ``longest`` tokens of a prompt at most, where it is worth these
@@ -180,7 +180,7 @@ class WorkerExtension:
         """Which of ``keys`` this rank's store does not hold, as far as it can be asked; None where
         another rank speaks for it.
         """
-        return self._spoken(lambda store: store.missing(keys))
+        return self._from_speaking_rank(lambda store: store.missing(keys))
 
     @_reporting
     def cacheblend_ingest(
@@ -221,13 +221,13 @@ class WorkerExtension:
 
     def cacheblend_store_stats(self) -> Any:
         """Counts of this rank's store; None where another speaks for it."""
-        return self._spoken(lambda store: store.stats())
+        return self._from_speaking_rank(lambda store: store.stats())
 
     def cacheblend_list(self) -> Any:
         """All that is stored: rows of key, token ids (int32 bytes), base; None where another rank
         speaks for the store.
         """
-        return self._spoken(lambda store: store.list())
+        return self._from_speaking_rank(lambda store: store.list())
 
     def cacheblend_taken(self, tickets: list[int | None]) -> list[Any]:
         """The result that this rank's ticket of ``tickets`` stands for, in a list, once; an empty
@@ -236,7 +236,7 @@ class WorkerExtension:
         number = tickets[get_tensor_model_parallel_rank()]
         return [] if number is None else self._cacheblend_store.thread.take(number)
 
-    def _spoken(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
+    def _from_speaking_rank(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
         """As ``_later``; None where another rank speaks for the store."""
         return None if self._cacheblend_is_silent else self._later(work)
 

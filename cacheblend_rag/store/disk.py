@@ -108,7 +108,7 @@ class DiskStore(KVStore):
             claim(folder)
             home = folder / VERSION / self.namespace
             allow(folder / VERSION, folder)
-            is_writable = self._is_writable(home)
+            is_writable = _is_writable(self._folder, home)
             self._catalog = Catalog(folder, self.namespace, encoding, policy)
             self.recovery = self._catalog.recover()
             if is_writable:
@@ -276,23 +276,6 @@ class DiskStore(KVStore):
         self._readers.close()
         self._catalog.close()
 
-    def _is_writable(self, home: Path) -> bool:
-        """Whether chunks can be put; where there may be some already, they can be read if not."""
-        try:
-            make_folder(home)
-            check_writable(home)
-        except OSError as error:
-            if not (home.is_dir() or error.errno in _FULL):
-                raise
-            problem = f"The chunk store {self._folder} cannot be written ({error.strerror})"
-            warnings.warn(
-                f"{problem}: what it holds is read, nothing is added. {fix_of(error)}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return False
-        return True
-
     # ---- one chunk -----------------------------------------------------------------------------
 
     def _path(self, key: str) -> Path:
@@ -374,6 +357,24 @@ class DiskStore(KVStore):
                 os.rename(path, _free_name(path))
                 self._catalog.note_later(path.stem)
                 self._catalog.bound_corrupt(self._limits)
+
+
+def _is_writable(folder: Path, home: Path) -> bool:
+    """Whether chunks can be put; where there may be some already, they can be read if not."""
+    try:
+        make_folder(home)
+        check_writable(home)
+    except OSError as error:
+        if not (home.is_dir() or error.errno in _FULL):
+            raise
+        problem = f"The chunk store {folder} cannot be written ({error.strerror})"
+        warnings.warn(
+            f"{problem}: what it holds is read, nothing is added. {fix_of(error)}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    return True
 
 
 def _is_damaged(path: Path) -> bool:

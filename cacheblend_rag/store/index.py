@@ -15,12 +15,13 @@ import secrets
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cacheblend_rag.store.database import Database, new_birth
 from cacheblend_rag.store.evict import GDSF, POLICIES, Policy
+from cacheblend_rag.store.index_documents import Documents
 from cacheblend_rag.store.index_rows import (
     FEWEST_REMEMBERED,
     Content,
@@ -89,7 +90,7 @@ class Limits(NamedTuple):
     namespace: int | None
 
 
-class Index:
+class Index(Documents):
     """The catalogue in ``folder``. May be used from several threads and by several processes.
 
     None of its methods fails because of the file: see ``database``.
@@ -337,61 +338,6 @@ class Index:
         rows = self._all("SELECT chunks, nbytes FROM totals WHERE namespace = ?", namespace)
         chunks, nbytes = rows[0] if rows else (0, 0)
         return chunks, nbytes
-
-    # ---- documents -----------------------------------------------------------------------------
-
-    def register(self, namespace: str, document: bytes, keys: Iterable[bytes]) -> None:
-        """Note that ``document`` consists of these chunks."""
-        rows = [(namespace, document, key) for key in keys]
-
-        def register(db: sqlite3.Connection) -> None:
-            db.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", rows)
-            query = "UPDATE chunks SET putter = 0 WHERE namespace = ? AND key = ?"
-            db.executemany(query, [(namespace, key) for _, _, key in rows])
-
-        self._database.write(register, owed=register)
-
-    def documents(self, namespace: str) -> set[bytes]:
-        """The documents noted."""
-        query = "SELECT DISTINCT document FROM documents WHERE namespace = ?"
-        return {name for (name,) in self._all(query, namespace) if isinstance(name, bytes)}
-
-    def unregister(
-        self,
-        namespace: str,
-        documents: Collection[bytes],
-        only: Collection[bytes] | None = None,
-    ) -> list[bytes]:
-        """Drop documents, or of their keys these; returns the keys dropped that none has now."""
-
-        def unregister(db: sqlite3.Connection) -> list[bytes]:
-            return self._rows.unregister(db, namespace, documents, only)
-
-        return self._database.write(unregister, owed=unregister)
-
-    def drop(
-        self, namespace: str, documents: Collection[bytes], erase: Callable[[bytes], None]
-    ) -> list[bytes]:
-        """Drop documents, and erase the chunks that none has now while no other process can note
-        anything of them; returns their keys. What another process put just now stays: it will say
-        for which document.
-        """
-
-        def unregister(db: sqlite3.Connection) -> list[bytes]:
-            return self._rows.unregister(db, namespace, documents, None)
-
-        def drop(db: sqlite3.Connection) -> list[bytes]:
-            orphans = [
-                key for key in unregister(db) if not self._rows.is_being_put(db, namespace, key)
-            ]
-            for key in orphans:
-                erase(key)
-            self._rows.forget(db, namespace, orphans)
-            return orphans
-
-        dropped = self._database.write(drop, owed=unregister)
-        self._database.clean()
-        return dropped
 
     def close(self) -> None:
         """Close the file; a second call does nothing, nor one while another thread hangs in it."""

@@ -19,11 +19,11 @@ Result = TypeVar("Result")
 _GOODBYE_S = 1.0  # what still runs at the end may hang
 
 
-class Late:
+class TimedOut:
     """In the place of a result that did not come in time."""
 
 
-TIMED_OUT = Late()
+TIMED_OUT = TimedOut()
 
 
 _all: WeakSet[Readers] = WeakSet()
@@ -62,7 +62,7 @@ class Readers:
 
     def map_within(
         self, work: Callable[[Item], Result], items: Iterable[Item], seconds: float
-    ) -> list[Result | Late]:
+    ) -> list[Result | TimedOut]:
         """As ``map``, but ``LATE`` for what takes longer. Until that has ended, which it may never,
         nothing more is begun: all has timed out, so nobody waits twice for a disk that hangs.
         """

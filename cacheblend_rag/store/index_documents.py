@@ -1,0 +1,70 @@
+"""Which documents the chunks of a store's index belong to."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Iterable
+
+from cacheblend_rag.store.database import Database
+from cacheblend_rag.store.index_rows import Rows
+
+
+class Documents:
+    """The part of ``Index`` that is about documents."""
+
+    _database: Database
+    _rows: Rows
+
+    def register(self, namespace: str, document: bytes, keys: Iterable[bytes]) -> None:
+        """Note that ``document`` consists of these chunks."""
+        rows = [(namespace, document, key) for key in keys]
+
+        def register(db: sqlite3.Connection) -> None:
+            db.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", rows)
+            query = "UPDATE chunks SET putter = 0 WHERE namespace = ? AND key = ?"
+            db.executemany(query, [(namespace, key) for _, _, key in rows])
+
+        self._database.write(register, owed=register)
+
+    def documents(self, namespace: str) -> set[bytes]:
+        """The documents noted."""
+        query = "SELECT DISTINCT document FROM documents WHERE namespace = ?"
+        rows = self._database.read(lambda db: db.execute(query, (namespace,)).fetchall())
+        return {name for (name,) in rows if isinstance(name, bytes)}
+
+    def unregister(
+        self,
+        namespace: str,
+        documents: Collection[bytes],
+        only: Collection[bytes] | None = None,
+    ) -> list[bytes]:
+        """Drop documents, or of their keys these; returns the keys dropped that none has now."""
+
+        def unregister(db: sqlite3.Connection) -> list[bytes]:
+            return self._rows.unregister(db, namespace, documents, only)
+
+        return self._database.write(unregister, owed=unregister)
+
+    def drop(
+        self, namespace: str, documents: Collection[bytes], erase: Callable[[bytes], None]
+    ) -> list[bytes]:
+        """Drop documents, and erase the chunks that none has now while no other process can note
+        anything of them; returns their keys. What another process put just now stays: it will say
+        for which document.
+        """
+
+        def unregister(db: sqlite3.Connection) -> list[bytes]:
+            return self._rows.unregister(db, namespace, documents, None)
+
+        def drop(db: sqlite3.Connection) -> list[bytes]:
+            orphans = [
+                key for key in unregister(db) if not self._rows.is_being_put(db, namespace, key)
+            ]
+            for key in orphans:
+                erase(key)
+            self._rows.forget(db, namespace, orphans)
+            return orphans
+
+        dropped = self._database.write(drop, owed=unregister)
+        self._database.clean()
+        return dropped
