@@ -161,7 +161,7 @@ class StepRows:
     def _change(self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]) -> None:
         context = get_forward_context() if is_forward_context_available() else None
         if context is None or context.cudagraph_runtime_mode == CUDAGraphMode.FULL:
-            self._compute_outside_the_step(ours, batch)
+            self._compute_before_step(ours, batch)
         else:
             self._rewrite(ours, batch, context)
 
@@ -326,7 +326,7 @@ class StepRows:
         slots = next(iter(context.slot_mapping.values()))
         return self._cache.build(bounds, lengths, table, slots, self._tensors.positions(len(slots)))
 
-    def _compute_outside_the_step(
+    def _compute_before_step(
         self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]
     ) -> None:
         """For a step that is one CUDA graph, with a row a request, which looks at no metadata of

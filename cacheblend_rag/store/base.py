@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from cacheblend_rag.errors import UnavailableError
-from cacheblend_rag.store.parallel import Late
+from cacheblend_rag.store.parallel import TimedOut
 
 if TYPE_CHECKING:
     import torch
@@ -98,13 +98,13 @@ class Found(NamedTuple):
 
     @classmethod
     def of(
-        cls, keys: Sequence[str], answers: Sequence[ChunkKV | UnavailableError | Late | None]
+        cls, keys: Sequence[str], answers: Sequence[ChunkKV | UnavailableError | TimedOut | None]
     ) -> Found:
         """From an answer for each key."""
         both = list(zip(keys, answers, strict=True))
         return cls(
             [answer if isinstance(answer, ChunkKV) else None for answer in answers],
-            {key for key, answer in both if isinstance(answer, Late)},
+            {key for key, answer in both if isinstance(answer, TimedOut)},
             {key for key, answer in both if isinstance(answer, UnavailableError)},
         )
 
