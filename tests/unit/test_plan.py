@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheblend_rag import BlendConfig, locate
+from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import Match
 from cacheblend_rag.plan import Kind, NoPlan, Plan, PromptPrefix, Segment, make_plan
 from cacheblend_rag.reason import Reason
@@ -292,3 +293,11 @@ def test_a_chunk_that_came_too_late_is_not_forgotten() -> None:
     assert "longer" in report.segments[2].detail
     assert report.missing_keys == ("a",)
     assert report.tokens_fresh == 300
+
+
+def test_a_prompt_prefix_has_a_key_of_its_own() -> None:
+    """It stands behind nothing, whatever chunks are computed behind."""
+    one, other = KeySpace("ab", (1, 2)), KeySpace("ab", (3,), by_document=True)
+    assert one.prompt_prefix_key(IDS) == other.prompt_prefix_key(IDS) != one.key(IDS)
+    assert KeySpace("ab", (1, 2), "tenant").prompt_prefix_key(IDS) != one.prompt_prefix_key(IDS)
+    assert KeySpace("cd", (1, 2)).prompt_prefix_key(IDS) != one.prompt_prefix_key(IDS)

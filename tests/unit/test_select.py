@@ -167,6 +167,19 @@ def test_the_ends_of_ranges_are_values_that_make_sense() -> None:
     assert create_selector("query", ends) == create_selector("query", dict(ends))
 
 
+def test_lists_such_as_json_has_are_taken_for_tuples() -> None:
+    made = create_selector("query", {"layers": [0.25, 0.5]})
+    assert made == create_selector("query", {"layers": (0.25, 0.5)})
+    assert hash(made) == hash(create_selector("query", {"layers": (0.25, 0.5)}))
+
+
+def test_an_unknown_option_is_named_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="coverage, first_share, layers, window"):
+        create_selector("query", {"no": 1})
+    with pytest.raises(ConfigError, match="it has none"):
+        create_selector("all", {"no": 1})
+
+
 # ---- of other packages ---------------------------------------------------------------------------
 
 THEIRS = """

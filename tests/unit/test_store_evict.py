@@ -27,8 +27,11 @@ from cacheblend_rag.store.evict import (
     StrictGDSF,
     Usage,
     create_policy,
+    ranking,
+    recompute_cost,
     warmed,
 )
+from cacheblend_rag.store.evict.ranking import Ranking
 
 FILE_BYTES = header_of(key_of(0), chunk_of(0)).file_bytes
 Make = Callable[[float, Policy], KVStore]
@@ -365,3 +368,40 @@ def test_a_thousand_new_queries_do_not_wear_it_out(
     request.node.user_properties += [("optimum", round(best, 3)), *rates.items()]
     assert min(rates["gdsf"], rates["gdsf-strict"]) > best - 0.05
     assert rates["gdsf"] > rates["lru"] + 0.02
+
+
+# --- the ranking of a memory store, step by step --------------------------------------------------
+
+
+def test_a_chunk_that_stays_out_leaves_the_others_as_they_were() -> None:
+    held = Ranking(StrictGDSF(), 30)
+    for key in "abc":
+        assert held.add(key, 10, 100.0, ()) == []
+        held.use(key)
+    assert held.add("cheap", 30, 1.0, ()) is None, "it ranks below what it would push out"
+    assert held.add("pinned", 30, 1e6, {"a"}) is None
+    assert held.nbytes == 30
+    assert held.add("dear", 10, 1e6, ()) == ["a"], "they are still ranked"
+    assert held.add("dearer", 20, 1e7, ()) == ["b", "c"]
+    assert held.nbytes == 30
+
+
+def test_heats_of_what_left_are_kept_for_a_number_of_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ranking, "_FEWEST_REMEMBERED", 3)
+    held = Ranking(LRU(), 1)
+    for number in range(50):
+        held.add(str(number), 1, 1.0, ())
+    assert list(held._heats) == [str(n) for n in range(43, 50)]  # 4 times one chunk, and 3
+    held = Ranking(LRU(), 1)
+    held.add("held", 1, 1.0, ())
+    for number in range(50):
+        held.add(str(number), 2, 1.0, ())  # too large
+    assert "held" in held._heats, "a member's is never forgotten"
+
+
+def test_the_work_of_a_chunk_grows_with_its_square() -> None:
+    assert recompute_cost(1) == pytest.approx(1, rel=0.01)
+    small, large = recompute_cost(1000), recompute_cost(100_000)
+    assert 1000 < small < 2000 and large > 200 * small
