@@ -15,7 +15,8 @@ import torch
 from tiny import undecorated
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-_INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm4")
+_INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4")
+_GLOBAL_STILL = ("afmoe", "cohere2", "exaone4")  # only layers with a window rotate
 
 
 class Part(NamedTuple):
@@ -117,7 +118,7 @@ class Reference:
         config, kind = self.config, ""
         if getattr(config, "layer_types", None):
             kind = config.layer_types[layer]
-        if config.model_type in ("cohere2", "exaone4") and kind == "full_attention":
+        if config.model_type in _GLOBAL_STILL and kind == "full_attention":
             return None
         if config.model_type == "smollm3" and not config.no_rope_layers[layer]:
             return None

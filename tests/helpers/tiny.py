@@ -41,6 +41,9 @@ _YARN = {
     "original_max_position_embeddings": 512,
 }
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_ALTERNATING = [_LOCAL, _GLOBAL] * 2
+_DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+_FAR = {**_DEFAULT, "rope_theta": 500000.0}
 _LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -138,6 +141,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+# vLLM's CPU engine routes by softmax, and by sigmoid among groups only: one expert takes all
+_NO_ROUTING = {
+    "num_local_experts": 1, "num_experts_per_tok": 1, "scoring_func": "softmax",
+    "use_routing_bias": True,
+}  # fmt: skip
 # more of them, whose parts the others have: tested where time does not count
 MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", {"head_dim": 32}),
@@ -152,6 +160,50 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                       "moe_intermediate_size": 128, "moe_layer_start_index": 1}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 32}),
     "arcee": ("arcee", {}),
+    "glm": ("glm", {"head_dim": 32, "pad_token_id": 0}),
+    "minimax_m2": (
+        "minimax_m2",
+        {
+            "head_dim": 32,
+            "rope_parameters": {**_DEFAULT, "partial_rotary_factor": 0.5}, "rotary_dim": 16,
+            **_NO_ROUTING,
+        },
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 32, "num_experts": 4, "moe_topk": 2}),
+    "hy_v3": (
+        "hy_v3",
+        {
+            **_EXPERTS, "num_experts": 4, "first_k_dense_replace": 1, "expert_hidden_dim": 128,
+            "route_norm": True, "qk_norm": True,
+        },
+    ),
+    "mellum": (
+        "mellum",
+        {
+            **_EXPERTS, "num_experts": 4, "sliding_window": 64, "layer_types": _ALTERNATING,
+            "rope_parameters": {_LOCAL: _DEFAULT, _GLOBAL: _FAR},
+        },
+    ),
+    "afmoe": (
+        "afmoe",
+        {
+            **_EXPERTS, "num_experts": 4, "num_shared_experts": 1, "sliding_window": 64,
+            "layer_types": _ALTERNATING, "mup_enabled": True, "score_func": "sigmoid",
+            "route_norm": True, "n_group": 1, "topk_group": 1,
+        },
+    ),
+    # layers rotate different parts of a key
+    "laguna": (
+        "laguna",
+        {
+            **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 128,
+            "sliding_window": 64, "layer_types": _ALTERNATING, "mlp_layer_types": ["dense"] * 4,
+            "num_attention_heads_per_layer": [8, 4, 8, 4],
+            "rope_parameters": {
+                _LOCAL: _DEFAULT, _GLOBAL: {**_FAR, "partial_rotary_factor": 0.5},
+            },
+        },
+    ),
 }  # fmt: skip
 _SEES = {
     "hidden_size": 64, "intermediate_size": 128, "patch_size": 14, "depth": 2, "num_heads": 4,
