@@ -97,11 +97,8 @@ def model_refusal(model: ModelConfig) -> Why | None:
             Reason.HYBRID,
             "the model mixes attention with recurrent layers, which have no per-token KV cache",
         )
-    if getattr(model, "use_mla", False):
-        return Why(
-            Reason.MLA,
-            "the model uses multi-head latent attention (MLA), whose cache we can't re-rotate",
-        )
+    if getattr(model, "use_mla", False) and (refused := _mla_refusal(model)):
+        return Why(Reason.MLA, f"the model uses multi-head latent attention (MLA) {refused}")
     if getattr(model, "is_encoder_decoder", False):
         return Why(Reason.ENCODER_DECODER, "the model is an encoder-decoder")
     if getattr(model, "runner_type", "generate") != "generate":
@@ -111,6 +108,15 @@ def model_refusal(model: ModelConfig) -> Why | None:
             Reason.MROPE, "the model's positions have dimensions that differ for text (XD-RoPE)"
         )
     return None
+
+
+def _mla_refusal(model: ModelConfig) -> str:
+    """What of latent attention was not tested; empty if it was."""
+    from vllm.platforms import current_platform
+
+    if hasattr(model.hf_text_config, "index_topk"):
+        return "over keys that an indexer picks, which has a cache of its own"
+    return "" if current_platform.is_cpu() else "and was tested with the CPU engine only"
 
 
 def engine_refusal(config: VllmConfig) -> Why | None:

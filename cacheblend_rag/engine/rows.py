@@ -28,10 +28,11 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
+from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import Array, PagedCache, upload
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.exact import clear, prefill
-from cacheblend_rag.engine.forward import ModelHandle, ProxyImpl, ProxyLayer
+from cacheblend_rag.engine.forward import LatentProxy, ModelHandle, ProxyImpl, ProxyLayer
 from cacheblend_rag.engine.lane import Lane
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.proof import Proof
@@ -297,7 +298,7 @@ class StepRows:
         context.no_compile_layers = {
             **context.no_compile_layers,
             **{
-                name: ProxyLayer(_StepImpl(layer, i, moves, self._lose, i == len(layers) - 1))
+                name: _proxy(_StepImpl(layer, i, moves, self._lose, i == len(layers) - 1))
                 for i, (name, layer) in enumerate(layers.items())
             },
         }
@@ -363,6 +364,11 @@ class _StepImpl(ProxyImpl):
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: Any, slots: Any
     ) -> None:
+        self.before(key, value)
+        self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
+
+    def before(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """See to what must be in the cache before this layer's K and V."""
         for part, move in self._moves:
             if part.blend.why_not is not None:
                 continue  # it was lost at a layer below
@@ -374,7 +380,23 @@ class _StepImpl(ProxyImpl):
                 self._lose(part.blend, _said(error))
             if part.blend.proof is not None and self._is_last:
                 part.blend.proof.note(part.positions, key[part.place], value[part.place])
-        self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
+
+
+class _LatentStepLayer(LatentProxy):
+    """The same of latent attention, whose layer writes its cache itself."""
+
+    impl: _StepImpl
+
+    def update_kv_cache(
+        self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        key = layout.packed(kv_c_normed, k_pe)
+        self.impl.before(key, layout.no_values(key))
+        self._real.update_kv_cache(kv_c_normed, k_pe, *args, **kwargs)
+
+
+def _proxy(impl: _StepImpl) -> ProxyLayer:
+    return (_LatentStepLayer if layout.is_latent(impl._layer) else ProxyLayer)(impl)
 
 
 def _said(error: Exception) -> str:

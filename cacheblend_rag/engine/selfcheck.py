@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV
@@ -88,12 +89,12 @@ def _explanation(
     home = [_on_host(kv) for kv in home]
     moved = [Moved(m.shift, [_on_host(kv) for kv in m.layers]) for m in moved]
     errors = [_errors(table, home, moved) for table in tables]
-    layouts = {table.layout for table in tables}
-    mine = {x: [n for n, table in enumerate(tables) if table.layout == x] for x in layouts}
+    pairings = {table.layout for table in tables}
+    mine = {x: [n for n, table in enumerate(tables) if table.layout == x] for x in pairings}
     worst = {x: _worst([errors[n] for n in some]) for x, some in mine.items()}
-    layout = min(worst, key=worst.__getitem__)
-    several = worst[layout] > _FAR_BETTER * _worst(errors)
-    chosen = list(range(len(tables))) if several else mine[layout]
+    one = min(worst, key=worst.__getitem__)
+    several = worst[one] > _FAR_BETTER * _worst(errors)
+    chosen = list(range(len(tables))) if several else mine[one]
     best = [chosen[n] for n in nearest([errors[n] for n in chosen])]
     used = sorted(set(best))
     return [tables[n] for n in used], [used.index(n) for n in best]
@@ -156,7 +157,7 @@ class _Recording(IsolatedPass):
         self._handle.write(index, k_TGD, v_TGD, self._slots)
         real, metadata = self._handle.layers[index], self._metadata[index]
         theirs = torch.empty_like(out_THD)
-        real.impl.forward(real, q_THD, k_TGD, v_TGD, real.kv_cache, metadata, output=theirs)
+        layout.attend(real, q_THD, k_TGD, v_TGD, metadata, theirs)
         is_rounded = real.kv_cache.dtype != k_TGD.dtype
         self.compared.append([index, _relative(out_THD, theirs), is_rounded])
 

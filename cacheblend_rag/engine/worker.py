@@ -87,8 +87,8 @@ class WorkerExtension:
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
             self._cacheblend_parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
-            a_head = 2 * handle.num_layers * handle.layers[0].head_size * chosen.dtype.itemsize
-            facts["kv_bytes_per_token"] = a_head * int(chosen.get_total_num_kv_heads())
+            a_layer = handle.layout.numbers * chosen.dtype.itemsize
+            facts["kv_bytes_per_token"] = handle.num_layers * a_layer
             windows = [w for layer in handle.layers if (w := compat.sliding_window(layer))]
             facts["window"] = max(windows, default=None)
             facts["longest_blend"] = compat.longest_blend(self.model_runner.kv_cache_config)

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 
@@ -21,12 +22,22 @@ def main(folder: Path, names: list[str]) -> None:
     from blending import PARTS, PREFIX, blends_as_the_reference
     from engines import start_in_process
     from reference import Reference
-    from tiny import SEEING, make, make_seeing
+    from tiny import SEEING, as_published, make, make_seeing, make_text_of
+    from vllm.multimodal import encoder_budget
 
+    def tokens_of_images(processor: Any, cache: Any, mm_counts: Any) -> dict[str, int]:
+        return dict.fromkeys(mm_counts, 16)
+
+    encoder_budget.get_mm_max_toks_per_item = tokens_of_images  # it asks what the stand-ins lack
     errors = {}
     for name in names:
-        reference = Reference(make(SEEING[name][0], folder), PREFIX)
-        path = make_seeing(name, folder)
+        if name in SEEING:
+            reference = Reference(make(SEEING[name][0], folder), PREFIX)
+            path = make_seeing(name, folder)
+        else:
+            path = make_text_of(name, folder)
+            reference = Reference(path, PREFIX, takes_images=True)
+            path = as_published(name, path)
         options = {"skip_mm_profiling": True, "skip_tokenizer_init": False}
         with start_in_process(path, prefix=PREFIX, **options) as blend:
             chosen = blend._engine._llm.llm_engine.model_config  # type: ignore[attr-defined]
