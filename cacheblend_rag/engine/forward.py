@@ -286,6 +286,8 @@ def _check_layer(layer: Any) -> None:
         raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
     if type(layer) is MLAAttention:
         _check_latent(layer)
+    elif getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
+        raise UnsupportedModelError(Reason.KV_HEADS, "values are of another size than keys")
     if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
         raise UnsupportedModelError(Reason.SHARED_KV, "layers share KV with one another")
     impl = layer.impl

@@ -102,7 +102,7 @@ def _explanation(
 
 def _worst(errors_TL: Sequence[Sequence[float]]) -> float:
     """The error of the layer that is explained worst, each by the table that explains it best."""
-    return max(map(min, zip(*errors_TL, strict=True)))
+    return max(min(errors) for errors in zip(*errors_TL, strict=True))
 
 
 def _on_host(kv: LayerKV) -> LayerKV:

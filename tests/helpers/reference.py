@@ -20,7 +20,12 @@ _INTERLEAVED = (
     "glm4v_text",
 )  # fmt: skip
 _LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
-_GLOBAL_STILL = ("afmoe", "cohere2", "exaone4", "muse_glimmer_text")  # only layers with a window rotate
+_GLOBAL_STILL = (
+    "afmoe",
+    "cohere2",
+    "exaone4",
+    "muse_glimmer_text",
+)  # only layers with a window rotate
 
 
 class Part(NamedTuple):

@@ -322,6 +322,17 @@ TEXT_OF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "projector_hidden_size": 128,
         },
     ),
+    "kimi_k25": (
+        {
+            **_LATENT, "model_type": "deepseek_v3", "q_lora_rank": 128, "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+        },
+        {
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "pos_emb_height": 4, "pos_emb_width": 4,
+        },
+        {**_TOKENS, "projection_hidden_size": 64, "tie_word_embeddings": False},
+    ),
     "internvl": (
         {"model_type": "qwen3", "head_dim": 64},
         {
@@ -347,6 +358,7 @@ _PROCESSORS = {
     "glm4v_moe": ("Glm4vImageProcessor", "Glm4vVideoProcessor"),
     "qwen3_vl_moe": ("Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
     "muse_glimmer": ("MuseGlimmerImageProcessor", "MuseGlimmerVideoProcessor"),
+    "kimi_k25": ("Kimi_K25ImageProcessor", "Kimi_K25VideoProcessor"),
     "internvl": ("GotOcr2ImageProcessor", "InternVLVideoProcessor"),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -404,7 +404,7 @@ def test_bad_namespaces_are_refused(tmp_path: Path, namespace: str) -> None:
     "chunk",
     [
         ChunkKV((1, 2), 0, torch.zeros(1, 2, 3, 1, 4)),
-        ChunkKV((1, 2, 3), 0, torch.zeros(1, 1, 3, 1, 4)),
+        ChunkKV((1, 2, 3), 0, torch.zeros(1, 3, 3, 1, 4)),
         ChunkKV((1, 2, 3), 0, torch.zeros(2, 3, 1, 4)),
         ChunkKV((), 0, torch.zeros(1, 2, 0, 1, 4)),
         ChunkKV((1, 2, 3), 0, torch.zeros(1, 2, 3, 1, 4, dtype=torch.float64)),
@@ -794,7 +794,7 @@ def test_a_damaged_marker_is_refused(tmp_path: Path, marker: bytes) -> None:
         open_disk(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "age"), [(1, "an older"), (3, "a newer")])
+@pytest.mark.parametrize(("number", "age"), [(2, "an older"), (4, "a newer")])
 def test_another_format_is_refused_with_the_reason(tmp_path: Path, number: int, age: str) -> None:
     open_disk(tmp_path / "kv")
     marker = tmp_path / "kv" / "cacheblend-store.json"
