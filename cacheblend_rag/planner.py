@@ -17,6 +17,7 @@ from cacheblend_rag.plan import Head, NoPlan, Plan, make_plan
 from cacheblend_rag.reason import Reason, Why
 
 _OWN = ("space", "request_id")  # beside the options of a request
+_OTHER_ADAPTER = "the request's LoRA adapter is not that of its chunks"
 _NOT_YET = Why(Reason.NOT_READY, "the engine's store is not open yet")
 
 
@@ -31,6 +32,7 @@ class Space:
         options: fields of ``BlendConfig``, which a request may change for itself.
         calibration: what the ratio ``auto`` stands for.
         default: requests that name no space are of this one.
+        adapter: what the requests' LoRA adapter is called; empty for the model alone.
     """
 
     name: str
@@ -39,12 +41,15 @@ class Space:
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
     default: bool = False
+    adapter: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, numbers and texts, for an RPC."""
         head = None if self.head is None else [self.head.key, list(self.head.token_ids)]
         keys = [list(field) if isinstance(field, tuple) else field for field in self.keys]
-        return {"name": self.name, "keys": keys, "head": head, "options": dict(self.options)}
+        options = dict(self.options)
+        own = {"name": self.name, "keys": keys, "head": head, "options": options}
+        return {**own, "adapter": self.adapter}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Space:
@@ -52,7 +57,8 @@ class Space:
         fingerprint, prefix, namespace, by_document = data["keys"]
         keys = KeySpace(fingerprint, tuple(prefix), namespace, by_document)
         head = Head(data["head"][0], tuple(data["head"][1])) if data["head"] else None
-        return cls(name=data["name"], keys=keys, head=head, options=data["options"])
+        own = {"options": data["options"], "adapter": data["adapter"]}
+        return cls(name=data["name"], keys=keys, head=head, **own)
 
 
 class Limits(NamedTuple):
@@ -123,12 +129,15 @@ class Planner:
         else:
             self._open(message)
 
-    def plan(self, token_ids: Sequence[int], options: Mapping[str, Any]) -> Planned:
+    def plan(
+        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str = ""
+    ) -> Planned:
         """Find the known chunks of a prompt, and decide what is reused.
 
         Args:
             token_ids: the whole prompt.
             options: of the request, by the names of ``config.PER_REQUEST``; and its ``space``.
+            adapter: what its LoRA adapter is called; empty for the model alone.
         """
         start = time.perf_counter()
         try:
@@ -139,6 +148,8 @@ class Planner:
             return Planned(NoPlan(Reason.MODE, f"mode is {config.mode!r}"), config.mode, {})
         if self._limits.why_not is not None:
             return Planned(NoPlan(*self._limits.why_not), config.mode, {})
+        if adapter != space.adapter:
+            return Planned(NoPlan(Reason.LORA, _OTHER_ADAPTER), config.mode, {})
         matches = self.known.index(space.name).locate(token_ids, min_tokens=config.min_chunk_tokens)
         located = time.perf_counter()
         longest = self._longest, self._limits.longest

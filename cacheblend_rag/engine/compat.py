@@ -112,21 +112,22 @@ def model_refusal(model: ModelConfig) -> Why | None:
 
 def _mla_refusal(model: ModelConfig) -> str:
     """What of latent attention was not tested; empty if it was."""
-    from vllm.platforms import current_platform
-
     if hasattr(model.hf_text_config, "index_topk"):
         return "over keys that an indexer picks, which has a cache of its own"
-    return "" if current_platform.is_cpu() else "and was tested with the CPU engine only"
+    return "" if _is_cpu() else "and was tested with the CPU engine only"
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def engine_refusal(config: VllmConfig) -> Why | None:
     """Why this engine configuration can't blend exactly; None if it can."""
     parallel = config.parallel_config
-    if config.lora_config is not None:
-        return Why(
-            Reason.LORA,
-            "LoRA is on: a blend's own passes would use the adapters of the batch beside it",
-        )
+    if config.lora_config is not None and not _is_cpu():
+        return Why(Reason.LORA, "LoRA is on, and was tested with the CPU engine only")
     if config.speculative_config is not None:
         return SPECULATIVE
     if parallel.pipeline_parallel_size > 1:

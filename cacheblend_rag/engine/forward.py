@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from cacheblend_rag.engine import compat, layout
+from cacheblend_rag.engine.adapters import Adapters
 from cacheblend_rag.engine.ranks import Ranks
 from cacheblend_rag.reason import Reason, RefusedError
 
@@ -213,6 +214,7 @@ class ModelHandle:
         all_heads = int(config.model_config.get_total_num_kv_heads())
         self.layout = layout.layout_of(self.layers, all_heads)
         self.ranks = Ranks()
+        self.adapters = Adapters()
 
     @property
     def num_layers(self) -> int:
@@ -260,7 +262,7 @@ class ModelHandle:
         }
         context.no_compile_layers = {**self._context_layers, **proxies}
         try:
-            with override_forward_context(context):
+            with override_forward_context(context), self.adapters.during(len(ids_T)):
                 self.model(
                     # as vLLM's own: a compiled model does not check the dtype it was compiled for
                     input_ids=ids_T.int(),

@@ -29,6 +29,7 @@ class Ingestor:
     def __init__(self, handle: ModelHandle, heads: Heads | None = None) -> None:
         self._handle, self._heads = handle, heads
         self._prefix_ids: tuple[int, ...] = ()
+        self._adapter = 0  # that the prefix was computed with
         self._prefix: list[LayerKV] = []
 
     def compute(
@@ -36,10 +37,15 @@ class Ingestor:
         chunks: Sequence[Sequence[int]],
         prefix_ids: Sequence[int],
         contexts: Sequence[Sequence[int]],
+        adapter: int = 0,
     ) -> list[ChunkKV]:
         """KV of each chunk behind ``prefix_ids`` and its own context, which may be empty, on the
         CPU; that of prefix and contexts is dropped. Where one rank can't, all raise.
+
+        ``adapter``: number of the LoRA adapter that the handle is using, 0 for none.
         """
+        if adapter != self._adapter:
+            self._prefix, self._prefix_ids, self._adapter = [], (), adapter
         try:
             return self._handle.ranks.all_or_none(
                 lambda: self._compute(chunks, prefix_ids, contexts)

@@ -145,7 +145,8 @@ class StepRows:
         """
         for name, scheduled in batch.items():
             if name in tasks:
-                self._begin(tasks[name])
+                with self.handle.adapters.using(tasks[name].adapter):
+                    self._begin(tasks[name])
             elif name in self._blends:
                 self._blends[name].blocks += scheduled.blocks
         ours = {name: self._blends[name] for name in batch if name in self._blends}
@@ -338,7 +339,8 @@ class StepRows:
             if blend.lane is None:
                 continue
             if blend.done < blend.task.end:
-                blend.lane.recompute(positions)
+                with self.handle.adapters.using(blend.task.adapter):
+                    blend.lane.recompute(positions)
                 self._tensors.write_nothing(order.index(name))
             blend.lane.place_through(self.handle.num_layers - 1)
 

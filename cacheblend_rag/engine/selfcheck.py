@@ -102,7 +102,8 @@ def _explanation(
 
 def _worst(errors_TL: Sequence[Sequence[float]]) -> float:
     """The error of the layer that is explained worst, each by the table that explains it best."""
-    return max(min(errors) for errors in zip(*errors_TL, strict=True))
+    by_layer: list[tuple[float, ...]] = list(zip(*errors_TL, strict=True))
+    return max(map(min, by_layer))
 
 
 def _on_host(kv: LayerKV) -> LayerKV:

@@ -462,24 +462,34 @@ def make_text_of(name: str, folder: Path) -> Path:
 
 def as_published(name: str, path: Path) -> Path:
     """The model of ``make_text_of`` as vLLM reads it, where transformers names or turns weights in
-    another way.
+    another way. Of ``kimi_k25`` only the text part, for an engine that serves text only.
     """
     from safetensors.torch import load_file, save_file
 
-    if name not in ("gemma3", "qwen3_vl_moe"):
+    if name not in ("gemma3", "kimi_k25", "qwen3_vl_moe"):
         return path
     to = path.with_name(f"{path.name}-published")
     if not to.exists():
         shutil.copytree(path, to)
         weights = load_file(path / "model.safetensors")
-        changed = {
-            key.replace("vision_tower.", "vision_tower.vision_model."): (
-                weight.transpose(1, 2).contiguous() if ".mlp.experts." in key else weight
-            )
-            for key, weight in weights.items()
-        }
+        changed = dict(_published(name, key, weight) for key, weight in weights.items())
+        changed.pop("", None)
         save_file(changed, to / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((to / "config.json").read_text())
+        if name == "kimi_k25":
+            config["architectures"] = ["KimiK25ForConditionalGeneration"]
+        (to / "config.json").write_text(json.dumps(config))
     return to
+
+
+def _published(name: str, key: str, weight: Any) -> tuple[str, Any]:
+    if name == "gemma3":
+        return key.replace("vision_tower.", "vision_tower.vision_model."), weight
+    if name == "qwen3_vl_moe":
+        return key, weight.transpose(1, 2).contiguous() if ".mlp.experts." in key else weight
+    if key.startswith("model.language_model."):
+        return key.replace("model.language_model.", "language_model.model."), weight
+    return (f"language_model.{key}" if key.startswith("lm_head.") else ""), weight
 
 
 @contextmanager
