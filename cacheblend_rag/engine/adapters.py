@@ -4,12 +4,12 @@ forward beside that step says what its own tokens ask for, and puts that back.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cacheblend_rag.engine.fingerprint import bytes_digest
 from cacheblend_rag.errors import ConfigError
 
 _FILES = ("adapter_config.json", "*.safetensors", "*.bin", "*.pt")
@@ -36,7 +36,11 @@ def digest(folder: Path) -> str:
             f"{folder} holds no LoRA adapter. Give a folder with adapter_config.json and weights "
             "as lora_path: chunks are keyed by their content"
         )
-    return bytes_digest(files).hex()
+    found = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 class Adapters:

@@ -145,6 +145,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 32,
         },
     ),
+    # layers rotate different parts of a key
+    "laguna": (
+        "laguna",
+        {
+            "head_dim": 32,
+            "sliding_window": 64, "layer_types": _ALTERNATING, "mlp_layer_types": ["dense"] * 4,
+            "num_attention_heads_per_layer": [8, 4, 8, 4],
+            "rope_parameters": {
+                _LOCAL: _DEFAULT, _GLOBAL: {**_FAR, "partial_rotary_factor": 0.5},
+            },
+        },
+    ),
     # one latent row a token
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "q_lora_rank": None}),
     # queries are scaled by position
@@ -219,18 +231,6 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             **_EXPERTS, "num_experts": 4, "num_shared_experts": 1, "sliding_window": 64,
             "layer_types": _ALTERNATING, "mup_enabled": True, "score_func": "sigmoid",
             "route_norm": True, "n_group": 1, "topk_group": 1,
-        },
-    ),
-    # layers rotate different parts of a key
-    "laguna": (
-        "laguna",
-        {
-            **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 128,
-            "sliding_window": 64, "layer_types": _ALTERNATING, "mlp_layer_types": ["dense"] * 4,
-            "num_attention_heads_per_layer": [8, 4, 8, 4],
-            "rope_parameters": {
-                _LOCAL: _DEFAULT, _GLOBAL: {**_FAR, "partial_rotary_factor": 0.5},
-            },
         },
     ),
 }  # fmt: skip
@@ -351,6 +351,12 @@ _ALSO_NAMED = {
     "video_end_token": "w505", "boi_token": "w501", "eoi_token": "w502",
     "start_image_token": "w502", "end_image_token": "w503", "context_image_token": "w500",
 }  # fmt: skip
+_KIMI_MEDIA = {
+    "patch_size": 14, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4,
+    "in_patch_limit": 64, "in_patch_limit_each_frame": 64, "in_patch_limit_video": 64,
+    "patch_limit_on_one_side": 32, "fixed_output_tokens": None, "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3, "sample_fps": 2, "max_num_frames_each_video": None,
+}  # fmt: skip
 _PROCESSORS = {
     "mistral3": ("PixtralImageProcessor", ""),
     "gemma3": ("Gemma3ImageProcessor", ""),
@@ -451,7 +457,8 @@ def make_text_of(name: str, folder: Path) -> Path:
         with undecorated(config):
             AutoModelForImageTextToText.from_config(config).float().save_pretrained(path)
         image, video = _PROCESSORS[name]
-        (path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": image}))
+        seeing = {"image_processor_type": image, "media_proc_cfg": _KIMI_MEDIA}
+        (path / "preprocessor_config.json").write_text(json.dumps(seeing))
         if video:
             (path / "video_preprocessor_config.json").write_text(
                 json.dumps({"video_processor_type": video})
