@@ -150,10 +150,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "laguna",
         {
             "head_dim": 32,
-            "sliding_window": 64, "layer_types": _ALTERNATING, "mlp_layer_types": ["dense"] * 4,
+            "sliding_window": 64,
+            "layer_types": _ALTERNATING,
+            "mlp_layer_types": ["dense"] * 4,
             "num_attention_heads_per_layer": [8, 4, 8, 4],
             "rope_parameters": {
-                _LOCAL: _DEFAULT, _GLOBAL: {**_FAR, "partial_rotary_factor": 0.5},
+                _LOCAL: _DEFAULT,
+                _GLOBAL: {**_FAR, "partial_rotary_factor": 0.5},
             },
         },
     ),
