@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+FAILED = "failed"
 STAND_INS = Path(__file__).parent / "stand_ins"
 
 
 def main(folder: Path, names: list[str]) -> None:
     """For each of ``names``, make the model and the reference over its text part, and compare. One
-    that fails says so and is left out.
+    that fails says why in its place.
     """
     from vllm.multimodal import encoder_budget
 
@@ -34,8 +35,8 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         try:
             errors[name] = error_of(name, folder)
-        except Exception:
-            sys.stderr.write(f"{name}: {traceback.format_exc()}\n")
+        except Exception as error:
+            errors[name] = f"{FAILED}: {error!r} {traceback.format_exc(limit=-4)}"
             torch.set_default_dtype(torch.float32)  # a failed loading leaves the model's behind
     sys.stdout.write(json.dumps(errors) + "\n")
 
