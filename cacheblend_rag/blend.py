@@ -14,6 +14,7 @@ from cacheblend_rag import calibration
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import Engine, ModelCheck, create_engine
+from cacheblend_rag.engine.base import plain_adapter
 from cacheblend_rag.errors import (
     EngineError,
 )
@@ -58,6 +59,8 @@ class CacheBlend(Startup):
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
         self._closed, self._home = False, Home()
         self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
+        self._lora: Any = None  # of this front's requests
+        self._adapter = ""  # digest of it
         self._namespaces = {self.config.namespace}  # of all fronts to this engine
         self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
         self._is_heard, self._synced_at = True, 0.0
@@ -74,12 +77,21 @@ class CacheBlend(Startup):
             self._engine.close()
             raise
 
-    def with_config(self, config: BlendConfig) -> CacheBlend:
+    def with_config(self, config: BlendConfig, lora_request: Any = None) -> CacheBlend:
         """A second front to the same engine and store, with a configuration of its own: another
         ingest prefix, say. Each knows what is stored by its own configuration, through whichever
         front or process. Where ``config`` names another store, that is passed over; close only the
         first front. One of another namespace is another tenant's: it reads none of the KV of the
         first, vLLM's prefix cache included.
+
+        Args:
+            config: of the second front.
+            lora_request: vLLM's LoRARequest, of an adapter in a local folder. The front's chunks
+                are computed with it, its answers are given with it, and what other adapters' chunks
+                hold is none of its own. None: the model alone.
+
+        Raises:
+            ConfigError: no adapter is in that folder, or the engine serves none.
         """
         self._check_open()
         other = object.__new__(CacheBlend)
@@ -87,6 +99,9 @@ class CacheBlend(Startup):
         other.config, other._name = config, uuid.uuid4().hex
         other.__dict__.pop("tokenizer", None)  # each has a copy of its own
         other._namespaces.add(config.namespace)
+        other._lora, other._adapter = lora_request, ""
+        if lora_request is not None and self.model_check.passed:
+            other._adapter = self._engine.rpc("cacheblend_adapter", plain_adapter(lora_request))[0]
         other._space = other._key_space(config)
         if self.model_check.passed:
             other._open_space()

@@ -73,7 +73,7 @@ class Answers(Front):
             **options: vLLM's sampling parameters by their own names; ``mode``,
                 ``recompute_ratio``, ``selector``, ``selector_options``, ``propagation_length``,
                 ``blend_if`` and ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request``
-                (served without blending).
+                (blended only where it is that of this front's chunks, see ``with_config``).
 
         Raises:
             PromptError: an empty, too long or malformed prompt.
@@ -223,7 +223,7 @@ class Answers(Front):
         if self._tokenizer is None:
             sampling.setdefault("detokenize", False)
         config = calibration.resolved(self.config.for_call(blending), self.calibration)
-        return _Options(config, sampling, options.get("lora_request"))
+        return _Options(config, sampling, options.get("lora_request", self._lora))
 
 
 def as_prompts(prompts: object) -> list[Prompt]:

@@ -9,7 +9,7 @@ from typing import Any
 from cacheblend_rag import ingest
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine import Engine, EngineRequest, ModelCheck
-from cacheblend_rag.engine.base import EngineInfo, from_speaking_ranks
+from cacheblend_rag.engine.base import EngineInfo, from_speaking_ranks, plain_adapter
 from cacheblend_rag.errors import (
     ClosedError,
     PromptError,
@@ -37,6 +37,8 @@ class Front:
     _closed: bool
     _is_heard: bool  # the scheduler learns at once what workers do
     _synced_at: float
+    _lora: Any  # vLLM's LoRARequest of this front's requests
+    _adapter: str  # digest of it
 
     def _check_open(self) -> None:
         self._home.check()
@@ -92,7 +94,8 @@ class Front:
         keys, ids = [c.key for c in chunks], [list(c.token_ids) for c in chunks]
         contexts = [list(c.context) for c in chunks]
         shared = list(prefix_ids[: len(prefix_ids) - len(contexts[0])])
-        return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts)
+        adapter = None if self._lora is None else plain_adapter(self._lora)
+        return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts, adapter)
 
     @property
     def _positions(self) -> int:

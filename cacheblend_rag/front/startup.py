@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import statistics
 import time
@@ -14,6 +15,7 @@ from cacheblend_rag import model_check
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import EngineRequest, ModelCheck
+from cacheblend_rag.engine.base import adapter_name
 from cacheblend_rag.errors import (
     UnavailableError,
 )
@@ -134,14 +136,22 @@ class Startup(Ingestion, Answers):
             config, self._tokenizer, self._engine.chat, positions=self._positions
         )
         by_document = config.ingest_prefix == "document"
-        return KeySpace(self.info.fingerprint, prefix, config.namespace, by_document)
+        weights = self.info.fingerprint
+        if self._adapter:
+            weights = hashlib.sha256(f"{weights}/{self._adapter}".encode()).hexdigest()
+        return KeySpace(weights, prefix, config.namespace, by_document)
 
     def _open_space(self) -> None:
         """Have this front's requests planned by its own configuration."""
         options = {"min_chunk_tokens": self.config.min_chunk_tokens}
         prompt_prefix = self._store_prompt_prefix()
+        adapter = "" if self._lora is None else adapter_name(self._lora)
         space = Space(
-            name=self._name, keys=self._space, prompt_prefix=prompt_prefix, options=options
+            name=self._name,
+            keys=self._space,
+            prompt_prefix=prompt_prefix,
+            options=options,
+            adapter=adapter,
         )
         self._engine.rpc("cacheblend_open", space.to_plain())
         self._sync()
