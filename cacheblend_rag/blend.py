@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import itertools
 import statistics
 import time
@@ -23,7 +24,7 @@ from cacheblend_rag.config import PER_CALL, PER_REQUEST, BlendConfig, unknown_op
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import Engine, EngineOutput, EngineRequest, ModelCheck, create_engine
-from cacheblend_rag.engine.base import from_speaking_ranks
+from cacheblend_rag.engine.base import adapter_name, from_speaking_ranks
 from cacheblend_rag.errors import (
     CacheBlendError,
     ClosedError,
@@ -109,6 +110,8 @@ class CacheBlend:
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
         self._closed, self._home = False, Home()
         self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
+        self._lora: Any = None  # of this front's requests
+        self._adapter = ""  # digest of it
         self._namespaces = {self.config.namespace}  # of all fronts to this engine
         self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
         self._is_heard, self._synced_at = True, 0.0
@@ -279,12 +282,21 @@ class CacheBlend:
             *({key for key, _ in chunks_of(self._space, rows)} for rows in ranks)
         )
 
-    def with_config(self, config: BlendConfig) -> CacheBlend:
+    def with_config(self, config: BlendConfig, lora_request: Any = None) -> CacheBlend:
         """A second front to the same engine and store, with a configuration of its own: another
         ingest prefix, say. Each knows what is stored by its own configuration, through whichever
         front or process. Where ``config`` names another store, that is passed over; close only the
         first front. One of another namespace is another tenant's: it reads none of the KV of the
         first, vLLM's prefix cache included.
+
+        Args:
+            config: of the second front.
+            lora_request: vLLM's LoRARequest, of an adapter in a local folder. The front's chunks
+                are computed with it, its answers are given with it, and what other adapters' chunks
+                hold is none of its own. None: the model alone.
+
+        Raises:
+            ConfigError: no adapter is in that folder, or the engine serves none.
         """
         self._check_open()
         other = object.__new__(CacheBlend)
@@ -292,6 +304,9 @@ class CacheBlend:
         other.config, other._name = config, uuid.uuid4().hex
         other.__dict__.pop("tokenizer", None)  # each has a copy of its own
         other._namespaces.add(config.namespace)
+        other._lora, other._adapter = lora_request, ""
+        if lora_request is not None and self.model_check.passed:
+            other._adapter = self._engine.rpc("cacheblend_adapter", _plain(lora_request))[0]
         other._space = other._key_space(config)
         if self.model_check.passed:
             other._open_space()
@@ -330,8 +345,8 @@ class CacheBlend:
                 of these is several prompts.
             **options: vLLM's sampling parameters by their own names; ``mode``,
                 ``recompute_ratio``, ``selector``, ``selector_options``, ``propagation_length``, ``blend_if`` and
-                ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request`` (served without
-                blending).
+                ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request`` (blended only where
+                it is that of this front's chunks, see ``with_config``).
 
         Raises:
             PromptError: an empty, too long or malformed prompt.
@@ -485,7 +500,7 @@ class CacheBlend:
         if self._tokenizer is None:
             sampling.setdefault("detokenize", False)
         config = calibration.resolved(self.config.for_call(chunks_of), self.calibration)
-        return _Options(config, sampling, options.get("lora_request"))
+        return _Options(config, sampling, options.get("lora_request", self._lora))
 
     # ---- store and gate ------------------------------------------------------------------------
 
@@ -585,7 +600,8 @@ class CacheBlend:
         keys, ids = [c.key for c in chunks], [list(c.token_ids) for c in chunks]
         contexts = [list(c.context) for c in chunks]
         shared = list(prefix_ids[: len(prefix_ids) - len(contexts[0])])
-        return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts)
+        adapter = None if self._lora is None else _plain(self._lora)
+        return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts, adapter)
 
     @property
     def _positions(self) -> int:
@@ -597,7 +613,10 @@ class CacheBlend:
             config, self._tokenizer, self._engine.chat, positions=self._positions
         )
         by_document = config.ingest_prefix == "document"
-        return KeySpace(self.info.fingerprint, prefix, config.namespace, by_document)
+        weights = self.info.fingerprint
+        if self._adapter:
+            weights = hashlib.sha256(f"{weights}/{self._adapter}".encode()).hexdigest()
+        return KeySpace(weights, prefix, config.namespace, by_document)
 
     def _check_model(self) -> ModelCheck:
         """Check the model, open the store, and prove ratio 1 on a probe prompt."""
@@ -631,8 +650,13 @@ class CacheBlend:
         """Have this front's requests planned by its own configuration."""
         options = {"min_chunk_tokens": self.config.min_chunk_tokens}
         prompt_prefix = self._store_prompt_prefix()
+        adapter = "" if self._lora is None else adapter_name(self._lora)
         space = Space(
-            name=self._name, keys=self._space, prompt_prefix=prompt_prefix, options=options
+            name=self._name,
+            keys=self._space,
+            prompt_prefix=prompt_prefix,
+            options=options,
+            adapter=adapter,
         )
         self._engine.rpc("cacheblend_open", space.to_plain())
         self._sync()
@@ -816,3 +840,8 @@ def _salt(config: BlendConfig, request_id: str) -> str | None:
     if config.mode == "full":
         return f"full:{request_id}"
     return f"namespace:{config.namespace}" if config.namespace else None
+
+
+def _plain(lora_request: Any) -> list[Any]:
+    """Name, number and path of an adapter, for an RPC."""
+    return [lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path]

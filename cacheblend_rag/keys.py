@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-FORMAT = 2  # of all that is stored: raise it when KV, names or files change meaning
+FORMAT = 3  # of all that is stored: raise it when KV, names or files change meaning
 
 
 class KeySpace(NamedTuple):

@@ -17,6 +17,7 @@ from cacheblend_rag.plan import NoPlan, Plan, PromptPrefix, make_plan
 from cacheblend_rag.reason import Reason, Why
 
 _OWN = ("space", "request_id")  # beside the options of a request
+_OTHER_ADAPTER = "the request's LoRA adapter is not that of its chunks"
 _NOT_YET = Why(Reason.NOT_READY, "the engine's store is not open yet")
 
 
@@ -31,6 +32,7 @@ class Space:
         options: fields of ``BlendConfig``, which a request may change for itself.
         calibration: what the ratio ``auto`` stands for.
         default: requests that name no space are of this one.
+        adapter: what the requests' LoRA adapter is called; empty for the model alone.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Space:
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
     default: bool = False
+    adapter: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, numbers and texts, for an RPC."""
@@ -48,12 +51,9 @@ class Space:
             else [self.prompt_prefix.key, list(self.prompt_prefix.token_ids)]
         )
         keys = [list(field) if isinstance(field, tuple) else field for field in self.keys]
-        return {
-            "name": self.name,
-            "keys": keys,
-            "prompt_prefix": prompt_prefix,
-            "options": dict(self.options),
-        }
+        options = dict(self.options)
+        own = {"name": self.name, "keys": keys, "prompt_prefix": prompt_prefix, "options": options}
+        return {**own, "adapter": self.adapter}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Space:
@@ -65,9 +65,8 @@ class Space:
             if data["prompt_prefix"]
             else None
         )
-        return cls(
-            name=data["name"], keys=keys, prompt_prefix=prompt_prefix, options=data["options"]
-        )
+        own = {"options": data["options"], "adapter": data["adapter"]}
+        return cls(name=data["name"], keys=keys, prompt_prefix=prompt_prefix, **own)
 
 
 class Limits(NamedTuple):
@@ -138,12 +137,15 @@ class Planner:
         else:
             self._open(message)
 
-    def plan(self, token_ids: Sequence[int], options: Mapping[str, Any]) -> Planned:
+    def plan(
+        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str = ""
+    ) -> Planned:
         """Find the known chunks of a prompt, and decide what is reused.
 
         Args:
             token_ids: the whole prompt.
             options: of the request, by the names of ``config.PER_REQUEST``; and its ``space``.
+            adapter: what its LoRA adapter is called; empty for the model alone.
         """
         start = time.perf_counter()
         try:
@@ -154,6 +156,8 @@ class Planner:
             return Planned(NoPlan(Reason.MODE, f"mode is {config.mode!r}"), config.mode, {})
         if self._limits.why_not is not None:
             return Planned(NoPlan(*self._limits.why_not), config.mode, {})
+        if adapter != space.adapter:
+            return Planned(NoPlan(Reason.LORA, _OTHER_ADAPTER), config.mode, {})
         matches = self.known.index(space.name).locate(token_ids, min_tokens=config.min_chunk_tokens)
         located = time.perf_counter()
         longest = self._longest, self._limits.longest

@@ -12,7 +12,7 @@ from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from cacheblend_kernels import masked_attention
-from cacheblend_rag.engine import compat
+from cacheblend_rag.engine import compat, layout
 from cacheblend_rag.engine.forward import ModelHandle, Pass, UnsupportedModelError
 from cacheblend_rag.reason import Reason
 
@@ -40,7 +40,8 @@ def dense_causal(
     visible_RN: torch.Tensor,
 ) -> torch.Tensor:
     """[R, H, D]: attention with a layer's own scale, softcap and sinks."""
-    return masked_attention(q_RHD, k_NGD, v_NGD, visible_RN, **own_options(layer))
+    k, v = layout.of_heads(layer, k_NGD, v_NGD)
+    return masked_attention(q_RHD, k, v, visible_RN, **own_options(layer))
 
 
 def own_options(layer: Any) -> dict[str, Any]:
@@ -63,6 +64,8 @@ class PagedCache:
     def __init__(self, handle: ModelHandle, attn_groups: Any) -> None:
         self.handle = handle
         self._builders = _own_builders(attn_groups, handle)
+        # a sequence of this backend's has no context, or one query
+        self._row_by_row = type(handle.layers[0].impl).__name__ == "CPUMLAImpl"
         # not the configured size: vLLM may give layers with a window another one
         self.block_size = int(attn_groups[0][0].kv_cache_spec.block_size)
 
@@ -99,6 +102,8 @@ class PagedCache:
         another: where each begins and the last ends, and how long its context is; their block
         tables, and slots and positions of all rows, on the device.
         """
+        if self._row_by_row:
+            bounds_S, lengths_S, table_SB = _one_by_one(bounds_S, lengths_S, table_SB)
         bounds = torch.from_numpy(bounds_S.astype(np.int32))
         lengths = torch.from_numpy(lengths_S.astype(np.int32))
         common = CommonAttentionMetadata(
@@ -162,7 +167,20 @@ class PagedPass(Pass):
             self.stop()
         real = self._cache.handle.layers[index]
         metadata = self._metadata[index]
-        real.impl.forward(real, q_THD, k_TGD, v_TGD, real.kv_cache, metadata, output=out_THD)
+        layout.attend(real, q_THD, k_TGD, v_TGD, metadata, out_THD)
+
+
+def _one_by_one(
+    bounds_S: Array, lengths_S: Array, table_SB: torch.Tensor
+) -> tuple[Array, Array, torch.Tensor]:
+    """The same queries, each a sequence of its own. The cache holds what all of them see by the
+    time they attend.
+    """
+    counts = np.diff(bounds_S)
+    behind = np.repeat(bounds_S[1:], counts) - 1 - np.arange(bounds_S[-1])
+    whose = np.repeat(np.arange(len(counts)), counts)
+    rows = np.arange(len(whose) + 1)
+    return rows, lengths_S[whose] - behind, table_SB[torch.from_numpy(whose).to(table_SB.device)]
 
 
 def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list[int]]]:

@@ -20,6 +20,13 @@ TICKET = "cacheblend_ticket"  # key of an RPC result that is to come: its number
 _LONGEST_WAIT_S = 0.05  # until it is asked again whether a result is there
 
 
+def adapter_name(lora_request: Any) -> str:
+    """What a request's LoRA adapter is called, here and in vLLM; empty for the model alone."""
+    if lora_request is None:
+        return ""
+    return f"{lora_request.lora_int_id}/{lora_request.lora_name}/{lora_request.lora_path}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
     """One prompt for the engine.
@@ -29,7 +36,7 @@ class EngineRequest:
         sampling: vLLM's sampling parameters by name.
         params: ``kv_transfer_params``: a plan, or None for a plain prefill.
         cache_salt: keeps blocks apart in vLLM's prefix cache; None shares the exact one.
-        lora_request: vLLM's LoRARequest; such requests are never blended.
+        lora_request: vLLM's LoRARequest, of the adapter that the space's chunks have too.
     """
 
     token_ids: tuple[int, ...]

@@ -5,6 +5,7 @@ Shape legend: E tokens of the request.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
@@ -244,9 +245,8 @@ class Blender:
         bandwidth = self.store.bandwidth
         if bandwidth is None:
             return {}
-        first = self.handle.layers[0]
         size = self.handle.config.model_config.dtype.itemsize
-        a_token = 2 * self.handle.num_layers * first.num_kv_heads * first.head_size * size
+        a_token = math.prod(self.handle.layout.shape(self.handle.num_layers, 1)) * size
         return {
             s.key: (s.offset + len(s)) * a_token / bandwidth
             for s in plan.segments
@@ -257,9 +257,7 @@ class Blender:
         """Whether ``chunk`` really holds the tokens of segment ``s``, in this model's shape."""
         if chunk is None:
             return False
-        layer = self.handle.layers[0]
-        heads = (layer.num_kv_heads, layer.head_size)
-        shape = (self.handle.num_layers, 2, len(chunk.token_ids), *heads)
+        shape = self.handle.layout.shape(self.handle.num_layers, len(chunk.token_ids))
         stored = chunk.token_ids[s.offset : s.offset + len(s)]
         return (
             tuple(chunk.kv_L2NHD.shape) == shape

@@ -97,11 +97,8 @@ def model_refusal(model: ModelConfig) -> Why | None:
             Reason.HYBRID,
             "the model mixes attention with recurrent layers, which have no per-token KV cache",
         )
-    if getattr(model, "use_mla", False):
-        return Why(
-            Reason.MLA,
-            "the model uses multi-head latent attention (MLA), whose cache we can't re-rotate",
-        )
+    if getattr(model, "use_mla", False) and (refused := _mla_refusal(model)):
+        return Why(Reason.MLA, f"the model uses multi-head latent attention (MLA) {refused}")
     if getattr(model, "is_encoder_decoder", False):
         return Why(Reason.ENCODER_DECODER, "the model is an encoder-decoder")
     if getattr(model, "runner_type", "generate") != "generate":
@@ -113,14 +110,24 @@ def model_refusal(model: ModelConfig) -> Why | None:
     return None
 
 
+def _mla_refusal(model: ModelConfig) -> str:
+    """What of latent attention was not tested; empty if it was."""
+    if hasattr(model.hf_text_config, "index_topk"):
+        return "over keys that an indexer picks, which has a cache of its own"
+    return "" if _is_cpu() else "and was tested with the CPU engine only"
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def engine_refusal(config: VllmConfig) -> Why | None:
     """Why this engine configuration can't blend exactly; None if it can."""
     parallel = config.parallel_config
-    if config.lora_config is not None:
-        return Why(
-            Reason.LORA,
-            "LoRA is on: a blend's own passes would use the adapters of the batch beside it",
-        )
+    if config.lora_config is not None and not _is_cpu():
+        return Why(Reason.LORA, "LoRA is on, and was tested with the CPU engine only")
     if config.speculative_config is not None:
         return SPECULATIVE
     if parallel.pipeline_parallel_size > 1:

@@ -110,7 +110,7 @@ class Correction:
                 weight_CS = chunk.weight_CS[:, first - chunk.low : last - chunk.low]
                 for total, off in zip(sums, (off_k, off_v), strict=True):
                     rows = off[first - low : last - low]
-                    total[chunk.moved] += (weight_CS @ rows.flatten(1)).view(-1, *rows.shape[1:])
+                    total[chunk.moved] += _weighted(weight_CS, rows)
         if high < len(self._sources_R):
             self._sums[index] = sums
         moves = self._rope.apply(sums[0], self._there, index), sums[1]
@@ -119,3 +119,8 @@ class Correction:
             for r, propagate in zip(reused, moves, strict=True)
         )
         return k, v
+
+
+def _weighted(weight_CS: torch.Tensor, off_SGD: torch.Tensor) -> torch.Tensor:
+    """[C, G, D], D may be 0."""
+    return (weight_CS @ off_SGD.flatten(1)).view(len(weight_CS), *off_SGD.shape[1:])

@@ -27,9 +27,9 @@ def clear(cache: PagedCache, blocks: Sequence[int], most_tokens: int) -> None:
     dtype = handle.config.model_config.dtype
     slots = cache.slots(torch.tensor(blocks), torch.arange(len(blocks) * cache.block_size))
     for some in slots.split(most_tokens):
-        for index, layer in enumerate(handle.layers):
-            shape = (2, len(some), layer.num_kv_heads, layer.head_size)
-            k, v = torch.zeros(shape, dtype=dtype, device=handle.device)
+        shape = handle.layout.shape(1, len(some))[1:]
+        k, v = handle.layout.split(torch.zeros(shape, dtype=dtype, device=handle.device))
+        for index in range(handle.num_layers):
             handle.write(index, k, v, some)
 
 

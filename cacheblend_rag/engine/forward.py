@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import create_forward_context, override_forward_context
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from cacheblend_rag.engine import compat
+from cacheblend_rag.engine import compat, layout
+from cacheblend_rag.engine.adapters import Adapters
 from cacheblend_rag.engine.ranks import Ranks
 from cacheblend_rag.reason import Reason, RefusedError
 
@@ -142,6 +143,49 @@ class _PassImpl(ProxyImpl):
         return output
 
 
+class LatentProxy(ProxyLayer):
+    """A layer of multi-head latent attention, whose op calls the layer itself."""
+
+    hisparse_cache = None  # a class of vLLM's asks for it; such layers are refused
+
+
+class _LatentPassLayer(LatentProxy):
+    """Latent attention by a pass: the latent and the rotated part arrive as one row a token."""
+
+    def __init__(self, layer: Any, index: int, run: Pass) -> None:
+        super().__init__(ProxyImpl(layer))
+        self._index, self._run = index, run
+
+    def prepare_kv_cache_update(self, attn_metadata: Any) -> None:
+        """Nothing: a pass writes what is written."""
+
+    def forward_impl(
+        self,
+        q: torch.Tensor,
+        k_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        assert output_scale is None and output_block_scale is None  # eager passes are not fused
+        real = self._real
+        k_TGD = layout.packed(k_c_normed, k_pe)
+        q_THD = q.view(len(q), real.num_heads, -1)
+        out_THD = output.view(len(q), real.num_heads, -1)
+        self._run.attend(self._index, real, q_THD, k_TGD, layout.no_values(k_TGD), out_THD)
+        return output
+
+
+def _proxy(layer: Any, index: int, run: Pass) -> ProxyLayer:
+    if layout.is_latent(layer):
+        return _LatentPassLayer(layer, index, run)
+    return ProxyLayer(_PassImpl(layer, index, run))
+
+
 class ModelHandle:
     """The loaded model, its attention layers in forward order, and the one way to run it."""
 
@@ -167,7 +211,10 @@ class ModelHandle:
         if len({(layer.num_kv_heads, layer.head_size) for layer in self.layers}) > 1:
             detail = "layers have KV heads of different number or size"
             raise UnsupportedModelError(Reason.KV_HEADS, detail)
+        all_heads = int(config.model_config.get_total_num_kv_heads())
+        self.layout = layout.layout_of(self.layers, all_heads)
         self.ranks = Ranks()
+        self.adapters = Adapters()
 
     @property
     def num_layers(self) -> int:
@@ -211,12 +258,11 @@ class ModelHandle:
             skip_compiled=not self._compiled or len(ids_T) > self._most_compiled,
         )
         proxies = {
-            name: ProxyLayer(_PassImpl(layer, i, step))
-            for i, (name, layer) in enumerate(self.attention.items())
+            name: _proxy(layer, i, step) for i, (name, layer) in enumerate(self.attention.items())
         }
         context.no_compile_layers = {**self._context_layers, **proxies}
         try:
-            with override_forward_context(context):
+            with override_forward_context(context), self.adapters.during(len(ids_T)):
                 self.model(
                     # as vLLM's own: a compiled model does not check the dtype it was compiled for
                     input_ids=ids_T.int(),
@@ -233,14 +279,17 @@ class ModelHandle:
         """Put K and V of layer ``index`` into the paged cache, in its backend's own layout. Rows of
         [G, D] are contiguous; rows may be apart.
         """
-        layer = self.layers[index]
-        layer.impl.do_kv_cache_update(layer, k_TGD, v_TGD, layer.kv_cache, slots_T)
+        layout.write(self.layers[index], k_TGD, v_TGD, slots_T)
 
 
 def _check_layer(layer: Any) -> None:
-    if type(layer) is not Attention:
+    if type(layer) not in (Attention, MLAAttention):
         detail = f"attention layers of type {type(layer).__name__}"
         raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
+    if type(layer) is MLAAttention:
+        _check_latent(layer)
+    elif getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
+        raise UnsupportedModelError(Reason.KV_HEADS, "values are of another size than keys")
     if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
         raise UnsupportedModelError(Reason.SHARED_KV, "layers share KV with one another")
     impl = layer.impl
@@ -255,4 +304,26 @@ def _check_layer(layer: Any) -> None:
         raise UnsupportedModelError(Reason.NOT_CAUSAL, "attention that is not causal")
     if not hasattr(impl, "do_kv_cache_update"):
         detail = f"attention backend {type(impl).__name__} does not expose its cache update"
+        raise UnsupportedModelError(Reason.ATTENTION_BACKEND, detail)
+
+
+def _check_latent(layer: Any) -> None:
+    sparse = ("indexer", "hisparse_cache")
+    if any(getattr(layer, name, None) is not None for name in sparse) or layer.impl.is_sparse:
+        detail = (
+            "latent attention (MLA) over keys that an indexer picks, which has a cache of its own"
+        )
+        raise UnsupportedModelError(Reason.MLA, detail)
+    if layer.sliding_window is not None or not layer.qk_rope_head_dim:
+        raise UnsupportedModelError(
+            Reason.MLA, "latent attention (MLA) with a window or no rotation"
+        )
+    if layer.use_direct_call:
+        raise UnsupportedModelError(Reason.MLA, "latent attention (MLA) that is no op of vLLM's")
+    weight = getattr(layer.kv_b_proj, "weight", None)
+    if weight is not None and not weight.numel():
+        detail = (
+            f"the backend {type(layer.impl).__name__} keeps no projection of latents (MLA); start "
+            "the engine with attention_backend='CPU_MLA'"
+        )
         raise UnsupportedModelError(Reason.ATTENTION_BACKEND, detail)

@@ -26,8 +26,7 @@ def heads_of(handle: ModelHandle) -> Heads | None:
     size = get_tensor_model_parallel_world_size()
     if size == 1:
         return None
-    all_heads = int(handle.config.model_config.get_total_num_kv_heads())
-    some = int(handle.layers[0].num_kv_heads)
+    some, all_heads = handle.layout.heads, handle.layout.all_heads
     if some * size < all_heads or some * size % all_heads:
         detail = f"{size} ranks of {some} KV heads each do not make up the model's {all_heads}"
         raise UnsupportedModelError(Reason.KV_HEADS, detail)

@@ -29,6 +29,7 @@ class Ingestor:
     def __init__(self, handle: ModelHandle, heads: Heads | None = None) -> None:
         self._handle, self._heads = handle, heads
         self._prefix_ids: tuple[int, ...] = ()
+        self._adapter = 0  # that the prefix was computed with
         self._prefix: list[LayerKV] = []
 
     def compute(
@@ -36,10 +37,15 @@ class Ingestor:
         chunks: Sequence[Sequence[int]],
         prefix_ids: Sequence[int],
         contexts: Sequence[Sequence[int]],
+        adapter: int = 0,
     ) -> list[ChunkKV]:
         """KV of each chunk behind ``prefix_ids`` and its own context, which may be empty, on the
         CPU; that of prefix and contexts is dropped. Where one rank can't, all raise.
+
+        ``adapter``: number of the LoRA adapter that the handle is using, 0 for none.
         """
+        if adapter != self._adapter:
+            self._prefix, self._prefix_ids, self._adapter = [], (), adapter
         try:
             return self._handle.ranks.all_or_none(
                 lambda: self._compute(chunks, prefix_ids, contexts)
@@ -100,22 +106,23 @@ class _Host:
     def __init__(
         self, spans: Sequence[Span], handle: ModelHandle, heads: Heads | None = None
     ) -> None:
-        layer, dtype = handle.layers[0], handle.config.model_config.dtype
+        self._layout, dtype = handle.layout, handle.config.model_config.dtype
         self._spans, self._heads = spans, heads
         on_gpu = handle.device.type == "cuda"
         self._stream = torch.cuda.Stream(handle.device) if on_gpu else None
-        kept = heads.all if heads is not None and heads.leads else layer.num_kv_heads
-        shape = (kept, layer.head_size)
+        kept = self._layout
+        if heads is not None and heads.leads:
+            kept = kept._replace(heads=heads.all)
         self._kv = [
-            torch.empty(handle.num_layers, 2, b - a, *shape, dtype=dtype, pin_memory=on_gpu)
+            torch.empty(kept.shape(handle.num_layers, b - a), dtype=dtype, pin_memory=on_gpu)
             for a, b in spans
         ]
 
     def copy(self, index: int, kv: LayerKV) -> None:
         """Take one layer's K and V of all spans."""
         if self._heads is not None:
-            whole_2THD = gather(torch.stack([kv.k_TGD, kv.v_TGD]), self._heads)
-            kv = LayerKV(*whole_2THD) if self._heads.leads else kv
+            whole_2THD = gather(self._layout.joined(*kv), self._heads)
+            kv = LayerKV(*self._layout.split(whole_2THD)) if self._heads.leads else kv
         if self._stream is None:
             self._split(index, kv)
             return
@@ -128,8 +135,8 @@ class _Host:
 
     def _split(self, index: int, kv: LayerKV) -> None:
         for host, (a, b) in zip(self._kv, self._spans, strict=True):
-            host[index, 0].copy_(kv.k_TGD[a:b], non_blocking=True)
-            host[index, 1].copy_(kv.v_TGD[a:b], non_blocking=True)
+            for there, here in zip(self._layout.split(host[index]), kv, strict=True):
+                there.copy_(here[a:b], non_blocking=True)
 
     def arrived(self) -> list[torch.Tensor]:
         """Wait for the last copy."""

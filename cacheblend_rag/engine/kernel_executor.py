@@ -251,6 +251,10 @@ class KernelExecutorFactory(ExecutorFactory):
         self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, gpu_cache: int
     ) -> None:
         super().__init__(handle, rope, cache, "")
+        if handle.layout.parts != 2:
+            raise KernelsUnusableError("the model keeps latents in place of keys and values")
+        if not rope.has_one_layout:
+            raise KernelsUnusableError("layers rotate different dimensions of their keys")
         if rope.first:
             raise KernelsUnusableError(f"keys are rotated from dimension {rope.first} on")
         if any(compat.sinks(layer) is not None for layer in handle.layers):

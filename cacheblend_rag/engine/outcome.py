@@ -30,6 +30,7 @@ class BlendTask:
             are there.
         planned: the scheduler's part of the report.
         proves: it is to show that blends are right; see ``proof.py``.
+        adapter: vLLM's request for a LoRA adapter, if it has one.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class BlendTask:
     prefix_cached: int = 0
     planned: Mapping[str, Any] = field(default_factory=dict)
     proves: bool = False
+    adapter: Any = None
 
     @property
     def end(self) -> int:

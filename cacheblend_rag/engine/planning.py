@@ -49,14 +49,16 @@ class Planning:
         if messages:
             self._wake()
 
-    def begin(self, token_ids: Sequence[int], options: Mapping[str, Any]) -> Future[Planned]:
+    def begin(
+        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str = ""
+    ) -> Future[Planned]:
         """Plan a request behind all that was said before; done already, where that is quick."""
         busy = self._busy is not None and not self._busy.done()
         self._collect()
         if busy or len(token_ids) > _AT_ONCE_TOKENS or self._is_much():
-            return self._later(token_ids, options)
+            return self._later(token_ids, options, adapter)
         done: Future[Planned] = Future()
-        done.set_result(self._plan(token_ids, options))
+        done.set_result(self._plan(token_ids, options, adapter))
         return done
 
     def lose(self, keys: Sequence[str]) -> None:
@@ -68,15 +70,17 @@ class Planning:
         """End the thread."""
         self._thread.close(drop=True)
 
-    def _later(self, token_ids: Sequence[int], options: Mapping[str, Any]) -> Future[Planned]:
-        planned = self._thread.submit(self._plan, token_ids, options)
+    def _later(
+        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str
+    ) -> Future[Planned]:
+        planned = self._thread.submit(self._plan, token_ids, options, adapter)
         self._busy = planned
         return planned
 
-    def _plan(self, token_ids: Sequence[int], options: Mapping[str, Any]) -> Planned:
+    def _plan(self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str) -> Planned:
         try:
             self._learn()
-            return self.planner.plan(token_ids, options)
+            return self.planner.plan(token_ids, options, adapter)
         except Exception as error:  # a request is never lost over its plan
             logger.exception("a request can't be planned")
             why_not = f"planning failed: {type(error).__name__}: {error}"

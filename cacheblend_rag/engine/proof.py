@@ -26,7 +26,7 @@ class Proof:
     def __init__(self, handle: ModelHandle, token_ids: tuple[int, ...], most_tokens: int) -> None:
         ids = upload(torch.tensor(token_ids), handle.device)
         layers = fresh_kv(handle, ids, handle.num_layers, most_tokens)
-        kv = torch.stack([torch.stack([kv.k_TGD, kv.v_TGD]) for kv in layers])
+        kv = torch.stack([handle.layout.joined(*kv) for kv in layers])
         self.chunk = ChunkKV(token_ids, 0, kv.cpu())
         self._last = layers[-1]
         self._errors: list[torch.Tensor] = []

@@ -57,7 +57,9 @@ class Table(NamedTuple):
 
 
 class RotationDelta(NamedTuple):
-    """Cosine and sine, float32 [T, N, P], of the further angle of N tokens by each table."""
+    """Cosine and sine, float32 [T, N, P], of the further angle of N tokens by each table. Where a
+    table rotates fewer pairs than another, those behind them mean nothing.
+    """
 
     cos_TNP: torch.Tensor
     sin_TNP: torch.Tensor
@@ -68,18 +70,19 @@ class Rerotator:
     every scaling variant is right.
 
     Args:
-        tables: those that layers use; all of one layout.
+        tables: those that layers use. The kernels take those of one layout.
         of_layer: number of the table of each layer.
     """
 
     def __init__(
         self, tables: Sequence[Table], of_layer: Sequence[int], device: torch.device
     ) -> None:
-        assert len({table.layout for table in tables}) == 1, "tables of several layouts"
-        _, self.is_neox, self.first = tables[0].layout
+        self._layout_T = [table.layout for table in tables]
         positions = min(len(table.cos_XP) for table in tables)
-        cos = torch.stack([table.cos_XP[:positions] for table in tables]).to(device)
-        sin = torch.stack([table.sin_XP[:positions] for table in tables]).to(device)
+        pairs = max(self._layout_T)[0]
+        both = [_padded(table, positions, pairs) for table in tables]
+        cos = torch.stack([table.cos_XP for table in both]).to(device)
+        sin = torch.stack([table.sin_XP for table in both]).to(device)
         # YaRN and its kin scale the table by m; position 0 shows it, and a turn must not scale.
         self._inverse_m2 = 1.0 / (cos[:, :1] ** 2 + sin[:, :1] ** 2)
         self._cos_TXP, self._sin_TXP = cos, sin
@@ -89,6 +92,21 @@ class Rerotator:
             for table in range(len(tables))
         ]
         self._index_T = [torch.tensor(layers, device=device) for layers in self._layers_T]
+
+    @property
+    def has_one_layout(self) -> bool:
+        """Whether all layers rotate the same dimensions of a key with one another."""
+        return len(set(self._layout_T)) == 1
+
+    @property
+    def is_neox(self) -> bool:
+        """Of the first table, see ``Table``."""
+        return self._layout_T[0][1]
+
+    @property
+    def first(self) -> int:
+        """Of the first table, see ``Table``."""
+        return self._layout_T[0][2]
 
     @property
     def positions(self) -> int:
@@ -101,9 +119,10 @@ class Rerotator:
         there are several.
         """
         rows = [p for p in (0, 1, 8, 64, 512) if p < self.positions]
-        found = [[int(self.is_neox), *([self.first] if self.first else [])]]
-        for cos, sin in zip(self._cos_TXP, self._sin_TXP, strict=True):
-            some = torch.cat([cos[rows], sin[rows]], dim=1).cpu()
+        layouts = self._layout_T[:1] if self.has_one_layout else self._layout_T
+        found = [[int(neox), *([first] if first else [])] for _, neox, first in layouts]
+        for cos, sin, (pairs, *_) in zip(self._cos_TXP, self._sin_TXP, self._layout_T, strict=True):
+            some = torch.cat([cos[rows, :pairs], sin[rows, :pairs]], dim=1).cpu()
             found += (some * 64).round().int().tolist()
         return [*found, list(self._of_layer)] if self.num_tables > 1 else found
 
@@ -139,10 +158,29 @@ class Rerotator:
         the same dtype.
         """
         chosen = self._of_layer[layers]
-        tables = (chosen,) if isinstance(chosen, int) else chosen
-        which: Any = tables[0] if len(set(tables)) == 1 else list(tables)
-        cos, sin = delta.cos_TNP[which], delta.sin_TNP[which]
-        return rerotate(k, cos, sin, is_neox=self.is_neox, first=self.first)
+        if isinstance(chosen, int):
+            return self._turned(k, delta, chosen)
+        if len({self._layout_T[table] for table in chosen}) > 1:
+            each = zip(k, chosen, strict=True)
+            return torch.stack([self._turned(k_NGD, delta, table) for k_NGD, table in each])
+        return self._turned(k, delta, chosen[0] if len(set(chosen)) == 1 else list(chosen))
+
+    def _turned(
+        self, k: torch.Tensor, delta: RotationDelta, tables: int | list[int]
+    ) -> torch.Tensor:
+        """Keys by one table, or those of each layer by its own, of the same layout."""
+        pairs, is_neox, first = self._layout_T[tables if isinstance(tables, int) else tables[0]]
+        cos, sin = delta.cos_TNP[tables][..., :pairs], delta.sin_TNP[tables][..., :pairs]
+        return rerotate(k, cos, sin, is_neox=is_neox, first=first)
+
+
+def _padded(table: Table, positions: int, pairs: int) -> Table:
+    """``table`` of so many positions and pairs, those that it has not standing still."""
+    more = (0, pairs - table.cos_XP.shape[1])
+    cos = torch.nn.functional.pad(table.cos_XP[:positions], more, value=1.0)
+    return table._replace(
+        cos_XP=cos, sin_XP=torch.nn.functional.pad(table.sin_XP[:positions], more)
+    )
 
 
 def context_length(chosen: Any) -> int:

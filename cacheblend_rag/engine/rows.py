@@ -28,11 +28,12 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
+from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import Array, PagedCache, upload
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.exact import clear, prefill
 from cacheblend_rag.engine.executor import BlendExecutor
-from cacheblend_rag.engine.forward import ModelHandle, ProxyImpl, ProxyLayer
+from cacheblend_rag.engine.forward import LatentProxy, ModelHandle, ProxyImpl, ProxyLayer
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.proof import Proof
 from cacheblend_rag.engine.runner import StepTensors
@@ -144,7 +145,8 @@ class StepRows:
         """
         for name, scheduled in batch.items():
             if name in tasks:
-                self._begin(tasks[name])
+                with self.handle.adapters.using(tasks[name].adapter):
+                    self._begin(tasks[name])
             elif name in self._blends:
                 self._blends[name].blocks += scheduled.blocks
         ours = {name: self._blends[name] for name in batch if name in self._blends}
@@ -297,7 +299,7 @@ class StepRows:
         context.no_compile_layers = {
             **context.no_compile_layers,
             **{
-                name: ProxyLayer(_StepImpl(layer, i, moves, self._lose, i == len(layers) - 1))
+                name: _proxy(_StepImpl(layer, i, moves, self._lose, i == len(layers) - 1))
                 for i, (name, layer) in enumerate(layers.items())
             },
         }
@@ -337,7 +339,8 @@ class StepRows:
             if blend.executor is None:
                 continue
             if blend.done < blend.task.end:
-                blend.executor.recompute(positions)
+                with self.handle.adapters.using(blend.task.adapter):
+                    blend.executor.recompute(positions)
                 self._tensors.write_nothing(order.index(name))
             blend.executor.place_through(self.handle.num_layers - 1)
 
@@ -363,6 +366,11 @@ class _StepImpl(ProxyImpl):
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: Any, slots: Any
     ) -> None:
+        self.before(key, value)
+        self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
+
+    def before(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """See to what must be in the cache before this layer's K and V."""
         for part, move in self._moves:
             if part.blend.why_not is not None:
                 continue  # it was lost at a layer below
@@ -374,7 +382,23 @@ class _StepImpl(ProxyImpl):
                 self._lose(part.blend, _messages(error))
             if part.blend.proof is not None and self._is_last:
                 part.blend.proof.note(part.positions, key[part.place], value[part.place])
-        self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
+
+
+class _LatentStepLayer(LatentProxy):
+    """The same of latent attention, whose layer writes its cache itself."""
+
+    impl: _StepImpl
+
+    def update_kv_cache(
+        self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        key = layout.packed(kv_c_normed, k_pe)
+        self.impl.before(key, layout.no_values(key))
+        self._real.update_kv_cache(kv_c_normed, k_pe, *args, **kwargs)
+
+
+def _proxy(impl: _StepImpl) -> ProxyLayer:
+    return (_LatentStepLayer if layout.is_latent(impl._layer) else ProxyLayer)(impl)
 
 
 def _messages(error: Exception) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.ahead import Ahead
+from cacheblend_rag.engine.base import adapter_name
 from cacheblend_rag.engine.blend import rows_of
 from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, private, tokens_per_hash
 from cacheblend_rag.engine.link import Link
@@ -146,7 +147,8 @@ class Claims:
         tracked = self._requests[request.request_id] = _Tracked(request, _name(request, options))
         tracked.why_not = self._refusal(request)
         if tracked.why_not is None:
-            tracked.planning = self.planning.begin(request.prompt_token_ids, options or {})
+            adapter = adapter_name(request.lora_request)
+            tracked.planning = self.planning.begin(request.prompt_token_ids, options or {}, adapter)
             self._take_plan(tracked)
 
     def _refusal(self, request: Any) -> Why | None:
@@ -240,6 +242,7 @@ class Claims:
             prefix_cached=tracked.prefix_cached,
             planned=tracked.planned(),
             proves=tracked.proves,
+            adapter=request.lora_request,
         )
 
     def step(self, scheduled: Any) -> Step:
@@ -316,8 +319,8 @@ def _why(request: Any) -> Why | None:
         return Why(Reason.PROMPT_EMBEDS, "the prompt is given as embeddings")
     if sampling is None:
         return Why(Reason.NOT_GENERATIVE, "the request generates no text")
-    if request.lora_request is not None:
-        return Why(Reason.LORA, "the request uses a LoRA adapter")
+    if request.lora_request is not None and request.lora_request.load_inplace:
+        return Why(Reason.LORA, "the request loads its LoRA adapter anew, in another one's place")
     if request.has_encoder_inputs:
         return Why(Reason.ENCODER_INPUTS, "the prompt contains images or other encoder inputs")
     if sampling.prompt_logprobs is not None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV
@@ -18,6 +19,7 @@ from cacheblend_rag.engine.rope import Rerotator, Table
 
 NUM_TOKENS = 40
 _NEAR = 37  # tokens further on
+_FAR_BETTER = 10  # times: rounding differs by less, wrong tables are as wrong as keys are large
 
 
 class Moved(NamedTuple):
@@ -80,21 +82,28 @@ def measured(
 def _explanation(
     tables: Sequence[Table], home: list[LayerKV], moved: list[Moved]
 ) -> tuple[list[Table], list[int]]:
-    """Tables of one layout and the number of each layer's among them: those by which the worst
-    explained layer is explained best. On the CPU: a GPU has no room for all tables.
+    """Tables and the number of each layer's among them: those of the one layout by which the worst
+    explained layer is explained best, or of several where that is far better. On the CPU: a GPU has
+    no room for all tables.
     """
     home = [_on_host(kv) for kv in home]
     moved = [Moved(m.shift, [_on_host(kv) for kv in m.layers]) for m in moved]
-    layouts: dict[Any, list[Table]] = {}
-    for table in tables:
-        layouts.setdefault(table.layout, []).append(table)
-    errors = {
-        layout: [_errors(table, home, moved) for table in some] for layout, some in layouts.items()
-    }
-    layout = min(errors, key=lambda name: max(map(min, zip(*errors[name], strict=True))))
-    best = nearest(errors[layout])
+    errors = [_errors(table, home, moved) for table in tables]
+    pairings = {table.layout for table in tables}
+    mine = {x: [n for n, table in enumerate(tables) if table.layout == x] for x in pairings}
+    worst = {x: _worst([errors[n] for n in some]) for x, some in mine.items()}
+    one = min(worst, key=worst.__getitem__)
+    several = worst[one] > _FAR_BETTER * _worst(errors)
+    chosen = list(range(len(tables))) if as_prompts else mine[one]
+    best = [chosen[n] for n in nearest([errors[n] for n in chosen])]
     used = sorted(set(best))
-    return [layouts[layout][table] for table in used], [used.index(table) for table in best]
+    return [tables[n] for n in used], [used.index(n) for n in best]
+
+
+def _worst(errors_TL: Sequence[Sequence[float]]) -> float:
+    """The error of the layer that is explained worst, each by the table that explains it best."""
+    by_layer: list[tuple[float, ...]] = list(zip(*errors_TL, strict=True))
+    return max(map(min, by_layer))
 
 
 def _on_host(kv: LayerKV) -> LayerKV:
@@ -149,7 +158,7 @@ class _Recording(IsolatedPass):
         self._handle.write(index, k_TGD, v_TGD, self._slots)
         real, metadata = self._handle.layers[index], self._metadata[index]
         theirs = torch.empty_like(out_THD)
-        real.impl.forward(real, q_THD, k_TGD, v_TGD, real.kv_cache, metadata, output=theirs)
+        layout.attend(real, q_THD, k_TGD, v_TGD, metadata, theirs)
         is_rounded = real.kv_cache.dtype != k_TGD.dtype
         self.compared.append([index, _relative(out_THD, theirs), is_rounded])
 

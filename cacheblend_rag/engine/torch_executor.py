@@ -7,6 +7,7 @@ chunks, T tokens of a pass, K layers loaded at once, G KV heads, H query heads, 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from cacheblend_kernels import question_attention
-from cacheblend_rag.engine import compat
+from cacheblend_rag.engine import compat, layout
 from cacheblend_rag.engine.attention import PagedCache, dense_causal, own_options, upload, visible
 from cacheblend_rag.engine.correction import Correction
 from cacheblend_rag.engine.executor import BlendExecutor, Region
@@ -45,18 +46,18 @@ class TorchExecutor(BlendExecutor):
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [E, G, D] of layer ``index``, keys at their new positions; zeros in holes."""
         if not self._first <= index < self._first + len(self._k_KEGD):
-            first = self.handle.layers[0]
-            shape = (2, self.region.end, first.num_kv_heads, first.head_size)
+            kept, end = self.handle.layout, self.region.end
             dtype = self.handle.config.model_config.dtype
-            nbytes = shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize
+            nbytes = math.prod(kept.shape(1, end)) * dtype.itemsize
             last = min(index + max(1, _AT_ONCE // nbytes), self.handle.num_layers)
-            kv = torch.zeros(last - index, *shape, dtype=dtype, device=self.device)
+            kv = torch.zeros(kept.shape(last - index, end), dtype=dtype, device=self.device)
             for start, end, offset, _, chunk in self.region.spans:
                 stored = chunk.kv_L2NHD[index:last, :, offset : offset + end - start]
                 kv[:, :, start:end].copy_(stored, non_blocking=True)
             self._first = index
             some = slice(index, last)
-            self._k_KEGD, self._v_KEGD = self.rope.apply(kv[:, 0], self._delta, some), kv[:, 1]
+            k, self._v_KEGD = kept.split(kv)
+            self._k_KEGD = self.rope.apply(k, self._delta, some)
         return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
@@ -148,6 +149,7 @@ class _QuestionPass(Pass):
             return
         if n:
             out_THD[:n] = dense_causal(layer, q_THD[:n], k, v, mask[:n])
+        k, v = layout.of_heads(layer, k, v)
         out_THD[n:], score = question_attention(q_THD[n:], k, v, mask[n:], **own_options(layer))
         self.score_A += score[:end]
         if index == self.last:

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import answers, compat
+from cacheblend_rag.engine.adapters import Adapters, request_of
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import as_result
 from cacheblend_rag.engine.blend import Blender
@@ -77,6 +78,7 @@ class WorkerExtension:
         model, facts = self.get_model(), dict[str, Any](fingerprint="")
         try:
             handle = ModelHandle(model, self.vllm_config, self.device)
+            handle.adapters = Adapters(self.model_runner)
             chosen = self.vllm_config.model_config
             max_len = int(chosen.max_model_len)
             longest = max(max_len, context_length(chosen))
@@ -87,8 +89,8 @@ class WorkerExtension:
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
             self._cacheblend_parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
-            a_head = 2 * handle.num_layers * handle.layers[0].head_size * chosen.dtype.itemsize
-            facts["kv_bytes_per_token"] = a_head * int(chosen.get_total_num_kv_heads())
+            a_layer = handle.layout.numbers * chosen.dtype.itemsize
+            facts["kv_bytes_per_token"] = handle.num_layers * a_layer
             windows = [w for layer in handle.layers if (w := compat.sliding_window(layer))]
             facts["window"] = max(windows, default=None)
             facts["longest_blend"] = compat.longest_blend(self.model_runner.kv_cache_config)
@@ -189,13 +191,24 @@ class WorkerExtension:
         chunks: list[list[int]],
         prefix_ids: list[int],
         contexts: list[list[int]],
+        adapter: list[Any] | None = None,
     ) -> Any:
-        """Compute chunks, each behind ``prefix_ids`` and its own context, and store them under
-        ``keys``; returns the bytes stored, of all heads where this rank leads, and why what key was
-        not stored.
+        """Compute chunks, each behind ``prefix_ids`` and its own context, with a LoRA adapter
+        (name, number, path) if there is one, and store them under ``keys``; returns the bytes
+        stored, of all heads where this rank leads, and why what key was not stored.
         """
-        computed = self._cacheblend_ingestor.compute(chunks, prefix_ids, contexts)
+        handle, _, _ = self._cacheblend_parts
+        with handle.adapters.using(request_of(adapter)):
+            computed = self._cacheblend_ingestor.compute(
+                chunks, prefix_ids, contexts, adapter[1] if adapter else 0
+            )
         return self._later(lambda store: store.put(keys, computed))
+
+    @_reporting
+    def cacheblend_adapter(self, adapter: list[Any]) -> str:
+        """Load a LoRA adapter (name, number, path); returns the digest of its content."""
+        handle, _, _ = self._cacheblend_parts
+        return handle.adapters.open(request_of(adapter))
 
     def cacheblend_prefetch(self, keys: list[str]) -> None:
         """Start bringing ``keys`` nearer, where the store has tiers."""

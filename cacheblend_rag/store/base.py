@@ -37,8 +37,9 @@ class ChunkKV:
         token_ids: the N token ids of the chunk, without the ingest prefix.
         base: position of the first token when it was computed (the ingest prefix's length).
         kv_L2NHD: keys (index 0, rotated at ``base .. base+N-1``) and values (index 1), contiguous,
-            on the CPU, so that one layer is one contiguous block. Its dtype is the model's. Read
-            only: a store may hand out the same tensor again.
+            on the CPU, so that one layer is one contiguous block. Of latent attention (MLA), its
+            rows of latents alone (index 0). Its dtype is the model's. Read only: a store may hand
+            out the same tensor again.
     """
 
     token_ids: tuple[int, ...]

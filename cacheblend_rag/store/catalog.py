@@ -48,7 +48,7 @@ class Recovery(NamedTuple):
 
 
 class Catalog:
-    """The files of ``namespace`` below ``<folder>/v2``, and the index of all namespaces there."""
+    """The files of ``namespace`` below ``<folder>/v3``, and the index of all namespaces there."""
 
     def __init__(
         self, folder: Path, namespace: str, encoding: Encoding, policy: Policy | None

@@ -10,6 +10,8 @@ Any safetensors reader opens these files. They are written and read here because
 reader maps the file: a bad sector or a file cut short would then kill the process with SIGBUS, and
 the KV could change after it was checked. Its writer hides the error number and needs a second copy.
 
+Models of multi-head latent attention keep one row a token: there 2 is 1.
+
 Shape legend: L layers, N tokens, H KV heads (all of the model's), D head size.
 """
 
@@ -86,8 +88,8 @@ class ChunkHeader(NamedTuple):
 
     @property
     def scales_shape(self) -> tuple[int, int, int]:
-        """[L, 2, H]."""
-        return (self.shape[0], 2, self.shape[3])
+        """[L, 2, H], of latents [L, 1, H]."""
+        return (self.shape[0], self.shape[1], self.shape[3])
 
     @property
     def scale_bytes(self) -> int:
@@ -276,7 +278,7 @@ def _is_possible(header: ChunkHeader) -> bool:
 
 def _is_chunk_shape(shape: tuple[int, ...]) -> bool:
     is_positive = all(type(size) is int and size > 0 for size in shape)
-    if len(shape) != 5 or shape[1] != 2 or not is_positive:
+    if len(shape) != 5 or shape[1] not in (1, 2) or not is_positive:
         return False
     return shape[2] <= _MOST_TOKENS and math.prod(shape) <= LARGEST
 

@@ -4,8 +4,8 @@
 
     <folder>/cacheblend-store.json                        marks the folder as ours
     <folder>/index.sqlite                                 what is there and how much it is used
-    <folder>/v2/<namespace>/<key[:2]>/<key>.safetensors   one chunk (.sealed if encrypted)
-    <folder>/v2/<namespace>/<key[:2]>/<key>.corrupt-<n>   one that failed its check
+    <folder>/v3/<namespace>/<key[:2]>/<key>.safetensors   one chunk (.sealed if encrypted)
+    <folder>/v3/<namespace>/<key[:2]>/<key>.corrupt-<n>   one that failed its check
 """
 
 from __future__ import annotations

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from image_models import STAND_INS
-from tiny import SEEING
+from image_models import FAILED, STAND_INS
+from tiny import SEEING, TEXT_OF
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 HELPERS = STAND_INS.parent
+NAMES = [*SEEING, *TEXT_OF]
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +27,16 @@ def errors(tiny_models: Path) -> Mapping[str, str]:
     if importlib.util.find_spec("torchvision") is None:
         paths.append(str(STAND_INS))  # for the processes that vLLM starts, too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(HELPERS / "image_models.py"), str(tiny_models), *SEEING]
+    command = [sys.executable, str(HELPERS / "image_models.py"), str(tiny_models), *NAMES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: Mapping[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", NAMES)
 def test_text_blends(
     name: str, errors: Mapping[str, str], record_property: Callable[[str, object], None]
 ) -> None:
+    assert not errors[name].startswith(FAILED), errors[name]
     record_property("ratio 1", errors[name])

@@ -168,7 +168,7 @@ def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
         assert blend.ingest([FRESH], progress=False).computed == 1
         reused = blend.generate(FRESH_PROMPT, **SAMPLING)
         assert reused.report.tokens_reused > len(FRESH) // 2
-        (lost,) = store.glob(f"v2/*/*/{blend._space.key(CHUNKS[1])}.*")
+        (lost,) = store.glob(f"v3/*/*/{blend._space.key(CHUNKS[1])}.*")
         lost.unlink()
         result = blend.generate(PROMPT[1:], **SAMPLING, recompute_ratio=1.0)
         assert [s.kind for s in result.report.segments].count("missing") == 1
@@ -176,7 +176,7 @@ def test_tensor_parallel(known: Known, model: Path, tmp_path: Path) -> None:
         assert result.token_ids == full.token_ids
         torch.testing.assert_close(logprobs(result), logprobs(full), atol=2e-4, rtol=0)
         assert blend.ingest(CHUNKS, progress=False).computed == 1
-        (odd,) = store.glob(f"v2/*/*/{blend._space.key(CHUNKS[1])}.*")
+        (odd,) = store.glob(f"v3/*/*/{blend._space.key(CHUNKS[1])}.*")
         declare_a_tebibyte(odd)
         began = time.monotonic()
         result = blend.generate(PROMPT[2:], **SAMPLING, recompute_ratio=1.0)

@@ -174,6 +174,28 @@ def test_the_table_of_each_layer_is_found(first: int, dtype: torch.dtype) -> Non
     assert wrong > 0.15, "half precision's tolerance must tell one table from another"
 
 
+def test_layers_may_rotate_different_parts_of_a_key() -> None:
+    ropes = [make_rope(VARIANTS[n], is_neox=True) for n in ("default", "partial")]
+    whole, part = (tables_of(torch.nn.ModuleList([rope]), 4096, 64)[0] for rope in ropes)
+    assert (whole.layout[0], part.layout[0]) == (32, 8)
+    found = tables_of(torch.nn.ModuleList(ropes), 4096, 64)
+    truth, at = Rerotator([whole, part], [0, 1, 0], CPU), torch.arange(40)
+    keys = torch.randn(3, 40, 2, 64)
+    delta = truth.delta(at, at + 37)
+    there = truth.apply(keys, delta, slice(0, 3))
+    for layer, rope in enumerate((ropes[0], ropes[1], ropes[0])):
+        alone = one(rope)
+        assert torch.equal(there[layer], alone.apply(keys[layer], alone.delta(at, at + 37), 0))
+        assert torch.equal(there[layer], truth.apply(keys[layer], delta, layer))
+    moved = [selfcheck.Moved(37, [LayerKV(k, k) for k in there])]
+    tables, of_layer = selfcheck._explanation(found, [LayerKV(k, k) for k in keys], moved)
+    assert [tables[t].layout for t in of_layer] == [x.layout for x in (whole, part, whole)]
+    assert not Rerotator(tables, of_layer, CPU).has_one_layout
+    unrotated = [selfcheck.Moved(37, [LayerKV(k, k) for k in [there[0], keys[1], there[2]]])]
+    tables, of_layer = selfcheck._explanation(found, [LayerKV(k, k) for k in keys], unrotated)
+    assert Rerotator(tables, of_layer, CPU).has_one_layout, "kernels take no other"
+
+
 def test_names_tell_assignments_apart() -> None:
     ropes = [make_rope(VARIANTS[n], is_neox=True) for n in ("default", "large-theta")]
     tables = tables_of(torch.nn.ModuleList(ropes), 4096, 64)[:2]
@@ -183,6 +205,7 @@ def test_names_tell_assignments_apart() -> None:
         Rerotator(tables, [0, 1], CPU),
         Rerotator(tables, [1, 0], CPU),
         Rerotator([tables[0]._replace(first=8)], [0, 0], CPU),
+        Rerotator([tables[0], tables[1]._replace(first=8)], [0, 1], CPU),
     ]
     assert len({str(rope.sample()) for rope in samples}) == len(samples)
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from cacheblend_rag.store import DiskStore
 
 folder = Path(sys.argv[1])
-[namespace] = [path.name for path in (folder / "v2").iterdir()]
+[namespace] = [path.name for path in (folder / "v3").iterdir()]
 with DiskStore(folder, namespace=namespace) as store:
     held = {info.key: store.get(info.key) for info in store.scan()}
     for key in held:

@@ -178,7 +178,7 @@ def test_files_damaged_swapped_and_removed(
             elif fault == "index":
                 (tmp_path / "kv" / "index.sqlite").write_bytes(b"x" * 8192)
             else:
-                shutil.rmtree(tmp_path / "kv" / "v2")
+                shutil.rmtree(tmp_path / "kv" / "v3")
             counts["faults"] += 1
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -21,6 +21,12 @@ def chunk_of(seed: int, dtype: torch.dtype = torch.bfloat16, num_tokens: int = 7
     return ChunkKV(token_ids, seed % 5, finite(bits.to(torch.uint8).view(dtype)))
 
 
+def latent_chunk_of(seed: int) -> ChunkKV:
+    """One row a token and layer, as multi-head latent attention keeps it."""
+    chunk = normal_chunk_of(seed)
+    return ChunkKV(chunk.token_ids, chunk.base, chunk.kv_L2NHD[:, :1, :, :1].contiguous())
+
+
 def finite(kv: torch.Tensor) -> torch.Tensor:
     """The same with ones where it is not finite, or nearly so."""
     return torch.where(kv.abs() <= torch.finfo(kv.dtype).max / 2, kv, torch.ones_like(kv))

@@ -9,13 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tiny import undecorated
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
-_INTERLEAVED = ("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm4")
+_INTERLEAVED = (
+    "cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "glm", "glm4",
+    "glm4v_text",
+)  # fmt: skip
+_LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
+_GLOBAL_STILL = (
+    "afmoe",
+    "cohere2",
+    "exaone4",
+)  # only layers with a window rotate
 
 
 class Part(NamedTuple):
@@ -66,18 +75,20 @@ class _Scatter(DynamicCache):
 class Reference:
     """A model, its layers' KV as lists of [keys, values], each [1, G, N, D]."""
 
-    def __init__(self, path: Path, prefix: Sequence[int]) -> None:
+    def __init__(self, path: Path, prefix: Sequence[int], takes_images: bool = False) -> None:
+        kind: Any = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
         with undecorated(AutoConfig.from_pretrained(path)):
-            self.model = AutoModelForCausalLM.from_pretrained(
+            self.model = kind.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="eager"
             ).eval()
         for module in self.model.modules():
             # vLLM's Transformers backend decorates some of these classes in this very process
             module.do_not_compile = True
+        self._text = self.model.model.language_model if takes_images else self.model
         self.prefix = list(prefix)
-        self.config = self.model.config
+        self.config = self.model.config.get_text_config()
         # its cache has latents, without position, in place of keys, and the rotated part as values
-        self.is_latent = self.config.model_type == "minicpm3"
+        self.is_latent = self.config.model_type in _LATENT
         if self.config.model_type == "cohere2":
             self.config.sliding_window += 1  # vLLM's also see the token just before the window
 
@@ -117,13 +128,13 @@ class Reference:
         config, kind = self.config, ""
         if getattr(config, "layer_types", None):
             kind = config.layer_types[layer]
-        if config.model_type in ("cohere2", "exaone4") and kind == "full_attention":
+        if config.model_type in _GLOBAL_STILL and kind == "full_attention":
             return None
         if config.model_type == "smollm3" and not config.no_rope_layers[layer]:
             return None
         found = [
             getattr(m, name)
-            for m in self.model.modules()
+            for m in self._text.modules()
             for name in (f"{kind}_inv_freq", "inv_freq")
             if hasattr(m, name)
         ]
@@ -205,7 +216,7 @@ class Reference:
 
     def _masks(self, at: torch.Tensor, count: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """What queries at positions ``at`` see of the first ``count`` keys, by kind of layer."""
-        config = self.model.config
+        config = self.config
         full = _mask(at, count, count)
         kinds = set(getattr(config, "layer_types", None) or ())
         if not getattr(config, "sliding_window", None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,12 +42,37 @@ _YARN = {
     "original_max_position_embeddings": 512,
 }
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_ALTERNATING = [_LOCAL, _GLOBAL] * 2
+_DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+_FAR = {**_DEFAULT, "rope_theta": 500000.0}
 _LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "short_factor": [1.0 + i / 8 for i in range(16)],
     "long_factor": [1.0 + i / 2 for i in range(16)],
     "original_max_position_embeddings": 8,  # all that is computed reaches beyond it
+}
+# the width of latents that vLLM's CPU engine takes; it rotates right by YaRN only
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": {
+        **_YARN,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
 }
 # name: (model type, what differs)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -119,6 +145,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 32,
         },
     ),
+    # layers rotate different parts of a key
+    "laguna": (
+        "laguna",
+        {
+            "head_dim": 32,
+            "sliding_window": 64,
+            "layer_types": _ALTERNATING,
+            "mlp_layer_types": ["dense"] * 4,
+            "num_attention_heads_per_layer": [8, 4, 8, 4],
+            "rope_parameters": {
+                _LOCAL: _DEFAULT,
+                _GLOBAL: {**_FAR, "partial_rotary_factor": 0.5},
+            },
+        },
+    ),
+    # one latent row a token
+    "deepseek_v2": ("deepseek_v2", {**_LATENT, "q_lora_rank": None}),
     # queries are scaled by position
     "ministral3": (
         "ministral3",
@@ -138,6 +181,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+# vLLM's CPU engine routes by softmax, and by sigmoid among groups only: one expert takes all
+_NO_ROUTING = {
+    "num_local_experts": 1, "num_experts_per_tok": 1, "scoring_func": "softmax",
+    "use_routing_bias": True,
+}  # fmt: skip
 # more of them, whose parts the others have: tested where time does not count
 MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", {"head_dim": 32}),
@@ -152,6 +200,42 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                       "moe_intermediate_size": 128, "moe_layer_start_index": 1}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 32}),
     "arcee": ("arcee", {}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**_LATENT, "q_lora_rank": 128, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    ),
+    "glm": ("glm", {"head_dim": 32, "pad_token_id": 0}),
+    "minimax_m2": (
+        "minimax_m2",
+        {
+            "head_dim": 32,
+            "rope_parameters": {**_DEFAULT, "partial_rotary_factor": 0.5}, "rotary_dim": 16,
+            **_NO_ROUTING,
+        },
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 32, "num_experts": 4, "moe_topk": 2}),
+    "hy_v3": (
+        "hy_v3",
+        {
+            **_EXPERTS, "num_experts": 4, "first_k_dense_replace": 1, "expert_hidden_dim": 128,
+            "route_norm": True, "qk_norm": True,
+        },
+    ),
+    "mellum": (
+        "mellum",
+        {
+            **_EXPERTS, "num_experts": 4, "sliding_window": 64, "layer_types": _ALTERNATING,
+            "rope_parameters": {_LOCAL: _DEFAULT, _GLOBAL: _FAR},
+        },
+    ),
+    "afmoe": (
+        "afmoe",
+        {
+            **_EXPERTS, "num_experts": 4, "num_shared_experts": 1, "sliding_window": 64,
+            "layer_types": _ALTERNATING, "mup_enabled": True, "score_func": "sigmoid",
+            "route_norm": True, "n_group": 1, "topk_group": 1,
+        },
+    ),
 }  # fmt: skip
 _SEES = {
     "hidden_size": 64, "intermediate_size": 128, "patch_size": 14, "depth": 2, "num_heads": 4,
@@ -175,10 +259,86 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**_SEES, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     ),
 }
+_MISTRAL_3 = {**FAMILIES["ministral3"][1]["rope_parameters"], "factor": 16.0}
+_PIXTRAL = {
+    "model_type": "pixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "image_size": 56, "patch_size": 14,
+}  # fmt: skip
+_SIGLIP = {**_PIXTRAL, "model_type": "siglip_vision_model"}
+_GLM_VISION = {**_SEES, "image_size": 56}
+_HALF_MROPE = {**_DEFAULT, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
+_GLM_TOKENS = {
+    "image_token_id": 500, "video_token_id": 501, "image_start_token_id": 502,
+    "image_end_token_id": 503, "video_start_token_id": 504, "video_end_token_id": 505,
+}  # fmt: skip
+# models that take images, whose own code of transformers is the reference: what differs of the text
+# part, what sees, what else
+TEXT_OF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "mistral3": (
+        {
+            **FAMILIES["ministral3"][1], "model_type": "ministral3", "rope_parameters": _MISTRAL_3,
+        },
+        _PIXTRAL,
+        {"image_token_index": 500, "tie_word_embeddings": False},
+    ),
+    "gemma3": (
+        {**FAMILIES["gemma3"][1], "model_type": "gemma3_text"},
+        _SIGLIP,
+        {
+            "image_token_index": 500, "boi_token_index": 501, "eoi_token_index": 502,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "glm4v": (
+        {"rope_parameters": _HALF_MROPE, "pad_token_id": 0},
+        _GLM_VISION,
+        _GLM_TOKENS,
+    ),
+    "glm4v_moe": (
+        {
+            **_EXPERTS, "n_routed_experts": 4, "pad_token_id": 0, "use_qk_norm": False,
+            "rope_parameters": _HALF_MROPE,
+        },
+        _GLM_VISION,
+        _GLM_TOKENS,
+    ),
+    "qwen3_vl_moe": (
+        {
+            **_EXPERTS, "head_dim": 64, "num_experts": 4,
+            "norm_topk_prob": True,
+            "rope_parameters": {
+                **_DEFAULT, "mrope_section": [12, 10, 10], "mrope_interleaved": True,
+            },
+        },
+        {**_SEES, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        _TOKENS,
+    ),
+    "internvl": (
+        {"model_type": "qwen3", "head_dim": 64},
+        {
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 56, "patch_size": 14,
+        },
+        {"image_token_id": 500, "image_seq_length": 4},
+    ),
+}  # fmt: skip
 _NAMED = {
     "image_token": "w500", "video_token": "w501", "vision_bos_token": "w502",
     "vision_eos_token": "w503",
 }  # fmt: skip
+_ALSO_NAMED = {
+    "image_start_token": "w502", "image_end_token": "w503", "video_start_token": "w504",
+    "video_end_token": "w505", "boi_token": "w501", "eoi_token": "w502",
+    "start_image_token": "w502", "end_image_token": "w503", "context_image_token": "w500",
+}  # fmt: skip
+_PROCESSORS = {
+    "mistral3": ("PixtralImageProcessor", ""),
+    "gemma3": ("Gemma3ImageProcessor", ""),
+    "glm4v": ("Glm4vImageProcessor", "Glm4vVideoProcessor"),
+    "glm4v_moe": ("Glm4vImageProcessor", "Glm4vVideoProcessor"),
+    "qwen3_vl_moe": ("Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+    "internvl": ("GotOcr2ImageProcessor", "InternVLVideoProcessor"),
+}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     # the hybrid whose recurrent layers vLLM can compute on a CPU
     "mamba-hybrid": (
@@ -196,20 +356,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 128,
         },
     ),
-    "mla": (
-        "deepseek_v2",
+    # an indexer picks the keys that latent attention sees
+    "mla-sparse": (
+        "deepseek_v32",
         {
-            "num_key_value_heads": 8,
-            "kv_lora_rank": 512,  # with the 64 below, a latent width of which vLLM's MLA takes
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 32,
-            "first_k_dense_replace": 4,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 128,
-            "n_shared_experts": 1,
+            **_LATENT,
+            "q_lora_rank": 128,
+            "index_topk": 64,
+            "index_n_heads": 4,
+            "index_head_dim": 128,
         },
     ),
 }
@@ -257,6 +412,52 @@ def make_seeing(name: str, folder: Path) -> Path:
         )
         save_tokenizer(path, **_NAMED)
     return path
+
+
+def make_text_of(name: str, folder: Path) -> Path:
+    """A random model that takes images, of ``TEXT_OF``."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    path = folder / f"{name}-whole"
+    if not (path / "config.json").exists():
+        text, sees, more = TEXT_OF[name]
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            name, text_config={**_COMMON, **text}, vision_config=sees, **more
+        )
+        with undecorated(config):
+            AutoModelForImageTextToText.from_config(config).float().save_pretrained(path)
+        image, video = _PROCESSORS[name]
+        (path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": image}))
+        if video:
+            (path / "video_preprocessor_config.json").write_text(
+                json.dumps({"video_processor_type": video})
+            )
+        save_tokenizer(path, **_NAMED, **_ALSO_NAMED)
+    return path
+
+
+def as_published(name: str, path: Path) -> Path:
+    """The model of ``make_text_of`` as vLLM reads it, where transformers names or turns weights in
+    another way.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if name not in ("gemma3", "qwen3_vl_moe"):
+        return path
+    to = path.with_name(f"{path.name}-published")
+    if not to.exists():
+        shutil.copytree(path, to)
+        weights = load_file(path / "model.safetensors")
+        changed = {
+            key.replace("vision_tower.", "vision_tower.vision_model."): (
+                weight.transpose(1, 2).contiguous() if ".mlp.experts." in key else weight
+            )
+            for key, weight in weights.items()
+        }
+        save_file(changed, to / "model.safetensors", metadata={"format": "pt"})
+    return to
 
 
 @contextmanager

@@ -126,19 +126,19 @@ def test_a_malicious_archive(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     intact = files(folder)[0]
-    namespace = intact.relative_to(folder / "v2").parts[0]
-    link = tarfile.TarInfo(f"v2/{namespace}/{intact.name}")
+    namespace = intact.relative_to(folder / "v3").parts[0]
+    link = tarfile.TarInfo(f"v3/{namespace}/{intact.name}")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     other = key_of("other")
     members = [
         (tarfile.TarInfo("../../evil"), b"x"),
         (tarfile.TarInfo("/etc/evil"), b"x"),
-        (tarfile.TarInfo(f"v2/../v2/{intact.name}"), intact.read_bytes()),
-        (tarfile.TarInfo(f"v2/{namespace}/{other}.safetensors"), intact.read_bytes()),
-        (tarfile.TarInfo(f"v2/{namespace}/{other}.safetensors"), b"\xff" * 100),
-        (tarfile.TarInfo("v2/x-sealed-00000000/" + intact.name), intact.read_bytes()),
+        (tarfile.TarInfo(f"v3/../v3/{intact.name}"), intact.read_bytes()),
+        (tarfile.TarInfo(f"v3/{namespace}/{other}.safetensors"), intact.read_bytes()),
+        (tarfile.TarInfo(f"v3/{namespace}/{other}.safetensors"), b"\xff" * 100),
+        (tarfile.TarInfo("v3/x-sealed-00000000/" + intact.name), intact.read_bytes()),
         (link, b""),
-        (tarfile.TarInfo(f"v2/{namespace}/{intact.name}"), intact.read_bytes()),
+        (tarfile.TarInfo(f"v3/{namespace}/{intact.name}"), intact.read_bytes()),
     ]
     target = tmp_path / "deep" / "target"
     data = run(capsys, 3, "import", archive_of(tmp_path / "evil.tar", *members), "--store", target)

@@ -74,6 +74,15 @@ def test_a_request_has_options_of_its_own() -> None:
     assert found.mode == "blend" and set(found.seconds) == {"locate", "plan"}
 
 
+def test_a_space_serves_requests_of_its_own_adapter() -> None:
+    options = {"space": "here"}
+    for own, asked in (("", "1/x/at"), ("1/x/at", ""), ("1/x/at", "2/y/at")):
+        made = planner(adapter=own)
+        refused = made.plan(PROMPT, options, asked).plan
+        assert isinstance(refused, NoPlan) and refused.reason is Reason.LORA
+        assert isinstance(made.plan(PROMPT, options, own).plan, Plan)
+
+
 def test_the_options_of_a_space_are_those_of_its_requests() -> None:
     made = planner(options={"recompute_ratio": 0.3, "mode": "reuse"})
     assert plan(made).ratio == 0

@@ -15,7 +15,7 @@ from stat import S_ISDIR
 
 import pytest
 import torch
-from chunks import chunk_of, finite, key_of, same, spoiled
+from chunks import chunk_of, finite, key_of, latent_chunk_of, same, spoiled
 from safetensors import safe_open
 
 from cacheblend_rag.errors import StoreError, UnavailableError
@@ -42,7 +42,7 @@ def open_disk(folder: Path, capacity: int | None = None, namespace: str = "tiny-
 
 
 def file_of(folder: Path, key: str) -> Path:
-    return folder / "v2" / "tiny-r0" / key[:2] / f"{key}.safetensors"
+    return folder / "v3" / "tiny-r0" / key[:2] / f"{key}.safetensors"
 
 
 def set_aside(folder: Path) -> list[Path]:
@@ -94,6 +94,11 @@ def test_get_returns_what_was_put_bit_for_bit(store: KVStore, dtype: torch.dtype
     store.put(key_of(1), chunk)
     assert same(store.get(key_of(1)), chunk)
     assert store.contains(key_of(1))
+
+
+def test_latents_come_back_bit_for_bit(store: KVStore) -> None:
+    store.put(key_of(1), latent_chunk_of(1))
+    assert same(store.get(key_of(1)), latent_chunk_of(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -317,7 +322,7 @@ def test_files_are_ordinary_safetensors(tmp_path: Path, dtype: torch.dtype) -> N
         )
     assert same(ChunkKV(tuple(token_ids.tolist()), int(metadata["base"]), kv), chunk)
     assert token_ids.dtype == torch.int32
-    assert (metadata["format"], metadata["key"]) == ("2", key)
+    assert (metadata["format"], metadata["key"]) == ("3", key)
     assert len(metadata["checksum"]) == 32
 
 
@@ -399,7 +404,7 @@ def test_bad_namespaces_are_refused(tmp_path: Path, namespace: str) -> None:
     "chunk",
     [
         ChunkKV((1, 2), 0, torch.zeros(1, 2, 3, 1, 4)),
-        ChunkKV((1, 2, 3), 0, torch.zeros(1, 1, 3, 1, 4)),
+        ChunkKV((1, 2, 3), 0, torch.zeros(1, 3, 3, 1, 4)),
         ChunkKV((1, 2, 3), 0, torch.zeros(2, 3, 1, 4)),
         ChunkKV((), 0, torch.zeros(1, 2, 0, 1, 4)),
         ChunkKV((1, 2, 3), 0, torch.zeros(1, 2, 3, 1, 4, dtype=torch.float64)),
@@ -511,6 +516,8 @@ def with_header(intact: bytes, change: Callable[[dict[str, dict[str, object]]], 
     ("part", "field", "value"),
     [
         ("kv", "shape", [2, 2, 7, 4, 2]),
+        ("kv", "shape", [2, 1, 7, 4, 4]),
+        ("kv", "shape", [1, 4, 7, 2, 4]),
         ("kv", "shape", [1, 2, 7, 4, 4]),
         ("kv", "shape", [2**40, 2, 7, 2, 4]),
         ("kv", "shape", [2, 2, -7, -2, 4]),
@@ -761,7 +768,7 @@ def test_another_users_files_are_still_served(
 def test_a_new_folder_is_marked(tmp_path: Path) -> None:
     open_disk(tmp_path / "kv")
     marker = json.loads((tmp_path / "kv" / "cacheblend-store.json").read_text())
-    assert marker == {"format": 2, "made_by": "cacheblend-rag"}
+    assert marker == {"format": 3, "made_by": "cacheblend-rag"}
 
 
 def test_an_empty_volume_is_accepted(tmp_path: Path) -> None:
@@ -787,7 +794,7 @@ def test_a_damaged_marker_is_refused(tmp_path: Path, marker: bytes) -> None:
         open_disk(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "age"), [(1, "an older"), (3, "a newer")])
+@pytest.mark.parametrize(("number", "age"), [(2, "an older"), (4, "a newer")])
 def test_another_format_is_refused_with_the_reason(tmp_path: Path, number: int, age: str) -> None:
     open_disk(tmp_path / "kv")
     marker = tmp_path / "kv" / "cacheblend-store.json"

@@ -184,7 +184,7 @@ def check_folder(folder: Path, acknowledged: set[int]) -> int:
     assert acknowledged <= listed
     assert all(is_intact(store, index) for index in listed)
     assert store.stats().corrupt == 0
-    assert not list(folder.rglob("v2/*/*/.*.tmp"))
+    assert not list(folder.rglob("v3/*/*/.*.tmp"))
     return len(left)
 
 

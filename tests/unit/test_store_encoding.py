@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chunks import chunk_of, key_of, normal_chunk_of, same, spoiled
+from chunks import chunk_of, key_of, latent_chunk_of, normal_chunk_of, same, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -82,6 +82,13 @@ def test_eight_bits_halve_the_bytes_and_round(tmp_path: Path, dtype: torch.dtype
     assert bool(((got - want).abs() <= allowed).all())
     relative = (got - want).norm() / want.norm()
     assert 0.005 < float(relative) < 0.04
+
+
+def test_latents_are_stored_in_eight_bits_too() -> None:
+    chunk = latent_chunk_of(1)
+    read = decode(BytesSource(file_of(key_of(1), chunk, Encoding(fp8=True))), key_of(1))
+    assert read.kv_L2NHD.shape == (2, 1, 7, 1, 16)
+    assert torch.allclose(read.kv_L2NHD.float(), chunk.kv_L2NHD.float(), rtol=0.08, atol=0.02)
 
 
 def test_each_heads_keys_and_values_have_their_own_scale() -> None:

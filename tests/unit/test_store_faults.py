@@ -175,7 +175,7 @@ def test_a_file_that_declares_more_than_it_holds(tmp_path: Path, tokens: int) ->
     with disk(tmp_path) as store:
         store.put(key_of(1), chunk_of(1))
         store.put(key_of(2), chunk_of(2))
-        path = tmp_path / "v2" / "tiny-r0" / key_of(1)[:2] / f"{key_of(1)}.safetensors"
+        path = tmp_path / "v3" / "tiny-r0" / key_of(1)[:2] / f"{key_of(1)}.safetensors"
         layers = 1 << 30 if tokens == 7 else 1
         header = ChunkHeader(key_of(1), 1, "BF16", (layers, 2, tokens, 8, 8), "0" * 32, "BF16")
         text = header.encode()
@@ -198,7 +198,7 @@ def test_what_is_set_aside_is_bounded_and_counts_as_held(tmp_path: Path) -> None
             path.write_bytes(b"x" * 780)
             assert store.get(key_of(seed)) is None
             store.put(key_of(100 + seed), chunk_of(seed))
-            held = sum(path.stat().st_size for path in (tmp_path / "v2").rglob("*.*"))
+            held = sum(path.stat().st_size for path in (tmp_path / "v3").rglob("*.*"))
             assert held <= capacity
         assert len(list(tmp_path.rglob("*.corrupt-*"))) == 2
 
@@ -216,7 +216,7 @@ def test_only_the_owner_may_read_a_store(tmp_path: Path) -> None:
         store.put(key_of(1), chunk_of(1))
         assert (folder / "index.sqlite-wal").exists()
         assert modes(tmp_path / "deep") == {"0o0"}
-        for path in (folder / "v2", folder / "index.sqlite"):  # as an earlier version left them
+        for path in (folder / "v3", folder / "index.sqlite"):  # as an earlier version left them
             path.chmod(0o755)
     with disk(folder):
         assert modes(folder) == {"0o0"}
@@ -246,12 +246,12 @@ def test_a_folder_emptied_under_an_open_store_is_a_store_again(tmp_path: Path) -
     with disk(tmp_path) as store:
         assert same(store.get(key_of(2)), chunk_of(2))
     with disk(tmp_path) as store:
-        shutil.rmtree(tmp_path / "v2")
+        shutil.rmtree(tmp_path / "v3")
         (tmp_path / "cacheblend-store.json").unlink()
         (tmp_path / "somebody's file").touch()
         with pytest.raises(StoreError, match="not a chunk store"):
             store.put(key_of(3), chunk_of(3))
-        assert not (tmp_path / "v2").exists()
+        assert not (tmp_path / "v3").exists()
 
 
 @pytest.mark.filterwarnings("ignore:The index of the chunk store")

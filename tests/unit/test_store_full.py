@@ -52,7 +52,7 @@ def test_a_full_disk(small_disk: Path, request: pytest.FixtureRequest) -> None:
     with again:
         assert all(same(again.get(key), chunks[key]) for key in kept)
         for key in kept[:10]:
-            (small_disk / "kv" / "v2" / "tiny-r0" / key[:2] / f"{key}.safetensors").unlink()
+            (small_disk / "kv" / "v3" / "tiny-r0" / key[:2] / f"{key}.safetensors").unlink()
         again.put(key_of("new"), chunk_of(1))
         assert same(again.get(key_of("new")), chunk_of(1))
         assert again.stats().corrupt == 0

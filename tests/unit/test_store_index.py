@@ -73,11 +73,11 @@ def test_files_copied_in_and_removed_by_hand(filled: Path, tmp_path: Path) -> No
     target = filled / source.relative_to(extra)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target)
-    file_of(filled / "v2", 2).unlink()
+    file_of(filled / "v3", 2).unlink()
     with open_disk(filled) as store:
         assert store.recovery == Recovery(adopted=1, vanished=1)
         assert scanned(store) == [0, 1, 3, 4, 7]
-        file_of(filled / "v2", 3).unlink()
+        file_of(filled / "v3", 3).unlink()
         assert scanned(store) == [0, 1, 4, 7]  # seen without opening again
         assert store.stats().chunks == 4
 

@@ -156,7 +156,7 @@ def test_open_store(tmp_path: Path) -> None:
     for url, kind in kinds.items():
         with open_store(url, namespace="tiny-r0") as store:
             assert type(store) is kind
-    assert (tmp_path / "url" / "v2" / "tiny-r0").is_dir()
+    assert (tmp_path / "url" / "v3" / "tiny-r0").is_dir()
 
 
 def test_open_remote_stores_connects_to_nothing(tmp_path: Path) -> None:

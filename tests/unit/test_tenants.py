@@ -189,7 +189,7 @@ def test_stores_of_tenants_are_apart(tmp_path: Path) -> None:
         assert two.stats()[:3] == (0, 0, 0)
         two.discard(key_of(1))
         assert one.get(key_of(1)) is not None
-    names = [path.name for path in (tmp_path / "kv" / "v2").iterdir()]
+    names = [path.name for path in (tmp_path / "kv" / "v3").iterdir()]
     assert sorted(names) == sorted(of_tenant(MODEL, tenant) for tenant in ("one", "two"))
     with DiskStore(tmp_path / "kv", namespace=MODEL) as bare:
         assert bare.stats().chunks == 0

@@ -40,7 +40,7 @@ _Answer = TypeVar("_Answer")
 
 
 class RemoteStore(KVStore):
-    """Values are the files that ``DiskStore`` writes, named ``cacheblend/v2/<namespace>/<key>``,
+    """Values are the files that ``DiskStore`` writes, named ``cacheblend/v3/<namespace>/<key>``,
     and pass the same checks. A value that fails them is dropped.
 
     The other side decides what it evicts. Where it is gone, slow or talks nonsense, ``put`` says
