@@ -55,13 +55,10 @@ def error_of(name: str, folder: Path) -> str:
         path = make_text_of(name, folder)
         reference = Reference(path, PREFIX, takes_images=True)
         path = as_published(name, path)
-    options: dict[str, Any] = {"skip_mm_profiling": True, "skip_tokenizer_init": False}
-    is_text_only = name == "kimi_k25"
-    if is_text_only:
-        options |= {"language_model_only": True, "attention_backend": "CPU_MLA"}
+    options = {"skip_mm_profiling": True, "skip_tokenizer_init": False}
     with start_in_process(path, prefix=PREFIX, **options) as blend:
         chosen = blend._engine._llm.llm_engine.model_config  # type: ignore[attr-defined]
-        assert chosen.supports_multimodal_inputs or is_text_only, "else it is a model of text"
+        assert chosen.supports_multimodal_inputs, "else it is a model of text"
         assert blend.model_check.passed, blend.model_check.detail
         blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
         return blends_as_the_reference(blend, reference)

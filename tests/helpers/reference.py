@@ -24,7 +24,6 @@ _GLOBAL_STILL = (
     "afmoe",
     "cohere2",
     "exaone4",
-    "muse_glimmer_text",
 )  # only layers with a window rotate
 
 

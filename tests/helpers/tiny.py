@@ -313,29 +313,6 @@ TEXT_OF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_SEES, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
         _TOKENS,
     ),
-    "muse_glimmer": (
-        {"head_dim": 32, "sliding_window": 64},
-        {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "pos_emb_height": 4, "pos_emb_width": 4, "output_dim": 256,
-            "adapter_dim": 128, "merge_kernel_size": 2,
-        },
-        {
-            "image_token_id": 500, "video_token_id": 501, "out_hidden_size": 256,
-            "projector_hidden_size": 128,
-        },
-    ),
-    "kimi_k25": (
-        {
-            **_LATENT, "model_type": "deepseek_v3", "q_lora_rank": 128, "topk_method": "noaux_tc",
-            "scoring_func": "sigmoid",
-        },
-        {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "pos_emb_height": 4, "pos_emb_width": 4,
-        },
-        {**_TOKENS, "projection_hidden_size": 64, "tie_word_embeddings": False},
-    ),
     "internvl": (
         {"model_type": "qwen3", "head_dim": 64},
         {
@@ -354,20 +331,12 @@ _ALSO_NAMED = {
     "video_end_token": "w505", "boi_token": "w501", "eoi_token": "w502",
     "start_image_token": "w502", "end_image_token": "w503", "context_image_token": "w500",
 }  # fmt: skip
-_KIMI_MEDIA = {
-    "patch_size": 14, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4,
-    "in_patch_limit": 64, "in_patch_limit_each_frame": 64, "in_patch_limit_video": 64,
-    "patch_limit_on_one_side": 32, "fixed_output_tokens": None, "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3, "sample_fps": 2, "max_num_frames_each_video": None,
-}  # fmt: skip
 _PROCESSORS = {
     "mistral3": ("PixtralImageProcessor", ""),
     "gemma3": ("Gemma3ImageProcessor", ""),
     "glm4v": ("Glm4vImageProcessor", "Glm4vVideoProcessor"),
     "glm4v_moe": ("Glm4vImageProcessor", "Glm4vVideoProcessor"),
     "qwen3_vl_moe": ("Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
-    "muse_glimmer": ("MuseGlimmerImageProcessor", "MuseGlimmerVideoProcessor"),
-    "kimi_k25": ("Kimi_K25ImageProcessor", "Kimi_K25VideoProcessor"),
     "internvl": ("GotOcr2ImageProcessor", "InternVLVideoProcessor"),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -460,8 +429,7 @@ def make_text_of(name: str, folder: Path) -> Path:
         with undecorated(config):
             AutoModelForImageTextToText.from_config(config).float().save_pretrained(path)
         image, video = _PROCESSORS[name]
-        seeing = {"image_processor_type": image, "media_proc_cfg": _KIMI_MEDIA}
-        (path / "preprocessor_config.json").write_text(json.dumps(seeing))
+        (path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": image}))
         if video:
             (path / "video_preprocessor_config.json").write_text(
                 json.dumps({"video_processor_type": video})
@@ -472,34 +440,24 @@ def make_text_of(name: str, folder: Path) -> Path:
 
 def as_published(name: str, path: Path) -> Path:
     """The model of ``make_text_of`` as vLLM reads it, where transformers names or turns weights in
-    another way. Of ``kimi_k25`` only the text part, for an engine that serves text only.
+    another way.
     """
     from safetensors.torch import load_file, save_file
 
-    if name not in ("gemma3", "kimi_k25", "qwen3_vl_moe"):
+    if name not in ("gemma3", "qwen3_vl_moe"):
         return path
     to = path.with_name(f"{path.name}-published")
     if not to.exists():
         shutil.copytree(path, to)
         weights = load_file(path / "model.safetensors")
-        changed = dict(_published(name, key, weight) for key, weight in weights.items())
-        changed.pop("", None)
+        changed = {
+            key.replace("vision_tower.", "vision_tower.vision_model."): (
+                weight.transpose(1, 2).contiguous() if ".mlp.experts." in key else weight
+            )
+            for key, weight in weights.items()
+        }
         save_file(changed, to / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((to / "config.json").read_text())
-        if name == "kimi_k25":
-            config["architectures"] = ["KimiK25ForConditionalGeneration"]
-        (to / "config.json").write_text(json.dumps(config))
     return to
-
-
-def _published(name: str, key: str, weight: Any) -> tuple[str, Any]:
-    if name == "gemma3":
-        return key.replace("vision_tower.", "vision_tower.vision_model."), weight
-    if name == "qwen3_vl_moe":
-        return key, weight.transpose(1, 2).contiguous() if ".mlp.experts." in key else weight
-    if key.startswith("model.language_model."):
-        return key.replace("model.language_model.", "language_model.model."), weight
-    return (f"language_model.{key}" if key.startswith("lm_head.") else ""), weight
 
 
 @contextmanager

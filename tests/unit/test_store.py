@@ -799,7 +799,7 @@ def test_another_format_is_refused_with_the_reason(tmp_path: Path, number: int, 
     open_disk(tmp_path / "kv")
     marker = tmp_path / "kv" / "cacheblend-store.json"
     marker.write_text(json.dumps({"format": number, "made_by": "cacheblend-rag"}))
-    reason = rf"made by {age} version.*format {number}.*reads format 2 only.*Delete .*ingest anew"
+    reason = rf"made by {age} version.*format {number}.*reads format 3 only.*Delete .*ingest anew"
     with pytest.raises(StoreError, match=reason):
         open_disk(tmp_path / "kv")
     with pytest.raises(StoreError, match=reason):
