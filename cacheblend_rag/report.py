@@ -171,7 +171,7 @@ def _segments(
 def _cached_segment(cached: int) -> list[SegmentReport]:
     if not cached:
         return []
-    detail = "the same prompt head was computed before: vLLM's prefix cache"
+    detail = "the same beginning was computed before: vLLM's prefix cache"
     return [SegmentReport(0, cached, "prefix_cached", 0, detail)]
 
 

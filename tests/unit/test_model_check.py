@@ -164,3 +164,39 @@ def test_the_probe_fits_the_context() -> None:
         assert (probe is None) is (longest < 126)
         assert probe is None or len(probe.ids) < longest
     assert model_check.probe(info(max_model_len=125)) is None
+
+
+# ---- what costs are measured on ------------------------------------------------------------------
+
+
+def test_prompts_to_time_share_a_chunk_and_nothing_behind_it() -> None:
+    engine = info(max_model_len=2000, block_size=16, vocab_size=1000)
+    prompts = model_check.timing_ids(engine, 3)
+    assert [[len(part) for part in parts] for parts in prompts] == [[32, 1024, 32]] * 3
+    assert len({parts[:2] for parts in prompts}) == 1 and len({parts[2] for parts in prompts}) == 3
+    assert prompts == model_check.timing_ids(engine, 3), "the same at every start"
+    ids = [token for parts in prompts for part in parts for token in part]
+    assert min(ids) in range(100, 110) and max(ids) in range(890, 900), "no special tokens"
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({"max_model_len": 1000}, 1000 - 3 * 32 - 64),
+        ({"max_model_len": 416}, 256),
+        ({"max_num_batched_tokens": 300}, 300),
+    ],
+)
+def test_the_chunk_to_time_fits(changes: dict[str, Any], size: int) -> None:
+    [(_, chunk, _)] = model_check.timing_ids(info(**changes), 1)
+    assert len(chunk) == size
+
+
+def test_where_no_chunk_fits_nothing_is_timed() -> None:
+    assert model_check.timing_ids(info(max_model_len=415), 1) == []
+    assert model_check.timing_ids(info(max_num_batched_tokens=255), 1) == []
+
+
+def test_words_of_the_smallest_vocabulary() -> None:
+    [parts] = model_check.timing_ids(info(vocab_size=3), 1)
+    assert {token for part in parts for token in part} == {0, 1}
