@@ -96,7 +96,7 @@ class FakeEngine(Engine):
                 return [None]
             case "missing", [keys]:
                 return [[key for key in keys if key not in self.stored]]
-            case "ingest", [keys, chunks, prefix, contexts, *_]:
+            case "ingest", [keys, chunks, prefix, contexts]:
                 for key, context in zip(keys, contexts, strict=True):
                     self.behind[key] = (*prefix, *context)
                 self.stored.update(keys)
