@@ -94,8 +94,8 @@ class Front:
         keys, ids = [c.key for c in chunks], [list(c.token_ids) for c in chunks]
         contexts = [list(c.context) for c in chunks]
         shared = list(prefix_ids[: len(prefix_ids) - len(contexts[0])])
-        adapter = None if self._lora is None else plain_adapter(self._lora)
-        return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts, adapter)
+        adapter = () if self._lora is None else (plain_adapter(self._lora),)
+        return self._engine.rpc("cacheblend_ingest", keys, ids, shared, contexts, *adapter)
 
     @property
     def _positions(self) -> int:

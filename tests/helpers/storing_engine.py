@@ -55,7 +55,7 @@ class StoringEngine(FakeEngine):
             case "taken", [tickets]:
                 both = zip(self.ranks, tickets, strict=True)
                 return [[] if n is None else rank.thread.take(n) for rank, n in both]
-            case "ingest", [keys, chunks, prefix, contexts, _]:
+            case "ingest", [keys, chunks, prefix, contexts]:
                 kv = [chunk_of(1, num_tokens=len(ids)).kv_L2NHD for ids in chunks]
                 computed = [
                     ChunkKV(tuple(ids), len(prefix) + len(context), of_ids)
