@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 from cacheblend_rag.errors import (
@@ -73,6 +74,9 @@ def as_http(error: Exception) -> HttpError:
         return HttpError(400, str(error))
     if isinstance(error, StoreError):
         return HttpError(503, str(error), code="store_unavailable", retry_after_s=1)
+    if isinstance(error, sqlite3.Error):
+        message = f"the file of the ingestions can't be used: {error}"
+        return HttpError(503, message, code="state_unavailable", retry_after_s=1)
     if isinstance(error, EngineDeadError | ClosedError):
         return HttpError(503, str(error), code="engine_unavailable")
     if isinstance(error, EngineError):

@@ -58,7 +58,7 @@ class Service:
 
     def front_of(self, namespace: str | None) -> Front:
         """That of a tenant, or of the server's own namespace."""
-        if not self.options.has_tenants or namespace is None:
+        if not (self.options.has_tenants and namespace):
             return self.front
         with self._opening:
             if namespace not in self._fronts:
