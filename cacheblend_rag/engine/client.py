@@ -60,6 +60,9 @@ class ClientEngine(Engine):
         self.pace = Pace()
         config = client.vllm_config
         if config.parallel_config.worker_extension_cls != WORKER:
+            refusal = compat.model_refusal(config.model_config)
+            if refusal is not None:
+                raise EngineError(f"this model is served without blending: {refusal.detail}")
             raise EngineError(
                 "this server was started without the worker extension, which its endpoints under "
                 "/v1/cacheblend need. Start it by `cacheblend serve`, or add "
