@@ -8,7 +8,7 @@ import uuid
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from cacheblend_rag import calibration
 from cacheblend_rag.config import BlendConfig
@@ -21,6 +21,7 @@ from cacheblend_rag.errors import (
 from cacheblend_rag.front.startup import Startup
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.models import resolve_model
+from cacheblend_rag.planner import Space
 from cacheblend_rag.process import Home
 
 # Threads that prepare prompts for event loops. With two, a loop waits for its turn behind both.
@@ -55,20 +56,9 @@ class CacheBlend(Startup):
         engine: str = "serving",
         **engine_args: Any,
     ) -> None:
-        self.config = config or BlendConfig()
-        self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
-        self._closed, self._home = False, Home()
-        self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
-        self._lora: Any = None  # of this front's requests
-        self._adapter = ""  # digest of it
-        self._namespaces = {self.config.namespace}  # of all fronts to this engine
-        self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
-        self._is_heard, self._synced_at = True, 0.0
-        self._engine: Engine = create_engine(engine, resolve_model(str(model)), engine_args)
+        config = config or BlendConfig()
+        self._take(create_engine(engine, resolve_model(str(model)), engine_args), config)
         try:
-            self.info = self._engine.info
-            self._tokenizer: Any = self._engine.tokenizer  # never handed out
-            self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
             self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
             self.model_check: ModelCheck = self._check_model()
             if self.model_check.passed:
@@ -77,7 +67,48 @@ class CacheBlend(Startup):
             self._engine.close()
             raise
 
-    def with_config(self, config: BlendConfig, lora_request: Any = None) -> CacheBlend:
+    @classmethod
+    def around(
+        cls,
+        engine: Engine,
+        config: BlendConfig,
+        model_check: ModelCheck,
+        space: Space | None,
+        *,
+        has_scheduler: bool = True,
+    ) -> Self:
+        """A front to an engine that others started and bound: nothing is checked or opened.
+
+        Args:
+            model_check: what was found when it was started.
+            space: of the requests that it plans; None where it plans none.
+            has_scheduler: its scheduler's side hears at once what its workers do.
+        """
+        front = object.__new__(cls)
+        front._take(engine, config)
+        front.calibration = space.calibration if space is not None else None
+        front.model_check, front._longest = model_check, model_check.max_tokens
+        front._is_heard = has_scheduler
+        if space is not None:
+            front._name, front._space = space.name, space.keys
+        return front
+
+    def _take(self, engine: Engine, config: BlendConfig) -> None:
+        self.config, self._engine, self.info = config, engine, engine.info
+        self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
+        self._closed, self._home = False, Home()
+        self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
+        self._lora: Any = None  # of this front's requests
+        self._adapter = ""  # digest of it
+        self._namespaces = {config.namespace}  # of all fronts to this engine
+        self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
+        self._is_heard, self._synced_at = True, 0.0
+        self._tokenizer: Any = engine.tokenizer  # never handed out
+        self._space = KeySpace(self.info.fingerprint, (), config.namespace)
+
+    def with_config(
+        self, config: BlendConfig, lora_request: Any = None, *, space: str | None = None
+    ) -> Self:
         """A second front to the same engine and store, with a configuration of its own: another
         ingest prefix, say. Each knows what is stored by its own configuration, through whichever
         front or process. Where ``config`` names another store, that is passed over; close only the
@@ -89,14 +120,15 @@ class CacheBlend(Startup):
             lora_request: vLLM's LoRARequest, of an adapter in a local folder. The front's chunks
                 are computed with it, its answers are given with it, and what other adapters' chunks
                 hold is none of its own. None: the model alone.
+            space: by which name its requests are known to the engine; one of its own where None.
 
         Raises:
             ConfigError: no adapter is in that folder, or the engine serves none.
         """
         self._check_open()
-        other = object.__new__(CacheBlend)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.config, other._name = config, uuid.uuid4().hex
+        other.config, other._name = config, space or uuid.uuid4().hex
         other.__dict__.pop("tokenizer", None)  # each has a copy of its own
         other._namespaces.add(config.namespace)
         other._lora, other._adapter = lora_request, ""

@@ -50,16 +50,14 @@ class Space:
             if self.prompt_prefix is None
             else [self.prompt_prefix.key, list(self.prompt_prefix.token_ids)]
         )
-        keys = [list(field) if isinstance(field, tuple) else field for field in self.keys]
-        options = dict(self.options)
+        keys, options = self.keys.to_plain(), dict(self.options)
         own = {"name": self.name, "keys": keys, "prompt_prefix": prompt_prefix, "options": options}
         return {**own, "adapter": self.adapter}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Space:
         """The space that ``to_plain`` wrote."""
-        fingerprint, prefix, namespace, by_document = data["keys"]
-        keys = KeySpace(fingerprint, tuple(prefix), namespace, by_document)
+        keys = KeySpace.from_plain(data["keys"])
         prompt_prefix = (
             PromptPrefix(data["prompt_prefix"][0], tuple(data["prompt_prefix"][1]))
             if data["prompt_prefix"]
@@ -136,6 +134,14 @@ class Planner:
             self._lose(message.keys)
         else:
             self._open(message)
+
+    def space_id(self, options: object) -> str:
+        """Tells whose request this is, by its options, without naming them; "" where that is not
+        known.
+        """
+        name = options.get("space") if isinstance(options, Mapping) else None
+        space = self._spaces.get(str(name or self._default))
+        return "" if space is None else space.keys.key(())
 
     def plan(
         self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str = ""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
 
 from cacheblend_rag.costs import Costs
@@ -25,11 +24,12 @@ from cacheblend_rag.engine.fingerprint import fingerprint
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.heads import heads_of
 from cacheblend_rag.engine.ingest import Ingestor
-from cacheblend_rag.engine.outcome import BlendOutcome
+from cacheblend_rag.engine.queries import Queries
 from cacheblend_rag.engine.rope import context_length, tables_of
 from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import measured
+from cacheblend_rag.engine.slices import Sliced
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.known import News, Row
@@ -37,12 +37,13 @@ from cacheblend_rag.plan import PromptPrefix
 from cacheblend_rag.planner import Limits, Message, Space
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.store import open_store
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV
+from cacheblend_rag.store.follow import row_of
 from cacheblend_rag.store.url import parse_url
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from cacheblend_rag.engine.connector import CacheBlendConnector
 
 logger = init_logger("vllm.cacheblend_rag")
 
@@ -64,7 +65,7 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class WorkerExtension:
+class WorkerExtension(Queries):
     """Binds the model to the connector, and ingests. Prefixed names: the worker has its own."""
 
     if TYPE_CHECKING:
@@ -83,11 +84,11 @@ class WorkerExtension:
             max_len = int(chosen.max_model_len)
             longest = max(max_len, context_length(chosen))
             tables = tables_of(model, longest, handle.layers[0].head_size)
-            self._cacheblend_heads = heads_of(handle)
+            self._bound().heads = heads_of(handle)
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
-            self._cacheblend_parts = handle, rope, cache
+            self._bound().parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
             a_layer = handle.layout.numbers * chosen.dtype.itemsize
             facts["kv_bytes_per_token"] = handle.num_layers * a_layer
@@ -99,6 +100,7 @@ class WorkerExtension:
             facts["fingerprint"] = fingerprint(model, self.vllm_config, rope, *ranks)
         except UnsupportedModelError as error:
             facts["refusal"] = list(error.why)
+        self._bound().facts = facts
         return facts
 
     @_reporting
@@ -118,25 +120,28 @@ class WorkerExtension:
         self, url: str, fingerprint: str, gpu_cache: int, tenant: str, *, follows: bool = True
     ) -> None:
         """``follows``: the scheduler's side learns from this rank what becomes of the store."""
-        handle, rope, cache = self._cacheblend_parts
-        heads = self._cacheblend_heads
+        handle, rope, cache = self._bound().parts
+        heads = self._bound().heads
         store = open_store(url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
         # what all ranks share one of them speaks for
         is_shared = parse_url(url).scheme != "memory"
-        self._cacheblend_is_silent = heads is not None and is_shared and not heads.leads
-        self._cacheblend_executors = open_executors(handle, rope, cache, gpu_cache)
-        blender = Blender(handle, rope, store, self._cacheblend_executors)
+        self._bound().is_silent = heads is not None and is_shared and not heads.leads
+        self._bound().executors = open_executors(handle, rope, cache, gpu_cache)
+        blender = Blender(handle, rope, store, self._bound().executors)
         self._rows().blender = blender
-        self._cacheblend_ingestor = Ingestor(handle, heads)
+        self._bound().ingestor = Ingestor(handle, heads)
+        self._bound().sliced = Sliced(handle, heads)
+        self._bound().is_open = True
         leads = not get_tensor_model_parallel_rank()
-        self._cacheblend_store = RankStore(store, self._cacheblend_executors.forget, leads=leads)
-        self._connector().closing = self._cacheblend_store.close
+        self._bound().store = RankStore(store, self._bound().executors.forget, leads=leads)
+        self._connector().closing = self._bound().store.close
         link = self._connector().link
         link.blender = blender if heads is None else None
-        if self._cacheblend_is_silent or not follows:
-            self._cacheblend_store.follower.start(None)
+        self._bound().tells = not follows
+        if self._bound().is_silent or not follows:
+            self._bound().store.follower.start(None)
         else:
-            link.follow(self._cacheblend_store.follower)
+            link.follow(self._bound().store.follower)
 
     def cacheblend_open(self, space: dict[str, Any], known: list[Row] | None = None) -> Any:
         """Have requests of a space planned.
@@ -167,14 +172,14 @@ class WorkerExtension:
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
-        return self._cacheblend_executors.costs()
+        return self._bound().executors.costs()
 
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
         rows = self._rows()
         if rows.blender is not None:
             self._send(Limits(why_not=Why(Reason.NOT_READY, "blending was turned off")))
-            self._cacheblend_store.close()
+            self._bound().store.close()
             rows.blender = None
             self._connector().link.end()
 
@@ -197,18 +202,44 @@ class WorkerExtension:
         (name, number, path) if there is one, and store them under ``keys``; returns the bytes
         stored, of all heads where this rank leads, and why what key was not stored.
         """
-        handle, _, _ = self._cacheblend_parts
-        with handle.adapters.using(request_of(adapter)):
-            computed = self._cacheblend_ingestor.compute(
+        bound = self._bound()
+        with bound.parts[0].adapters.using(request_of(adapter)):
+            computed = bound.ingestor.compute(
                 chunks, prefix_ids, contexts, adapter[1] if adapter else 0
             )
-        return self._later(lambda store: store.put(keys, computed))
+        return self._later(lambda store: self._put(store, keys, computed))
+
+    @_reporting
+    def cacheblend_ingest_begin(
+        self,
+        name: str,
+        keys: list[str],
+        chunks: list[list[int]],
+        prefix_ids: list[int],
+        contexts: list[list[int]],
+    ) -> None:
+        """``cacheblend_ingest`` that computes nothing by itself: see ``cacheblend_ingest_go_on``.
+        One that was begun before and did not end is dropped.
+        """
+        self._bound().sliced.begin(name, keys, chunks, prefix_ids, contexts)
+
+    @_reporting
+    def cacheblend_ingest_go_on(self, name: str, layers: int) -> Any:
+        """Compute so many layers, the same number on every rank; returns how far it is (see
+        ``pacing.Progress``), or what ``cacheblend_ingest`` returns.
+        """
+        sliced = self._bound().sliced
+        done = sliced.go_on(name, layers)
+        self._connector().pulse.other(sliced.seconds)
+        if not done:
+            return {"seconds": sliced.seconds, **self._connector().pulse.to_plain()}
+        keys, computed = sliced.take()
+        return self._later(lambda store: self._put(store, keys, computed))
 
     @_reporting
     def cacheblend_adapter(self, adapter: list[Any]) -> str:
         """Load a LoRA adapter (name, number, path); returns the digest of its content."""
-        handle, _, _ = self._cacheblend_parts
-        return handle.adapters.open(request_of(adapter))
+        return self._bound().parts[0].adapters.open(request_of(adapter))
 
     def cacheblend_prefetch(self, keys: list[str]) -> None:
         """Start bringing ``keys`` nearer, where the store has tiers."""
@@ -216,56 +247,7 @@ class WorkerExtension:
 
     def cacheblend_forget(self, keys: list[str]) -> Any:
         """Drop ``keys`` from the store, and what is kept of them beside it."""
-        return self._later(lambda store: store.forget(keys))
-
-    def cacheblend_register(self, documents: list[tuple[str, list[str]]]) -> Any:
-        """Note which keys each document consists of."""
-        return self._later(lambda store: store.register(documents))
-
-    def cacheblend_registered(self, documents: list[str]) -> Any:
-        """Which of ``documents`` something is noted for."""
-        return self._later(lambda store: store.registered(documents))
-
-    def cacheblend_unregister(self, documents: list[str], only: list[str] | None) -> Any:
-        """Drop the notes on ``documents``, or only those on the keys ``only`` among theirs; returns
-        the keys dropped that no document consists of any more.
-        """
-        return self._later(lambda store: store.unregister(documents, only))
-
-    def cacheblend_store_stats(self) -> Any:
-        """Counts of this rank's store; None where another speaks for it."""
-        return self._from_speaking_rank(lambda store: store.stats())
-
-    def cacheblend_list(self) -> Any:
-        """All that is stored: rows of key, token ids (int32 bytes), base; None where another rank
-        speaks for the store.
-        """
-        return self._from_speaking_rank(lambda store: store.list())
-
-    def cacheblend_taken(self, tickets: list[int | None]) -> list[Any]:
-        """The result that this rank's ticket of ``tickets`` stands for, in a list, once; an empty
-        list while there is none.
-        """
-        number = tickets[get_tensor_model_parallel_rank()]
-        return [] if number is None else self._cacheblend_store.thread.take(number)
-
-    def _from_speaking_rank(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
-        """As ``_later``; None where another rank speaks for the store."""
-        return None if self._cacheblend_is_silent else self._later(work)
-
-    def _later(self, work: Callable[[RankStore], Any]) -> dict[str, int]:
-        """Have the store's thread do ``work``: no step waits for a disk or a network."""
-        store = self._cacheblend_store
-        return store.thread.start(lambda: work(store))
-
-    def cacheblend_outcome(self, name: str, positions: bool = False) -> dict[str, Any]:
-        """What was done for a request whose last output could not carry it: it ended in the step of
-        its blend, or the front end ended it. With ``positions``, the recomputed positions too.
-        """
-        outcome = self._connector().recent.get(name, {})
-        if not isinstance(outcome, BlendOutcome):
-            return outcome
-        return {**outcome.report(), **({"selected": outcome.positions()} if positions else {})}
+        return self._later(lambda store: self._forget(store, keys))
 
     def cacheblend_cause(self, name: str) -> str:
         """Why a request that ended with an error could not be computed; empty if none is known."""
@@ -281,23 +263,40 @@ class WorkerExtension:
 
     def _store_prompt_prefix(self, prompt_prefix: PromptPrefix) -> None:
         """Store the prompts' usual first tokens, unless all ranks have them."""
-        missing = bool(self._cacheblend_store.missing([prompt_prefix.key]))
-        if self._cacheblend_parts[0].ranks.any([missing])[0]:
-            computed = self._cacheblend_ingestor.compute([prompt_prefix.token_ids], [], [[]])
-            self._cacheblend_store.put([prompt_prefix.key], computed)
+        missing = bool(self._bound().store.missing([prompt_prefix.key]))
+        if self._bound().parts[0].ranks.any([missing])[0]:
+            computed = self._bound().ingestor.compute([prompt_prefix.token_ids], [], [[]])
+            self._bound().store.put([prompt_prefix.key], computed)
 
     def _list_store(self) -> None:
-        if not self._cacheblend_is_silent:
-            self._cacheblend_store.follower.list()
+        if not self._bound().is_silent:
+            self._bound().store.follower.list()
+
+    def _put(
+        self, store: RankStore, keys: list[str], computed: list[ChunkKV]
+    ) -> tuple[int, dict[str, str]]:
+        """Store chunks; a scheduler's side that follows the store itself need not wait to see."""
+        done = store.put(keys, computed)
+        if self._bound().tells:
+            both = zip(keys, computed, strict=True)
+            rows = [row_of(ChunkInfo.of(key, kv)) for key, kv in both if key not in done[1]]
+            self._send(News(rows))
+        return done
+
+    def _forget(self, store: RankStore, keys: list[str]) -> None:
+        if self._bound().tells:
+            self._send(News([], keys))
+        store.forget(keys)
 
     def _send(self, message: Message) -> None:
         """Tell the scheduler's side what all ranks know."""
+        bound = self._bound()
+        if isinstance(message, Limits):
+            bound.limits = message
+        elif isinstance(message, Space) and message.default:
+            bound.space = message
         if not get_tensor_model_parallel_rank():
             self._connector().link.send(message)
-
-    def _connector(self) -> CacheBlendConnector:
-        connector: Any = get_kv_transfer_group()
-        return connector  # type: ignore[no-any-return]
 
     def _rows(self) -> StepRows:
         rows = self._connector().rows

@@ -11,7 +11,7 @@ from array import array
 from contextlib import suppress
 from typing import Any
 
-from cacheblend_rag import model_check
+from cacheblend_rag import calibration, model_check
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import EngineRequest, ModelCheck
@@ -143,7 +143,7 @@ class Startup(Ingestion, Answers):
 
     def _open_space(self) -> None:
         """Have this front's requests planned by its own configuration."""
-        options = {"min_chunk_tokens": self.config.min_chunk_tokens}
+        options = calibration.resolved(self.config, self.calibration).request_defaults()
         prompt_prefix = self._store_prompt_prefix()
         adapter = "" if self._lora is None else adapter_name(self._lora)
         space = Space(

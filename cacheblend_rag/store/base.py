@@ -243,6 +243,10 @@ class KVStore(ABC):
         """The ``document_id`` of each document noted."""
         return set()
 
+    def document_keys(self, document: str) -> list[str]:
+        """The keys of the chunks that ``document`` (any text) consists of, in order."""
+        return []
+
     def unregister(
         self, documents: Iterable[str], only: Collection[str] | None = None
     ) -> list[str]:

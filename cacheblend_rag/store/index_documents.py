@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Collection, Iterable
 
 from cacheblend_rag.store.database import Database
-from cacheblend_rag.store.index_rows import Rows
+from cacheblend_rag.store.index_rows import Rows, is_key
 
 
 class Documents:
@@ -31,6 +31,12 @@ class Documents:
         query = "SELECT DISTINCT document FROM documents WHERE namespace = ?"
         rows = self._database.read(lambda db: db.execute(query, (namespace,)).fetchall())
         return {name for (name,) in rows if isinstance(name, bytes)}
+
+    def document_keys(self, namespace: str, document: bytes) -> list[bytes]:
+        """The keys noted for a document, in order."""
+        query = "SELECT key FROM documents WHERE namespace = ? AND document = ? ORDER BY key"
+        rows = self._database.read(lambda db: db.execute(query, (namespace, document)).fetchall())
+        return [key for (key,) in rows if is_key(key)]
 
     def unregister(
         self,

@@ -115,6 +115,9 @@ class TieredStore(KVStore):
     def documents(self) -> set[str]:
         return self._registry.documents()
 
+    def document_keys(self, document: str) -> list[str]:
+        return self._registry.document_keys(document)
+
     def unregister(
         self, documents: Iterable[str], only: Collection[str] | None = None
     ) -> list[str]:

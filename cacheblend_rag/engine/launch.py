@@ -1,0 +1,96 @@
+"""vLLM's own ``serve`` command, called from ours. The ``vllm`` command of its CPU build does not
+start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.start import naming_failures
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.server.options import SERVER, ServerOptions
+
+PLUGIN = "cacheblend"  # the name of both of our entry points
+logger = logging.getLogger("vllm.cacheblend_rag")
+_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+    "vllm.logits_processors",
+)
+
+
+def allowed_plugins() -> str:
+    """``VLLM_PLUGINS`` with ours in it. It is a list of what is loaded: where it is not set, all
+    plugins are that add no endpoints, so these are named too.
+    """
+    given = os.environ.get("VLLM_PLUGINS")
+    if given is None:
+        names = [found.name for group in _GROUPS for found in entry_points(group=group)]
+    else:
+        names = [name for name in given.split(",") if name]
+    return ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def has_plugins() -> bool:
+    """Whether vLLM finds ours: it does where this package is installed."""
+    groups = ("vllm.general_plugins", "vllm.endpoint_plugins")
+    return all(PLUGIN in entry_points(group=group).names for group in groups)
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Run ``vllm serve`` with these arguments, until it is told to end.
+
+    Raises:
+        EngineMissingError: there is no vLLM that was tested.
+        SystemExit: an argument is refused, or asks for help.
+    """
+    compat.installed_version()
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    compat.cli_env_setup()()
+    parser = FlexibleArgumentParser(prog="cacheblend")
+    command: Any = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", *arguments])
+    configure = compat.configure_logging()
+    if configure is not None:
+        configure(args)
+    command.validate(args)
+    without_what_the_model_refuses(args)
+    command.cmd(args)
+
+
+def without_what_the_model_refuses(args: Any) -> None:
+    """Serve a model that can't be blended without our connector: some can't start with one.
+
+    Args:
+        args: vLLM's, parsed; changed.
+
+    Raises:
+        ConfigError: there are tenants, whom only our endpoints keep apart.
+        ModelError: the model can't be found or loaded.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    model = args.model = getattr(args, "model_tag", None) or args.model  # as the command does
+    with naming_failures(model):
+        config = AsyncEngineArgs.from_cli_args(args).create_model_config()
+        refusal = compat.model_refusal(config)
+    if refusal is None:
+        return
+    extra = getattr(args.kv_transfer_config, "kv_connector_extra_config", {})
+    if ServerOptions.of(extra.get(SERVER, {})).has_tenants:
+        raise ConfigError(
+            f"{model} can't be blended ({refusal.detail}), and is then served by vLLM alone, which "
+            "knows no tenants: leave --tenants and --tenant-header out, or take another model"
+        )
+    logger.warning("%s is served without blending: %s", model, refusal.detail)
+    args.kv_transfer_config, args.worker_extension_cls = None, ""
