@@ -287,7 +287,7 @@ _CONFIG: dict[str, tuple[Any, str]] = {
     "system_prompt": (str, "TEXT:the one that your requests use"),
     "likely_system_prompt": (str, "TEXT:the one that your requests probably use"),
     "chat_template_kwargs": (_table, "JSON:arguments of the chat template"),
-    "when": (("faster", "always"), ":blend where it is faster, or always (pays)"),
+    "blend_if": (("faster", "always"), ":blend where it is faster, or always (faster)"),
     "gpu_cache": (str, "SIZE:GPU memory for chunks that are used often"),
 }
 

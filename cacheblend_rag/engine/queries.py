@@ -43,25 +43,25 @@ class Queries:
         behind ``after``, or those of a document; None where another rank speaks for the store.
         """
         space = KeySpace.from_plain(keys)
-        return self._spoken(lambda store: store.page(space, after, limit, document))
+        return self._from_speaking_rank(lambda store: store.page(space, after, limit, document))
 
     def cacheblend_owned(self, space: list[Any], keys: list[str]) -> Any:
         """Those of ``keys`` that are chunks of this key space; None where another rank speaks."""
-        return self._spoken(lambda store: store.owned(KeySpace.from_plain(space), keys))
+        return self._from_speaking_rank(lambda store: store.owned(KeySpace.from_plain(space), keys))
 
     def cacheblend_count(self, space: list[Any]) -> Any:
         """How many chunks of this key space are stored; None where another rank speaks."""
-        return self._spoken(lambda store: len(store.keys(KeySpace.from_plain(space))))
+        return self._from_speaking_rank(lambda store: len(store.keys(KeySpace.from_plain(space))))
 
     def cacheblend_store_stats(self) -> Any:
         """Counts of this rank's store; None where another speaks for it."""
-        return self._spoken(lambda store: store.stats())
+        return self._from_speaking_rank(lambda store: store.stats())
 
     def cacheblend_list(self) -> Any:
         """All that is stored: rows of key, token ids (int32 bytes), base; None where another rank
         speaks for the store.
         """
-        return self._spoken(lambda store: store.list())
+        return self._from_speaking_rank(lambda store: store.list())
 
     def cacheblend_taken(self, tickets: list[int | None]) -> list[Any]:
         """The result that this rank's ticket of ``tickets`` stands for, in a list, once; an empty
@@ -103,7 +103,7 @@ class Queries:
             return done
         return {**done.report(), **({"selected": done.positions()} if positions else {})}
 
-    def _spoken(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
+    def _from_speaking_rank(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
         """As ``_later``; None where another rank speaks for the store."""
         return None if self._bound().is_silent else self._later(work)
 

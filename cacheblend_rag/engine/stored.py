@@ -10,7 +10,7 @@ from typing import Any
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.base import TICKET, as_result
 from cacheblend_rag.keys import KeySpace
-from cacheblend_rag.known import Row, ours
+from cacheblend_rag.known import Row, chunks_of
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
 from cacheblend_rag.store.follow import Follower, row_of
 from cacheblend_rag.store.registry import DocumentRegistry
@@ -120,7 +120,7 @@ class RankStore:
 
     def keys(self, space: KeySpace) -> list[str]:
         """Those of a key space that are stored, in order."""
-        return sorted(key for key, _ in ours(space, map(row_of, self.store.scan())))
+        return sorted(key for key, _ in chunks_of(space, map(row_of, self.store.scan())))
 
     def page(self, space: KeySpace, after: str, limit: int, document: str | None) -> list[str]:
         """Of ``keys``, or of those of a document, at most ``limit`` that come behind ``after``."""

@@ -152,7 +152,7 @@ class WorkerExtension(Queries):
         if known is not None:
             self._send(News(known))
             return None
-        return self._spoken(lambda store: store.follower.list())
+        return self._from_speaking_rank(lambda store: store.follower.list())
 
     def cacheblend_limit(self, longest: int | None, costs: dict[str, float] | None) -> None:
         """Blend from now on, ``longest`` tokens of a prompt at most, where it is worth these
@@ -185,7 +185,7 @@ class WorkerExtension(Queries):
         """Which of ``keys`` this rank's store does not hold, as far as it can be asked; None where
         another rank speaks for it.
         """
-        return self._spoken(lambda store: store.missing(keys))
+        return self._from_speaking_rank(lambda store: store.missing(keys))
 
     @_reporting
     def cacheblend_ingest(

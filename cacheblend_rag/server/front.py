@@ -40,7 +40,7 @@ class Front(CacheBlend):
 
     def tenant(self, config: BlendConfig, space: str) -> Front:
         """That of another namespace, whose requests name this space."""
-        other = self.beside(config, space=space)
+        other = self.with_config(config, space=space)
         other.is_tenant = True
         return other
 
@@ -60,11 +60,14 @@ class Front(CacheBlend):
     def ingest_given(self, batch: Sequence[Given]) -> IngestReport:
         """Compute and store chunks beside answers."""
         contexts = [chunk.left_context for chunk in batch]
-        before = contexts if any(context is not None for context in contexts) else None
+        left_context = contexts if any(context is not None for context in contexts) else None
         names = [None if c.document is None else self.document(c.document) for c in batch]
         with self._engine.slicing():
             return self.ingest(
-                [chunk.text for chunk in batch], before=before, documents=names, progress=False
+                [chunk.text for chunk in batch],
+                left_context=left_context,
+                documents=names,
+                progress=False,
             )
 
     def document(self, name: str) -> str:
@@ -76,7 +79,7 @@ class Front(CacheBlend):
         known, document = set(keys), self.document(name)
         if not self.model_check.passed:
             return 0
-        self.register({document: sorted(known)})
+        self.register_documents({document: sorted(known)})
         held = self._engine.rpc("cacheblend_document_keys", document)
         gone = set(itertools.chain.from_iterable(held)) - known
         return self.forget_documents([document], only=gone) if gone else 0

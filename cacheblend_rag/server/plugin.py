@@ -58,7 +58,7 @@ class CacheBlendEndpoints:
             raise EngineError("this server has no engine")
         extra = _extra(client.vllm_config.kv_transfer_config)
         several = (getattr(args, "api_server_count", None) or 1) > 1
-        server = os.getppid() if as_prompts else os.getpid()
+        server = os.getppid() if several else os.getpid()
         loop = asyncio.get_running_loop()
         return await asyncio.to_thread(Service, client, loop, extra, server)
 

@@ -288,7 +288,7 @@ async def register(asked: Asked) -> Answer:
     given, front = bodies.registrations(body), await asked.front()
 
     def note() -> None:
-        front.register({front.document(n): front.owned(k) for n, k in given.items()})
+        front.register_documents({front.document(n): front.owned(k) for n, k in given.items()})
 
     await asyncio.to_thread(note)
     return {"object": "cacheblend.registration", "documents": len(given)}
@@ -300,7 +300,7 @@ async def registered(asked: Asked) -> Answer:
     body = await asked.body()
     bodies.only(body, ("documents",))
     given, front = bodies.documents(body), await asked.front()
-    found = await asyncio.to_thread(lambda: front.registered(map(front.document, given)))
+    found = await asyncio.to_thread(lambda: front.registered_documents(map(front.document, given)))
     return {"object": "list", "data": [n for n in given if front.document(n) in found]}
 
 
@@ -319,7 +319,7 @@ async def delete_documents(asked: Asked) -> Answer:
 async def document(asked: Asked) -> Answer:
     """Whether chunks are registered for a document."""
     name, front = bodies.document(asked.id(), "id"), await asked.front()
-    if not await asyncio.to_thread(front.registered, [front.document(name)]):
+    if not await asyncio.to_thread(front.registered_documents, [front.document(name)]):
         raise not_found("document", name)
     return {"id": name, "object": "cacheblend.document", "registered": True}
 
@@ -330,7 +330,7 @@ async def delete_document(asked: Asked) -> Answer:
     name, front = bodies.document(asked.id(), "id"), await asked.front()
 
     def forget() -> tuple[bool, int]:
-        there = bool(front.registered([front.document(name)]))
+        there = bool(front.registered_documents([front.document(name)]))
         return there, front.forget_documents([front.document(name)])
 
     there, count = await asyncio.to_thread(forget)

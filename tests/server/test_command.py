@@ -55,7 +55,7 @@ def test_options_of_ours_and_of_vllms(printed: Callable[..., Any], model: str) -
     assert extra == {
         "store": str(Path("kv").absolute()) + "?capacity=1GiB",
         "recompute_ratio": 0.3,
-        "when": "always",
+        "blend_if": "always",
         "selector_options": {"window": 33},
         "ingest_prefix": [1, 2],
         "system_prompt": 'It\'s "so"',
