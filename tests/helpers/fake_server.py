@@ -22,6 +22,7 @@ from servers import free_port
 
 from cacheblend_rag import BlendConfig, CacheBlend, CacheBlendError, PromptError
 from cacheblend_rag.config import PER_CALL
+from cacheblend_rag.store.notes import Notes
 from cacheblend_rag.store.url import redacted
 
 SAMPLING = {"temperature", "max_tokens", "stop", "logprobs", "seed", "structured_outputs"}
@@ -50,6 +51,8 @@ class FakeServer:
     def reset(self) -> None:
         """As at the start; nothing is stored."""
         self.blend.forget_keys(self.blend.stored())
+        engine: Any = self.blend.engine
+        engine.notes = Notes()
         self.api_key: str | None = None
         self.is_plain_vllm = False
         self.faults: dict[str, deque[Fault]] = {}  # by the end of a path

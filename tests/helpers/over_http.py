@@ -1,0 +1,42 @@
+"""A plugin of pytest: tests of the integrations run as they stand, but over HTTP.
+
+Wherever one would start an engine in the process, it starts as ever, with a server before it, and
+the object at hand is connected to that server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+# what is about engines in this process, or about how they start
+ONLY_EMBEDDED = ("engine_args",)
+
+
+@pytest.fixture(autouse=True)
+def over_http(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from fake_server import serving
+
+    from cacheblend_rag import shared
+    from cacheblend_rag.blend import CacheBlend
+
+    servers = contextlib.ExitStack()
+
+    def starter(model: str, settings: Mapping[str, Any]) -> Callable[[], CacheBlend]:
+        def start() -> CacheBlend:
+            blend = CacheBlend(model, config=settings["config"], **settings["engine_args"])
+            server = servers.enter_context(serving(blend))
+            return CacheBlend.connect(server.url)
+
+        return start
+
+    monkeypatch.setattr(shared, "_starter", starter)
+    yield
+    servers.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [i for i in items if not any(words in i.name for words in ONLY_EMBEDDED)]
