@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Self, overload
 
 from tqdm import tqdm
 
@@ -105,18 +105,9 @@ class CacheBlend:
         engine: str = "serving",
         **engine_args: Any,
     ) -> None:
-        self.config = config or BlendConfig()
-        self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
-        self._closed, self._home = False, Home()
-        self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
-        self._namespaces = {self.config.namespace}  # of all fronts to this engine
-        self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
-        self._is_heard, self._synced_at = True, 0.0
-        self._engine: Engine = create_engine(engine, resolve_model(str(model)), engine_args)
+        config = config or BlendConfig()
+        self._take(create_engine(engine, resolve_model(str(model)), engine_args), config)
         try:
-            self.info = self._engine.info
-            self._tokenizer: Any = self._engine.tokenizer  # never handed out
-            self._space = KeySpace(self.info.fingerprint, (), self.config.namespace)
             self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
             self.gate: GateReport = self._open_gate()
             if self.gate.passed:
@@ -150,6 +141,42 @@ class CacheBlend:
         from cacheblend_rag.client import RemoteCacheBlend
 
         return RemoteCacheBlend(url, api_key=api_key, timeout=timeout, config=config)
+
+    @classmethod
+    def around(
+        cls,
+        engine: Engine,
+        config: BlendConfig,
+        gate: GateReport,
+        space: Space | None,
+        *,
+        is_heard: bool = True,
+    ) -> Self:
+        """A front to an engine that others started and bound: nothing is checked or opened.
+
+        Args:
+            gate: what was found when it was started.
+            space: of the requests that it plans; None where it plans none.
+            is_heard: its scheduler's side hears at once what its workers do.
+        """
+        front = object.__new__(cls)
+        front._take(engine, config)
+        front.calibration = space.calibration if space is not None else None
+        front.gate, front._is_heard, front._longest = gate, is_heard, gate.max_tokens
+        if space is not None:
+            front._name, front._space = space.name, space.keys
+        return front
+
+    def _take(self, engine: Engine, config: BlendConfig) -> None:
+        self.config, self._engine, self.info = config, engine, engine.info
+        self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
+        self._closed, self._home = False, Home()
+        self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
+        self._namespaces = {config.namespace}  # of all fronts to this engine
+        self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
+        self._is_heard, self._synced_at = True, 0.0
+        self._tokenizer: Any = engine.tokenizer  # never handed out
+        self._space = KeySpace(self.info.fingerprint, (), config.namespace)
 
     # ---- ingestion -----------------------------------------------------------------------------
 
@@ -301,17 +328,20 @@ class CacheBlend:
         ranks = self._ask_stores("cacheblend_list")
         return set.intersection(*({key for key, _ in ours(self._space, rows)} for rows in ranks))
 
-    def beside(self, config: BlendConfig) -> CacheBlend:
+    def beside(self, config: BlendConfig, *, space: str | None = None) -> Self:
         """A second front to the same engine and store, with a configuration of its own: another
         ingest prefix, say. Each knows what is stored by its own configuration, through whichever
         front or process. Where ``config`` names another store, that is passed over; close only the
         first front. One of another namespace is another tenant's: it reads none of the KV of the
         first, vLLM's prefix cache included.
+
+        Args:
+            space: by which name its requests are known to the engine; one of its own where None.
         """
         self._check_open()
-        other = object.__new__(CacheBlend)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.config, other._name = config, uuid.uuid4().hex
+        other.config, other._name = config, space or uuid.uuid4().hex
         other.__dict__.pop("tokenizer", None)  # each has a copy of its own
         other._namespaces.add(config.namespace)
         other._space = other._key_space(config)
@@ -651,7 +681,7 @@ class CacheBlend:
 
     def _open_space(self) -> None:
         """Have this front's requests planned by its own configuration."""
-        options = {"min_chunk_tokens": self.config.min_chunk_tokens}
+        options = calibration.resolved(self.config, self.calibration).request_defaults()
         head = self._store_head()
         space = Space(name=self._name, keys=self._space, head=head, options=options)
         self._engine.rpc("cacheblend_open", space.to_plain())

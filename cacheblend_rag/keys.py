@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FORMAT = 2  # of all that is stored: raise it when KV, names or files change meaning
 
@@ -32,6 +32,16 @@ class KeySpace(NamedTuple):
     prefix_ids: tuple[int, ...]
     namespace: str = ""
     by_document: bool = False
+
+    def to_plain(self) -> list[Any]:
+        """Lists, numbers and texts, for an RPC."""
+        return [list(field) if isinstance(field, tuple) else field for field in self]
+
+    @classmethod
+    def from_plain(cls, data: Sequence[Any]) -> KeySpace:
+        """The key space that ``to_plain`` wrote."""
+        fingerprint, prefix, namespace, by_document = data
+        return cls(fingerprint, tuple(prefix), namespace, by_document)
 
     @property
     def shared_prefix(self) -> tuple[int, ...] | None:

@@ -43,14 +43,13 @@ class Space:
     def to_plain(self) -> dict[str, Any]:
         """Lists, numbers and texts, for an RPC."""
         head = None if self.head is None else [self.head.key, list(self.head.token_ids)]
-        keys = [list(field) if isinstance(field, tuple) else field for field in self.keys]
-        return {"name": self.name, "keys": keys, "head": head, "options": dict(self.options)}
+        keys, options = self.keys.to_plain(), dict(self.options)
+        return {"name": self.name, "keys": keys, "head": head, "options": options}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Space:
         """The space that ``to_plain`` wrote."""
-        fingerprint, prefix, namespace, by_document = data["keys"]
-        keys = KeySpace(fingerprint, tuple(prefix), namespace, by_document)
+        keys = KeySpace.from_plain(data["keys"])
         head = Head(data["head"][0], tuple(data["head"][1])) if data["head"] else None
         return cls(name=data["name"], keys=keys, head=head, options=data["options"])
 
@@ -122,6 +121,14 @@ class Planner:
             self._lose(message.keys)
         else:
             self._open(message)
+
+    def space_id(self, options: object) -> str:
+        """Tells whose request this is, by its options, without naming them; "" where that is not
+        known.
+        """
+        name = options.get("space") if isinstance(options, Mapping) else None
+        space = self._spaces.get(str(name or self._default))
+        return "" if space is None else space.keys.key(())
 
     def plan(self, token_ids: Sequence[int], options: Mapping[str, Any]) -> Planned:
         """Find the known chunks of a prompt, and decide what is reused.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from cacheblend_rag._version import __version__
-from cacheblend_rag.cli import calibrate, demo, documents, evaluate, model, store
+from cacheblend_rag.cli import calibrate, demo, documents, evaluate, model, serve, store
 from cacheblend_rag.cli.base import INTERRUPTED, OUR_ERROR, Done, Screen
 from cacheblend_rag.cli.output import nothing_else_on_stdout, quieten
 from cacheblend_rag.errors import CacheBlendError
@@ -18,6 +18,8 @@ from cacheblend_rag.errors import CacheBlendError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if (served := serve.is_asked(arguments)) is not None:
+        return _served(served)
     args = _parser().parse_args(arguments)
     quieten()
     try:
@@ -35,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return done.code
 
 
+def _served(arguments: Sequence[str]) -> int:
+    try:
+        return serve.run(arguments)
+    except CacheBlendError as error:
+        print(f"cacheblend: {error}", file=sys.stderr)
+        return OUR_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cacheblend",
@@ -43,6 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cacheblend-rag {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for family in (documents, model, evaluate, calibrate, store, demo):
+    for family in (serve, documents, model, evaluate, calibrate, store, demo):
         family.add(commands)
     return parser

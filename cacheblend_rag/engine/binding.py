@@ -37,6 +37,7 @@ from cacheblend_rag.store.url import parse_size, parse_url
 if TYPE_CHECKING:
     from cacheblend_rag.engine.connector import CacheBlendConnector
 
+SERVER = "server"  # key of the extra config: what the endpoints are told, see server/options.py
 _SPACE = "default"
 
 logger = init_logger("vllm.cacheblend_rag")
@@ -91,15 +92,21 @@ def bind(connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, told:
     """
     if get_kv_transfer_group() is not connector:
         why_not = Why(Reason.OTHER_CONNECTORS, "other KV connectors are beside ours")
-        return Said([_nothing(), Limits(why_not=why_not)])
+        return _refused(connector, why_not)
     try:
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
-        config = BlendConfig.of(given, "kv_connector_extra_config")
+        ours = {name: value for name, value in given.items() if name != SERVER}
+        config = BlendConfig.of(ours, "kv_connector_extra_config")
         return _bind(_Worker(connector, runner, vllm_config), config, told)
     except CacheBlendError as error:
         why_not = Why(Reason.NOT_READY, f"{type(error).__name__}: {error}")
     logger.error("requests are served without blending: %s", why_not.detail)
-    return Said([_nothing(), Limits(why_not=why_not)])
+    return _refused(connector, why_not)
+
+
+def _refused(connector: CacheBlendConnector, why_not: Why) -> Said:
+    connector.bound.limits = Limits(why_not=why_not)
+    return Said([_nothing(), connector.bound.limits])
 
 
 def _bind(worker: _Worker, config: BlendConfig, told: bool) -> Said:
@@ -111,7 +118,7 @@ def _bind(worker: _Worker, config: BlendConfig, told: bool) -> Said:
     if not report.passed:
         assert report.reason is not None
         logger.warning("requests are served without blending: %s", report.detail)
-        return Said([_nothing(), Limits(why_not=Why(report.reason, report.detail))])
+        return _refused(worker._connector(), Why(report.reason, report.detail))
     worker._rows().proved = lambda why_not: worker._say(
         Limits(why_not=why_not, longest=report.max_tokens, costs=worker._blender().costs)
     )
@@ -129,8 +136,12 @@ def _bind(worker: _Worker, config: BlendConfig, told: bool) -> Said:
     return Said(link.take(), where)
 
 
-def follow(link: Link, url: str, namespace: str, tenant: str) -> Callable[[], None]:
-    """Have the scheduler's side follow a store itself; returns what is to be closed."""
+def follow(
+    link: Link, url: str, namespace: str, tenant: str
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Have the scheduler's side follow a store itself; returns what lists it anew, and what closes
+    it.
+    """
     store = open_store(url, namespace=namespace, tenant=tenant)
     follower = Follower(store, lambda key: None)
     link.follow(follower)
@@ -140,7 +151,7 @@ def follow(link: Link, url: str, namespace: str, tenant: str) -> Callable[[], No
         follower.close()
         store.close()
 
-    return close
+    return follower.list, close
 
 
 def _nothing() -> Space:

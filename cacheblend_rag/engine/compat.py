@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -74,6 +75,23 @@ def no_chat_template() -> type[Exception]:
         f"{where}.chat_utils"
     ).ChatTemplateResolutionError
     return found
+
+
+def cli_env_setup() -> Callable[[], None]:
+    """What vLLM's command does to the environment before anything else."""
+    for module in ("vllm.entrypoints.serve.utils.api_utils", "vllm.entrypoints.utils"):
+        with contextlib.suppress(ImportError):
+            found = getattr(importlib.import_module(module), "cli_env_setup", None)
+            if found is not None:
+                return found  # type: ignore[no-any-return]
+    return lambda: None
+
+
+def configure_logging() -> Callable[[Any], None] | None:
+    """What newer vLLMs' command does with options of logging."""
+    from vllm import logger
+
+    return getattr(logger, "configure_logging_from_args", None)
 
 
 def renderer(config: VllmConfig) -> Any:

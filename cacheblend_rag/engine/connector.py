@@ -23,7 +23,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cacheblend_rag.engine import binding
 from cacheblend_rag.engine.binding import Said
 from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.bound import Bound, Pulse
 from cacheblend_rag.engine.link import Link
+from cacheblend_rag.engine.names import answers_to
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
@@ -70,15 +72,20 @@ class CacheBlendConnector(KVConnectorBase_V1):
         claims: the scheduler's side.
         rows: the worker's side; None until the worker is bound.
         link: to the other side.
+        bound: what the worker's side has; pulse: of its steps.
         recent: what was done for the last requests, by the caller's names, for ``rpc``.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         scheduling = role == KVConnectorRole.SCHEDULER
-        self.claims = Claims(vllm_config, kv_cache_config) if scheduling else None
+        self._binds = vllm_config.kv_transfer_config.kv_connector_extra_config != BY_FRONT_DOOR
+        self.claims = (
+            Claims(vllm_config, kv_cache_config, names=not self._binds) if scheduling else None
+        )
         self.rows: StepRows | None = None
         self.recent: OrderedDict[str, BlendOutcome | dict[str, Any]] = OrderedDict()
+        self.bound, self.pulse = Bound(), Pulse()
         self.closing: Callable[[], None] | None = None  # closes the worker's store
         self._done: list[Finished] = []  # not yet reported
         self._lost: dict[str, set[int]] = {}  # requests and their blocks, not yet reported
@@ -86,7 +93,6 @@ class CacheBlendConnector(KVConnectorBase_V1):
         given = vllm_config.kv_transfer_config
         self.link = Link.of(str(given.engine_id))
         self._config = vllm_config
-        self._binds = given.kv_connector_extra_config != BY_FRONT_DOOR
         self._runner: Any = None
         if self._binds:  # what cannot be written must not be read, whatever vLLM's default is
             given.kv_load_failure_policy = "fail"
@@ -149,13 +155,15 @@ class CacheBlendConnector(KVConnectorBase_V1):
             if isinstance(said, Said):
                 self.claims.planning.deliver(rank, said.messages)
                 if said.store is not None and self.closing is None:
-                    self.closing = binding.follow(self.link, *said.store)
+                    list_anew, self.closing = binding.follow(self.link, *said.store)
+                    self.claims.planning.opened = list_anew
 
     # ---- worker side ---------------------------------------------------------------------------
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins: the only hook that both runners call before every forward."""
         super().bind_connector_metadata(connector_metadata)
+        self.pulse.beat()
         if self._runner is not None:  # beside a connector whose handshake hides ours
             for message in self._bind(told=True).messages:
                 self.link.say(message)
@@ -220,6 +228,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def _said(self) -> dict[int, list[Message]]:
         messages = self.link.take()
         return {get_tensor_model_parallel_rank(): messages} if messages else {}
+
+    def reports(self, request: str) -> list[BlendOutcome | dict[str, Any]]:
+        """Of ``recent``, what belongs to a request by the id that its client saw, in order."""
+        named = [(answers_to(name, request), name) for name in list(self.recent)]
+        return [self.recent[name] for place, name in sorted(n for n in named if n[0])]
 
     def _remember(self, name: str, done: BlendOutcome | dict[str, Any]) -> None:
         self.recent[name] = done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from threading import Lock
@@ -15,7 +15,7 @@ from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.known import News
 from cacheblend_rag.plan import NoPlan
-from cacheblend_rag.planner import Lost, Message, Planned, Planner
+from cacheblend_rag.planner import Lost, Message, Planned, Planner, Space
 from cacheblend_rag.reason import Reason
 
 # What takes a millisecond or two is done between two steps; a thread that has to wait for its turn
@@ -41,6 +41,7 @@ class Planning:
         self._thread = DaemonPool(1, "cacheblend-plan")
         self._collecting, self._learning = Lock(), Lock()
         self._busy: Future[Any] | None = None  # the last that the thread was given
+        self.opened: Callable[[], object] | None = None  # lists a store that this side follows
         link.hear(self._wake)
 
     def deliver(self, rank: int, messages: Sequence[Message]) -> None:
@@ -103,7 +104,11 @@ class Planning:
         with self._learning:
             self._collect()
             while self._mail:
+                rank, message = self._mail.popleft()
                 try:
-                    self.planner.learn(*self._mail.popleft())
+                    self.planner.learn(rank, message)
+                    if isinstance(message, Space) and self.opened is not None:
+                        self.opened()  # its chunks of before come with a whole listing
+                        self._collect()
                 except Exception:  # of one message: the others count
                     logger.exception("the scheduler's side could not take in what a worker said")

@@ -64,6 +64,7 @@ class _Tracked:
         why_not: why it is not blended (any more).
         exact: the exact hashes of the prompt's blocks.
         per_hash: tokens a hash stands for.
+        space: whose it is, see ``Planner.space_id``.
         shared: tokens found in vLLM's prefix cache that others may use too.
         claim: of the blend under way; None before and once all of its rows are scheduled.
     """
@@ -78,6 +79,7 @@ class _Tracked:
     seconds: Mapping[str, float] = field(default_factory=dict)
     exact: Sequence[bytes] = ()
     per_hash: int = 1
+    space: str = ""
     shared: int = 0
     claim: _Claim | None = None
     begun: bool = False  # its blend went to the workers once
@@ -89,7 +91,13 @@ class _Tracked:
     def planned(self) -> dict[str, Any]:
         """The scheduler's part of the report."""
         plan = self.plan.to_dict() if self.plan is not None and self.begun else None
-        return {"mode": self.mode, "plan": plan, "seconds": dict(self.seconds)}
+        return {
+            "mode": self.mode,
+            "plan": plan,
+            "seconds": dict(self.seconds),
+            "space": self.space,
+            "tokens": len(self.request.prompt_token_ids or ()),
+        }
 
     def report(self) -> dict[str, Any]:
         """See ``report.make_report``; not whole before the outcome is there."""
@@ -117,9 +125,15 @@ class _Tracked:
 
 
 class Claims:
-    """The requests that carry a plan, from their arrival to their end."""
+    """The requests that carry a plan, from their arrival to their end.
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+    Args:
+        names: their senders give them names of their own. Else vLLM's count: a name that any client
+            may choose could be another's.
+    """
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *, names: bool = True) -> None:
+        self._names = names
         cache = vllm_config.cache_config
         self._block_size = int(cache.block_size)
         link = Link.of(str(vllm_config.kv_transfer_config.engine_id))
@@ -143,14 +157,22 @@ class Claims:
         options = given.get(PARAMS_KEY)
         if options is None and not self.planning.planner.plans_all:
             return
-        tracked = self._requests[request.request_id] = _Tracked(request, _name(request, options))
-        tracked.why_not = self._refusal(request)
+        name = _name(request, options) if self._names else str(request.request_id)
+        tracked = self._requests[request.request_id] = _Tracked(request, name)
+        tracked.space = self.planning.planner.space_id(options)
+        tracked.why_not = self._refusal(request) or self._forged(options)
         if tracked.why_not is None:
             tracked.planning = self.planning.begin(request.prompt_token_ids, options or {})
             self._take_plan(tracked)
 
     def _refusal(self, request: Any) -> Why | None:
         return Why(Reason.CUDA_GRAPHS, self._whole_graphs) if self._whole_graphs else _why(request)
+
+    def _forged(self, options: object) -> Why | None:
+        """A name that a client chose could be that of another's report."""
+        if self._names or not isinstance(options, Mapping) or "request_id" not in options:
+            return None
+        return Why(Reason.MALFORMED_OPTIONS, "request_id is not for clients: leave it out")
 
     def _take_plan(self, tracked: _Tracked) -> None:
         """If the request is planned by now, its blocks get the hashes to look for."""

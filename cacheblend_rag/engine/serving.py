@@ -52,7 +52,7 @@ class ServingEngine(Engine):
             self.sampling_names = sampling_names()
             config = self._engine.vllm_config
             skip = config.model_config.skip_tokenizer_init
-            self.tokenizer = None if skip else self._call(_tokenizer(self._engine))
+            self.tokenizer = None if skip else self._call(tokenizer_of(self._engine))
             self.chat = VllmChat(self._engine.renderer)
             self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
         except BaseException:
@@ -74,7 +74,7 @@ class ServingEngine(Engine):
             return unwrap(awaited(self._ranks, method, *args))
 
     def _ranks(self, method: str, *args: Any) -> list[Any]:
-        return list(self._call(_rpc(self._open(), method, args)))
+        return list(self._call(rpc(self._open(), method, args)))
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         async def collect(request: EngineRequest) -> list[EngineOutput]:
@@ -167,7 +167,7 @@ class ServingEngine(Engine):
     async def _causes(self, request: EngineRequest) -> list[str]:
         """Why a request could not be computed, by what each rank says."""
         name = plan_name(request)
-        return list(await _rpc(self._open(), "cacheblend_cause", (name,))) if name else []
+        return list(await rpc(self._open(), "cacheblend_cause", (name,))) if name else []
 
     def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
         future = self._submit(work)
@@ -208,8 +208,10 @@ async def _start(engine_args: Any) -> Any:
     return AsyncLLM.from_engine_args(engine_args, usage_context=server)
 
 
-async def _rpc(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
-    """vLLM never answers a call that was under way when its process was killed."""
+async def rpc(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
+    """Call ``method`` of every rank's worker. vLLM never answers a call that was under way when its
+    process was killed.
+    """
     call = asyncio.ensure_future(engine.collective_rpc(method, args=args))
     try:
         while not (await asyncio.wait([call], timeout=0.5))[0]:
@@ -220,7 +222,8 @@ async def _rpc(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
         call.cancel()
 
 
-async def _tokenizer(engine: Any) -> Any:
+async def tokenizer_of(engine: Any) -> Any:
+    """The engine's own."""
     found = engine.get_tokenizer()
     return await found if asyncio.iscoroutine(found) else found
 

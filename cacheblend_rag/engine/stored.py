@@ -9,7 +9,8 @@ from typing import Any
 
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.base import TICKET, as_result
-from cacheblend_rag.known import Row
+from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.known import Row, ours
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
 from cacheblend_rag.store.follow import Follower, row_of
 from cacheblend_rag.store.notes import Notes
@@ -105,6 +106,10 @@ class RankStore:
         noted = self._notes.documents()
         return [document for document in documents if document_id(document) in noted]
 
+    def document_keys(self, document: str) -> list[str]:
+        """As ``KVStore.document_keys``."""
+        return self._notes.document_keys(document)
+
     def unlabel(self, documents: Sequence[str], only: Sequence[str] | None) -> list[str]:
         """As ``KVStore.unlabel``, of documents by name."""
         return self._notes.unlabel(map(document_id, documents), only)
@@ -112,6 +117,21 @@ class RankStore:
     def stats(self) -> dict[str, int]:
         """The store's counts."""
         return dict(self.store.stats()._asdict())
+
+    def keys(self, space: KeySpace) -> list[str]:
+        """Those of a key space that are stored, in order."""
+        return sorted(key for key, _ in ours(space, map(row_of, self.store.scan())))
+
+    def page(self, space: KeySpace, after: str, limit: int, document: str | None) -> list[str]:
+        """Of ``keys``, or of those of a document, at most ``limit`` that come behind ``after``."""
+        keys = self.keys(space)
+        if document is not None:
+            keys = sorted(set(keys).intersection(self.document_keys(document)))
+        return [key for key in keys if key > after][:limit]
+
+    def owned(self, space: KeySpace, keys: Sequence[str]) -> list[str]:
+        """Those of ``keys`` that are of a key space."""
+        return sorted(set(self.keys(space)).intersection(keys))
 
     def list(self) -> list[Row]:
         """What is stored."""

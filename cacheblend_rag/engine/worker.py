@@ -19,6 +19,7 @@ from cacheblend_rag.engine import answers, compat
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import as_result
 from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.bound import Bound
 from cacheblend_rag.engine.fingerprint import fingerprint
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.heads import heads_of
@@ -29,13 +30,17 @@ from cacheblend_rag.engine.rope import context_length, tables_of
 from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import measured
+from cacheblend_rag.engine.slices import Sliced
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import News, Row
 from cacheblend_rag.plan import Head
 from cacheblend_rag.planner import Limits, Message, Space
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.store import open_store
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV
+from cacheblend_rag.store.follow import row_of
 from cacheblend_rag.store.url import parse_url
 
 if TYPE_CHECKING:
@@ -81,11 +86,11 @@ class WorkerExtension:
             max_len = int(chosen.max_model_len)
             longest = max(max_len, context_length(chosen))
             tables = tables_of(model, longest, handle.layers[0].head_size)
-            self._cacheblend_heads = heads_of(handle)
+            self._bound().heads = heads_of(handle)
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
-            self._cacheblend_parts = handle, rope, cache
+            self._bound().parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
             a_head = 2 * handle.num_layers * handle.layers[0].head_size * chosen.dtype.itemsize
             facts["kv_bytes_per_token"] = a_head * int(chosen.get_total_num_kv_heads())
@@ -97,6 +102,7 @@ class WorkerExtension:
             facts["fingerprint"] = fingerprint(model, self.vllm_config, rope, *ranks)
         except UnsupportedModelError as error:
             facts["refusal"] = list(error.why)
+        self._bound().facts = facts
         return facts
 
     @_reporting
@@ -116,25 +122,28 @@ class WorkerExtension:
         self, url: str, fingerprint: str, gpu_cache: int, tenant: str, *, follows: bool = True
     ) -> None:
         """``follows``: the scheduler's side learns from this rank what becomes of the store."""
-        handle, rope, cache = self._cacheblend_parts
-        heads = self._cacheblend_heads
+        handle, rope, cache = self._bound().parts
+        heads = self._bound().heads
         store = open_store(url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
         # what all ranks share one of them speaks for
         is_shared = parse_url(url).scheme != "memory"
-        self._cacheblend_is_silent = heads is not None and is_shared and not heads.leads
-        self._cacheblend_lanes = open_lanes(handle, rope, cache, gpu_cache)
-        blender = Blender(handle, rope, store, self._cacheblend_lanes)
+        self._bound().is_silent = heads is not None and is_shared and not heads.leads
+        self._bound().lanes = open_lanes(handle, rope, cache, gpu_cache)
+        blender = Blender(handle, rope, store, self._bound().lanes)
         self._rows().blender = blender
-        self._cacheblend_ingestor = Ingestor(handle, heads)
+        self._bound().ingestor = Ingestor(handle, heads)
+        self._bound().sliced = Sliced(handle, heads)
+        self._bound().is_open = True
         leads = not get_tensor_model_parallel_rank()
-        self._cacheblend_store = RankStore(store, self._cacheblend_lanes.forget, leads=leads)
-        self._connector().closing = self._cacheblend_store.close
+        self._bound().store = RankStore(store, self._bound().lanes.forget, leads=leads)
+        self._connector().closing = self._bound().store.close
         link = self._connector().link
         link.blender = blender if heads is None else None
-        if self._cacheblend_is_silent or not follows:
-            self._cacheblend_store.follower.start(None)
+        self._bound().tells = not follows
+        if self._bound().is_silent or not follows:
+            self._bound().store.follower.start(None)
         else:
-            link.follow(self._cacheblend_store.follower)
+            link.follow(self._bound().store.follower)
 
     def cacheblend_open(self, space: dict[str, Any], known: list[Row] | None = None) -> Any:
         """Have requests of a space planned.
@@ -165,14 +174,14 @@ class WorkerExtension:
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
-        return self._cacheblend_lanes.costs()
+        return self._bound().lanes.costs()
 
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
         rows = self._rows()
         if rows.blender is not None:
             self._say(Limits(why_not=Why(Reason.NOT_READY, "blending was turned off")))
-            self._cacheblend_store.close()
+            self._bound().store.close()
             rows.blender = None
             self._connector().link.end()
 
@@ -194,8 +203,35 @@ class WorkerExtension:
         ``keys``; returns the bytes stored, of all heads where this rank leads, and why what key was
         not stored.
         """
-        computed = self._cacheblend_ingestor.compute(chunks, prefix_ids, contexts)
-        return self._later(lambda store: store.put(keys, computed))
+        computed = self._bound().ingestor.compute(chunks, prefix_ids, contexts)
+        return self._later(lambda store: self._put(store, keys, computed))
+
+    @_reporting
+    def cacheblend_ingest_begin(
+        self,
+        name: str,
+        keys: list[str],
+        chunks: list[list[int]],
+        prefix_ids: list[int],
+        contexts: list[list[int]],
+    ) -> None:
+        """``cacheblend_ingest`` that computes nothing by itself: see ``cacheblend_ingest_go_on``.
+        One that was begun before and did not end is dropped.
+        """
+        self._bound().sliced.begin(name, keys, chunks, prefix_ids, contexts)
+
+    @_reporting
+    def cacheblend_ingest_go_on(self, name: str, layers: int) -> Any:
+        """Compute so many layers, the same number on every rank; returns how far it is (see
+        ``pacing.Progress``), or what ``cacheblend_ingest`` returns.
+        """
+        sliced = self._bound().sliced
+        done = sliced.go_on(name, layers)
+        self._connector().pulse.other(sliced.seconds)
+        if not done:
+            return {"seconds": sliced.seconds, **self._connector().pulse.to_plain()}
+        keys, computed = sliced.take()
+        return self._later(lambda store: self._put(store, keys, computed))
 
     def cacheblend_prefetch(self, keys: list[str]) -> None:
         """Start bringing ``keys`` nearer, where the store has tiers."""
@@ -203,7 +239,7 @@ class WorkerExtension:
 
     def cacheblend_forget(self, keys: list[str]) -> Any:
         """Drop ``keys`` from the store, and what is kept of them beside it."""
-        return self._later(lambda store: store.forget(keys))
+        return self._later(lambda store: self._forget(store, keys))
 
     def cacheblend_label(self, documents: list[tuple[str, list[str]]]) -> Any:
         """Note which keys each document consists of."""
@@ -218,6 +254,49 @@ class WorkerExtension:
         the keys dropped that no document consists of any more.
         """
         return self._later(lambda store: store.unlabel(documents, only))
+
+    def cacheblend_document_keys(self, document: str) -> Any:
+        """The keys that are noted for a document."""
+        return self._later(lambda store: store.document_keys(document))
+
+    def cacheblend_page(self, keys: list[Any], after: str, limit: int, document: str | None) -> Any:
+        """Keys of stored chunks of a key space (``KeySpace.to_plain``) in order, at most ``limit``
+        behind ``after``, or those of a document; None where another rank speaks for the store.
+        """
+        space = KeySpace.from_plain(keys)
+        return self._spoken(lambda store: store.page(space, after, limit, document))
+
+    def cacheblend_owned(self, space: list[Any], keys: list[str]) -> Any:
+        """Those of ``keys`` that are chunks of this key space; None where another rank speaks."""
+        return self._spoken(lambda store: store.owned(KeySpace.from_plain(space), keys))
+
+    def cacheblend_count(self, space: list[Any]) -> Any:
+        """How many chunks of this key space are stored; None where another rank speaks."""
+        return self._spoken(lambda store: len(store.keys(KeySpace.from_plain(space))))
+
+    def cacheblend_state(self) -> dict[str, Any]:
+        """What was found and said when this worker was bound, for a front that did not start it:
+        ``facts`` as ``cacheblend_inspect`` has them, ``limits``, the default ``space``, and whether
+        the scheduler's side hears at once what this rank does.
+        """
+        bound, connector = self._bound(), self._connector()
+        facts = {k: v for k, v in bound.facts.items() if k not in ("checks", "attention")}
+        limits = bound.limits._asdict()
+        return {
+            "facts": facts,
+            "why_not": None if bound.limits.why_not is None else list(bound.limits.why_not),
+            "longest": limits["longest"],
+            "proving": limits["proving"],
+            "space": None if bound.space is None else bound.space.to_plain(),
+            "is_open": bound.is_open,
+            "is_heard": connector.link.is_heard,
+            "born": bound.born,
+        }
+
+    def cacheblend_reports(self, request: str) -> list[dict[str, Any]]:
+        """What was done for the requests of vLLM's that answered a client's request, in order."""
+        found = self._connector().reports(request)
+        return [done.report() if isinstance(done, BlendOutcome) else done for done in found]
 
     def cacheblend_store_stats(self) -> Any:
         """Counts of this rank's store; None where another speaks for it."""
@@ -234,25 +313,25 @@ class WorkerExtension:
         list while there is none.
         """
         number = tickets[get_tensor_model_parallel_rank()]
-        return [] if number is None else self._cacheblend_store.thread.take(number)
+        return [] if number is None else self._bound().store.thread.take(number)
 
     def _spoken(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
         """As ``_later``; None where another rank speaks for the store."""
-        return None if self._cacheblend_is_silent else self._later(work)
+        return None if self._bound().is_silent else self._later(work)
 
     def _later(self, work: Callable[[RankStore], Any]) -> dict[str, int]:
         """Have the store's thread do ``work``: no step waits for a disk or a network."""
-        store = self._cacheblend_store
+        store = self._bound().store
         return store.thread.start(lambda: work(store))
 
     def cacheblend_outcome(self, name: str, positions: bool = False) -> dict[str, Any]:
         """What was done for a request whose last output could not carry it: it ended in the step of
         its blend, or the front end ended it. With ``positions``, the recomputed positions too.
         """
-        outcome = self._connector().recent.get(name, {})
-        if not isinstance(outcome, BlendOutcome):
-            return outcome
-        return {**outcome.report(), **({"selected": outcome.positions()} if positions else {})}
+        done = self._connector().recent.get(name, {})
+        if not isinstance(done, BlendOutcome):
+            return done
+        return {**done.report(), **({"selected": done.positions()} if positions else {})}
 
     def cacheblend_cause(self, name: str) -> str:
         """Why a request that ended with an error could not be computed; empty if none is known."""
@@ -268,23 +347,48 @@ class WorkerExtension:
 
     def _store_head(self, head: Head) -> None:
         """Store the prompts' usual first tokens, unless all ranks have them."""
-        missing = bool(self._cacheblend_store.missing([head.key]))
-        if self._cacheblend_parts[0].ranks.any([missing])[0]:
-            computed = self._cacheblend_ingestor.compute([head.token_ids], [], [[]])
-            self._cacheblend_store.put([head.key], computed)
+        missing = bool(self._bound().store.missing([head.key]))
+        if self._bound().parts[0].ranks.any([missing])[0]:
+            computed = self._bound().ingestor.compute([head.token_ids], [], [[]])
+            self._bound().store.put([head.key], computed)
 
     def _list_store(self) -> None:
-        if not self._cacheblend_is_silent:
-            self._cacheblend_store.follower.list()
+        if not self._bound().is_silent:
+            self._bound().store.follower.list()
+
+    def _put(
+        self, store: RankStore, keys: list[str], computed: list[ChunkKV]
+    ) -> tuple[int, dict[str, str]]:
+        """Store chunks; a scheduler's side that follows the store itself need not wait to see."""
+        done = store.put(keys, computed)
+        if self._bound().tells:
+            both = zip(keys, computed, strict=True)
+            rows = [row_of(ChunkInfo.of(key, kv)) for key, kv in both if key not in done[1]]
+            self._say(News(rows))
+        return done
+
+    def _forget(self, store: RankStore, keys: list[str]) -> None:
+        if self._bound().tells:
+            self._say(News([], keys))
+        store.forget(keys)
 
     def _say(self, message: Message) -> None:
         """Tell the scheduler's side what all ranks know."""
+        bound = self._bound()
+        if isinstance(message, Limits):
+            bound.limits = message
+        elif isinstance(message, Space) and message.default:
+            bound.space = message
         if not get_tensor_model_parallel_rank():
             self._connector().link.say(message)
 
     def _connector(self) -> CacheBlendConnector:
         connector: Any = get_kv_transfer_group()
         return connector  # type: ignore[no-any-return]
+
+    def _bound(self) -> Bound:
+        """Shared with whoever else stands for this worker: see ``engine/binding.py``."""
+        return self._connector().bound
 
     def _rows(self) -> StepRows:
         rows = self._connector().rows

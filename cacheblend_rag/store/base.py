@@ -242,6 +242,10 @@ class KVStore(ABC):
         """The ``document_id`` of each document noted."""
         return set()
 
+    def document_keys(self, document: str) -> list[str]:
+        """The keys of the chunks that ``document`` (any text) consists of, in order."""
+        return []
+
     def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         """Drop the notes on these ids, or of those notes only that on the keys ``only``; returns
         the keys dropped that no document consists of any more.

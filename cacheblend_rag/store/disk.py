@@ -189,6 +189,11 @@ class DiskStore(KVStore):
         with explained(self._folder):
             return {document.hex() for document in self._catalog.index.documents(self.namespace)}
 
+    def document_keys(self, document: str) -> list[str]:
+        with explained(self._folder):
+            raw = bytes.fromhex(document_id(document))
+            return [key.hex() for key in self._catalog.index.document_keys(self.namespace, raw)]
+
     def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         with explained(self._folder):
             raw = [bytes.fromhex(document) for document in documents]

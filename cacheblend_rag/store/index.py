@@ -362,6 +362,11 @@ class Index:
         query = "SELECT DISTINCT document FROM documents WHERE namespace = ?"
         return {name for (name,) in self._all(query, namespace) if isinstance(name, bytes)}
 
+    def document_keys(self, namespace: str, document: bytes) -> list[bytes]:
+        """The keys noted for a document, in order."""
+        query = "SELECT key FROM documents WHERE namespace = ? AND document = ? ORDER BY key"
+        return [key for (key,) in self._all(query, namespace, document) if _is_key(key)]
+
     def unlabel(
         self,
         namespace: str,

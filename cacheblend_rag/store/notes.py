@@ -25,6 +25,11 @@ class Notes:
         with self._lock:
             return set(self._keys)
 
+    def document_keys(self, document: str) -> list[str]:
+        """As ``KVStore.document_keys``."""
+        with self._lock:
+            return sorted(self._keys.get(document_id(document), ()))
+
     def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         """As ``KVStore.unlabel``."""
         gone: set[str] = set()

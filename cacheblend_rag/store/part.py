@@ -105,6 +105,9 @@ class PartStore(KVStore):
     def documents(self) -> set[str]:
         return self.whole.documents()
 
+    def document_keys(self, document: str) -> list[str]:
+        return self.whole.document_keys(document)
+
     def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         return self.whole.unlabel(documents, only)
 

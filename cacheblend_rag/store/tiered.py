@@ -115,6 +115,9 @@ class TieredStore(KVStore):
     def documents(self) -> set[str]:
         return self._notes.documents()
 
+    def document_keys(self, document: str) -> list[str]:
+        return self._notes.document_keys(document)
+
     def unlabel(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         return self._notes.unlabel(documents, only)
 

@@ -20,6 +20,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BOUNDARIES = {
     "vllm": "cacheblend_rag/engine",
     "triton": "kernels",
+    "fastapi": "cacheblend_rag/server",
+    "starlette": "cacheblend_rag/server",
     "langchain": "integrations",
     "langchain_classic": "integrations",
     "langchain_core": "integrations",

@@ -1,0 +1,293 @@
+"""``serve``: vLLM's own server, whose answers are blended, with endpoints for ingestion."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from cacheblend_rag.cli.base import OK, Done, Screen, positive, share
+from cacheblend_rag.config import PREFIXES, BlendConfig
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.models import resolve_model
+from cacheblend_rag.select import selectors
+from cacheblend_rag.server.options import ServerOptions
+from cacheblend_rag.store.url import parse_size, parse_url
+
+WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
+_OURS_ALONE = ("--kv-transfer-config", "--worker-extension-cls")
+_SERVER = ("state", "tenants", "tenant_header", "max_body", "max_queued_tokens")
+_EPILOG = (
+    "Every other option is one of vLLM's: cacheblend serve --help=vllm lists its groups, "
+    "--help=all its options, --help=max-model-len one of them."
+)
+
+
+class Command(NamedTuple):
+    """A plain ``vllm serve``: what follows these words, and the variables that it needs."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+
+    def line(self) -> str:
+        """For a shell."""
+        set_first = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*set_first, "vllm serve", shlex.join(self.arguments)])
+
+
+def add(commands: Any) -> None:
+    """Add the command of this file. It takes arguments that only vLLM knows."""
+    text = "vLLM's OpenAI-compatible server with blending"
+    parser = commands.add_parser("serve", help=text, add_help=False)
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    parser.set_defaults(run=_never, json=False)
+
+
+def _never(args: argparse.Namespace, screen: Screen) -> Done:
+    raise AssertionError("main() calls run() instead")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command, whose arguments argparse's own subcommands can't pass on.
+
+    Raises:
+        ConfigError: an option is wrong, or is for us to set.
+    """
+    parser = _parser()
+    if arguments and arguments[0].startswith("--help="):
+        return _vllm_help(arguments[0].partition("=")[2])
+    args, theirs = parser.parse_known_args(list(arguments))
+    command = plain(args, theirs)
+    if args.print_command:
+        print(command.line())
+        return OK
+    _start(command)
+    return OK
+
+
+def plain(args: argparse.Namespace, theirs: Sequence[str]) -> Command:
+    """The ``vllm serve`` that does the same.
+
+    Args:
+        args: our own options.
+        theirs: what is left, for vLLM.
+    """
+    from cacheblend_rag.engine.launch import allowed_plugins
+
+    for word in theirs:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and any(_means(option, ours) for ours in _OURS_ALONE):
+            raise ConfigError(
+                f"{option} is set by cacheblend serve; leave it out. To put other connectors "
+                "beside ours, start vllm serve yourself: --print-command shows what we would pass"
+            )
+    model, rest = _model(theirs)
+    embedded = _is_embedded(model, rest)
+    options = _without(rest, "--no-enable-prompt-tokens-details")
+    arguments = [
+        *([] if model is None and not embedded else [resolve_model(model)]),
+        *rest,
+        *(["--served-model-name", "smollm2-135m-instruct"] if _unnamed(embedded, rest) else []),
+        *([] if len(options) < len(rest) else ["--enable-prompt-tokens-details"]),
+        *_on_a_cpu(rest),
+        *("--worker-extension-cls", WORKER),
+        *("--kv-transfer-config", json.dumps(connector(args))),
+    ]
+    environment = {"VLLM_PLUGINS": allowed_plugins(), **_environment(embedded)}
+    return Command(arguments, environment)
+
+
+def connector(args: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's ``kv_transfer_config``, our options in it.
+
+    Raises:
+        ConfigError: one is refused.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    ours = {name: given[name] for name in _CONFIG if name in given}
+    if "store" in ours and parse_url(ours["store"]).scheme == "file" and "://" not in ours["store"]:
+        path, *options = ours["store"].split("?", 1)
+        ours["store"] = "?".join([os.path.abspath(os.path.expanduser(path)), *options])
+    BlendConfig(**ours)
+    server = {name: given[name] for name in _SERVER if name in given}
+    for name in ("state", "tenants"):
+        if name in server:
+            server[name] = os.path.abspath(os.path.expanduser(server[name]))
+    extra = ours | ({"server": server} if ServerOptions.of(server).to_plain() else {})
+    return {
+        "kv_connector": "CacheBlendConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def _means(option: str, ours: str) -> bool:
+    """Whether vLLM would read ``option`` as ``ours``: a part of its name, or of its table."""
+    return (len(option) > 5 and ours.startswith(option)) or option.startswith(f"{ours}.")
+
+
+def _model(theirs: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The model, where it stands in front of vLLM's options, and these."""
+    if theirs and not theirs[0].startswith("-"):
+        return theirs[0], list(theirs[1:])
+    return None, list(theirs)
+
+
+def _is_embedded(model: str | None, rest: Sequence[str]) -> bool:
+    return model is None and not _has(rest, "--model", "--config")
+
+
+def _unnamed(embedded: bool, rest: Sequence[str]) -> bool:
+    return embedded and not _has(rest, "--served-model-name")
+
+
+def _has(words: Sequence[str], *options: str) -> bool:
+    return any(word.partition("=")[0].replace("_", "-") in options for word in words)
+
+
+def _without(words: Sequence[str], option: str) -> list[str]:
+    return [word for word in words if word.replace("_", "-") != option]
+
+
+def _on_a_cpu(rest: Sequence[str]) -> list[str]:
+    """What a CPU needs: compiling takes a compiler and half a minute; small blocks leave less of a
+    prompt's last chunk to compute.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+    eager = [] if _has(rest, "--enforce-eager", "--no-enforce-eager") else ["--enforce-eager"]
+    blocks = [] if _has(rest, "--block-size") else ["--block-size", "32"]
+    return [*eager, *blocks]
+
+
+def _environment(embedded: bool) -> dict[str, str]:
+    found = {"VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1")}
+    import torch
+
+    if not torch.cuda.is_available():
+        cache = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1" if embedded else "4")
+        found["VLLM_CPU_KVCACHE_SPACE"] = cache
+    return found
+
+
+def _start(command: Command) -> None:
+    from cacheblend_rag.engine.launch import has_plugins, serve
+
+    if not has_plugins():
+        raise ConfigError(
+            "vLLM does not find the plugins of cacheblend-rag, which it looks up among installed "
+            "packages. Install it anew: pip install cacheblend-rag (in a clone: make install)"
+        )
+    os.environ.update(command.environment)
+    serve(command.arguments)
+
+
+def _vllm_help(what: str) -> int:
+    from cacheblend_rag.engine.launch import serve
+
+    serve(["--help" if what == "vllm" else f"--help={what}"])
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cacheblend serve",
+        usage="cacheblend serve [MODEL] [options] [options of vllm serve]",
+        description="vLLM's OpenAI-compatible server, with blending, and endpoints for ingestion "
+        "under /v1/cacheblend. MODEL is a hub name or a folder; the embedded "
+        "SmolLM2-135M-Instruct where it is left out.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--print-command", action="store_true", help="print the vllm serve line that does the same"
+    )
+    _add_config(parser.add_argument_group("blending"))
+    _add_server(parser.add_argument_group("server"))
+    return parser
+
+
+def _add_config(group: Any) -> None:
+    for name, (kind, about) in _CONFIG.items():
+        choices = kind if isinstance(kind, tuple) else None
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=str if choices else kind,
+            choices=choices,
+            metavar=None if choices else about.partition(":")[0],
+            help=about.partition(":")[2],
+        )
+
+
+def _add_server(group: Any) -> None:
+    group.add_argument("--state", metavar="DIR", help="folder of the ingestions' jobs")
+    group.add_argument("--tenants", metavar="FILE", help="TOML: a namespace for each API key")
+    group.add_argument(
+        "--tenant-header", metavar="NAME", help="header in which a trusted proxy names the tenant"
+    )
+    group.add_argument(
+        "--max-body", type=_size, metavar="SIZE", help="of a request to our endpoints (64MiB)"
+    )
+    group.add_argument(
+        "--max-queued-tokens", type=positive, metavar="N", help="that may wait to be ingested"
+    )
+
+
+def _size(text: str) -> int:
+    return parse_size(text)
+
+
+def _table(text: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"window": 33}}')
+    return found
+
+
+def _ratio(text: str) -> float | str:
+    return text if text == "auto" else share(text)
+
+
+def _prefix(text: str) -> Any:
+    if text in PREFIXES:
+        return text
+    words = text.strip("[]").replace(",", " ").split()
+    if not words or not all(word.isdigit() for word in words):
+        known = ", ".join(PREFIXES)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, nor a list of token ids")
+    return [int(word) for word in words]
+
+
+_CONFIG: dict[str, tuple[Any, str]] = {
+    "store": (str, "URL:of the chunk store, or a folder (in memory)"),
+    "namespace": (str, "NAME:whose chunks these are"),
+    "mode": (("blend", "reuse", "full", "off"), ":of requests that name none (blend)"),
+    "recompute_ratio": (_ratio, "R:share of the reused tokens to recompute, or auto (0.15)"),
+    "selector": (tuple(sorted(selectors())), ":which tokens are recomputed (query)"),
+    "selector_options": (_table, "JSON:the selector's own options"),
+    "reach": (int, "N:tokens around a recomputed one that are corrected (64)"),
+    "calibration": (str, "FILE:that cacheblend calibrate wrote, for the ratio auto"),
+    "min_chunk_tokens": (int, "N:shorter chunks are not reused (32)"),
+    "ingest_prefix": (_prefix, "KIND:what chunks are computed behind (auto)"),
+    "system_prompt": (str, "TEXT:the one that your requests use"),
+    "likely_system_prompt": (str, "TEXT:the one that your requests probably use"),
+    "chat_template_kwargs": (_table, "JSON:arguments of the chat template"),
+    "when": (("pays", "always"), ":blend where it is faster, or always (pays)"),
+    "gpu_cache": (str, "SIZE:GPU memory for chunks that are used often"),
+}
+
+
+def is_asked(arguments: Sequence[str] | None) -> list[str] | None:
+    """The arguments of this command, if it is the one that is asked for."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return given[1:] if given[:1] == ["serve"] else None

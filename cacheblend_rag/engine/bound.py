@@ -1,0 +1,90 @@
+"""What a worker has once its model is known and its store is open.
+
+It is kept by the connector. So whoever stands for the worker sees the same: vLLM's own, into which
+``WorkerExtension`` is mixed, and the one that ``binding.py`` makes when the engine starts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cacheblend_rag.planner import Limits, Space
+from cacheblend_rag.reason import Reason, Why
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engine.attention import PagedCache
+    from cacheblend_rag.engine.forward import ModelHandle
+    from cacheblend_rag.engine.ingest import Ingestor
+    from cacheblend_rag.engine.lanes import Lanes
+    from cacheblend_rag.engine.rope import Rerotator
+    from cacheblend_rag.engine.slices import Sliced
+    from cacheblend_rag.engine.stored import RankStore
+    from cacheblend_rag.store.part import Heads
+
+_LONGEST_STEP_S = 1.0  # what lies between two steps that are further apart is no step
+_STEPS = 33  # of which the median counts
+
+_NOT_OPEN = Why(Reason.NOT_READY, "the engine's store is not open")
+
+
+@dataclass
+class Bound:
+    """Of one rank.
+
+    Attributes:
+        facts: what ``cacheblend_inspect`` found.
+        heads: those of the store's KV that are this rank's; None: all.
+        parts: the model, its rotation and its paged cache.
+        is_silent: another rank speaks for the store.
+        tells: the scheduler's side follows the store itself, and is told what this engine does.
+        born: tells this engine from one that was started before or after.
+        limits, space: what was last said of blends, and of requests that name no space.
+    """
+
+    # there once the model is known, and once the store is open
+    parts: tuple[ModelHandle, Rerotator, PagedCache] = field(init=False)
+    lanes: Lanes = field(init=False)
+    ingestor: Ingestor = field(init=False)
+    sliced: Sliced = field(init=False)
+    store: RankStore = field(init=False)
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    heads: Heads | None = None
+    is_silent: bool = False
+    is_open: bool = False
+    tells: bool = False
+    limits: Limits = field(default_factory=lambda: Limits(_NOT_OPEN))
+    space: Space | None = None
+    born: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class Pulse:
+    """How many steps this engine made, and how long one takes: what is computed between two steps
+    is not counted.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._last, self._between = 0, 0.0, 0.0
+        self._took: deque[float] = deque(maxlen=_STEPS)
+
+    def beat(self) -> None:
+        """A step begins."""
+        now = time.perf_counter()
+        took = now - self._last - self._between
+        if 0 < took < _LONGEST_STEP_S:
+            self._took.append(took)
+        self._count, self._last, self._between = self._count + 1, now, 0.0
+
+    def other(self, seconds: float) -> None:
+        """This was spent on something else than a step."""
+        self._between += seconds
+
+    def to_plain(self) -> dict[str, float]:
+        """``steps`` so far, and ``step_s`` of a recent one; 0 where none is known."""
+        took = statistics.median(self._took) if self._took else 0.0
+        return {"steps": self._count, "step_s": took}

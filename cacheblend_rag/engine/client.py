@@ -1,0 +1,155 @@
+"""The engine of a server that vLLM started, as its API process reaches it: by RPCs of the workers.
+
+Answers are vLLM's own endpoints. So ``generate`` is for what has to be told with a step, and
+streams are not served here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.base import (
+    Engine,
+    EngineOutput,
+    EngineRequest,
+    GateReport,
+    awaited,
+)
+from cacheblend_rag.engine.chat import VllmChat
+from cacheblend_rag.engine.output import to_output, to_prompt
+from cacheblend_rag.engine.serving import rpc, tokenizer_of
+from cacheblend_rag.engine.start import (
+    Prepared,
+    make_info,
+    naming_death,
+    sampling_names,
+    sampling_params,
+    unwrap,
+)
+from cacheblend_rag.errors import ClosedError, EngineError
+from cacheblend_rag.pacing import Pace, Progress
+from cacheblend_rag.planner import Space
+from cacheblend_rag.reason import Reason
+
+_T = TypeVar("_T")
+_NOT_HERE = "answers are asked of the server's own endpoints, such as /v1/chat/completions"
+WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
+
+
+class ClientEngine(Engine):
+    """Of one API process. Its methods are for other threads than the event loop's.
+
+    Attributes:
+        state: what the first rank said of itself, see ``WorkerExtension.cacheblend_state``.
+        pace: of ingestions that ``slicing`` is on for.
+    """
+
+    serves_many = True
+
+    def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._client, self._loop = client, loop
+        self._slicing, self._own_steps, self._closed = threading.local(), 0, False
+        self.pace = Pace()
+        config = client.vllm_config
+        if config.parallel_config.worker_extension_cls != WORKER:
+            raise EngineError(
+                "this server was started without the worker extension, which its endpoints under "
+                "/v1/cacheblend need. Start it by `cacheblend serve`, or add "
+                f"--worker-extension-cls {WORKER}"
+            )
+        states = self.rpc("cacheblend_state")
+        self.state: dict[str, Any] = states[0]
+        self.sampling_names = sampling_names()
+        skip = config.model_config.skip_tokenizer_init
+        self.tokenizer = None if skip else self._call(tokenizer_of(client))
+        self.chat = VllmChat(client.renderer)
+        refusal = compat.model_refusal(config.model_config)
+        prepared = Prepared(None, refusal, compat.installed_version())
+        facts = [{"fingerprint": "", **state["facts"]} for state in states]
+        self.info = make_info(prepared, config, lambda: facts)
+
+    @property
+    def space(self) -> Space | None:
+        """That of requests that name none, as the workers said it."""
+        said = self.state["space"]
+        return None if said is None else Space.from_plain(said)
+
+    def gate(self) -> GateReport:
+        """Whether the engine blends now. Asks it."""
+        self.state = self.rpc("cacheblend_state")[0]
+        if self.state["why_not"] is None and self.state["is_open"]:
+            return GateReport(passed=True, max_tokens=self.state["longest"])
+        reason, detail = self.state["why_not"] or (Reason.NOT_READY, "no store is open")
+        return GateReport(passed=False, reason=Reason(reason), detail=detail)
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        with naming_death():
+            if method == "cacheblend_ingest" and getattr(self._slicing, "on", False):
+                return self._ingest(*args)
+            return unwrap(awaited(self._ranks, method, *args))
+
+    @contextmanager
+    def slicing(self) -> Iterator[None]:
+        """What this thread ingests meanwhile is computed between the engine's steps, bit by bit."""
+        self._slicing.on = True
+        try:
+            yield
+        finally:
+            self._slicing.on = False
+
+    def _ingest(
+        self,
+        keys: list[str],
+        chunks: list[list[int]],
+        prefix_ids: list[int],
+        contexts: list[list[int]],
+    ) -> list[Any]:
+        name, tokens = uuid.uuid4().hex, sum(map(len, chunks)) + sum(map(len, contexts))
+        unwrap(self._ranks("cacheblend_ingest_begin", name, keys, chunks, prefix_ids, contexts))
+        while True:
+            layers = self.pace.layers(tokens, time.monotonic())
+            results = unwrap(awaited(self._ranks, "cacheblend_ingest_go_on", name, layers))
+            if not isinstance(results[0], dict):
+                return results
+            said = Progress(**results[0])
+            self.pace.learn(said, layers, tokens, self._own_steps, time.monotonic())
+
+    def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
+        self._own_steps += len(requests)
+        with naming_death():
+            return [self._call(self._pieces(request)) for request in requests]
+
+    async def _pieces(self, request: EngineRequest) -> list[EngineOutput]:
+        params = sampling_params(request.sampling, {"cacheblend": {"mode": "off"}})
+        name = f"cacheblend-{uuid.uuid4().hex}"
+        outputs = self._client.generate(to_prompt(request), params, name)
+        return [to_output(output) async for output in outputs]
+
+    def stream(self, request: EngineRequest) -> Iterator[EngineOutput]:
+        raise EngineError(_NOT_HERE)
+
+    def astream(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        raise EngineError(_NOT_HERE)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _ranks(self, method: str, *args: Any) -> list[Any]:
+        return list(self._call(rpc(self._client, method, args)))
+
+    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        if self._closed or self._loop.is_closed():
+            work.close()
+            raise ClosedError("the server is shutting down")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()

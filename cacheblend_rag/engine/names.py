@@ -1,0 +1,16 @@
+"""vLLM's names of the requests that answer a client's request."""
+
+from __future__ import annotations
+
+import re
+
+# one of n answers, one of several prompts or turns, and what vLLM adds to make it unique
+_NAME = r"(?:(?P<answer>\d+)_)?{id}(?:[-_](?P<prompt>\d{{1,7}}))?(?:-[0-9a-f]{{8}})?"
+
+
+def answers_to(name: str, request: str) -> tuple[int, int] | tuple[()]:
+    """The place of vLLM's request ``name`` among those that answer a client's ``request``: number
+    of its prompt and of its answer, from 1; empty where it is of another request.
+    """
+    found = re.fullmatch(_NAME.format(id=re.escape(request)), name)
+    return (int(found["prompt"] or 0) + 1, int(found["answer"] or 0) + 1) if found else ()

@@ -1,0 +1,194 @@
+"""Ingestion in slices: a forward that goes on by so many layers when it is told to, and rests
+between two steps of the engine.
+
+vLLM's ``model.forward`` is one call. So it runs in a thread of its own, which waits at every layer
+for its turn. Only one of this thread and the engine's runs at a time, and all ranks take the same
+turns: collectives keep their order. What is computed is what ``Ingestor.compute`` computes, bit for
+bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from threading import Condition
+from typing import Any
+
+import torch
+from vllm.forward_context import override_forward_context
+
+from cacheblend_rag.daemons import DaemonPool
+from cacheblend_rag.engine.forward import ModelHandle, Pass
+from cacheblend_rag.engine.ingest import Ingestor
+from cacheblend_rag.errors import EngineError
+from cacheblend_rag.store.base import ChunkKV
+from cacheblend_rag.store.part import Heads
+
+
+class _Dropped(BaseException):
+    """Nobody wants what is being computed. Not an Exception: a guarded pass would keep it."""
+
+
+class Turns:
+    """Who runs: the engine's thread, or the forward's for a number of layers."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._layers = 0  # that the forward may still compute
+        self._ended, self._dropped = True, False
+
+    def begin(self) -> None:
+        """There is a forward, which waits for its first turn."""
+        self._ended = self._dropped = False
+
+    def give(self, layers: int) -> bool:
+        """Let the forward compute so many layers, and wait for it; returns whether it ended."""
+        with self._changed:
+            self._layers = layers
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._layers or self._ended)
+            return self._ended
+
+    def drop(self) -> None:
+        """End the forward where it is."""
+        with self._changed:
+            self._dropped = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended)
+
+    def await_first(self) -> None:
+        """In the forward's thread: begin with the first turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._layers or self._dropped)
+
+    def layer(self) -> None:
+        """In the forward's thread: a layer is about to be computed. Waits where no turn is left."""
+        with self._changed:
+            if not self._layers and not self._dropped:
+                self._changed.notify_all()
+                with override_forward_context(None):  # the engine's steps have their own
+                    self._changed.wait_for(lambda: self._layers or self._dropped)
+            if self._dropped:
+                raise _Dropped
+            self._layers -= 1
+
+    def end(self) -> None:
+        """In the forward's thread: it is over."""
+        with self._changed:
+            self._ended, self._layers = True, 0
+            self._changed.notify_all()
+
+
+class _Turning(Pass):
+    """A pass that asks for its turn before every layer."""
+
+    def __init__(self, step: Pass, turns: Turns) -> None:
+        self._step, self._turns, self.last = step, turns, step.last
+
+    def attend(
+        self,
+        index: int,
+        layer: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        self._turns.layer()
+        self._step.attend(index, layer, q_THD, k_TGD, v_TGD, out_THD)
+
+
+class _TurningIngestor(Ingestor):
+    """Whose every layer waits for its turn."""
+
+    def __init__(self, handle: ModelHandle, heads: Heads | None, turns: Turns) -> None:
+        super().__init__(handle, heads)
+        self._turns = turns
+
+    def _run(self, step: Pass, ids: Sequence[int], positions: Sequence[int]) -> None:
+        super()._run(_Turning(step, self._turns), ids, positions)
+
+
+class Sliced:
+    """Computes the chunks of one ingestion at a time.
+
+    Attributes:
+        seconds: what the last slice took.
+    """
+
+    def __init__(self, handle: ModelHandle, heads: Heads | None = None) -> None:
+        self._turns = Turns()
+        self._ingestor = _TurningIngestor(handle, heads, self._turns)
+        self._device = handle.device
+        self._thread = DaemonPool(1, "cacheblend-ingest")
+        self._name, self._keys = "", list[str]()
+        self._computed: Future[list[ChunkKV]] | None = None
+        self.seconds = 0.0
+
+    def begin(
+        self,
+        name: str,
+        keys: Sequence[str],
+        chunks: Sequence[Sequence[int]],
+        prefix_ids: Sequence[int],
+        contexts: Sequence[Sequence[int]],
+    ) -> None:
+        """Have these chunks computed by the next calls of ``go_on`` with this ``name``; what was
+        begun before is dropped.
+        """
+        if self._computed is not None:
+            self._turns.drop()
+        self._name, self._keys = name, list(keys)
+        self._turns.begin()
+        work = self._in_turn(lambda: self._ingestor.compute(chunks, prefix_ids, contexts))
+        self._computed = self._thread.submit(work)
+
+    def go_on(self, name: str, layers: int) -> bool:
+        """Compute so many layers; returns whether all is done.
+
+        Raises:
+            EngineError: nothing of that name is under way.
+        """
+        if self._computed is None or name != self._name:
+            raise EngineError("another ingestion took the place of this one; begin it again")
+        start = time.perf_counter()
+        done = self._turns.give(layers)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self.seconds = time.perf_counter() - start
+        return done
+
+    def take(self) -> tuple[list[str], list[ChunkKV]]:
+        """Keys and chunks; raises what computing them raised."""
+        assert self._computed is not None
+        computed, self._computed = self._computed, None
+        return self._keys, computed.result()
+
+    def _in_turn(self, work: Callable[[], list[ChunkKV]]) -> Callable[[], list[ChunkKV]]:
+        """``work`` for the other thread, which is to compute as this one would."""
+        threads, stream = torch.get_num_threads(), self._stream()
+
+        def run() -> list[ChunkKV]:
+            try:
+                torch.set_num_threads(threads)
+                self._turns.await_first()
+                with _on(stream), torch.inference_mode():
+                    return work()
+            finally:
+                self._turns.end()
+
+        return run
+
+    def _stream(self) -> Any:
+        return torch.cuda.current_stream() if self._device.type == "cuda" else None
+
+
+@contextmanager
+def _on(stream: Any) -> Iterator[None]:
+    if stream is None:
+        yield
+        return
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield

@@ -1,0 +1,69 @@
+"""How much of an ingestion is computed at once, so that answers do not wait for it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+IDLE_S = 0.05  # of a slice while nobody asks: as long as the first one who asks may have to wait
+_SHARE = 0.5  # of a step, of a slice while somebody asks
+_BUSY_S = 0.5  # as long as this after the last step, somebody asks
+_LEAST_TOKENS = 256  # smaller batches cost more than they spare
+
+
+class Progress(NamedTuple):
+    """What a worker says after a slice.
+
+    Attributes:
+        seconds: that the slice took.
+        steps: of the engine, since its start.
+        step_s: seconds that one takes; 0: none is known.
+    """
+
+    seconds: float
+    steps: int
+    step_s: float
+
+
+@dataclass
+class Pace:
+    """The sizes of slices and of batches, by what slices took before."""
+
+    token_layer_s: float = 0.0  # seconds that one layer takes for one token; 0: not known
+    step_s: float = 0.0
+    _steps: int = -1
+    _asked_at: float = float("-inf")
+
+    def is_busy(self, now: float) -> bool:
+        """Whether somebody asks: the engine made steps that were not the ingestion's own."""
+        return now < self._asked_at + _BUSY_S
+
+    def layers(self, tokens: int, now: float) -> int:
+        """How many layers of a batch of so many tokens come next."""
+        if not self.token_layer_s:
+            return 1
+        wanted = _SHARE * self.step_s if self.is_busy(now) and self.step_s else IDLE_S
+        return max(1, int(wanted / (self.token_layer_s * tokens)))
+
+    def tokens(self, most: int) -> int:
+        """Of a batch one layer of which takes no longer than a slice beside answers may."""
+        if not (self.token_layer_s and self.step_s):
+            return min(most, 2 * _LEAST_TOKENS)
+        wanted = int(_SHARE * self.step_s / self.token_layer_s)
+        return min(most, max(_LEAST_TOKENS, wanted))
+
+    def learn(
+        self, progress: Progress, layers: int, tokens: int, own_steps: int, now: float
+    ) -> None:
+        """A slice of so many layers and tokens was computed.
+
+        Args:
+            own_steps: of the engine's, those that the ingestion made itself since its start.
+        """
+        took = progress.seconds / (layers * tokens)
+        self.token_layer_s = 0.7 * self.token_layer_s + 0.3 * took if self.token_layer_s else took
+        self.step_s = progress.step_s or self.step_s
+        others = progress.steps - own_steps
+        if 0 <= self._steps < others:
+            self._asked_at = now
+        self._steps = others

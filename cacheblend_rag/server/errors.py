@@ -1,0 +1,89 @@
+"""Errors as OpenAI's clients know them: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+from cacheblend_rag.errors import (
+    CacheBlendError,
+    ClosedError,
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    PromptError,
+    StoreError,
+)
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    409: "ConflictError",
+    413: "RequestTooLargeError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+
+class HttpError(CacheBlendError):
+    """A request that is answered with an error.
+
+    Args:
+        status: of HTTP.
+        param: the part of the request that is wrong.
+        code: for programs; the status where it is not given.
+        retry_after_s: when it may be tried again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """What is sent."""
+        error = {
+            "message": str(self),
+            "type": _TYPES.get(self.status, "APIError"),
+            "param": self.param,
+            "code": self.code or self.status,
+        }
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        """What is sent beside it."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+def as_http(error: Exception) -> HttpError:
+    """The answer to a request that failed with ``error``."""
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, ConfigError | PromptError):
+        return HttpError(400, str(error))
+    if isinstance(error, StoreError):
+        return HttpError(503, str(error), code="store_unavailable", retry_after_s=1)
+    if isinstance(error, sqlite3.Error):
+        message = f"the file of the ingestions can't be used: {error}"
+        return HttpError(503, message, code="state_unavailable", retry_after_s=1)
+    if isinstance(error, EngineDeadError | ClosedError):
+        return HttpError(503, str(error), code="engine_unavailable")
+    if isinstance(error, EngineError):
+        return HttpError(500, str(error), code="engine_failed")
+    return HttpError(500, f"the server failed: {type(error).__name__}; its log has the cause")
+
+
+def not_found(kind: str, name: str) -> HttpError:
+    """There is no such thing, or it is another tenant's."""
+    return HttpError(404, f"there is no {kind} {name!r}", param="id")

@@ -1,0 +1,171 @@
+"""The front door over the engine of a server: what the endpoints do, in other threads than the
+event loop's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from cacheblend_rag import __version__
+from cacheblend_rag.blend import CacheBlend
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engine.client import ClientEngine
+from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.report import make_report
+from cacheblend_rag.server.bodies import Given, Text
+from cacheblend_rag.store.tenants import tenant_id
+from cacheblend_rag.store.url import redacted
+
+
+class Front(CacheBlend):
+    """``CacheBlend`` of one namespace, in the key space that the server's requests are planned in.
+
+    Attributes:
+        is_tenant: it shares the engine with others, and sees what is its own only.
+    """
+
+    is_tenant = False
+    _engine: ClientEngine
+
+    @classmethod
+    def of(cls, engine: ClientEngine, config: BlendConfig) -> Front:
+        """That of the server's own namespace."""
+        is_heard = bool(engine.state["is_heard"])
+        return cls.around(engine, config, engine.gate(), engine.space, is_heard=is_heard)
+
+    def tenant(self, config: BlendConfig, space: str) -> Front:
+        """That of another namespace, whose requests name this space."""
+        other = self.beside(config, space=space)
+        other.is_tenant = True
+        return other
+
+    def look(self) -> None:
+        """Ask the engine anew whether it blends."""
+        self.gate = self._engine.gate()
+
+    def batch_tokens(self) -> int:
+        """Of the next batch of an ingestion."""
+        return self._engine.pace.tokens(self.info.max_num_batched_tokens)
+
+    def ingest_given(self, batch: Sequence[Given]) -> IngestReport:
+        """Compute and store chunks beside answers."""
+        contexts = [chunk.left_context for chunk in batch]
+        before = contexts if any(context is not None for context in contexts) else None
+        names = [None if c.document is None else self.document(c.document) for c in batch]
+        with self._engine.slicing():
+            return self.ingest(
+                [chunk.text for chunk in batch], before=before, documents=names, progress=False
+            )
+
+    def document(self, name: str) -> str:
+        """What the store calls a document of this namespace."""
+        return f"{tenant_id(self.config.namespace)}/{name}" if self.is_tenant else name
+
+    def replace_document(self, name: str, keys: Iterable[str]) -> int:
+        """Have a document consist of these chunks only; returns how many were forgotten."""
+        known, document = set(keys), self.document(name)
+        if not self.gate.passed:
+            return 0
+        self.label({document: sorted(known)})
+        held = self._engine.rpc("cacheblend_document_keys", document)
+        gone = set(itertools.chain.from_iterable(held)) - known
+        return self.forget_documents([document], only=gone) if gone else 0
+
+    def page(self, after: str, limit: int, document: str | None) -> list[str]:
+        """Keys of stored chunks in order, behind ``after``."""
+        if not self.gate.passed:
+            return []
+        name = None if document is None else self.document(document)
+        pages = self._ask_stores("cacheblend_page", self._space.to_plain(), after, limit, name)
+        return sorted(set.intersection(*map(set, pages)))[:limit]
+
+    def count(self) -> int | None:
+        """How many chunks are stored; None where that can't be told."""
+        if not self.gate.passed:
+            return None
+        return int(min(self._ask_stores("cacheblend_count", self._space.to_plain())))
+
+    def owned(self, keys: Sequence[str]) -> list[str]:
+        """Those of ``keys`` that are this namespace's: all where nobody shares the store."""
+        if not (self.is_tenant and self.gate.passed):
+            return list(keys)
+        ranks = self._ask_stores("cacheblend_owned", self._space.to_plain(), list(keys))
+        return sorted(set.intersection(*map(set, ranks)))
+
+    def described(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
+        """Key and tokens of each text, and whether it is stored."""
+        chunks = self._numbered(texts)
+        keys = [chunk.key for chunk in chunks]
+        absent = set(keys)
+        if self.gate.passed:
+            absent = set().union(*self._ask_stores("cacheblend_missing", keys))
+        return [
+            {
+                "object": "cacheblend.chunk",
+                "id": chunk.key,
+                "tokens": len(chunk.token_ids),
+                "stored": chunk.key not in absent,
+            }
+            for chunk in chunks
+        ]
+
+    def keys_of(self, texts: Sequence[Text]) -> list[str]:
+        """The keys of texts."""
+        return [chunk.key for chunk in self._numbered(texts)]
+
+    def reports(self, request: str) -> list[dict[str, Any]]:
+        """What was done for a client's request: a report for each prompt and answer of it."""
+        found = self._engine.rpc("cacheblend_reports", request)[0]
+        own = self._space.key(())
+        return [_report(done) for done in found if not self.is_tenant or done["space"] == own]
+
+    def state(self) -> dict[str, Any]:
+        """What there is to know of the engine, the model and the store."""
+        self.look()
+        info, gate, stats = self.info, self.gate, [] if self.is_tenant else self._stats()
+        blending = {
+            "on": gate.passed,
+            "reason": gate.reason,
+            "detail": gate.detail,
+            "proving": bool(gate.passed and self._engine.state["proving"]),
+        }
+        return {
+            "object": "cacheblend.state",
+            "version": __version__,
+            "vllm_version": info.vllm_version,
+            "model": info.model,
+            "max_model_len": info.max_model_len,
+            "block_size": info.block_size,
+            "fingerprint": info.fingerprint,
+            "namespace": self.config.namespace,
+            "blending": blending,
+            "config": self._told_config(),
+            "chunks": self.count(),
+            "store": stats[0] if stats else {},
+        }
+
+    def _stats(self) -> list[dict[str, int]]:
+        return self._ask_stores("cacheblend_store_stats") if self.gate.passed else []
+
+    def _told_config(self) -> dict[str, Any]:
+        told = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        told |= {n: dict(told[n]) for n in ("selector_options", "chat_template_kwargs")}
+        return {**told, "store": redacted(self.config.store)}
+
+
+def _report(done: dict[str, Any]) -> dict[str, Any]:
+    """Times are the client's to measure."""
+    report = make_report(
+        None,
+        done,
+        mode=done["mode"],
+        tokens_total=done["tokens"],
+        ttft_s=0.0,
+        total_s=0.0,
+        tokenize_s=0.0,
+    ).to_dict()
+    stages = {name: took for name, took in report["stages_s"].items() if name != "tokenize"}
+    return {**report, "ttft_s": None, "total_s": None, "stages_s": stages}

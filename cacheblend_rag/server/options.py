@@ -1,0 +1,68 @@
+"""What ``cacheblend serve`` tells the endpoints, beside what it tells the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cacheblend_rag.config import unknown_option
+from cacheblend_rag.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Plain data, in the connector's extra config under ``server``.
+
+    Attributes:
+        state: folder of the jobs; None: beside a store in a folder, else one that is chosen.
+        tenants: TOML file of API keys and the namespaces that they belong to.
+        tenant_header: header in which a trusted proxy names the namespace.
+        max_body: bytes of a request's body.
+        max_queued_tokens: tokens of the texts that may wait to be ingested, about.
+    """
+
+    state: str | None = None
+    tenants: str | None = None
+    tenant_header: str | None = None
+    max_body: int = 64 * 1024 * 1024
+    max_queued_tokens: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("state", "tenants", "tenant_header"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"{name} is {value!r}; it must be a text that is not empty")
+        for name in ("max_body", "max_queued_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+        if self.tenants and self.tenant_header:
+            raise ConfigError("give tenants or tenant_header, not both: who says whose a key is?")
+
+    @classmethod
+    def of(cls, data: object) -> ServerOptions:
+        """From plain data.
+
+        Raises:
+            ConfigError: unknown options or refused values.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"server is {data!r}; it must be a table of options")
+        known = {f.name for f in fields(cls)}
+        for name in data:
+            if name not in known:
+                raise unknown_option(str(name), known, "server")
+        return cls(**data)
+
+    def to_plain(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        return {name: value for name, value in asdict(self).items() if value != _DEFAULT[name]}
+
+    @property
+    def has_tenants(self) -> bool:
+        """Whether each request belongs to a tenant."""
+        return bool(self.tenants or self.tenant_header)
+
+
+_DEFAULT = {f.name: f.default for f in fields(ServerOptions)}

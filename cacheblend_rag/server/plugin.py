@@ -1,0 +1,75 @@
+"""vLLM's endpoint plugin: found by its entry point, loaded where ``VLLM_PLUGINS`` names it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+
+from cacheblend_rag.errors import CacheBlendError, EngineError
+from cacheblend_rag.server.options import ServerOptions
+from cacheblend_rag.server.routes import router
+from cacheblend_rag.server.service import SERVER, Absent, Service
+from cacheblend_rag.server.tenants import KeyFile, TenantMiddleware, Who
+
+NAME = "cacheblend"
+
+logger = logging.getLogger("vllm.cacheblend_rag")
+
+
+class CacheBlendEndpoints:
+    """The contract is ``vllm.plugins.endpoint_plugins.interface.EndpointPlugin``."""
+
+    name = NAME
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._service: Service | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; where there are tenants, whose a request is is told before any route."""
+        app.include_router(router)
+        options = ServerOptions.of(_extra(app.state.args.kv_transfer_config).get(SERVER, {}))
+        if options.has_tenants:
+            keys = KeyFile(options.tenants) if options.tenants else None
+            app.add_middleware(
+                TenantMiddleware,
+                who=Who(keys, options.tenant_header),
+                ensure=self._ensure,
+                max_body=options.max_body,
+            )
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """The engine runs."""
+        state.cacheblend_logger = logger
+        try:
+            state.cacheblend = self._service = await self._made(engine_client, args)
+        except CacheBlendError as error:
+            logger.error("the endpoints under /v1/cacheblend are not available: %s", error)
+            state.cacheblend = Absent(error)
+
+    async def _made(self, client: Any, args: Namespace) -> Service:
+        if client is None:
+            raise EngineError("this server has no engine")
+        extra = _extra(client.vllm_config.kv_transfer_config)
+        several = (getattr(args, "api_server_count", None) or 1) > 1
+        server = os.getppid() if several else os.getpid()
+        loop = asyncio.get_running_loop()
+        return await asyncio.to_thread(Service, client, loop, extra, server)
+
+    async def _ensure(self, namespace: str) -> str:
+        if self._service is None:
+            raise EngineError("the server is not ready")
+        return await asyncio.to_thread(self._service.space_of, namespace)
+
+
+def _extra(config: Any) -> Mapping[str, Any]:
+    """The connector's extra config: that of vLLM's object, or of a plain table."""
+    if isinstance(config, Mapping):
+        return config.get("kv_connector_extra_config") or {}
+    return getattr(config, "kv_connector_extra_config", None) or {}

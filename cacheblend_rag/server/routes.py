@@ -1,0 +1,360 @@
+"""The endpoints under ``/v1/cacheblend``; what they do is done in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.server import bodies
+from cacheblend_rag.server.bodies import Page
+from cacheblend_rag.server.errors import HttpError, as_http, not_found
+from cacheblend_rag.server.front import Front
+from cacheblend_rag.server.jobs import Job, shown
+from cacheblend_rag.server.service import Absent, Service
+from cacheblend_rag.server.tenants import PREFIX, read
+
+_WAITS_S = 0.05  # between two looks at a job
+_MOST_KEY = 255  # characters of an Idempotency-Key
+
+router = APIRouter(prefix=PREFIX, tags=["cacheblend"])
+
+
+class Asked:
+    """One request: whose it is, and what may be done for it."""
+
+    def __init__(self, request: Request, service: Service) -> None:
+        self.request, self.service = request, service
+        self.tenant: str | None = request.scope.get("state", {}).get("cacheblend_namespace")
+        if service.options.has_tenants and self.tenant is None:
+            raise HttpError(401, "whose request this is can't be told")
+
+    @property
+    def owner(self) -> str:
+        """Of its jobs."""
+        return self.tenant or ""
+
+    async def body(self) -> dict[str, Any]:
+        """A JSON object."""
+        request = self.request
+        raw = await read(request.receive, request.headers, self.service.options.max_body)
+        return await asyncio.to_thread(bodies.parsed, raw)
+
+    async def front(self) -> Front:
+        """That of its namespace."""
+        return await asyncio.to_thread(self.service.front_of, self.tenant)
+
+    def page(self, *known: str) -> Page:
+        """Which part of a list it asks for."""
+        return Page(self.request.query_params.multi_items(), known)
+
+    def id(self) -> str:
+        """That in its path."""
+        return str(self.request.path_params["id"])
+
+
+Answer = Mapping[str, Any] | tuple[int, Mapping[str, Any]]
+Handler = Callable[[Asked], Awaitable[Answer]]
+
+
+def _endpoint(method: str, path: str) -> Callable[[Handler], Handler]:
+    """Serve a path by a function; what it raises is answered as an error."""
+
+    def add(handler: Handler) -> Handler:
+        @functools.wraps(handler)
+        async def serve(request: Request) -> Response:
+            try:
+                service = request.app.state.cacheblend
+                if isinstance(service, Absent):
+                    raise HttpError(503, str(service.error), code="not_available")
+                answer = await handler(Asked(request, service))
+            except Exception as error:
+                return _refused(request, error)
+            status, body = answer if isinstance(answer, tuple) else (200, answer)
+            return JSONResponse(body, status)
+
+        del serve.__wrapped__  # FastAPI would read its signature
+        serve.__annotations__ = {"request": Request, "return": Response}
+        router.add_api_route(
+            path, serve, methods=[method], response_model=None, summary=handler.__doc__
+        )
+        return handler
+
+    return add
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    known = as_http(error)
+    if known.status == 500:
+        request.app.state.cacheblend_logger.error("a request failed", exc_info=error)
+    return JSONResponse(known.body(), known.status, known.headers())
+
+
+# ---- state -------------------------------------------------------------------------------------
+
+
+@_endpoint("GET", "")
+async def state(asked: Asked) -> Answer:
+    """What there is to know of the engine, the model and the store."""
+    front = await asked.front()
+    return await asyncio.to_thread(front.state)
+
+
+# ---- ingestions --------------------------------------------------------------------------------
+
+
+@_endpoint("POST", "/ingestions")
+async def ingest(asked: Asked) -> Answer:
+    """Have chunks computed and stored."""
+    body = await asked.body()
+    bodies.only(body, ("chunks", "wait"))
+    return await _ingest(asked, body, None)
+
+
+@_endpoint("PUT", "/documents/{id:path}")
+async def put_document(asked: Asked) -> Answer:
+    """Have a document consist of these chunks, and of nothing else."""
+    name = bodies.document(asked.id(), "id")
+    body = await asked.body()
+    bodies.only(body, ("chunks", "wait"))
+    return await _ingest(asked, body, name)
+
+
+async def _ingest(asked: Asked, body: Mapping[str, Any], document: str | None) -> Answer:
+    wait, given = bodies.flag(body, "wait"), functools.partial(bodies.chunks, body)
+    replaces = document is not None
+    chunks = await asyncio.to_thread(given, documents=not replaces, may_be_empty=replaces)
+    front = await asked.front()
+    for i, chunk in enumerate(chunks):
+        if chunk.left_context is not None and front.config.ingest_prefix != "document":
+            at = f"chunks[{i}].left_context"
+            raise HttpError(
+                400,
+                f"{at} is of use with ingest_prefix=document only; this server has "
+                f"{front.config.ingest_prefix!r}: leave it out",
+                param=at,
+            )
+    if document is not None:
+        chunks = [bodies.Given(c.text, c.left_context, document) for c in chunks]
+    create = functools.partial(
+        asked.service.jobs.create,
+        asked.owner,
+        chunks,
+        document=document,
+        replaces=replaces,
+        idempotency=_idempotency(asked),
+    )
+    job = await asyncio.to_thread(create)
+    asked.service.runner.wake()
+    if wait:
+        job = await _ended(asked, job)
+    return (200 if wait else 202), await _shown(asked, job)
+
+
+def _idempotency(asked: Asked) -> str | None:
+    key = asked.request.headers.get("Idempotency-Key")
+    if key is not None and not 0 < len(key) <= _MOST_KEY:
+        message = f"an Idempotency-Key has 1 to {_MOST_KEY} characters"
+        raise HttpError(400, message, param="Idempotency-Key")
+    return key
+
+
+async def _ended(asked: Asked, job: Job) -> Job:
+    while not job.has_ended:
+        await asyncio.sleep(_WAITS_S)
+        job = await asyncio.to_thread(asked.service.jobs.get, asked.owner, job.id)
+    return job
+
+
+async def _shown(asked: Asked, job: Job) -> dict[str, Any]:
+    return shown(job, await asyncio.to_thread(asked.service.jobs.keys, job))
+
+
+@_endpoint("GET", "/ingestions")
+async def ingestions(asked: Asked) -> Answer:
+    """Ingestions, the newest first."""
+    page = asked.page("order")
+    find = asked.service.jobs.page
+    jobs = await asyncio.to_thread(find, asked.owner, page.after, page.limit + 1, page.order)
+    return page.of([await _shown(asked, job) for job in jobs])
+
+
+@_endpoint("GET", "/ingestions/{id}")
+async def ingestion(asked: Asked) -> Answer:
+    """One ingestion."""
+    job = await asyncio.to_thread(asked.service.jobs.get, asked.owner, asked.id())
+    return await _shown(asked, job)
+
+
+@_endpoint("POST", "/ingestions/{id}/cancel")
+async def cancel(asked: Asked) -> Answer:
+    """End an ingestion; what was stored so far stays."""
+    job = await asyncio.to_thread(asked.service.jobs.cancel, asked.owner, asked.id())
+    return await _shown(asked, job)
+
+
+# ---- chunks ------------------------------------------------------------------------------------
+
+
+@_endpoint("GET", "/chunks")
+async def chunks(asked: Asked) -> Answer:
+    """Stored chunks, by their keys."""
+    page = asked.page("document")
+    front = await asked.front()
+    after = bodies.keys([page.after], "after")[0] if page.after else ""
+    keys = await asyncio.to_thread(front.page, after, page.limit + 1, page.document)
+    return page.of([{"object": "cacheblend.chunk", "id": key} for key in keys])
+
+
+@_endpoint("DELETE", "/chunks/{id}")
+async def delete_chunk(asked: Asked) -> Answer:
+    """Forget a chunk."""
+    [key] = bodies.keys([asked.id()], "id")
+    front = await asked.front()
+    gone = await asyncio.to_thread(lambda: front.forget_keys(front.owned([key])))
+    return {"id": key, "object": "cacheblend.chunk", "deleted": gone > 0}
+
+
+@_endpoint("POST", "/chunks/delete")
+async def delete_chunks(asked: Asked) -> Answer:
+    """Forget chunks by their keys or texts, or all but those of some texts."""
+    body = await asked.body()
+    which = ("ids", "texts", "except_texts")
+    bodies.only(body, which)
+    name, front = bodies.one_of(body, which), await asked.front()
+
+    def forget() -> int:
+        if name == "except_texts":
+            kept = bodies.texts(body, name) if body[name] != [] else []
+            return front.retain(kept)
+        if name == "texts":
+            return front.forget_keys(front.keys_of(bodies.texts(body)))
+        return front.forget_keys(front.owned(bodies.keys(body[name], name)))
+
+    return _deletion(await asyncio.to_thread(forget))
+
+
+def _deletion(count: int) -> Answer:
+    return {"object": "cacheblend.deletion", "deleted": count}
+
+
+@_endpoint("POST", "/chunks/keys")
+async def keys(asked: Asked) -> Answer:
+    """The keys of texts, and whether these are stored."""
+    body = await asked.body()
+    bodies.only(body, ("texts",))
+    front = await asked.front()
+    found = await asyncio.to_thread(lambda: front.described(bodies.texts(body)))
+    return {"object": "list", "data": found}
+
+
+@_endpoint("POST", "/chunks/prefetch")
+async def prefetch(asked: Asked) -> Answer:
+    """Bring chunks nearer that will be wanted soon."""
+    body = await asked.body()
+    bodies.only(body, ("texts",))
+    front = await asked.front()
+    await asyncio.to_thread(lambda: front.prefetch(bodies.texts(body)))
+    return 202, {"object": "cacheblend.prefetch"}
+
+
+# ---- documents ---------------------------------------------------------------------------------
+
+
+@_endpoint("POST", "/documents")
+async def register(asked: Asked) -> Answer:
+    """Note which chunks documents consist of."""
+    body = await asked.body()
+    bodies.only(body, ("documents",))
+    given, front = bodies.registrations(body), await asked.front()
+
+    def note() -> None:
+        front.label({front.document(n): front.owned(k) for n, k in given.items()})
+
+    await asyncio.to_thread(note)
+    return {"object": "cacheblend.registration", "documents": len(given)}
+
+
+@_endpoint("POST", "/documents/registered")
+async def registered(asked: Asked) -> Answer:
+    """Those of some documents that chunks are registered for."""
+    body = await asked.body()
+    bodies.only(body, ("documents",))
+    given, front = bodies.documents(body), await asked.front()
+    found = await asyncio.to_thread(lambda: front.labelled(map(front.document, given)))
+    return {"object": "list", "data": [n for n in given if front.document(n) in found]}
+
+
+@_endpoint("POST", "/documents/delete")
+async def delete_documents(asked: Asked) -> Answer:
+    """Forget the chunks of documents, but for what other documents have."""
+    body = await asked.body()
+    bodies.only(body, ("documents", "only"))
+    given, front = bodies.documents(body), await asked.front()
+    few = None if body.get("only") is None else bodies.keys(body["only"], "only")
+    names = [front.document(name) for name in given]
+    return _deletion(await asyncio.to_thread(front.forget_documents, names, few))
+
+
+@_endpoint("GET", "/documents/{id:path}")
+async def document(asked: Asked) -> Answer:
+    """Whether chunks are registered for a document."""
+    name, front = bodies.document(asked.id(), "id"), await asked.front()
+    if not await asyncio.to_thread(front.labelled, [front.document(name)]):
+        raise not_found("document", name)
+    return {"id": name, "object": "cacheblend.document", "registered": True}
+
+
+@_endpoint("DELETE", "/documents/{id:path}")
+async def delete_document(asked: Asked) -> Answer:
+    """Forget a document's chunks, but for what other documents have."""
+    name, front = bodies.document(asked.id(), "id"), await asked.front()
+
+    def forget() -> tuple[bool, int]:
+        there = bool(front.labelled([front.document(name)]))
+        return there, front.forget_documents([front.document(name)])
+
+    there, count = await asyncio.to_thread(forget)
+    return {"id": name, "object": "cacheblend.document", "deleted": there, "chunks": count}
+
+
+# ---- requests ----------------------------------------------------------------------------------
+
+
+@_endpoint("GET", "/requests/{id}")
+async def report(asked: Asked) -> Answer:
+    """What was done for a request, by the id of its answer."""
+    query = dict(asked.request.query_params)
+    bodies.only(query, ("index",), "the query")
+    front, name = await asked.front(), asked.id()
+    found = await asyncio.to_thread(front.reports, name)
+    number = query.get("index", "0")
+    if not (number.isascii() and number.isdigit() and int(number[:9]) < max(1, len(found))):
+        last = f"there are {len(found)} reports; index begins at 0"
+        raise HttpError(400, f"index is {number!r}: {last}", param="index")
+    if not found:
+        raise HttpError(404, f"nothing is known of a request {name!r} (any more)", param="id")
+    one = found[int(number)]
+    return {"object": "cacheblend.report", "id": name, "reports": len(found), **one}
+
+
+@_endpoint("POST", "/tokenize")
+async def tokenize(asked: Asked) -> Answer:
+    """The token ids that a prompt is computed as."""
+    body = await asked.body()
+    bodies.only(body, ("prompt", "chat_template_kwargs"))
+    front, arguments = await asked.front(), body.get("chat_template_kwargs")
+    if "prompt" not in body:
+        raise HttpError(400, "prompt is missing", param="prompt")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise ConfigError("chat_template_kwargs must be an object")
+
+    def ids() -> list[int]:
+        return list(front.tokenize(body["prompt"], chat_template_kwargs=arguments))
+
+    return {"object": "cacheblend.prompt", "token_ids": await asyncio.to_thread(ids)}

@@ -1,0 +1,156 @@
+"""Who runs the jobs: one thread of one API process, whose lock dies with it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from cacheblend_rag.errors import (
+    CacheBlendError,
+    ClosedError,
+    EngineDeadError,
+    PromptError,
+    UnavailableError,
+)
+from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.server.bodies import Given
+from cacheblend_rag.server.front import Front
+from cacheblend_rag.server.jobs import CANCELLED, COMPLETED, FAILED, Job, Jobs
+
+_LOOKS_EVERY_S = 0.5
+_TRIES, _PAUSE_S = 5, 1.0  # of a batch whose store can't be asked
+
+logger = logging.getLogger("vllm.cacheblend_rag")
+
+
+class Interrupted(Exception):
+    """The server shuts down."""
+
+
+class Runner:
+    """Runs a server's jobs one behind the other, as soon as no other process does.
+
+    Args:
+        front_of: the front of a namespace.
+        lock: file that says which process runs them.
+    """
+
+    def __init__(self, jobs: Jobs, front_of: Callable[[str], Front], lock: Path) -> None:
+        self._jobs, self._front_of = jobs, front_of
+        self._lock: IO[bytes] = lock.open("wb")
+        self._wanted, self._stopped = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="cacheblend-jobs", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is a new job."""
+        self._wanted.set()
+
+    def stop(self, within_s: float = 5.0) -> None:
+        """End behind the batch that is under way; its job goes on another time."""
+        self._stopped.set()
+        self._wanted.set()
+        self._thread.join(within_s)
+
+    def _serve(self) -> None:
+        while not self._owns():
+            if self._stopped.wait(_LOOKS_EVERY_S):
+                return
+        try:
+            self._jobs.resume()
+            while not self._stopped.is_set():
+                if not self._run_one():
+                    self._wanted.wait(_LOOKS_EVERY_S)
+                    self._wanted.clear()
+        except (Interrupted, ClosedError, EngineDeadError):
+            logger.info("ingestions stop with the server; those that did not end are kept")
+        except Exception:  # the jobs are kept: another process, or the next start, goes on
+            logger.exception("ingestions stop")
+        finally:
+            self._lock.close()
+
+    def _owns(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def _run_one(self) -> bool:
+        """Run the oldest job, if there is one."""
+        begun = self._jobs.begin()
+        if begun is None:
+            return False
+        job, chunks = begun
+        try:
+            self._finish(job, self._run(job, chunks))
+        except (Interrupted, ClosedError, EngineDeadError):
+            self._jobs.put_back(job)
+            raise
+        except Exception as error:
+            self._fail(job, error)
+        return True
+
+    def _run(self, job: Job, chunks: Sequence[Given]) -> bool:
+        """Compute what is left of a job; returns whether it was not cancelled."""
+        front = self._front_of(job.tenant)
+        front.look()
+        seen = set(self._jobs.keys(job))
+        for batch in batches(chunks[job.done.place :], front.batch_tokens):
+            if self._stopped.is_set():
+                raise Interrupted
+            report = self._ingest(front, batch)
+            job.done.add(report, seen)
+            keys = list(report.keys) or [""] * len(batch)
+            seen.update(keys)
+            waiting = max(0, job.waiting - sum(chunk.tokens for chunk in batch))
+            job.waiting = waiting
+            if not self._jobs.progress(job, keys, waiting):
+                return False
+        if job.replaces and job.done.reason is None and job.document is not None:
+            front.replace_document(job.document, seen - {""})
+        return True
+
+    def _ingest(self, front: Front, batch: Sequence[Given]) -> IngestReport:
+        for pause in range(1, _TRIES):
+            try:
+                return front.ingest_given(batch)
+            except UnavailableError:
+                if self._stopped.wait(pause * _PAUSE_S):
+                    raise Interrupted from None
+        return front.ingest_given(batch)
+
+    def _finish(self, job: Job, whole: bool) -> None:
+        self._jobs.end(job, COMPLETED if whole else CANCELLED)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        ours = isinstance(error, CacheBlendError)
+        if not ours:
+            logger.error("ingestion %s failed", job.id, exc_info=error)
+        message = str(error) if ours else f"{type(error).__name__}; the server's log has the cause"
+        self._jobs.end(job, FAILED, {"code": _code(error), "message": message})
+
+
+def batches(chunks: Sequence[Given], most: Callable[[], int]) -> Iterator[list[Given]]:
+    """Chunks of at most so many tokens together, in order; a longer one goes alone."""
+    batch, size = list[Given](), 0
+    for chunk in chunks:
+        if batch and size + chunk.tokens > most():
+            yield batch
+            batch, size = [], 0
+        batch.append(chunk)
+        size += chunk.tokens
+    if batch:
+        yield batch
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, UnavailableError):
+        return "store_unavailable"
+    if isinstance(error, PromptError):
+        return "invalid_chunk"
+    return "ingestion_failed"

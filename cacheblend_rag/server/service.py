@@ -1,0 +1,138 @@
+"""What an API process has for its endpoints: the engine, a front for each namespace, the jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import hashlib
+import hmac
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engine.client import ClientEngine
+from cacheblend_rag.errors import CacheBlendError, StoreError
+from cacheblend_rag.models import cache_home
+from cacheblend_rag.server.front import Front
+from cacheblend_rag.server.jobs import Jobs
+from cacheblend_rag.server.options import ServerOptions
+from cacheblend_rag.server.runner import Runner
+from cacheblend_rag.store.url import parse_url
+
+SERVER = "server"  # key of the connector's extra config
+
+
+class Service:
+    """Made in another thread than the event loop's, whose RPCs it waits for.
+
+    Args:
+        extra: the connector's extra config.
+        server: process id of the server, which all of its API processes know.
+    """
+
+    def __init__(
+        self, client: Any, loop: asyncio.AbstractEventLoop, extra: Mapping[str, Any], server: int
+    ) -> None:
+        self.options = ServerOptions.of(extra.get(SERVER, {}))
+        config = BlendConfig.of(
+            {name: value for name, value in extra.items() if name != SERVER}, "the extra config"
+        )
+        self.engine = ClientEngine(client, loop)
+        self.front = Front.of(self.engine, config)
+        self._fronts, self._opening = dict[str, Front](), Lock()
+        name = _name(self.front, config)
+        folder = state_folder(self.options.state, config.store, server)
+        self.jobs = Jobs(folder / f"{name}.sqlite", self.options.max_queued_tokens)
+        if parse_url(config.store).scheme in ("memory", "null"):
+            self.jobs.forget_ended(str(self.engine.state["born"]))
+        self._secret = self.jobs.about("secret", secrets.token_hex(32))
+        self.runner = Runner(self.jobs, self.front_of, folder / f"{name}.lock")
+        atexit.register(self.close)
+
+    def front_of(self, namespace: str | None) -> Front:
+        """That of a tenant, or of the server's own namespace."""
+        if not (self.options.has_tenants and namespace):
+            return self.front
+        with self._opening:
+            if namespace not in self._fronts:
+                self._fronts[namespace] = self._open(namespace)
+            return self._fronts[namespace]
+
+    def space_of(self, namespace: str) -> str:
+        """The secret name of a tenant's space; opened where it is not yet."""
+        self.front_of(namespace)
+        return self._space_name(namespace)
+
+    def close(self) -> None:
+        """End what runs."""
+        self.runner.stop()
+
+    def _open(self, namespace: str) -> Front:
+        config = replace(self.front.config, namespace=namespace)
+        return self.front.tenant(config, self._space_name(namespace))
+
+    def _space_name(self, namespace: str) -> str:
+        name = hmac.digest(self._secret.encode(), namespace.encode(), hashlib.sha256)
+        return f"tenant-{name.hex()}"
+
+
+def _name(front: Front, config: BlendConfig) -> str:
+    """Of the files of a server whose chunks have other keys, or are in another store, it is
+    another.
+    """
+    told = f"{front.key_space.key(())}/{config.store}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def state_folder(given: str | None, store: str, server: int) -> Path:
+    """Where the jobs are; made where it is not there yet. Beside a store in a folder; with one in
+    memory, in a temporary folder that goes with the server, as the KV does.
+
+    Raises:
+        StoreError: it can't be made.
+    """
+    url = parse_url(store)
+    if given is not None:
+        folder = Path(given).expanduser().absolute()
+    elif url.scheme == "file":
+        folder = Path(f"{url.path.rstrip('/')}-serve")
+    elif url.scheme in ("memory", "null"):
+        return _temporary(server)
+    else:
+        folder = cache_home() / "serve"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"the folder of the jobs can't be made: {error}. Name another one: --state DIR"
+        ) from error
+    return folder
+
+
+def _temporary(server: int) -> Path:
+    """One of this user's for the server of this process id; those of servers that ended go."""
+    base = Path(tempfile.gettempdir()) / f"cacheblend-serve-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    about = base.lstat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o077 or base.is_symlink():
+        raise StoreError(f"{base} is not a folder of yours alone; remove it, or give --state DIR")
+    for old in base.iterdir():
+        if old.name.isdigit() and not Path(f"/proc/{old.name}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    folder = base / str(server)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+class Absent:
+    """In the place of a service that could not be made: every endpoint says why."""
+
+    def __init__(self, error: CacheBlendError) -> None:
+        self.error = error

@@ -1,0 +1,231 @@
+"""Whose a request is: API keys, or a header of a trusted proxy, to namespaces.
+
+A tenant's requests carry the name of a space that only the server knows, and a salt of vLLM's
+prefix cache. Both stand in the body before vLLM reads it. What can't carry them is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import secrets
+import tomllib
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.plan import PARAMS_KEY
+from cacheblend_rag.server.bodies import parsed
+from cacheblend_rag.server.errors import HttpError, as_http
+
+PREFIX = "/v1/cacheblend"
+OPEN = {"/", "/health", "/ping", "/metrics", "/version", "/load", "/docs", "/openapi.json"}
+_PLAIN = {("GET", "/v1/models"), ("POST", "/tokenize"), ("POST", "/detokenize")}
+_ANSWERS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+_STORED = ("previous_response_id", "background")  # answers that vLLM keeps, for whoever asks
+
+Ensure = Callable[[str], Awaitable[str]]  # opens a namespace's space and returns its secret name
+
+
+class KeyFile:
+    """TOML: a namespace for each API key, or for ``sha256:`` and the key's digest."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            given = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the file of tenants {path!r} can't be read: {error}") from error
+        self._namespaces = _digests(given, path)
+
+    def of(self, key: str) -> str | None:
+        """The namespace of an API key; None where it has none."""
+        asked, found = hashlib.sha256(key.encode()).digest(), None
+        for digest, namespace in self._namespaces.items():
+            if secrets.compare_digest(asked, digest):
+                found = namespace
+        return found
+
+
+def _digests(given: Mapping[str, Any], path: str) -> dict[bytes, str]:
+    found = dict[bytes, str]()
+    for key, namespace in given.items():
+        if not isinstance(namespace, str) or not namespace:
+            raise ConfigError(f'{path!r}: a line is "API key" = "namespace", both not empty')
+        found[_digest(key, path)] = namespace
+    if not found:
+        raise ConfigError(f'{path!r} has no line "API key" = "namespace"')
+    return found
+
+
+def _digest(key: str, path: str) -> bytes:
+    if not key.startswith("sha256:"):
+        return hashlib.sha256(key.encode()).digest()
+    try:
+        digest = bytes.fromhex(key.removeprefix("sha256:"))
+    except ValueError:
+        digest = b""
+    if len(digest) != 32:
+        raise ConfigError(f"{path!r}: behind sha256: stand 64 hexadecimal digits")
+    return digest
+
+
+class Who:
+    """Tells whose a request is, by its headers."""
+
+    def __init__(self, keys: KeyFile | None, header: str | None) -> None:
+        self._keys, self._header = keys, header
+
+    def of(self, headers: Headers) -> str:
+        """The namespace.
+
+        Raises:
+            HttpError: 401: it can't be told.
+        """
+        if self._keys is None:
+            if namespace := headers.get(str(self._header), "").strip():
+                return namespace
+            raise HttpError(401, f"the proxy gave no {self._header} header")
+        scheme, _, key = headers.get("Authorization", "").partition(" ")
+        found = self._keys.of(key.strip()) if scheme.lower() == "bearer" else None
+        if found is None:
+            raise HttpError(401, "give one of this server's API keys: Authorization: Bearer ...")
+        return found
+
+
+class TenantMiddleware:
+    """ASGI. What follows finds the namespace in ``scope["state"]["cacheblend_namespace"]``.
+
+    Args:
+        ensure: see ``Ensure``.
+        max_body: bytes of a body that is read here.
+    """
+
+    def __init__(self, app: ASGIApp, who: Who, ensure: Ensure, max_body: int) -> None:
+        self._app, self._who, self._ensure, self._max_body = app, who, ensure, max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or _is_open(scope):
+            return await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        try:
+            receive = await self._entered(scope, receive)
+        except Exception as error:
+            known = as_http(error)
+            answer = JSONResponse(known.body(), known.status, known.headers())
+            return await answer(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    async def _entered(self, scope: Scope, receive: Receive) -> Receive:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        namespace = self._who.of(Headers(scope=scope))
+        scope.setdefault("state", {})["cacheblend_namespace"] = namespace
+        if path == PREFIX or path.startswith(f"{PREFIX}/") or (scope["method"], path) in _PLAIN:
+            return receive
+        if scope["method"] != "POST" or path not in _ANSWERS:
+            raise HttpError(403, f"{scope['method']} {path} is not served to tenants")
+        given = await read(receive, Headers(scope=scope), self._max_body)
+        body = await asyncio.to_thread(parsed, given)
+        space = await self._ensure(namespace)
+        raw = await asyncio.to_thread(lambda: json.dumps(entered(body, namespace, space)).encode())
+        _set_length(scope, len(raw))
+        return _replayed(raw, receive)
+
+
+def entered(body: dict[str, Any], namespace: str, space: str) -> dict[str, Any]:
+    """The body of a tenant's request for an answer.
+
+    Raises:
+        HttpError: 400: it says itself what the server has to say.
+    """
+    for name in _STORED:
+        if body.get(name):
+            raise HttpError(400, f"{name} is not served to tenants; leave it out", param=name)
+    params = _table(body.get("kv_transfer_params"), "kv_transfer_params")
+    ours = _table(params.get(PARAMS_KEY), f"kv_transfer_params.{PARAMS_KEY}")
+    for name in ("space", "request_id"):
+        if name in ours:
+            at = f"kv_transfer_params.{PARAMS_KEY}.{name}"
+            raise HttpError(400, f"{at} is not for clients; leave it out", param=at)
+    return {
+        **body,
+        "kv_transfer_params": {**params, PARAMS_KEY: {**ours, "space": space}},
+        "cache_salt": salt(space, body.get("cache_salt")),
+    }
+
+
+def salt(space: str, own: object) -> str:
+    """Of vLLM's prefix cache: a tenant's, and within it the client's own.
+
+    Raises:
+        HttpError: 400: the client's is no text.
+    """
+    if own is not None and not (isinstance(own, str) and own):
+        raise HttpError(400, "cache_salt must be a text that is not empty", param="cache_salt")
+    return hashlib.sha256(json.dumps(["cacheblend", space, own]).encode()).hexdigest()
+
+
+def _table(value: object, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise HttpError(400, f"{where} must be an object", param=where)
+    return value
+
+
+async def read(receive: Receive, headers: Headers, most: int) -> bytes:
+    """A request's body.
+
+    Raises:
+        HttpError: 413: it has more than ``most`` bytes; 400: the client left.
+    """
+    told = headers.get("content-length", "0")
+    if told.isdigit() and int(told) > most:
+        raise _too_large(most)
+    parts, size = list[bytes](), 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise HttpError(400, "the client left before its request was whole")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            raise _too_large(most)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_large(most: int) -> HttpError:
+    return HttpError(413, f"the body has more than {most} bytes; send it in several requests")
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether anybody may ask: what says nothing of any tenant, and what browsers ask ahead."""
+    if scope["type"] != "http":
+        return False
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return scope["method"] == "OPTIONS" or (scope["method"] in ("GET", "HEAD") and path in OPEN)
+
+
+def _set_length(scope: Scope, length: int) -> None:
+    kept = [pair for pair in scope["headers"] if pair[0] not in _FRAMING]
+    scope["headers"] = [*kept, (b"content-length", str(length).encode())]
+
+
+_FRAMING = (b"content-length", b"transfer-encoding")
+
+
+def _replayed(raw: bytes, receive: Receive) -> Receive:
+    """Gives the body once; then what the client does."""
+    first: list[Message] = [{"type": "http.request", "body": raw, "more_body": False}]
+
+    async def again() -> Message:
+        return first.pop() if first else await receive()
+
+    return again

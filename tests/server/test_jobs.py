@@ -1,0 +1,349 @@
+"""Ingestions as jobs: nothing that was acknowledged is lost, and nobody sees another's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cacheblend_rag.errors import (
+    EmptyTextError,
+    EngineDeadError,
+    StoreError,
+    UnavailableError,
+)
+from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.reason import Reason
+from cacheblend_rag.server import jobs as module
+from cacheblend_rag.server import runner
+from cacheblend_rag.server.bodies import Given
+from cacheblend_rag.server.errors import HttpError
+from cacheblend_rag.server.jobs import Job, Jobs, shown
+from cacheblend_rag.server.runner import Runner, batches
+
+A, B, C = (Given(f"text {n}") for n in "abc")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Jobs]]:
+    made: list[Jobs] = []
+
+    def make(most: int = 1000) -> Jobs:
+        made.append(Jobs(tmp_path / "jobs.sqlite", most))
+        return made[-1]
+
+    yield make
+    for jobs in made:
+        jobs.close()
+
+
+@pytest.fixture
+def jobs(make: Callable[..., Jobs]) -> Jobs:
+    return make()
+
+
+def look(jobs: Jobs, job: Job) -> dict[str, Any]:
+    job = jobs.get(job.tenant, job.id)
+    return shown(job, jobs.keys(job))
+
+
+def refused(status: int) -> Any:
+    return pytest.raises(HttpError, check=lambda error: error.status == status)
+
+
+class FakeFront:
+    """Stores keys; what it is told to raise it raises."""
+
+    def __init__(self) -> None:
+        self.stored: set[str] = set()
+        self.raises: list[Exception] = []
+        self.replaced: list[tuple[str, set[str]]] = []
+        self.reason: Reason | None = None
+        self.hold = threading.Event()
+        self.hold.set()
+        self.calls = 0
+
+    def look(self) -> None:
+        pass
+
+    def batch_tokens(self) -> int:
+        return 1  # one chunk a batch
+
+    def ingest_given(self, batch: Sequence[Given]) -> IngestReport:
+        self.calls += 1
+        assert self.hold.wait(10)
+        if self.raises and (error := self.raises.pop(0)):
+            raise error
+        if self.reason is not None:
+            return IngestReport(chunks=len(batch), reason=self.reason, detail="not here")
+        keys = [f"key of {chunk.text}" for chunk in batch]
+        new = set(keys) - self.stored
+        self.stored |= new
+        return IngestReport(
+            chunks=len(batch), computed=len(new), present=len(keys) - len(new), tokens=7, keys=keys
+        )
+
+    def replace_document(self, name: str, keys: set[str]) -> None:
+        self.replaced.append((name, keys))
+
+
+@pytest.fixture
+def front() -> FakeFront:
+    return FakeFront()
+
+
+@pytest.fixture
+def start(tmp_path: Path, front: FakeFront) -> Iterator[Callable[[Jobs], Runner]]:
+    started: list[Runner] = []
+
+    def start(jobs: Jobs) -> Runner:
+        found: Any = front
+        started.append(Runner(jobs, lambda tenant: found, tmp_path / "lock"))
+        return started[-1]
+
+    yield start
+    front.hold.set()
+    for running in started:
+        running.stop()
+
+
+def ended(jobs: Jobs, job: Job) -> dict[str, Any]:
+    for _ in range(500):
+        if (told := look(jobs, job))["status"] not in ("queued", "in_progress"):
+            return told
+        time.sleep(0.01)
+    raise AssertionError(told)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def test_a_job_is_there_for_every_process(make: Callable[..., Jobs]) -> None:
+    job = make().create("", [A, B])
+    told = look(make(), job)
+    assert told["status"] == "queued" and told["keys"] is None and told["error"] is None
+    assert told["counts"]["total"] == told["counts"]["remaining"] == 2
+
+
+def test_the_same_key_is_the_same_job(make: Callable[..., Jobs]) -> None:
+    job = make().create("t", [A], idempotency="k")
+    assert make().create("t", [A], idempotency="k").id == job.id
+    assert make().create("u", [A], idempotency="k").id != job.id, "another tenant's"
+    for other in ([B], [Given("text a", document="d")]):
+        with refused(409):
+            make().create("t", other, idempotency="k")
+    with refused(409):
+        make().create("t", [A], idempotency="k", document="d", replaces=True)
+
+
+def test_jobs_of_others_are_not_there(jobs: Jobs) -> None:
+    job = jobs.create("t", [A])
+    with refused(404):
+        jobs.get("u", job.id)
+    with refused(404):
+        jobs.cancel("u", job.id)
+    with refused(404):
+        jobs.page("u", job.id, 5, "desc")
+    assert jobs.page("u", None, 5, "desc") == []
+
+
+def test_pages(jobs: Jobs) -> None:
+    made = [jobs.create("", [A]).id for _ in range(5)]
+    newest = [job.id for job in jobs.page("", None, 2, "desc")]
+    assert newest == made[:2:-1]
+    assert [job.id for job in jobs.page("", newest[-1], 9, "desc")] == made[2::-1]
+    assert [job.id for job in jobs.page("", made[1], 2, "asc")] == made[2:4]
+
+
+def test_too_much_may_not_wait(make: Callable[..., Jobs]) -> None:
+    jobs = make(most=10)
+    large = Given(list(range(50)))
+    jobs.create("", [large])  # alone, one may be as large as it likes
+    with pytest.raises(HttpError, match="wait to be ingested") as error:
+        jobs.create("", [A])
+    assert error.value.status == 429 and int(error.value.headers()["Retry-After"]) > 0
+    assert jobs.begin() is not None
+    with refused(429):
+        jobs.create("", [A])
+
+
+def test_old_jobs_go(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT", 3)
+    made = [jobs.create("", [A]) for _ in range(6)]
+    for job in made[:5]:
+        jobs.progress(job, [], 0)
+        jobs.end(job, "completed")
+    jobs.create("", [A])
+    assert {job.id for job in jobs.page("", None, 99, "asc")} >= {made[5].id, made[4].id}
+    with refused(404):
+        jobs.get("", made[0].id)
+
+
+def test_what_lived_in_an_engine_that_ended_is_void(make: Callable[..., Jobs]) -> None:
+    jobs = make()
+    jobs.forget_ended("first")
+    done, open_ = jobs.create("", [A], idempotency="k"), jobs.create("", [B])
+    jobs.end(done, "completed")
+    open_.done.place = 1
+    jobs.progress(open_, ["key"], 0)
+    make().forget_ended("first")
+    assert look(jobs, done)["status"] == "completed"
+    make().forget_ended("second")
+    assert look(jobs, open_)["counts"]["remaining"] == 1 and jobs.keys(open_) == []
+    with refused(404):
+        jobs.get("", done.id)
+    assert jobs.create("", [A], idempotency="k").id != done.id
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def test_a_job_runs(jobs: Jobs, front: FakeFront, start: Callable[..., Any]) -> None:
+    front.stored.add("key of text c")
+    job = jobs.create("", [A, B, A, C])
+    start(jobs)
+    told = ended(jobs, job)
+    assert told["status"] == "completed" and told["completed_at"] >= told["created_at"]
+    counts = {n: told["counts"][n] for n in ("computed", "present", "repeated", "remaining")}
+    assert counts == {"computed": 2, "present": 1, "repeated": 1, "remaining": 0}
+    assert told["keys"] == [f"key of text {n}" for n in "abac"]
+    assert jobs._rows("SELECT chunks FROM jobs") == [(None,)], "its texts are not kept"
+
+
+def test_a_document_is_replaced_at_the_end(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any]
+) -> None:
+    job = jobs.create("", [A, B], document="d", replaces=True)
+    empty = jobs.create("", [], document="e", replaces=True)
+    start(jobs)
+    assert ended(jobs, job)["document"] == "d" and ended(jobs, empty)["status"] == "completed"
+    assert front.replaced == [("d", {"key of text a", "key of text b"}), ("e", set())]
+
+
+def test_what_the_engine_does_not_blend_is_not_stored(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any]
+) -> None:
+    front.reason = Reason.MLA
+    job = jobs.create("", [A], document="d", replaces=True)
+    start(jobs)
+    told = ended(jobs, job)
+    assert (told["status"], told["reason"], told["detail"]) == ("completed", "mla", "not here")
+    assert told["keys"] is None and front.replaced == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StoreError("the disk is full"), "ingestion_failed"),
+        (EmptyTextError("text 1 of 1: empty"), "invalid_chunk"),
+        (ZeroDivisionError("secret"), "ingestion_failed"),
+    ],
+)
+def test_a_failure_ends_one_job(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any], error: Exception, code: str
+) -> None:
+    front.raises = [error]
+    job, other = jobs.create("", [A], document="d", replaces=True), jobs.create("", [B])
+    start(jobs)
+    told = ended(jobs, job)
+    assert told["status"] == "failed" and told["error"]["code"] == code
+    assert "secret" not in told["error"]["message"] and front.replaced == []
+    assert ended(jobs, other)["status"] == "completed"
+
+
+def test_a_store_that_is_away_is_asked_again(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_PAUSE_S", 0.001)
+    front.raises = [UnavailableError("away")] * 2
+    job = jobs.create("", [A])
+    start(jobs)
+    assert ended(jobs, job)["status"] == "completed" and front.calls == 3
+    front.raises = [UnavailableError("away")] * 99
+    job = jobs.create("", [B])
+    assert ended(jobs, job)["error"]["code"] == "store_unavailable"
+
+
+def test_cancelled(jobs: Jobs, front: FakeFront, start: Callable[..., Any]) -> None:
+    waiting = jobs.create("", [A])
+    assert jobs.cancel("", waiting.id).status == "cancelled"
+    assert jobs.cancel("", waiting.id).status == "cancelled", "again"
+    front.hold.clear()
+    job = jobs.create("", [A, B, C], document="d", replaces=True)
+    start(jobs)
+    until(lambda: front.calls == 1)
+    assert jobs.cancel("", job.id).status == "in_progress"
+    front.hold.set()
+    told = ended(jobs, job)
+    assert told["status"] == "cancelled" and told["counts"]["remaining"] == 2
+    assert front.replaced == []
+    done = jobs.create("", [C])
+    ended(jobs, done)
+    with refused(409):
+        jobs.cancel("", done.id)
+
+
+def test_a_stop_puts_the_job_back(
+    make: Callable[..., Jobs], front: FakeFront, start: Callable[..., Any]
+) -> None:
+    jobs = make()
+    front.hold.clear()
+    job = jobs.create("", [A, B, C])
+    first = start(jobs)
+    until(lambda: front.calls == 1)
+    threading.Timer(0.05, front.hold.set).start()
+    first.stop()
+    told = look(jobs, job)
+    assert told["status"] == "queued" and told["counts"]["remaining"] == 2
+    start(make())
+    told = ended(jobs, job)
+    assert told["counts"]["computed"] == 3 and front.calls == 3, "none was computed twice"
+
+
+def test_an_engine_that_died_leaves_the_job(
+    make: Callable[..., Jobs], front: FakeFront, start: Callable[..., Any]
+) -> None:
+    jobs = make()
+    front.raises = [EngineDeadError("dead")]
+    job = jobs.create("", [A])
+    start(jobs)
+    until(lambda: front.calls == 1)
+    until(lambda: look(jobs, job)["status"] == "queued")
+    start(make())
+    assert ended(jobs, job)["status"] == "completed"
+
+
+def test_one_process_runs_them_and_another_takes_over(
+    make: Callable[..., Jobs], front: FakeFront, start: Callable[..., Any]
+) -> None:
+    jobs = make()
+    front.hold.clear()
+    job = jobs.create("", [A, B])
+    first, second = start(jobs), start(make())
+    until(lambda: front.calls == 1)
+    time.sleep(0.1)
+    assert front.calls == 1, "two run the same"
+    front.hold.set()
+    ended(jobs, job)
+    first.stop()
+    later = jobs.create("", [C])
+    second.wake()
+    assert ended(jobs, later)["status"] == "completed"
+
+
+def test_batches() -> None:
+    chunks = [Given([0] * n) for n in (5, 5, 30, 2)]
+    sizes = [[len(c.text) for c in batch] for batch in batches(chunks, lambda: 13)]
+    assert sizes == [[5, 5], [30], [2]]
