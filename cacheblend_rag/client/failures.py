@@ -11,13 +11,16 @@ from typing import Any
 
 import httpx
 
-from cacheblend_rag import errors
 from cacheblend_rag.errors import (
     CacheBlendError,
     ConfigError,
+    EmptyTextError,
+    EngineDeadError,
+    EngineError,
     PromptError,
     PromptTooLongError,
     ServerError,
+    StoreError,
     UnavailableError,
 )
 
@@ -29,6 +32,19 @@ _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _GATEWAY = (502, 503, 504)
 # fields of a request that hold text or token ids, or are counted in tokens
 _TEXT = ("prompt", "messages", "input", "input_tokens", "chunks", "texts", "text", "left_context")
+
+_BY_CODE: Mapping[str, type[CacheBlendError]] = {  # those of our endpoints
+    "empty_text": EmptyTextError,
+    "engine_failed": EngineError,
+    "engine_unavailable": EngineDeadError,
+    "ingestion_failed": StoreError,
+    "invalid_chunk": PromptError,
+    "invalid_option": ConfigError,
+    "invalid_text": PromptError,
+    "prompt_too_long": PromptTooLongError,
+    "state_unavailable": ServerError,
+    "store_unavailable": UnavailableError,
+}
 
 
 def pause(attempt: int, failed: httpx.Response | httpx.TransportError, safe: bool) -> float | None:
@@ -103,42 +119,29 @@ def refusal(response: httpx.Response, url: str, path: str, has_key: bool) -> Cac
         return ServerError(f"{url} redirects to {to}; connect to that URL")
     if status == 429:
         return ServerError(f"{url} is busy (429): {message}. Send fewer requests at once, or later")
-    return _by_kind(status, error, path)(_sentence(url, status, message))
+    return _by_kind(status, error, path)(f"{url} ({status}): {message}")
 
 
 def told(error: Mapping[str, Any], url: str) -> CacheBlendError:
     """The error for one that came within a stream, or with a job."""
-    code = error.get("code")
-    status = int(str(code)) if str(code).isdigit() else 500
+    code = str(error.get("code"))
+    status = int(code) if code.isdigit() else 500
     message = str(error.get("message") or "no reason was given")
-    kind = _named(code) or _by_kind(status, error, "")
-    return kind(_sentence(url, None, message))
-
-
-def _sentence(url: str, status: int | None, message: str) -> str:
-    return f"{url}: {message}" if status is None else f"{url} ({status}): {message}"
+    return _by_kind(status, error, "")(f"{url}: {message}")
 
 
 def _by_kind(status: int, error: Mapping[str, Any], path: str) -> type[CacheBlendError]:
     """The class of an error by what the server says of it."""
-    if named := _named(error.get("type")):
-        return named
+    if (kind := _BY_CODE.get(str(error.get("code")))) is not None:
+        return kind
     if status == 503 and path.startswith(STATE):
         return UnavailableError
     if status >= 500 or status in (404, 408, 409):
         return ServerError
     if "maximum context length" in str(error.get("message")):
         return PromptTooLongError
-    of_text = status == 413 or str(error.get("param")).partition("[")[0].strip(".") in _TEXT
+    of_text = status == 413 or str(error.get("param")).partition("[")[0] in _TEXT
     return PromptError if of_text else ConfigError
-
-
-def _named(name: object) -> type[CacheBlendError] | None:
-    """The class of ours that has this name; None where none has."""
-    kind = getattr(errors, name, None) if isinstance(name, str) else None
-    is_ours = isinstance(kind, type) and issubclass(kind, CacheBlendError)
-    # the one class whose message is not a sentence
-    return kind if is_ours and kind is not errors.MissingExtraError else None
 
 
 def _error_of(text: str) -> Mapping[str, Any]:

@@ -114,9 +114,15 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
     def _check_open(self) -> None:
         self._connection.check_open()
 
-    def __reduce__(self) -> Any:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, beside the URL."""
         named = {"api_key": self._connection.api_key, "timeout": self._connection.timeout}
-        config = self._asked_config
+        return {**named, "config": self._asked_config}
+
+    def __reduce__(self) -> Any:
+        named = self.settings
+        config = named.pop("config")
         return _connect, (self.url, named, None if config is None else plain_config(config))
 
 

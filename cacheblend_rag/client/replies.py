@@ -15,6 +15,7 @@ from cacheblend_rag.report import BlendReport, SegmentReport
 
 _TOKEN = "token_id:"  # how vLLM writes an id where a token's text would stand
 _LOWEST = -9999.0  # what vLLM writes for minus infinity
+_TIMES = ("ttft_s", "total_s")
 _COUNTS = ("computed", "present", "repeated", "too_short", "too_long")
 
 
@@ -59,7 +60,8 @@ def reason(name: object) -> Reason | None:
 def report(data: Mapping[str, Any]) -> BlendReport:
     """A report from plain data: the reverse of ``BlendReport.to_dict``."""
     known = {f.name for f in fields(BlendReport)}
-    given = {name: value for name, value in data.items() if name in known}
+    # times that a server leaves to its clients are None there
+    given = {n: v for n, v in data.items() if n in known and (v is not None or n not in _TIMES)}
     own = [{n: row[n] for n in SegmentReport._fields if n in row} for row in given["segments"]]
     given["segments"] = [SegmentReport(**row) for row in own]
     return BlendReport(**{**given, "reason": reason(given.get("reason"))})

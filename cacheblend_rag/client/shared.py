@@ -82,6 +82,11 @@ class SharedServer(SharedEngine):
             )
         return cls.at(url, model, config=config, **named)
 
+    @classmethod
+    def holding(cls, blend: RemoteCacheBlend) -> SharedServer:
+        """That of a front which is connected already; see ``SharedEngine.around``."""
+        return cls(blend.info.model, lambda: blend, {**blend.settings, "url": blend.url})
+
     @property
     def config(self) -> BlendConfig:
         """How requests are blended; connects."""

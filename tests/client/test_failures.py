@@ -18,6 +18,7 @@ from cacheblend_rag import (
     CacheBlend,
     CacheBlendError,
     ConfigError,
+    EmptyTextError,
     PromptError,
     PromptTooLongError,
     ServerError,
@@ -92,8 +93,8 @@ def said(status: int, body: Any, path: str = "/v1/completions") -> CacheBlendErr
     return refusal(httpx.Response(status, text=text), URL, path, has_key=False)
 
 
-def openai(message: str = "no", param: str | None = None, kind: str = "BadRequestError") -> Any:
-    return {"error": {"message": message, "param": param, "type": kind, "code": 400}}
+def openai(message: str = "no", param: str | None = None, code: str | int = 400) -> Any:
+    return {"error": {"message": message, "param": param, "type": "APIError", "code": code}}
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,8 @@ def openai(message: str = "no", param: str | None = None, kind: str = "BadReques
             PromptTooLongError,
             "length is 8",
         ),
-        (400, openai("no room", kind="StoreError"), StoreError, "no room"),
-        (400, openai("odd", kind="MissingExtraError"), ConfigError, "odd"),
+        (400, openai("no words", code="empty_text"), EmptyTextError, "no words"),
+        (400, openai("odd", code="of_another_version"), ConfigError, "odd"),
         (400, {"detail": "fastapi's"}, ConfigError, "fastapi's"),
         (401, {"error": "Unauthorized"}, ConfigError, "Pass one of its keys as api_key"),
         (403, "", ConfigError, "api_key"),
@@ -139,7 +140,7 @@ def test_refusals_of_our_endpoints() -> None:
 def test_errors_within_a_stream() -> None:
     assert type(told({"message": "x", "code": 400}, URL)) is ConfigError
     assert type(told({"message": "x", "code": 500}, URL)) is ServerError
-    assert type(told({"message": "x", "code": "StoreError"}, URL)) is StoreError
+    assert type(told({"message": "x", "code": "ingestion_failed"}, URL)) is StoreError
     assert "no reason" in str(told({}, URL))
 
 

@@ -118,7 +118,9 @@ async def test_llama_indexs_llm(server: FakeServer) -> None:
 def test_llama_indexs_ingestion(server: FakeServer, behind: CacheBlend) -> None:
     llm = CacheBlendLLM(url=server.url)
     hook = llama_index_cacheblend.CacheBlendIngestion(llm, show_progress=False)
-    pipeline = IngestionPipeline(transformations=[SentenceSplitter(chunk_size=64, chunk_overlap=0), hook])
+    pipeline = IngestionPipeline(
+        transformations=[SentenceSplitter(chunk_size=64, chunk_overlap=0), hook]
+    )
     document = LlamaDocument(text=STORY.replace("{}", "d"), doc_id="d")
     nodes = pipeline.run(documents=[document], show_progress=False)
     assert behind.stored() == {behind.key(hook.text_of(node)) for node in nodes}
@@ -210,6 +212,17 @@ def test_identity_follows_server_keys_and_store(server: FakeServer) -> None:
     assert shared.identity() == shared.identity()
     other = SharedServer.at(server.url, timeout=7)
     assert other.identity() != shared.identity()  # memory: nobody says whether it was emptied
+
+
+def test_a_front_that_is_connected_already(server: FakeServer) -> None:
+    with CacheBlend.connect(server.url) as remote:
+        chat, llm = ChatCacheBlend.from_engine(remote), CacheBlendLLM.from_engine(remote)
+        assert chat.engine is llm.engine
+        assert chat.invoke("Hello").text == llm.complete("Hello").text
+        assert chat.engine.identity()
+        assert pickle.loads(pickle.dumps(llm)).complete("Hello").text
+        hook = llama_index_cacheblend.CacheBlendIngestion(remote, show_progress=False)
+        assert hook.ingest([TextNode(text=STORY)]).computed == 1
 
 
 def test_pickles_connect_in_another_process(server: FakeServer, tmp_path: Path) -> None:

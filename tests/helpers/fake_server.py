@@ -20,8 +20,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from servers import free_port
 
-from cacheblend_rag import BlendConfig, CacheBlend, CacheBlendError, PromptError
+from cacheblend_rag import BlendConfig, CacheBlend, CacheBlendError
 from cacheblend_rag.config import PER_CALL
+from cacheblend_rag.engine.start import sampling_params
+from cacheblend_rag.server.errors import as_http
 from cacheblend_rag.store.notes import Notes
 from cacheblend_rag.store.url import redacted
 
@@ -108,8 +110,8 @@ def app_of(server: FakeServer) -> FastAPI:
 
     @app.exception_handler(CacheBlendError)
     def refused(_: Request, failed: CacheBlendError) -> Response:
-        param = "prompt" if isinstance(failed, PromptError) else "options"
-        return error(400, str(failed), param)  # type: ignore[no-any-return]
+        known = as_http(failed)
+        return JSONResponse(known.body(), known.status, known.headers())
 
     @app.get("/v1/cacheblend")
     def state() -> Any:
@@ -305,6 +307,7 @@ def _add_prompts(app: FastAPI, server: FakeServer) -> None:
         assert ours.keys() <= set(PER_CALL)
         sampling = {n: v for n, v in body.items() if n in SAMPLING}
         stream = blend.astream(body["prompt"], **ours, **sampling)
+        sampling_params(sampling, None)  # vLLM refuses values before it streams
         name = server.name("cmpl-")
         return StreamingResponse(_answer(server, name, stream), media_type="text/event-stream")
 

@@ -22,6 +22,7 @@ def over_http(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     from cacheblend_rag import shared
     from cacheblend_rag.blend import CacheBlend
+    from cacheblend_rag.client import RemoteCacheBlend
 
     servers = contextlib.ExitStack()
 
@@ -29,11 +30,16 @@ def over_http(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def start() -> CacheBlend:
             blend = CacheBlend(model, config=settings["config"], **settings["engine_args"])
             server = servers.enter_context(serving(blend))
-            return CacheBlend.connect(server.url)
+            remote = CacheBlend.connect(server.url)
+            remote._engine = blend._engine  # for tests that look into it
+            remote._name, remote._space = blend._name, blend._space
+            return remote
 
         return start
 
     monkeypatch.setattr(shared, "_starter", starter)
+    for name in ("engine", "key_space"):
+        monkeypatch.setattr(RemoteCacheBlend, name, vars(CacheBlend)[name])
     yield
     servers.close()
 
