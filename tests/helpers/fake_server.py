@@ -21,13 +21,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from servers import free_port
 
 from cacheblend_rag import BlendConfig, CacheBlend, CacheBlendError
+from cacheblend_rag.client.requests import _DEFAULTS, SAMPLING
 from cacheblend_rag.config import PER_CALL
 from cacheblend_rag.engine.start import sampling_params
 from cacheblend_rag.server.errors import as_http
+from cacheblend_rag.server.page import page_router
 from cacheblend_rag.store.notes import Notes
 from cacheblend_rag.store.url import redacted
-
-SAMPLING = {"temperature", "max_tokens", "stop", "logprobs", "seed", "structured_outputs"}
 
 
 class Fault(NamedTuple):
@@ -147,6 +147,7 @@ def app_of(server: FakeServer) -> FastAPI:
             "components": {"schemas": {"CompletionRequest": {"properties": {"watermarking": 1}}}}
         }
 
+    app.include_router(page_router())
     _add_chunks(app, server)
     _add_documents(app, server)
     _add_prompts(app, server)
@@ -305,7 +306,8 @@ def _add_prompts(app: FastAPI, server: FakeServer) -> None:
         server.bodies.append(body)
         ours = (body.get("kv_transfer_params") or {}).get("cacheblend", {})
         assert ours.keys() <= set(PER_CALL)
-        sampling = {n: v for n, v in body.items() if n in SAMPLING}
+        # our client names vLLM's defaults, which an engine without a server takes without a word
+        sampling = {n: v for n, v in body.items() if n in SAMPLING and _DEFAULTS.get(n) != v}
         stream = blend.astream(body["prompt"], **ours, **sampling)
         sampling_params(sampling, None)  # vLLM refuses values before it streams
         name = server.name("cmpl-")
