@@ -46,6 +46,11 @@ class Front(CacheBlend):
         """Ask the engine anew whether it blends."""
         self.gate = self._engine.gate()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the engine ends, or has ended."""
+        return self._engine.is_dead
+
     def batch_tokens(self) -> int:
         """Of the next batch of an ingestion."""
         return self._engine.pace.tokens(self.info.max_num_batched_tokens)

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.server.options import ServerOptions
-from cacheblend_rag.server.routes import router
+from cacheblend_rag.server.routes import add_to
 from cacheblend_rag.server.service import SERVER, Absent, Service
 from cacheblend_rag.server.tenants import KeyFile, TenantMiddleware, Who
 
@@ -33,7 +33,7 @@ class CacheBlendEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; where there are tenants, whose a request is is told before any route."""
-        app.include_router(router)
+        add_to(app)
         options = ServerOptions.of(_extra(app.state.args.kv_transfer_config).get(SERVER, {}))
         if options.has_tenants:
             keys = KeyFile(options.tenants) if options.tenants else None

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from cacheblend_rag.errors import ConfigError
@@ -93,6 +93,20 @@ def _refused(request: Request, error: Exception) -> Response:
     if known.status == 500:
         request.app.state.cacheblend_logger.error("a request failed", exc_info=error)
     return JSONResponse(known.body(), known.status, known.headers())
+
+
+def add_to(app: FastAPI) -> None:
+    """Serve all of them, and say of other paths below that there is no such endpoint."""
+    every = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+    app.include_router(router)
+    app.router.add_route(
+        f"{PREFIX}/{{rest:path}}", _nothing, methods=every, include_in_schema=False
+    )
+    app.router.add_route(PREFIX, _nothing, methods=every, include_in_schema=False)
+
+
+async def _nothing(request: Request) -> Response:
+    return _refused(request, not_found("endpoint", f"{request.method} {request.url.path}"))
 
 
 # ---- state -------------------------------------------------------------------------------------

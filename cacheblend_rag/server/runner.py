@@ -40,7 +40,7 @@ class Runner:
     """
 
     def __init__(self, jobs: Jobs, front_of: Callable[[str], Front], lock: Path) -> None:
-        self._jobs, self._front_of = jobs, front_of
+        self._jobs, self._front_of, self._base = jobs, front_of, front_of("")
         self._lock: IO[bytes] = lock.open("wb")
         self._wanted, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._serve, name="cacheblend-jobs", daemon=True)
@@ -86,18 +86,22 @@ class Runner:
         if begun is None:
             return False
         job, chunks = begun
+        front = self._base
         try:
-            self._finish(job, self._run(job, chunks))
+            front = self._front_of(job.tenant)
+            self._finish(job, self._run(job, front, chunks))
         except (Interrupted, ClosedError, EngineDeadError):
             self._jobs.put_back(job)
             raise
         except Exception as error:
+            if front.is_over:
+                self._jobs.put_back(job)
+                raise Interrupted from error
             self._fail(job, error)
         return True
 
-    def _run(self, job: Job, chunks: Sequence[Given]) -> bool:
+    def _run(self, job: Job, front: Front, chunks: Sequence[Given]) -> bool:
         """Compute what is left of a job; returns whether it was not cancelled."""
-        front = self._front_of(job.tenant)
         front.look()
         seen = set(self._jobs.keys(job))
         for batch in batches(chunks[job.done.place :], front.batch_tokens):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import hashlib
 import hmac
 import os
@@ -54,7 +53,7 @@ class Service:
             self.jobs.forget_ended(str(self.engine.state["born"]))
         self._secret = self.jobs.about("secret", secrets.token_hex(32))
         self.runner = Runner(self.jobs, self.front_of, folder / f"{name}.lock")
-        atexit.register(self.close)
+        self.engine.before_end(self.close)
 
     def front_of(self, namespace: str | None) -> Front:
         """That of a tenant, or of the server's own namespace."""
@@ -71,7 +70,8 @@ class Service:
         return self._space_name(namespace)
 
     def close(self) -> None:
-        """End what runs."""
+        """The server is about to end: the job that runs goes on another time."""
+        self.engine.close()
         self.runner.stop()
 
     def _open(self, namespace: str) -> Front:

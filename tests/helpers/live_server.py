@@ -47,7 +47,7 @@ class LiveServer:
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.port, self._log = free_port(), folder / "server.log"
+        self.folder, self.port, self._log = folder, free_port(), folder / "server.log"
         command = [sys.executable, "-m", "cacheblend_rag", "serve", str(model)]
         self._command = [*command, "--port", str(self.port), *options]
         paths = [entry_points(folder / "plugins"), ROOT, ROOT / "kernels", ROOT / "tests/helpers"]
@@ -66,10 +66,14 @@ class LiveServer:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def start(self, within_s: float = 120) -> None:
+    def start(self, more: Sequence[str] = (), within_s: float = 120) -> None:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+                [*self._command, *more],
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
             )
         until = time.monotonic() + within_s
         while time.monotonic() < until:

@@ -66,6 +66,7 @@ class FakeFront:
         self.hold = threading.Event()
         self.hold.set()
         self.calls = 0
+        self.is_over = False
 
     def look(self) -> None:
         pass
@@ -323,6 +324,16 @@ def test_an_engine_that_died_leaves_the_job(
     until(lambda: look(jobs, job)["status"] == "queued")
     start(make())
     assert ended(jobs, job)["status"] == "completed"
+
+
+def test_whatever_fails_while_the_engine_ends_leaves_the_job(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any]
+) -> None:
+    front.raises, front.is_over = [RuntimeError("a worker went away")], True
+    job = jobs.create("", [A])
+    start(jobs)
+    until(lambda: front.calls == 1)
+    until(lambda: look(jobs, job)["status"] == "queued")
 
 
 def test_one_process_runs_them_and_another_takes_over(

@@ -1,0 +1,196 @@
+"""``cacheblend serve``: which ``vllm serve`` it stands for."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_server import entry_points
+from tiny import make_with_tokenizer
+
+from cacheblend_rag.cli import main, serve
+from cacheblend_rag.engine import launch, register
+from cacheblend_rag.errors import StoreError
+from cacheblend_rag.server.service import state_folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: Path) -> str:
+    return str(make_with_tokenizer("llama", tiny_models))
+
+
+@pytest.fixture
+def printed(model: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    def printed(*words: str, of: str | None = model) -> tuple[list[str], dict[str, Any]]:
+        given = [] if of is None else [of]
+        assert main(["serve", *given, "--print-command", *words]) == 0
+        line = shlex.split(capsys.readouterr().out)
+        at = line.index("vllm")
+        assert line[at + 1] == "serve" and line[-2] == "--kv-transfer-config"
+        return line[at + 2 : -2], json.loads(line[-1])
+
+    return printed
+
+
+def test_options_of_ours_and_of_vllms(printed: Callable[..., Any], model: str) -> None:
+    words, config = printed(
+        "--port", "81", "--store", "kv?capacity=1GiB", "--recompute-ratio", "0.3", "--when",
+        "always", "--selector-options", '{"window": 33}', "--ingest-prefix", "1, 2",
+        "--system-prompt", "It's \"so\"", "--max-body", "1MiB", "--state", "s",
+        "--chat-template-kwargs", '{"a": false}', "--max-model-len=512",
+    )  # fmt: skip
+    assert words[0] == model and words[1:4] == ["--port", "81", "--max-model-len=512"]
+    assert words[-2:] == ["--worker-extension-cls", "cacheblend_rag.engine.worker.WorkerExtension"]
+    assert "--enable-prompt-tokens-details" in words
+    extra = config.pop("kv_connector_extra_config")
+    assert config == {
+        "kv_connector": "CacheBlendConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+    }
+    assert extra == {
+        "store": str(Path("kv").absolute()) + "?capacity=1GiB",
+        "recompute_ratio": 0.3,
+        "when": "always",
+        "selector_options": {"window": 33},
+        "ingest_prefix": [1, 2],
+        "system_prompt": 'It\'s "so"',
+        "chat_template_kwargs": {"a": False},
+        "server": {"max_body": 1 << 20, "state": str(Path("s").absolute())},
+    }
+
+
+def test_nothing_given(printed: Callable[..., Any]) -> None:
+    assert printed()[1]["kv_connector_extra_config"] == {}
+    words, _ = printed("--no-enable-prompt-tokens-details")
+    assert "--enable-prompt-tokens-details" not in words
+
+
+def test_every_field_of_the_configuration_has_an_option() -> None:
+    from dataclasses import fields
+
+    from cacheblend_rag.config import BlendConfig
+
+    assert [f.name for f in fields(BlendConfig)] == sorted(
+        serve._CONFIG, key=[f.name for f in fields(BlendConfig)].index
+    )
+
+
+def test_the_embedded_model(
+    printed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setattr(serve, "resolve_model", lambda name: name or "/the/embedded/model")
+    words, _ = printed("--port", "81", of=None)
+    assert words[0] == "/the/embedded/model" and "smollm2-135m-instruct" in words
+    words, _ = printed("--served-model-name", "x", of=None)
+    assert "smollm2-135m-instruct" not in words
+    words, _ = printed("--model", model, of=None)
+    assert words[:2] == ["--model", model]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--kv-transfer-config", "{}"], "is set by cacheblend serve"),
+        (["--kv-transfer-config={}"], "is set by cacheblend serve"),
+        (["--kv_transfer_config={}"], "is set by cacheblend serve"),
+        (["--kv-transfer", "{}"], "is set by cacheblend serve"),
+        (["--kv-transfer-config.kv_role", "x"], "is set by cacheblend serve"),
+        (["--worker-extension-cls", "x"], "is set by cacheblend serve"),
+        (["--store", "ftp://x"], "can't be opened|cannot be opened"),
+        (["--gpu-cache", "much"], "gpu_cache"),
+        (["--reach", "-1"], "reach"),
+        (["--tenants", "a", "--tenant-header", "b"], "not both"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert main(["serve", model, "--print-command", *words]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("cacheblend: ") and any(part in told for part in says.split("|"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--recompute-ratio", "2"], ["--when", "now"], ["--selector-options", "[]"], ["--max-body"]],
+    ids=str,
+)
+def test_what_the_parser_refuses(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", *words])
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--help"])
+    told = capsys.readouterr().out
+    assert "--recompute-ratio" in told and "--help=vllm" in told
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--help=max-model-len"])
+    assert "--max-model-len" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "serve" in capsys.readouterr().out
+
+
+def test_plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs,cacheblend")
+    assert launch.allowed_plugins() == "theirs,cacheblend"
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert launch.allowed_plugins() == "cacheblend"
+    monkeypatch.delenv("VLLM_PLUGINS")
+    other = tmp_path / "other-1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (other / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nadds_a_model = x:y\n[vllm.endpoint_plugins]\nadds_routes = x:y\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    names = launch.allowed_plugins().split(",")
+    assert "adds_a_model" in names and "adds_routes" not in names and names[-1] == "cacheblend"
+
+
+def test_entry_points_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads what they name."""
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    monkeypatch.syspath_prepend(entry_points(tmp_path))
+    assert launch.has_plugins()
+    from importlib.metadata import entry_points as found
+
+    [endpoints] = [e for e in found(group="vllm.endpoint_plugins") if e.name == "cacheblend"][:1]
+    assert isinstance(endpoints.load()(), EndpointPlugin)
+    [general] = [e for e in found(group="vllm.general_plugins") if e.name == "cacheblend"][:1]
+    assert general.load() is register.register
+    register.register()
+    register.register()
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    named = KVConnectorFactory.get_connector_class_by_name("CacheBlendConnector")
+    assert named.__module__ == "cacheblend_rag.engine.connector"
+
+
+def test_where_the_jobs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHEBLEND_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kv = tmp_path / "kv"
+    assert state_folder(None, f"{kv}?capacity=1GiB", 1) == tmp_path / "kv-serve"
+    assert state_folder(None, "redis://h:1/0", 1) == tmp_path / "home/serve"
+    assert state_folder(str(tmp_path / "mine"), str(kv), 1) == tmp_path / "mine"
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="--state DIR"):
+        state_folder(str(tmp_path / "file/x"), str(kv), 1)
+    old = state_folder(None, "memory://", 2**30)  # a process that is not there
+    import os
+
+    mine = state_folder(None, "memory://", os.getpid())
+    assert mine.is_dir() and not old.exists() and mine.parent.stat().st_mode & 0o77 == 0
+    mine.parent.chmod(0o777)
+    with pytest.raises(StoreError, match="yours alone"):
+        state_folder(None, "memory://", 1)
