@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from browser import chromium
+from browser import DESK, PHONE, ask, choose, chromium, counts, drop
 from fake_server import FakeServer, Fault
 
 from cacheblend_rag import CacheBlend
@@ -24,7 +24,6 @@ SHIPS = "\n\n".join(
     f"Report {i}. " + f"The ship of number {i} sailed to harbour {i} in winter. " * 12
     for i in range(5)
 )
-PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 # of all visible texts: the least contrast with the colour behind them
 CONTRAST = """() => {
@@ -83,32 +82,6 @@ def page(browser: Any, server: FakeServer, request: pytest.FixtureRequest) -> It
     context.close()
     assert foreign == []
     assert [text for text in said if "Failed to load resource" not in text] == []
-
-
-def choose(page: Any, name: str, text: str) -> None:
-    file = {"name": name, "mimeType": "text/plain", "buffer": text.encode()}
-    page.set_input_files("#files", file)
-
-
-def drop(page: Any, name: str, text: str) -> None:
-    page.set_input_files(
-        "#files", {"name": name, "mimeType": "text/plain", "buffer": text.encode()}
-    )
-    page.wait_for_selector(f"#documents li:has-text('{name}')")
-
-
-def ask(page: Any, question: str) -> None:
-    page.fill("#question", question)
-    page.click("#send")
-    page.wait_for_selector("#progress-of-answers:has-text('Both answers are here')")
-
-
-def counts(page: Any) -> dict[str, int]:
-    """The legend's numbers by kind."""
-    rows = page.query_selector_all("#legend tr")
-    return {
-        row.get_attribute("data-kind"): int(row.query_selector("td").inner_text()) for row in rows
-    }
 
 
 def test_from_a_document_to_two_answers(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -34,3 +35,32 @@ def chromium() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+# ---- what a user does with our page --------------------------------------------------------------
+
+
+def choose(page: Any, name: str, text: str) -> None:
+    file = {"name": name, "mimeType": "text/plain", "buffer": text.encode()}
+    page.set_input_files("#files", file)
+
+
+def drop(page: Any, name: str, text: str) -> None:
+    page.set_input_files(
+        "#files", {"name": name, "mimeType": "text/plain", "buffer": text.encode()}
+    )
+    page.wait_for_selector(f"#documents li:has-text('{name}')")
+
+
+def ask(page: Any, question: str) -> None:
+    page.fill("#question", question)
+    page.click("#send")
+    page.wait_for_selector("#progress-of-answers:has-text('Both answers are here')")
+
+
+def counts(page: Any) -> dict[str, int]:
+    """The legend's numbers by kind."""
+    rows = page.query_selector_all("#legend tr")
+    return {
+        row.get_attribute("data-kind"): int(row.query_selector("td").inner_text()) for row in rows
+    }
