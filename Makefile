@@ -17,11 +17,12 @@ installed := .venv/.installed-$(ENGINE)
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help install fix lint test test-all test-gpu mutants docs hooks demo bench clean
+.PHONY: help install fix lint test test-all test-gpu mutants docs hooks demo serve bench clean
 
 help:
 	@echo "make install    .venv with everything in it (ENGINE=cpu|cuda, PYTHON=python3.12)"
 	@echo "make demo       answer questions over documents, with and without CacheBlend"
+	@echo "make serve      vLLM's server over the embedded model, with endpoints for ingestion (ARGS=\"--port 8001\")"
 	@echo "make test       tests that need no GPU (JOBS=2, ARGS=\"-k store -x\")"
 	@echo "make test-all   the slow ones as well"
 	@echo "make test-gpu   tests that need a GPU"
@@ -83,6 +84,9 @@ hooks: $(installed)
 
 demo: $(installed)
 	@$(bin)/cacheblend demo $(ARGS)
+
+serve: $(installed)
+	@$(bin)/cacheblend serve $(ARGS)
 
 bench: $(installed)
 	$(bin)/python benchmarks/$(BENCH).py $(ARGS)

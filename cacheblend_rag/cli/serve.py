@@ -26,6 +26,15 @@ _EPILOG = (
     "--help=all its options, --help=max-model-len one of them."
 )
 
+_ABOUT: dict[str, Any] = {
+    "usage": "cacheblend serve [MODEL] [options] [options of vllm serve]",
+    "description": "vLLM's OpenAI-compatible server, with blending, and endpoints for ingestion "
+    "under /v1/cacheblend. MODEL is a hub name or a folder; the embedded SmolLM2-135M-Instruct "
+    "where it is left out.",
+    "epilog": _EPILOG,
+    "allow_abbrev": False,
+}
+
 
 class Command(NamedTuple):
     """A plain ``vllm serve``: what follows these words, and the variables that it needs."""
@@ -40,10 +49,10 @@ class Command(NamedTuple):
 
 
 def add(commands: Any) -> None:
-    """Add the command of this file. It takes arguments that only vLLM knows."""
-    text = "vLLM's OpenAI-compatible server with blending"
-    parser = commands.add_parser("serve", help=text, add_help=False)
-    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    """Add the command of this file. It takes arguments that only vLLM knows: see ``is_asked``."""
+    about = {"help": "vLLM's OpenAI-compatible server with blending", **_ABOUT}
+    parser = commands.add_parser("serve", **about)
+    _fill(parser)
     parser.set_defaults(run=_never, json=False)
 
 
@@ -197,21 +206,17 @@ def _vllm_help(what: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cacheblend serve",
-        usage="cacheblend serve [MODEL] [options] [options of vllm serve]",
-        description="vLLM's OpenAI-compatible server, with blending, and endpoints for ingestion "
-        "under /v1/cacheblend. MODEL is a hub name or a folder; the embedded "
-        "SmolLM2-135M-Instruct where it is left out.",
-        epilog=_EPILOG,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(prog="cacheblend serve", **_ABOUT)
+    _fill(parser)
+    return parser
+
+
+def _fill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-command", action="store_true", help="print the vllm serve line that does the same"
     )
     _add_config(parser.add_argument_group("blending"))
     _add_server(parser.add_argument_group("server"))
-    return parser
 
 
 def _add_config(group: Any) -> None:
