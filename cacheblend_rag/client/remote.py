@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Self
 
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.client import replies, requests
@@ -13,7 +13,7 @@ from cacheblend_rag.client.chunks import RemoteChunks
 from cacheblend_rag.client.http import Connection
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine import Engine, GateReport
-from cacheblend_rag.errors import EngineError
+from cacheblend_rag.errors import ConfigError, EngineError
 from cacheblend_rag.keys import KeySpace
 
 
@@ -64,16 +64,18 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
 
     # ---- life ----------------------------------------------------------------------------------
 
-    def beside(self, config: BlendConfig) -> CacheBlend:
+    def beside(self, config: BlendConfig, *, space: str | None = None) -> Self:
         """A second front to the same server, whose requests ask for what ``config`` says. Fields
         that only the server can set must have their defaults, or be the server's. Close only the
         first front.
 
         Raises:
-            ConfigError: such a field differs.
+            ConfigError: such a field differs, or ``space`` is given, which only an engine knows.
         """
         self._connection.check_open()
-        other = object.__new__(RemoteCacheBlend)
+        if space is not None:
+            raise ConfigError("space can't be chosen of a server; leave it out")
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._asked_config = config
         other.config, other._own = requests.merged(self._server_config, config)

@@ -42,6 +42,13 @@ from cacheblend_rag.shared import SharedEngine
 from langchain_cacheblend import ChatCacheBlend
 from llama_index_cacheblend import CacheBlendLLM
 
+OVER_HTTP = (
+    "langchain_ingestion",
+    "langchain_models",
+    "llama_index_errors",
+    "llama_index_ingestion",
+    "llama_index_llm",
+)
 ROOT = Path(__file__).parents[2]
 STORY = "The story of {}. " * 12
 DOCUMENTS = [Document(page_content=STORY.replace("{}", n), id=n) for n in "abc"]
@@ -245,8 +252,8 @@ async def test_a_server_that_is_busy_for_a_moment(server: FakeServer) -> None:
 
 @pytest.mark.slow
 def test_the_tests_of_the_integrations_hold_over_http() -> None:
-    """All that need no real engine, each fake engine behind a server: see ``over_http.py``."""
-    files = sorted(str(f) for f in (ROOT / "tests/integrations").glob("test_l*.py"))
+    """Those about models and ingestion, each fake engine behind a server: see ``over_http.py``."""
+    files = [str(ROOT / f"tests/integrations/test_{name}.py") for name in OVER_HTTP]
     options = ["-q", "-x", "-p", "over_http", "-p", "no:cacheprovider", "--timeout=60"]
     path = os.pathsep.join([str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -76,6 +76,8 @@ test("what the two times say", () => {
   assert.match(page.verdict(300, 100, { blended: true }), /3\.0 times sooner/);
   assert.match(page.verdict(100, 200, { blended: true }), /2\.0 times later/);
   assert.match(page.verdict(100, 200, { blended: false, detail: "why" }), /Nothing.*why/);
+  assert.equal(page.modelName("/models/of/mine/small"), "small");
+  assert.equal(page.modelName("some/model"), "some/model");
   assert.equal(page.seconds(12.3), "12 ms");
   assert.equal(page.seconds(2345), "2.35 s");
 });

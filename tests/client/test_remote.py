@@ -58,11 +58,11 @@ def same_ingestion(one: IngestReport, other: IngestReport) -> bool:
 # ---- the same methods ----------------------------------------------------------------------------
 
 
-OF_THE_ENGINE = {"connect", "around", "space"}  # ways to make a front, and what they need
+WAYS_TO_MAKE_ONE = {"connect", "around"}
 
 
 def public(kind: type) -> dict[str, Any]:
-    names = {name for name in dir(kind) if not name.startswith("_")} - OF_THE_ENGINE
+    names = {name for name in dir(kind) if not name.startswith("_")} - WAYS_TO_MAKE_ONE
     return {name: inspect.getattr_static(kind, name) for name in names}
 
 
@@ -77,7 +77,7 @@ def test_methods_take_the_same_arguments() -> None:
     ours = public(RemoteCacheBlend)
     for name, method in public(CacheBlend).items():
         if inspect.isfunction(method):
-            wanted = inspect.signature(method).parameters.keys() - OF_THE_ENGINE
+            wanted = inspect.signature(method).parameters.keys()
             assert inspect.signature(ours[name]).parameters.keys() == wanted, name
 
 
@@ -489,6 +489,8 @@ def test_a_configuration_of_requests(server: FakeServer, behind: CacheBlend) -> 
         assert server.bodies[-1]["kv_transfer_params"]["cacheblend"]["mode"] == "off"
         with pytest.raises(ConfigError, match="namespace"):
             remote.beside(BlendConfig(namespace="another"))
+        with pytest.raises(ConfigError, match="space"):
+            remote.beside(BlendConfig(), space="a")
 
 
 def test_a_configuration_that_only_the_server_can_have(server: FakeServer) -> None:

@@ -132,6 +132,9 @@ const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toF
 
 const share = (part, all) => (all ? `${((100 * part) / all).toFixed(1)} %` : "–");
 
+/** A model as its hub or its folder names it. */
+const modelName = (model) => (model.startsWith("/") ? model.split("/").pop() : model);
+
 /** What both times say together. */
 function verdict(fullMs, blendMs, report) {
   if (!report.blended) {
@@ -297,7 +300,7 @@ async function running(start, stop, work) {
 async function showState() {
   try {
     const state = await server.json(OURS);
-    $("about").textContent = `${state.model}, ${aboutBlending(state.blending)}`;
+    $("about").textContent = `${modelName(state.model)}, ${aboutBlending(state.blending)}`;
     const rows = { "chunks stored": state.chunks ?? "not known", ...state.store };
     $("store").replaceChildren(
       ...Object.entries(rows).flatMap(([name, value]) => [
@@ -481,7 +484,7 @@ function start() {
 }
 
 if (typeof document === "undefined") {
-  module.exports = { Events, labelOf, pieces, promptOf, retrieve, seconds, split, tally, verdict };
+  module.exports = { Events, labelOf, modelName, pieces, promptOf, retrieve, seconds, split, tally, verdict };
 } else {
   start();
 }
