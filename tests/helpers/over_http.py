@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-# what is about an engine in this process: its own methods, its end, answers that take no time
+# what is about an engine in this process: its own methods, its end, answers that take no time, and
+# what is sent to it (a server is told a number of tokens where the engine takes None)
 ONLY_EMBEDDED = (
     "errors_of_worker_processes_are_ours",
     "after_close_every_call",
     "leaving_a_stream_early",
+    "other_names_for_the_same",
     "TestIntegration",
 )
 
