@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -101,6 +102,11 @@ class Job:
     error: dict[str, str] | None
 
     @property
+    def has_keys(self) -> bool:
+        """Whether the key of each of its chunks is known."""
+        return self.status == COMPLETED and self.done.reason is None
+
+    @property
     def has_ended(self) -> bool:
         """Whether nothing will change any more."""
         return self.status in (COMPLETED, FAILED, CANCELLED)
@@ -130,6 +136,7 @@ class Jobs:
 
     def __init__(self, file: Path, most_waiting: int) -> None:
         self._most_waiting, self._lock = most_waiting, threading.RLock()
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # it has texts, and a secret
         self._db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
@@ -351,8 +358,8 @@ def _common(documents: Sequence[str | None]) -> str | None:
     return documents[0] if len(set(documents)) == 1 else None
 
 
-def shown(job: Job, keys: Sequence[str]) -> dict[str, Any]:
-    """A job as clients see it."""
+def shown(job: Job, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    """A job as clients see it; without its keys where these are not given."""
     done = job.done
     return {
         "id": job.id,
@@ -369,7 +376,7 @@ def shown(job: Job, keys: Sequence[str]) -> dict[str, Any]:
         },
         "tokens": done.tokens,
         "bytes": done.bytes,
-        "keys": list(keys) if job.status == COMPLETED and done.reason is None else None,
+        "keys": list(keys) if keys is not None and job.has_keys else None,
         "error": job.error,
         "reason": done.reason,
         "detail": done.detail,

@@ -195,7 +195,7 @@ async def ingestions(asked: Asked) -> Answer:
     page = asked.page("order")
     find = asked.service.jobs.page
     jobs = await asyncio.to_thread(find, asked.owner, page.after, page.limit + 1, page.order)
-    return page.of([await _shown(asked, job) for job in jobs])
+    return page.of([shown(job) for job in jobs])
 
 
 @_endpoint("GET", "/ingestions/{id}")

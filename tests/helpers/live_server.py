@@ -66,7 +66,7 @@ class LiveServer:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def start(self, more: Sequence[str] = (), within_s: float = 120) -> None:
+    def start(self, more: Sequence[str] = (), within_s: float = 200) -> None:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._command, *more],

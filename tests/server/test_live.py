@@ -44,7 +44,7 @@ def server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     options += ["--reach", "0", "--max-body", "4MiB", "--api-key", KEY]
     options += ["--num-gpu-blocks-override", "512"]
     model = make_with_tokenizer("llama", tiny_models)
-    found = LiveServer(model, folder, options, {"VLLM_WORKER_MULTIPROC_METHOD": "fork"})
+    found = LiveServer(model, folder, options)
     found.client.headers["Authorization"] = f"Bearer {KEY}"
     try:
         found.start()
