@@ -158,7 +158,7 @@ class RemoteAnswers:
     def _sampling_of_server(self) -> frozenset[str]:
         """Which parameters that only some versions of vLLM have this server's takes."""
         if self._more_sampling is None:
-            schema = self._connection.call("GET", "/openapi.json")
+            schema = self._connection.call("GET", "/openapi.json", absent=True) or {}
             body = schema.get("components", {}).get("schemas", {}).get("CompletionRequest", {})
             self._more_sampling = requests.OF_SOME_VERSIONS & body.get("properties", {}).keys()
         return self._more_sampling

@@ -106,9 +106,9 @@ def refusal(response: httpx.Response, url: str, path: str, has_key: bool) -> Cac
     """The error for a response, read to its end, whose status is none of success."""
     status, error = response.status_code, _error_of(response.text)
     message = str(error.get("message") or response.text[:300] or response.reason_phrase)
-    if status in (401, 403):
+    if status == 401:
         given = "the API key that was given" if has_key else "calls without an API key"
-        return ConfigError(f"{url} refuses {given} ({status}). Pass one of its keys as api_key")
+        return ConfigError(f"{url} refuses {given} (401). Pass one of its keys as api_key")
     if status == 404 and path == STATE:
         return ServerError(
             f"{url} has no {STATE}: it is another server, or a plain vLLM. Start ours, which takes "

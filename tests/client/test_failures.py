@@ -113,7 +113,7 @@ def openai(message: str = "no", param: str | None = None, code: str | int = 400)
         (400, openai("odd", code="of_another_version"), ConfigError, "odd"),
         (400, {"detail": "fastapi's"}, ConfigError, "fastapi's"),
         (401, {"error": "Unauthorized"}, ConfigError, "Pass one of its keys as api_key"),
-        (403, "", ConfigError, "api_key"),
+        (403, openai("not served to tenants"), ConfigError, "not served to tenants"),
         (404, openai("no model x"), ServerError, "no model x"),
         (409, openai("it has ended"), ServerError, "it has ended"),
         (413, "", PromptError, "Entity Too Large"),

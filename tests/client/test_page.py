@@ -15,10 +15,15 @@ import httpx
 import pytest
 from browser import DESK, PHONE, ask, choose, chromium, counts, drop
 from fake_server import FakeServer, Fault
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from cacheblend_rag import CacheBlend
+from cacheblend_rag.server.page import page_router
+from cacheblend_rag.server.tenants import KeyFile, TenantMiddleware, Who
 
 HERE = Path(__file__).parent
+PATHS = ("/page/page.css", "/page/page.js")
 PAGE = HERE.parents[1] / "cacheblend_rag/server/page"
 SHIPS = "\n\n".join(
     f"Report {i}. " + f"The ship of number {i} sailed to harbour {i} in winter. " * 12
@@ -244,7 +249,7 @@ def test_colours_differ_and_text_on_each_can_be_read(page: Any) -> None:
 
 
 def test_the_page_runs_nothing_that_it_was_not_shipped_with(server: FakeServer) -> None:
-    for path in ("/", "/page/page.css", "/page/page.js"):
+    for path in ("/", *PATHS):
         response = httpx.get(server.url + path)
         assert response.status_code == 200
         assert "default-src 'none'" in response.headers["content-security-policy"]
@@ -254,3 +259,22 @@ def test_the_page_runs_nothing_that_it_was_not_shipped_with(server: FakeServer) 
         text = (PAGE / file).read_text()
         assert "://" not in text
         assert "innerHTML" not in text
+
+
+def test_where_there_are_tenants_the_page_is_still_there(tmp_path: Path) -> None:
+    """It says nothing of anybody; what it asks for needs a key."""
+
+    async def unasked(namespace: str) -> str:
+        raise AssertionError(namespace)
+
+    keys = tmp_path / "tenants.toml"
+    keys.write_text('"sk-red" = "red"\n')
+    app = FastAPI()
+    app.include_router(page_router())
+    app.get("/v1/cacheblend")(lambda: {})
+    who = Who(KeyFile(str(keys)), None)
+    app.add_middleware(TenantMiddleware, who=who, ensure=unasked, max_body=100)
+    client = TestClient(app)
+    assert [client.get(path).status_code for path in ("/", *PATHS)] == [200, 200, 200]
+    assert client.get("/v1/cacheblend").status_code == 401
+    assert client.get("/page/other.js").status_code == 401

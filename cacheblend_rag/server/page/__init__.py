@@ -11,7 +11,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-_FILES = {
+PAGE = {  # its paths: they say nothing of anybody
     "/": ("index.html", "text/html"),
     "/page/page.css": ("page.css", "text/css"),
     "/page/page.js": ("page.js", "text/javascript"),
@@ -30,7 +30,7 @@ _HEADERS = {
 def page_router() -> APIRouter:
     """The page's routes."""
     router = APIRouter(include_in_schema=False)
-    for path, (name, kind) in _FILES.items():
+    for path, (name, kind) in PAGE.items():
         content = (Path(__file__).parent / name).read_bytes()
         router.add_api_route(path, _sender(content, kind), methods=["GET"])
     return router
