@@ -30,6 +30,7 @@ from cacheblend_rag.plan import Head
 from cacheblend_rag.planner import Limits, Message, Space
 from cacheblend_rag.prefix import ingest_prefix, prompt_head
 from cacheblend_rag.reason import Reason, Why
+from cacheblend_rag.server.options import SERVER
 from cacheblend_rag.store import open_store
 from cacheblend_rag.store.follow import Follower
 from cacheblend_rag.store.url import parse_size, parse_url
@@ -37,7 +38,6 @@ from cacheblend_rag.store.url import parse_size, parse_url
 if TYPE_CHECKING:
     from cacheblend_rag.engine.connector import CacheBlendConnector
 
-SERVER = "server"  # key of the extra config: what the endpoints are told, see server/options.py
 _SPACE = "default"
 
 logger = init_logger("vllm.cacheblend_rag")

@@ -60,6 +60,9 @@ class ClientEngine(Engine):
         self.pace = Pace()
         config = client.vllm_config
         if config.parallel_config.worker_extension_cls != WORKER:
+            refusal = compat.model_refusal(config.model_config)
+            if refusal is not None:
+                raise EngineError(f"this model is served without blending: {refusal.detail}")
             raise EngineError(
                 "this server was started without the worker extension, which its endpoints under "
                 "/v1/cacheblend need. Start it by `cacheblend serve`, or add "
@@ -141,14 +144,18 @@ class ClientEngine(Engine):
 
     def before_end(self, work: Callable[[], object]) -> None:
         """Have ``work`` done when the server is told to end, before its engine does. vLLM's own
-        signal handlers begin with that, and leave no other place.
+        signal handlers begin with that, and leave no other place. Streams that are open then end
+        with an error, for which vLLM's server would wait as long as their clients do.
         """
         end = self._client.shutdown
 
         @functools.wraps(end)
         def shutdown(*args: Any, **options: Any) -> Any:
             work()
-            return end(*args, **options)
+            try:
+                return end(*args, **options)
+            finally:
+                self._loop.call_soon_threadsafe(compat.end_streams, self._client)
 
         self._client.shutdown = shutdown
 

@@ -77,6 +77,17 @@ def no_chat_template() -> type[Exception]:
     return found
 
 
+def end_streams(client: Any) -> None:
+    """End the answers under way of an engine that was shut down, with an error. In the thread of
+    the event loop that they are streamed by.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    processor: Any = getattr(client, "output_processor", None)
+    if hasattr(processor, "propagate_error"):
+        processor.propagate_error(EngineDeadError())
+
+
 def cli_env_setup() -> Callable[[], None]:
     """What vLLM's command does to the environment before anything else."""
     for module in ("vllm.entrypoints.serve.utils.api_utils", "vllm.entrypoints.utils"):

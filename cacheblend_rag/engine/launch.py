@@ -4,14 +4,19 @@ start.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
 from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.start import naming_failures
+from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.server.options import SERVER, ServerOptions
 
 PLUGIN = "cacheblend"  # the name of both of our entry points
+logger = logging.getLogger("vllm.cacheblend_rag")
 _GROUPS = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
@@ -59,4 +64,33 @@ def serve(arguments: Sequence[str]) -> None:
     if configure is not None:
         configure(args)
     command.validate(args)
+    without_what_the_model_refuses(args)
     command.cmd(args)
+
+
+def without_what_the_model_refuses(args: Any) -> None:
+    """Serve a model that can't be blended without our connector: some can't start with one.
+
+    Args:
+        args: vLLM's, parsed; changed.
+
+    Raises:
+        ConfigError: there are tenants, whom only our endpoints keep apart.
+        ModelError: the model can't be found or loaded.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    model = args.model = getattr(args, "model_tag", None) or args.model  # as the command does
+    with naming_failures(model):
+        config = AsyncEngineArgs.from_cli_args(args).create_model_config()
+        refusal = compat.model_refusal(config)
+    if refusal is None:
+        return
+    extra = getattr(args.kv_transfer_config, "kv_connector_extra_config", {})
+    if ServerOptions.of(extra.get(SERVER, {})).has_tenants:
+        raise ConfigError(
+            f"{model} can't be blended ({refusal.detail}), and is then served by vLLM alone, which "
+            "knows no tenants: leave --tenants and --tenant-header out, or take another model"
+        )
+    logger.warning("%s is served without blending: %s", model, refusal.detail)
+    args.kv_transfer_config, args.worker_extension_cls = None, ""

@@ -172,7 +172,8 @@ class Sliced:
 
         def run() -> list[ChunkKV]:
             try:
-                torch.set_num_threads(threads)
+                if torch.get_num_threads() != threads:
+                    torch.set_num_threads(threads)
                 self._turns.await_first()
                 with _on(stream), torch.inference_mode():
                     return work()

@@ -9,6 +9,8 @@ from typing import Any
 from cacheblend_rag.config import unknown_option
 from cacheblend_rag.errors import ConfigError
 
+SERVER = "server"  # key of these options in the connector's extra config
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:

@@ -12,10 +12,10 @@ from typing import Any
 from fastapi import FastAPI
 
 from cacheblend_rag.errors import CacheBlendError, EngineError
-from cacheblend_rag.server.options import ServerOptions
+from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.server.page import page_router
 from cacheblend_rag.server.routes import add_to
-from cacheblend_rag.server.service import SERVER, Absent, Service
+from cacheblend_rag.server.service import Absent, Service
 from cacheblend_rag.server.tenants import KeyFile, TenantMiddleware, Who
 
 NAME = "cacheblend"

@@ -21,11 +21,9 @@ from cacheblend_rag.errors import CacheBlendError, StoreError
 from cacheblend_rag.models import cache_home
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import Jobs
-from cacheblend_rag.server.options import ServerOptions
+from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.server.runner import Runner
 from cacheblend_rag.store.url import parse_url
-
-SERVER = "server"  # key of the connector's extra config
 
 
 class Service:

@@ -66,10 +66,10 @@ class LiveServer:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def start(self, more: Sequence[str] = (), within_s: float = 200) -> None:
+    def start(self, within_s: float = 200) -> None:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self._command, *more],
+                self._command,
                 stdout=log,
                 stderr=log,
                 env=self._environment,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from live_server import entry_points
-from tiny import make_with_tokenizer
+from tiny import make, make_with_tokenizer
 
 from cacheblend_rag.cli import main, serve
 from cacheblend_rag.engine import launch, register
-from cacheblend_rag.errors import StoreError
+from cacheblend_rag.errors import ConfigError, StoreError
 from cacheblend_rag.server.service import state_folder
 
 
@@ -137,6 +137,35 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "serve" in capsys.readouterr().out
+
+
+def parsed(*words: str) -> Any:
+    """vLLM's own arguments."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    return parser.parse_args(["serve", *words])
+
+
+def test_a_model_that_is_not_blended_is_served_without_our_connector(
+    tiny_models: Path, model: str
+) -> None:
+    """Some can't start with one. Tenants are then not served at all, rather than as one."""
+    hybrid = str(make("mamba-hybrid", tiny_models))
+    config = {"kv_connector": "CacheBlendConnector", "kv_role": "kv_both"}
+    ours = ["--worker-extension-cls", "w", "--skip-tokenizer-init", "--kv-transfer-config"]
+    args = parsed(hybrid, *ours, json.dumps(config))
+    launch.without_what_the_model_refuses(args)
+    assert args.kv_transfer_config is None and not args.worker_extension_cls
+    args = parsed(model, *ours, json.dumps(config))
+    launch.without_what_the_model_refuses(args)
+    assert args.kv_transfer_config.kv_connector == "CacheBlendConnector"
+    config["kv_connector_extra_config"] = {"server": {"tenants": "t"}}  # type: ignore[assignment]
+    args = parsed(hybrid, *ours, json.dumps(config))
+    with pytest.raises(ConfigError, match="knows no tenants"):
+        launch.without_what_the_model_refuses(args)
 
 
 def test_plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -398,7 +398,7 @@ def test_killed_in_mid_ingestion_it_goes_on_where_it_was(server: LiveServer) -> 
     while before["counts"]["remaining"] in (0, 400):
         before = server.ask("GET", f"/ingestions/{first['id']}")
     server.kill()
-    server.start(["--distributed-executor-backend", "uni"])  # the worker in the engine's process
+    server.start()
     again = server.client.post(f"{BASE}/ingestions", json=body, headers=headers).json()
     assert again["id"] == first["id"]
     done = server.ended(first["id"])
@@ -432,7 +432,7 @@ def test_killed_in_mid_ingestion_it_goes_on_where_it_was(server: LiveServer) -> 
     server.stop()
     assert time.monotonic() - began < 15
     streaming.join(10)
-    assert ended[-1] == "over"
+    assert ended[-1] == "over" and len(ended) > 3
     [file] = server.folder.glob("kv-serve/*.sqlite")
     jobs = Jobs(file, 1)
     job = jobs.get("", name)

@@ -23,11 +23,14 @@ async def app(client: Any, extra: dict[str, Any] | None = None) -> httpx.AsyncCl
     return httpx.AsyncClient(transport=httpx.ASGITransport(made), base_url="http://s")
 
 
-def by_hand(**extra: Any) -> Any:
+def by_hand(mla: bool = False, **extra: Any) -> Any:
     """vLLM's client of a server that was started without our worker extension."""
     parallel = SimpleNamespace(worker_extension_cls="")
     transfer = SimpleNamespace(kv_connector_extra_config=extra)
-    config = SimpleNamespace(parallel_config=parallel, kv_transfer_config=transfer)
+    model = SimpleNamespace(runner_type="generate", use_mla=mla)
+    config = SimpleNamespace(
+        parallel_config=parallel, kv_transfer_config=transfer, model_config=model
+    )
     return SimpleNamespace(vllm_config=config)
 
 
@@ -36,6 +39,11 @@ async def test_without_the_worker_extension(path: str) -> None:
     answer = await (await app(by_hand())).get(f"/v1/cacheblend{path}")
     assert answer.status_code == 503
     assert "--worker-extension-cls" in answer.json()["error"]["message"]
+
+
+async def test_a_model_that_is_not_blended() -> None:
+    answer = await (await app(by_hand(mla=True))).get("/v1/cacheblend")
+    assert answer.status_code == 503 and "MLA" in answer.json()["error"]["message"]
 
 
 async def test_without_an_engine_or_with_wrong_options() -> None:

@@ -1,0 +1,121 @@
+"""What is asked of a rank's worker: its store, its notes on documents, and what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from cacheblend_rag.engine.bound import Bound
+from cacheblend_rag.engine.outcome import BlendOutcome
+from cacheblend_rag.engine.stored import RankStore
+from cacheblend_rag.keys import KeySpace
+
+if TYPE_CHECKING:
+    from cacheblend_rag.engine.connector import CacheBlendConnector
+
+
+class Queries:
+    """Part of ``WorkerExtension``."""
+
+    def cacheblend_label(self, documents: list[tuple[str, list[str]]]) -> Any:
+        """Note which keys each document consists of."""
+        return self._later(lambda store: store.label(documents))
+
+    def cacheblend_labelled(self, documents: list[str]) -> Any:
+        """Which of ``documents`` something is noted for."""
+        return self._later(lambda store: store.labelled(documents))
+
+    def cacheblend_unlabel(self, documents: list[str], only: list[str] | None) -> Any:
+        """Drop the notes on ``documents``, or only those on the keys ``only`` among theirs; returns
+        the keys dropped that no document consists of any more.
+        """
+        return self._later(lambda store: store.unlabel(documents, only))
+
+    def cacheblend_document_keys(self, document: str) -> Any:
+        """The keys that are noted for a document."""
+        return self._later(lambda store: store.document_keys(document))
+
+    def cacheblend_page(self, keys: list[Any], after: str, limit: int, document: str | None) -> Any:
+        """Keys of stored chunks of a key space (``KeySpace.to_plain``) in order, at most ``limit``
+        behind ``after``, or those of a document; None where another rank speaks for the store.
+        """
+        space = KeySpace.from_plain(keys)
+        return self._spoken(lambda store: store.page(space, after, limit, document))
+
+    def cacheblend_owned(self, space: list[Any], keys: list[str]) -> Any:
+        """Those of ``keys`` that are chunks of this key space; None where another rank speaks."""
+        return self._spoken(lambda store: store.owned(KeySpace.from_plain(space), keys))
+
+    def cacheblend_count(self, space: list[Any]) -> Any:
+        """How many chunks of this key space are stored; None where another rank speaks."""
+        return self._spoken(lambda store: len(store.keys(KeySpace.from_plain(space))))
+
+    def cacheblend_store_stats(self) -> Any:
+        """Counts of this rank's store; None where another speaks for it."""
+        return self._spoken(lambda store: store.stats())
+
+    def cacheblend_list(self) -> Any:
+        """All that is stored: rows of key, token ids (int32 bytes), base; None where another rank
+        speaks for the store.
+        """
+        return self._spoken(lambda store: store.list())
+
+    def cacheblend_taken(self, tickets: list[int | None]) -> list[Any]:
+        """The result that this rank's ticket of ``tickets`` stands for, in a list, once; an empty
+        list while there is none.
+        """
+        number = tickets[get_tensor_model_parallel_rank()]
+        return [] if number is None else self._bound().store.thread.take(number)
+
+    def cacheblend_state(self) -> dict[str, Any]:
+        """What was found and said when this worker was bound, for a front that did not start it:
+        ``facts`` as ``cacheblend_inspect`` has them, ``limits``, the default ``space``, and whether
+        the scheduler's side hears at once what this rank does.
+        """
+        bound, connector = self._bound(), self._connector()
+        facts = {k: v for k, v in bound.facts.items() if k not in ("checks", "attention")}
+        limits = bound.limits._asdict()
+        return {
+            "facts": facts,
+            "why_not": None if bound.limits.why_not is None else list(bound.limits.why_not),
+            "longest": limits["longest"],
+            "proving": limits["proving"],
+            "space": None if bound.space is None else bound.space.to_plain(),
+            "is_open": bound.is_open,
+            "is_heard": connector.link.is_heard,
+            "born": bound.born,
+        }
+
+    def cacheblend_reports(self, request: str) -> list[dict[str, Any]]:
+        """What was done for the requests of vLLM's that answered a client's request, in order."""
+        found = self._connector().reports(request)
+        return [done.report() if isinstance(done, BlendOutcome) else done for done in found]
+
+    def cacheblend_outcome(self, name: str, positions: bool = False) -> dict[str, Any]:
+        """What was done for a request whose last output could not carry it: it ended in the step of
+        its blend, or the front end ended it. With ``positions``, the recomputed positions too.
+        """
+        done = self._connector().recent.get(name, {})
+        if not isinstance(done, BlendOutcome):
+            return done
+        return {**done.report(), **({"selected": done.positions()} if positions else {})}
+
+    def _spoken(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
+        """As ``_later``; None where another rank speaks for the store."""
+        return None if self._bound().is_silent else self._later(work)
+
+    def _later(self, work: Callable[[RankStore], Any]) -> dict[str, int]:
+        """Have the store's thread do ``work``: no step waits for a disk or a network."""
+        store = self._bound().store
+        return store.thread.start(lambda: work(store))
+
+    def _connector(self) -> CacheBlendConnector:
+        connector: Any = get_kv_transfer_group()
+        return connector  # type: ignore[no-any-return]
+
+    def _bound(self) -> Bound:
+        """Shared with whoever else stands for this worker: see ``engine/binding.py``."""
+        return self._connector().bound
