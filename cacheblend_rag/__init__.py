@@ -16,6 +16,7 @@ from cacheblend_rag.errors import (
     ModelError,
     PromptError,
     PromptTooLongError,
+    ServerError,
     StoreError,
 )
 from cacheblend_rag.ingest import IngestReport
@@ -45,6 +46,7 @@ __all__ = [
     "PromptTooLongError",
     "Reason",
     "SegmentReport",
+    "ServerError",
     "StoreError",
     "__version__",
 ]

@@ -67,6 +67,32 @@ class CacheBlend(Startup):
             self._engine.close()
             raise
 
+    @staticmethod
+    def connect(
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        config: BlendConfig | None = None,
+    ) -> CacheBlend:
+        """The same front door to an engine in another process: that of ``cacheblend serve``.
+
+        Args:
+            url: of the server, for instance ``http://localhost:8000``.
+            api_key: one of those that the server was started with.
+            timeout: seconds without a word from the server until a call fails.
+            config: what requests ask for where a call says nothing; None: what the server's
+                configuration says. Fields that only the server can set must be left out, or equal
+                the server's.
+
+        Raises:
+            ServerError: no server answers there, or one that is not ours.
+            ConfigError: a refused ``url``, key or ``config``.
+        """
+        from cacheblend_rag.client import RemoteCacheBlend
+
+        return RemoteCacheBlend(url, api_key=api_key, timeout=timeout, config=config)
+
     @classmethod
     def around(
         cls,

@@ -12,6 +12,7 @@ CacheBlendError
 ├── EngineError            the engine failed
 │   ├── EngineMissingError vLLM is absent or of an unsupported version
 │   ├── EngineDeadError    the engine process ended; start a new one
+│   ├── ServerError        a server cannot be reached, is busy, or failed
 │   └── ClosedError        used after close()
 └── MissingExtraError      an optional dependency is not installed
 
@@ -70,6 +71,10 @@ class EngineMissingError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine process ended."""
+
+
+class ServerError(EngineError):
+    """A server cannot be reached, is busy, or failed."""
 
 
 class ClosedError(EngineError):

@@ -62,6 +62,16 @@ def tokenize(
         ids = chat.render(checked_messages(prompt), arguments)
     else:
         ids = token_ids(prompt)
+    return fitting(ids, max_model_len)
+
+
+def fitting(ids: tuple[int, ...], max_model_len: int) -> tuple[int, ...]:
+    """``ids`` themselves, which leave room for an answer.
+
+    Raises:
+        EmptyTextError: there are none.
+        PromptTooLongError: no room for a first token.
+    """
     if not ids:
         raise EmptyTextError("the prompt is empty; pass text, chat messages or token ids")
     if len(ids) >= max_model_len:

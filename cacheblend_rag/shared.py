@@ -110,9 +110,17 @@ class SharedEngine:
             for shared in _by_name.values():
                 if shared._blend is blend:
                     return shared
-            shared = cls(blend.info.model, lambda: blend, {"config": blend.config})
+            shared = cls._holding(blend)
             shared._blend = blend
         return shared
+
+    @classmethod
+    def _holding(cls, blend: CacheBlend) -> SharedEngine:
+        from cacheblend_rag.client import RemoteCacheBlend, SharedServer
+
+        if isinstance(blend, RemoteCacheBlend):
+            return SharedServer.holding(blend)
+        return cls(blend.info.model, lambda: blend, {"config": blend.config})
 
     @property
     def config(self) -> BlendConfig:

@@ -20,7 +20,7 @@ from cacheblend_rag.store.url import parse_size, parse_url
 
 WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 _OURS_ALONE = ("--kv-transfer-config", "--worker-extension-cls")
-_SERVER = ("state", "tenants", "tenant_header", "max_body", "max_queued_tokens")
+_SERVER = ("state", "tenants", "tenant_header", "max_body", "max_queued_tokens", "page")
 _EPILOG = (
     "Every other option is one of vLLM's: cacheblend serve --help=vllm lists its groups, "
     "--help=all its options, --help=max-model-len one of them."
@@ -236,6 +236,9 @@ def _add_server(group: Any) -> None:
     group.add_argument("--tenants", metavar="FILE", help="TOML: a namespace for each API key")
     group.add_argument(
         "--tenant-header", metavar="NAME", help="header in which a trusted proxy names the tenant"
+    )
+    group.add_argument(
+        "--page", action="store_true", default=None, help="a page at / to try the server with"
     )
     group.add_argument(
         "--max-body", type=_size, metavar="SIZE", help="of a request to our endpoints (64MiB)"

@@ -9,9 +9,11 @@ from cacheblend_rag.errors import (
     CacheBlendError,
     ClosedError,
     ConfigError,
+    EmptyTextError,
     EngineDeadError,
     EngineError,
     PromptError,
+    PromptTooLongError,
     StoreError,
 )
 
@@ -71,7 +73,7 @@ def as_http(error: Exception) -> HttpError:
     if isinstance(error, HttpError):
         return error
     if isinstance(error, ConfigError | PromptError):
-        return HttpError(400, str(error))
+        return HttpError(400, str(error), code=_code(error))
     if isinstance(error, StoreError):
         return HttpError(503, str(error), code="store_unavailable", retry_after_s=1)
     if isinstance(error, sqlite3.Error):
@@ -82,6 +84,15 @@ def as_http(error: Exception) -> HttpError:
     if isinstance(error, EngineError):
         return HttpError(500, str(error), code="engine_failed")
     return HttpError(500, f"the server failed: {type(error).__name__}; its log has the cause")
+
+
+def _code(error: ConfigError | PromptError) -> str:
+    """For our client, which raises the same again."""
+    if isinstance(error, PromptTooLongError):
+        return "prompt_too_long"
+    if isinstance(error, EmptyTextError):
+        return "empty_text"
+    return "invalid_text" if isinstance(error, PromptError) else "invalid_option"
 
 
 def not_found(kind: str, name: str) -> HttpError:

@@ -22,6 +22,7 @@ class ServerOptions:
         tenant_header: header in which a trusted proxy names the namespace.
         max_body: bytes of a request's body.
         max_queued_tokens: tokens of the texts that may wait to be ingested, about.
+        page: whether there is a page at ``/`` to try the server with.
     """
 
     state: str | None = None
@@ -29,6 +30,7 @@ class ServerOptions:
     tenant_header: str | None = None
     max_body: int = 64 * 1024 * 1024
     max_queued_tokens: int = 50_000_000
+    page: bool = False
 
     def __post_init__(self) -> None:
         for name in ("state", "tenants", "tenant_header"):
@@ -39,6 +41,8 @@ class ServerOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+        if not isinstance(self.page, bool):
+            raise ConfigError(f"page is {self.page!r}; it must be true or false")
         if self.tenants and self.tenant_header:
             raise ConfigError("give tenants or tenant_header, not both: who says whose a key is?")
 

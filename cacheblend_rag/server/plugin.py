@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.server.options import SERVER, ServerOptions
+from cacheblend_rag.server.page import page_router
 from cacheblend_rag.server.routes import add_to
 from cacheblend_rag.server.service import Absent, Service
 from cacheblend_rag.server.tenants import KeyFile, TenantMiddleware, Who
@@ -35,6 +36,8 @@ class CacheBlendEndpoints:
         """Add the routes; where there are tenants, whose a request is is told before any route."""
         add_to(app)
         options = ServerOptions.of(_extra(app.state.args.kv_transfer_config).get(SERVER, {}))
+        if options.page:
+            app.include_router(page_router())
         if options.has_tenants:
             keys = KeyFile(options.tenants) if options.tenants else None
             app.add_middleware(

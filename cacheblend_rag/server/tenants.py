@@ -23,9 +23,10 @@ from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.plan import PARAMS_KEY
 from cacheblend_rag.server.bodies import parsed
 from cacheblend_rag.server.errors import HttpError, as_http
+from cacheblend_rag.server.page import PAGE
 
 PREFIX = "/v1/cacheblend"
-OPEN = {"/", "/health", "/ping", "/metrics", "/version", "/load", "/docs", "/openapi.json"}
+OPEN = {"/health", "/ping", "/metrics", "/version", "/load", "/docs", "/openapi.json", *PAGE}
 _PLAIN = {("GET", "/v1/models"), ("POST", "/tokenize"), ("POST", "/detokenize")}
 _ANSWERS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 _STORED = ("previous_response_id", "background")  # answers that vLLM keeps, for whoever asks

@@ -33,13 +33,14 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
     Messages go through the model's own chat template, unchanged.
 
     Args:
-        model: hub name or folder; left out only with ``from_engine``.
+        model: hub name or folder; may be left out with ``url`` and ``from_engine``.
         blend_config: how to blend; set its ``system_prompt`` to that of your chains.
         engine_args: vLLM's engine arguments by their own names.
         **fields: those of ``EngineSettings``, and LangChain's own.
 
     Raises:
         ConfigError: the model is in use in this process with other settings.
+        ServerError: no server answers at ``url``, and no ``model`` was named.
     """
 
     model_config = ConfigDict(extra="forbid")

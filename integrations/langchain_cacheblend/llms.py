@@ -22,12 +22,13 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
     """A completion model: prompts are texts, which no chat template is applied to.
 
     Args:
-        model: hub name or folder; left out only with ``from_engine``.
+        model: hub name or folder; may be left out with ``url`` and ``from_engine``.
         blend_config, engine_args: how to blend, and vLLM's engine arguments.
         **fields: those of ``EngineSettings``, and LangChain's own.
 
     Raises:
         ConfigError: the model is in use in this process with other settings.
+        ServerError: no server answers at ``url``, and no ``model`` was named.
     """
 
     model_config = ConfigDict(extra="forbid")

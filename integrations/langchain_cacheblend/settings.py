@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend, ConfigError
+from cacheblend_rag.client import SharedServer
 from cacheblend_rag.config import template_arguments
 from cacheblend_rag.shared import SharedEngine
 
@@ -17,7 +18,8 @@ from cacheblend_rag.shared import SharedEngine
 class EngineSettings(BaseModel):
     """The fields of every model here, declared once.
 
-    The engine starts when first needed, and is shared by all objects that name the same model.
+    The engine starts when first needed, and is shared by all objects that name the same model. With
+    ``url`` it is that of a server, ``cacheblend serve``, and nothing starts here.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -39,10 +41,13 @@ class EngineSettings(BaseModel):
     """Seconds an answer may take, looked at whenever a token comes; None: any time."""
     streaming: bool = False
     """Whether ``invoke`` streams inside, for callbacks that want tokens."""
+    url: str | None = None
+    """Of a server, in place of an engine in this process."""
     max_retries: int | None = None
-    """Of no effect, for code that sets it: an engine in this process has no network to fail."""
+    """Of no effect, for code that sets it: an engine in this process has no network to fail, and a
+    call that a server did not take is tried three times."""
     api_key: SecretStr | None = None
-    """Of no effect, for code that sets it: nothing is sent anywhere."""
+    """For the server; without ``url`` of no effect: nothing is sent anywhere."""
     engine: SharedEngine = Field(exclude=True, repr=False)
     """The engine, shared."""
 
@@ -56,7 +61,8 @@ class EngineSettings(BaseModel):
         **fields: Any,
     ) -> None:
         fields = _fields(fields)
-        engine = SharedEngine.resolve(
+        engine = SharedServer.chosen(
+            fields.get("url"),
             engine,
             model,
             blend_config,
@@ -64,6 +70,8 @@ class EngineSettings(BaseModel):
             default=lambda: BlendConfig(
                 chat_template_kwargs=fields.get("chat_template_kwargs", {})
             ),
+            api_key=_revealed(fields.get("api_key")),
+            timeout=fields.get("timeout"),
         )
         super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
 
@@ -74,11 +82,11 @@ class EngineSettings(BaseModel):
 
     @property
     def blend(self) -> CacheBlend:
-        """The engine underneath; starts it."""
+        """The engine underneath; starts it, or connects to the server."""
         return self.engine.blend()
 
     def close(self) -> None:
-        """Stop the engine, for all objects that share it."""
+        """Stop the engine, or leave the server, for all objects that share it."""
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -133,6 +141,10 @@ _REFUSED = {
     "tool_choice": _TOOLS,
     "functions": _TOOLS,
 }
+
+
+def _revealed(key: SecretStr | str | None) -> str | None:
+    return key.get_secret_value() if isinstance(key, SecretStr) else key
 
 
 # with every stream comes its usage

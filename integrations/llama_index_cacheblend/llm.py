@@ -27,6 +27,7 @@ from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index.core.prompts.chat_prompts import TEXT_QA_SYSTEM_PROMPT
 
 from cacheblend_rag import AsyncBlendStream, BlendConfig, BlendResult, BlendStream, CacheBlend
+from cacheblend_rag.client import SharedServer
 from cacheblend_rag.config import template_arguments
 from cacheblend_rag.errors import PromptError
 from cacheblend_rag.prompt import Prompt
@@ -54,21 +55,25 @@ class _Asked(NamedTuple):
 class CacheBlendLLM(LLM):
     """A LlamaIndex LLM whose prompts start sooner: KV of chunks that were ingested is reused.
 
-    The engine starts when first needed, and is shared by all objects that name the same model.
+    The engine starts when first needed, and is shared by all objects that name the same model. With
+    ``url`` it is that of a server, ``cacheblend serve``, and nothing starts here.
     Prompts are what they are with any other LLM: the model's chat template is applied to chat
     messages, text goes in as it is. ``messages_to_prompt`` and ``completion_to_prompt``, where
     given, take the template's place.
 
     Args:
-        model: hub name or folder; left out only with ``engine``.
+        model: hub name or folder; may be left out with ``url`` and ``engine``.
         blend_config: how to blend. Without one, chunks are computed behind the system prompt that
             this LLM uses: its own ``system_prompt``, or that of LlamaIndex's question prompt.
         engine_args: vLLM's engine arguments by their own names.
         engine: the shared engine itself; see ``from_engine``.
+        url: of a server, in place of an engine in this process.
+        api_key, timeout: for the server; see ``CacheBlend.connect``.
         **fields: the fields below, and those of LlamaIndex's ``LLM``.
 
     Raises:
         ConfigError: the model is in use in this process with other settings.
+        ServerError: no server answers at ``url``, and no ``model`` was named.
     """
 
     # an option with a wrong name is an error, not nothing
@@ -99,9 +104,13 @@ class CacheBlendLLM(LLM):
         blend_config: BlendConfig | None = None,
         engine_args: Mapping[str, Any] | None = None,
         engine: SharedEngine | None = None,
+        url: str | None = None,
+        api_key: str | None = None,
+        timeout: float | None = None,
         **fields: Any,
     ) -> None:
-        engine = SharedEngine.resolve(
+        engine = SharedServer.chosen(
+            url,
             engine,
             model,
             blend_config,
@@ -111,6 +120,8 @@ class CacheBlendLLM(LLM):
                 likely_system_prompt=TEXT_QA_SYSTEM_PROMPT.content,
                 chat_template_kwargs=fields.get("chat_template_kwargs", {}),
             ),
+            api_key=api_key,
+            timeout=timeout,
         )
         super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
 
@@ -125,7 +136,7 @@ class CacheBlendLLM(LLM):
 
     @property
     def blend(self) -> CacheBlend:
-        """The engine underneath; starts it."""
+        """The engine underneath; starts it, or connects to the server."""
         return self.engine.blend()
 
     @property
@@ -146,7 +157,7 @@ class CacheBlendLLM(LLM):
         return list(self.blend.tokenizer.encode(text, add_special_tokens=False))
 
     def close(self) -> None:
-        """Stop the engine, for all objects that share it."""
+        """Stop the engine, or leave the server, for all objects that share it."""
         self.engine.close()
 
     def __enter__(self) -> CacheBlendLLM:

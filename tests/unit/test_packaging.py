@@ -146,6 +146,8 @@ def test_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
     top_level = {name.partition("/")[0] for name in names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == expected
     assert {f"{name}/py.typed" for name in expected} <= set(names)
+    page = {f"cacheblend_rag/server/page/page.{kind}" for kind in ("css", "js")}
+    assert page | {"cacheblend_rag/server/page/index.html"} <= set(names)
 
 
 def test_typing_sees_every_package() -> None:

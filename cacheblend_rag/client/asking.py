@@ -1,0 +1,214 @@
+"""Prompts to answers over HTTP: the half of ``RemoteCacheBlend`` that asks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple, overload
+
+from cacheblend_rag.blend import as_prompts
+from cacheblend_rag.client import replies, requests
+from cacheblend_rag.client.answers import Answer, AsyncAnswer
+from cacheblend_rag.client.http import BASE, Connection
+from cacheblend_rag.client.tokenizer import RemoteTokenizer
+from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engine import EngineInfo, EngineOutput
+from cacheblend_rag.errors import CacheBlendError, PromptError, ServerError
+from cacheblend_rag.prompt import Prompt, checked, checked_messages, fitting, is_prompt, owned
+from cacheblend_rag.reason import Reason, Why
+from cacheblend_rag.report import BlendReport, make_report
+from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStream, make_result
+from cacheblend_rag.token_ids import token_ids
+
+_AT_ONCE = 64  # answers of one generate()
+# a report is written when a request ends, which may be a moment after its last token came
+_REPORT_WAITS_S = (0.01, 0.05, 0.25)
+
+
+class _Asked(NamedTuple):
+    """An answer that is ready to be asked for, and what its report will need."""
+
+    ids: tuple[int, ...]
+    body: Mapping[str, Any]
+    mode: str
+    tokenize_s: float
+
+
+class RemoteAnswers:
+    """Prompts become token ids at the server, and answers come from its completions endpoint."""
+
+    config: BlendConfig
+    info: EngineInfo
+    _connection: Connection
+    _own: frozenset[str]  # the fields of ``config`` that every request carries
+    _more_sampling: frozenset[str] | None = None
+
+    def _call(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
+        return self._connection.call(method, BASE + path, body, **more)
+
+    # ---- prompts -------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The server's; each call of it is one over HTTP."""
+        return RemoteTokenizer(self._connection, self.tokenize)
+
+    @cached_property
+    def takes_messages(self) -> bool:
+        try:
+            self.tokenize([{"role": "user", "content": "a"}])
+        except PromptError:
+            return False
+        return True
+
+    def tokenize(
+        self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
+        config = self.config.for_call({"chat_template_kwargs": chat_template_kwargs or {}})
+        return self._ids(prompt, config)
+
+    def _ids(self, prompt: Prompt, config: BlendConfig) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            ids = self._rendered(checked(prompt), {}) if prompt else ()
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            ids = self._rendered(list(checked_messages(prompt)), config.chat_template_kwargs)
+        else:
+            ids = token_ids(prompt)
+        return fitting(ids, self.info.max_model_len)
+
+    def _rendered(self, prompt: Any, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        body = {
+            "prompt": prompt,
+            **({"chat_template_kwargs": dict(arguments)} if arguments else {}),
+        }
+        return tuple(self._call("POST", "/tokenize", body, safe=True)["token_ids"])
+
+    # ---- answers -------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> BlendResult: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[BlendResult]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Any
+    ) -> BlendResult | list[BlendResult]:
+        asked = self._options(options)
+        if is_prompt(prompt):
+            return self._whole(self._asked(prompt, asked), threading.Event())
+        return self._together([self._asked(p, asked) for p in as_prompts(prompt)])
+
+    def _together(self, asked: Sequence[_Asked]) -> list[BlendResult]:
+        """All answers at once; where one fails, the others are left."""
+        left = threading.Event()
+        with ThreadPoolExecutor(min(len(asked), _AT_ONCE), "cacheblend-generate") as pool:
+            answers = [pool.submit(self._whole, one, left) for one in asked]
+            try:
+                return [answer.result() for answer in answers]
+            except BaseException:
+                left.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _whole(self, asked: _Asked, left: threading.Event) -> BlendResult:
+        with self._stream(asked) as stream:
+            for _ in stream:
+                if left.is_set():
+                    raise ServerError("another prompt of this call failed")
+        return stream.result
+
+    def stream(self, prompt: Prompt, **options: Any) -> BlendStream:
+        return self._stream(self._asked(prompt, self._options(options)))
+
+    def _stream(self, asked: _Asked) -> BlendStream:
+        start = time.perf_counter()
+        answer = Answer(self._connection, asked.body)
+        stream = BlendStream(answer, partial(self._finish_answer, asked, answer))
+        stream._start = start  # the request was on its way before there was a stream
+        return stream
+
+    async def agenerate(self, prompt: Prompt, **options: Any) -> BlendResult:
+        async with self.astream(prompt, **options) as stream:
+            async for _ in stream:
+                pass
+        return stream.result
+
+    def astream(self, prompt: Prompt, **options: Any) -> AsyncBlendStream:
+        self._connection.check_open()
+        return AsyncBlendStream(partial(self._abegin, owned(prompt), self._options(options)))
+
+    async def _abegin(self, prompt: Prompt, options: requests.Options) -> Begun:
+        asked = await asyncio.to_thread(self._asked, prompt, options)
+        answer = AsyncAnswer(self._connection, asked.body)
+        finish = partial(self._finish_answer, asked, answer)
+        pieces: AsyncIterator[EngineOutput] = answer.pieces()
+        return Begun(pieces, finish, asked.tokenize_s)
+
+    def _options(self, options: Mapping[str, Any]) -> requests.Options:
+        self._connection.check_open()
+        known = requests.SAMPLING
+        if requests.OF_SOME_VERSIONS & options.keys():
+            known |= self._sampling_of_server()
+        return requests.split(options, self.config, self._own, known)
+
+    def _sampling_of_server(self) -> frozenset[str]:
+        """Which parameters that only some versions of vLLM have this server's takes."""
+        if self._more_sampling is None:
+            schema = self._connection.call("GET", "/openapi.json", absent=True) or {}
+            body = schema.get("components", {}).get("schemas", {}).get("CompletionRequest", {})
+            self._more_sampling = requests.OF_SOME_VERSIONS & body.get("properties", {}).keys()
+        return self._more_sampling
+
+    def _asked(self, prompt: Prompt, options: requests.Options) -> _Asked:
+        start = time.perf_counter()
+        ids = self._ids(prompt, options.config)
+        spent = time.perf_counter() - start
+        body = requests.completion(ids, options, self.info.max_model_len)
+        return _Asked(ids, body, options.config.mode, spent)
+
+    def _finish_answer(
+        self,
+        asked: _Asked,
+        answer: Answer | AsyncAnswer,
+        pieces: Sequence[EngineOutput],
+        start: float,
+    ) -> BlendResult:
+        report = self._report(asked, answer.id)
+        stages = {**report.stages_s, "tokenize": asked.tokenize_s}
+        report = replace(
+            report,
+            ttft_s=pieces[0].at - start + asked.tokenize_s,
+            total_s=pieces[-1].at - start + asked.tokenize_s,
+            stages_s=stages,
+        )
+        return make_result(asked.ids, pieces, report, answer.id)
+
+    def _report(self, asked: _Asked, name: str) -> BlendReport:
+        """What the server says of an answer. The answer itself is there in any case."""
+        try:
+            data, why = self._said(name), "the server has no report of this request (any more)"
+        except CacheBlendError as error:
+            data, why = None, f"the server did not say what it did: {error}"
+        if data is not None:
+            return replies.report(data)
+        return make_report(
+            Why(Reason.NOT_REPORTED, why),
+            {},
+            mode=asked.mode,
+            tokens_total=len(asked.ids),
+            ttft_s=0.0,
+            total_s=0.0,
+            tokenize_s=0.0,
+        )
+
+    def _said(self, name: str) -> Mapping[str, Any] | None:
+        for wait in (*_REPORT_WAITS_S, None):
+            data: Mapping[str, Any] | None = self._call("GET", f"/requests/{name}", absent=True)
+            if data is not None or wait is None:
+                return data
+            time.sleep(wait)
+        return None
