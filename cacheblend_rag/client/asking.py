@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, overload
 
-from cacheblend_rag.blend import as_prompts
 from cacheblend_rag.client import replies, requests
 from cacheblend_rag.client.answers import Answer, AsyncAnswer
 from cacheblend_rag.client.http import BASE, Connection
@@ -19,6 +18,7 @@ from cacheblend_rag.client.tokenizer import RemoteTokenizer
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine import EngineInfo, EngineOutput
 from cacheblend_rag.errors import CacheBlendError, PromptError, ServerError
+from cacheblend_rag.front.answers import as_prompts
 from cacheblend_rag.prompt import Prompt, checked, checked_messages, fitting, is_prompt, owned
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.report import BlendReport, make_report

@@ -17,7 +17,7 @@ from cacheblend_rag.client.failures import told
 from cacheblend_rag.client.http import BASE, Connection
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import CacheBlendError, EmptyTextError
-from cacheblend_rag.ingest import Before, IngestReport
+from cacheblend_rag.ingest import IngestReport, LeftContext
 from cacheblend_rag.prompt import checked
 from cacheblend_rag.token_ids import token_ids
 
@@ -43,12 +43,12 @@ class RemoteChunks:
         self,
         texts: str | Sequence[str | Sequence[int]],
         *,
-        before: str | Sequence[Before] | None = None,
+        left_context: str | Sequence[LeftContext] | None = None,
         documents: str | Sequence[str | None] | None = None,
         progress: bool = True,
     ) -> IngestReport:
         start = time.perf_counter()
-        chunks = _chunks(texts, before, documents, self.config.ingest_prefix)
+        chunks = _chunks(texts, left_context, documents, self.config.ingest_prefix)
         jobs: list[Mapping[str, Any]] = []
         with tqdm(
             total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
@@ -145,12 +145,12 @@ class RemoteChunks:
 
     # ---- documents -----------------------------------------------------------------------------
 
-    def register(self, documents: Mapping[str, Iterable[str]]) -> None:
+    def register_documents(self, documents: Mapping[str, Iterable[str]]) -> None:
         rows = [[name, list(keys)] for name, keys in documents.items()]
         for batch in batches(rows, MOST_BYTES):
             self._call("POST", "/documents", {"documents": dict(batch)}, safe=True)
 
-    def registered(self, documents: Iterable[str]) -> set[str]:
+    def registered_documents(self, documents: Iterable[str]) -> set[str]:
         found: set[str] = set()
         for batch in batches(list(documents), MOST_BYTES):
             said = self._call("POST", "/documents/registered", {"documents": batch}, safe=True)
@@ -180,19 +180,19 @@ def batches(rows: Sequence[Any], most_bytes: int) -> Iterator[list[Any]]:
 
 def _chunks(
     texts: object,
-    before: str | Sequence[Before] | None,
+    left_context: str | Sequence[LeftContext] | None,
     documents: str | Sequence[str | None] | None,
     prefix: object,
 ) -> list[Any]:
     """What is sent for an ingestion, checked before anything is."""
     given = ingest.as_list(texts)
-    known = ingest.for_each(given, before, prefix)
+    known = ingest.for_each(given, left_context, prefix)
     names = ingest.one_for_each(given, documents, "documents")
     rows = zip(_numbered(given), known, names, strict=True)
     return [_chunk(text, context, name) for text, context, name in rows]
 
 
-def _chunk(text: Text, context: Before, document: str | None) -> Any:
+def _chunk(text: Text, context: LeftContext, document: str | None) -> Any:
     if context is None and document is None:
         return text
     behind = context if context is None or isinstance(context, str) else list(token_ids(context))

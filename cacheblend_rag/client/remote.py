@@ -64,17 +64,22 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
 
     # ---- life ----------------------------------------------------------------------------------
 
-    def beside(self, config: BlendConfig, *, space: str | None = None) -> Self:
+    def with_config(
+        self, config: BlendConfig, lora_request: Any = None, *, space: str | None = None
+    ) -> Self:
         """A second front to the same server, whose requests ask for what ``config`` says. Fields
         that only the server can set must have their defaults, or be the server's. Close only the
         first front.
 
         Raises:
-            ConfigError: such a field differs, or ``space`` is given, which only an engine knows.
+            ConfigError: such a field differs, or ``space`` or ``lora_request`` is given, which only
+                an engine in this process knows.
         """
         self._connection.check_open()
         if space is not None:
             raise ConfigError("space can't be chosen of a server; leave it out")
+        if lora_request is not None:
+            raise ConfigError("chunks of an adapter can't be made by a server; leave it out")
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._asked_config = config

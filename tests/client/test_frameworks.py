@@ -131,7 +131,7 @@ def test_llama_indexs_ingestion(server: FakeServer, behind: CacheBlend) -> None:
     document = LlamaDocument(text=STORY.replace("{}", "d"), doc_id="d")
     nodes = pipeline.run(documents=[document], show_progress=False)
     assert behind.stored() == {behind.key(hook.text_of(node)) for node in nodes}
-    assert behind.registered(["d"]) == {"d"}
+    assert behind.registered_documents(["d"]) == {"d"}
     assert hook.forget("d") == len({hook.text_of(node) for node in nodes})
     assert not behind.stored()
     with pytest.raises(PromptError, match="never ingested"):

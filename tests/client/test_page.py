@@ -94,7 +94,7 @@ def test_from_a_document_to_two_answers(
 ) -> None:
     drop(page, "ships.txt", SHIPS)
     assert len(behind.stored()) == 5
-    assert behind.registered(["ships.txt"]) == {"ships.txt"}
+    assert behind.registered_documents(["ships.txt"]) == {"ships.txt"}
     page.fill("#count", "3")
     page.locator("#ratio").fill("0.3")
     assert page.inner_text("#ratio-shown") == "0.30"

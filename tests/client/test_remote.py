@@ -342,14 +342,14 @@ def test_ingestion_says_what_the_embedded_one_says(
     texts = [*TEXTS, TEXTS[0], "short", "long " * 9000, list(range(500, 600))]
     documents = ["a", "a", "b", None, "b", None, None, "c"]
     before = [None, TEXTS[0], None, "What came before.", None, None, None, [7, 8, 9]]
-    got = remote.ingest(texts, documents=documents, before=before, progress=False)
-    stored, noted = remote.stored(), remote.registered(["a", "b", "c", "d"])
+    got = remote.ingest(texts, documents=documents, left_context=before, progress=False)
+    stored, noted = remote.stored(), remote.registered_documents(["a", "b", "c", "d"])
     behind_them = dict(behind.engine.behind)  # type: ignore[attr-defined]
     server.reset()
-    expected = behind.ingest(texts, documents=documents, before=before, progress=False)
+    expected = behind.ingest(texts, documents=documents, left_context=before, progress=False)
     assert same_ingestion(got, expected)
     assert stored == behind.stored()
-    assert noted == behind.registered(["a", "b", "c", "d"]) == {"a", "b", "c"}
+    assert noted == behind.registered_documents(["a", "b", "c", "d"]) == {"a", "b", "c"}
     assert behind_them == behind.engine.behind  # type: ignore[attr-defined]
     again = remote.ingest(texts, progress=False)
     assert (again.computed, again.present) == (0, 5)
@@ -429,8 +429,8 @@ def test_forgetting(remote: CacheBlend, behind: CacheBlend) -> None:
 
 def test_documents(remote: CacheBlend) -> None:
     keys = remote.ingest(TEXTS, progress=False).keys
-    remote.register({"one": keys[:2], "two / ä?": keys[1:]})
-    assert remote.registered(["one", "two / ä?", "three"]) == {"one", "two / ä?"}
+    remote.register_documents({"one": keys[:2], "two / ä?": keys[1:]})
+    assert remote.registered_documents(["one", "two / ä?", "three"]) == {"one", "two / ä?"}
     assert remote.forget_documents(["one"]) == 1  # the other has the second chunk too
     assert remote.forget_documents(["two / ä?"], keys[3:]) == 1
     assert remote.stored() == {keys[1], keys[2]}

@@ -185,7 +185,7 @@ def _add_chunks(app: FastAPI, server: FakeServer) -> None:
             before = [row.get("left_context") for row in rows]
             report = blend.ingest(
                 [row["text"] for row in rows],
-                before=before if any(before) else None,
+                left_context=before if any(before) else None,
                 documents=[row.get("document") for row in rows],
                 progress=False,
             )
@@ -263,7 +263,7 @@ def _add_documents(app: FastAPI, server: FakeServer) -> None:
     @app.post("/v1/cacheblend/documents")
     async def register(request: Request) -> Any:
         documents = (await request.json())["documents"]
-        blend.register(documents)
+        blend.register_documents(documents)
         return {"object": "cacheblend.registration", "documents": len(documents)}
 
     @app.post("/v1/cacheblend/documents/registered")

@@ -10,7 +10,7 @@ const NAMES = {
   reused: "reused: stored KV",
   recomputed: "recomputed: of reused chunks",
   fresh: "fresh: nothing stored covers them",
-  missing: "missing: stored KV that was gone or too late",
+  missing: "missing: stored KV that was gone or too slow",
   other: "other",
 };
 const KIND_OF = {
@@ -18,7 +18,7 @@ const KIND_OF = {
   reused: "reused",
   fresh: "fresh",
   missing: "missing",
-  late: "missing",
+  timed_out: "missing",
   timed_out: "missing",
 };
 
