@@ -43,7 +43,9 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> Claims:
         kv_transfer_config=SimpleNamespace(engine_id="this"),
     )
     claims = Claims(config, None)
-    monkeypatch.setattr(claims.planning, "begin", lambda ids, options: planned(options["plan"]))
+    monkeypatch.setattr(
+        claims.planning, "begin", lambda ids, options, adapter: planned(options["plan"])
+    )
     return claims
 
 
