@@ -356,17 +356,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 128,
         },
     ),
-    # an indexer picks the keys that latent attention sees
-    "mla-sparse": (
-        "deepseek_v32",
-        {
-            **_LATENT,
-            "q_lora_rank": 128,
-            "index_topk": 64,
-            "index_n_heads": 4,
-            "index_head_dim": 128,
-        },
-    ),
 }
 
 
