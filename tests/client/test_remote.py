@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -280,6 +281,12 @@ def test_an_adapter_goes_by_its_name(remote: CacheBlend, server: FakeServer) -> 
         remote.generate(PROMPT, lora_request=7)
 
 
+class Unsendable(Enum):
+    """No JSON, and called the same in every process."""
+
+    ONE = "a member of an enumeration"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -291,7 +298,7 @@ def test_an_adapter_goes_by_its_name(remote: CacheBlend, server: FakeServer) -> 
         ({"recompute_ratio": 2}, "is a share"),
         ({"mode": "blnd"}, "must be one of"),
         ({"logprob_token_ids": [1]}, "to this server"),  # whose vLLM does not have it
-        ({"seed": object()}, "can't be sent"),
+        ({"seed": Unsendable.ONE}, "can't be sent"),
         ({"chat_template_kwargs": {"tokenize": False}}, "can't set tokenize"),
     ],
     ids=str,
