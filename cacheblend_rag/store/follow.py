@@ -34,7 +34,7 @@ class Follower:
         self._news: dict[str, Row | None] = {}  # None: it went
         self._whole = False  # the news is all that is stored
         self._own: set[str] = set()  # changed by this process while the store is being asked
-        self._stale, self._said = False, False  # stale: only a listing tells what is stored
+        self._stale, self._warned = False, False  # stale: only a listing tells what is stored
         self._thread = Thread(target=self._run, name="cacheblend-follow", daemon=True)
 
     def start(self, wake: Callable[[], object] | None) -> None:
@@ -98,7 +98,8 @@ class Follower:
             except UnavailableError:
                 continue
             except Exception as error:  # one that died would leave the engine behind for good
-                self._send(error)
+                if not self._closed.is_set():  # or the store was closed while it was asked
+                    self._warn(error)
 
     def _ask(self) -> None:
         with self._lock:
@@ -142,9 +143,9 @@ class Follower:
             self._news.clear()
             self._stale = True
 
-    def _send(self, error: Exception) -> None:
-        if not self._said:
-            self._said = True
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
             text = f"The store's changes cannot be followed ({type(error).__name__}: {error})"
             warnings.warn(f"{text}; it is tried again.", RuntimeWarning, stacklevel=2)
 

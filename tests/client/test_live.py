@@ -42,7 +42,7 @@ FACTS = [
 CHUNKS = [fact.format(1874 + i) * 5 for i, fact in enumerate(FACTS)]
 PROMPT = "\n\n".join([*CHUNKS, "When was the bell cast?"])
 MESSAGES = [{"role": "user", "content": PROMPT}]
-EXACT = {"max_tokens": 8, "temperature": 0.0, "when": "always"}
+EXACT = {"max_tokens": 8, "temperature": 0.0, "blend_if": "always"}
 
 
 @pytest.fixture(scope="module")

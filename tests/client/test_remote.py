@@ -92,7 +92,7 @@ def test_methods_take_the_same_arguments() -> None:
         {},
         {"mode": "off"},
         {"mode": "full", "max_tokens": 2},
-        {"recompute_ratio": 0.5, "selector": "first_k", "when": "always", "logprobs": 1},
+        {"recompute_ratio": 0.5, "selector": "first_k", "blend_if": "always", "logprobs": 1},
         {"stop": ["answer"]},
         {"max_tokens": None},
     ],
@@ -501,7 +501,9 @@ def test_a_configuration_of_requests(server: FakeServer, behind: CacheBlend) -> 
 
 
 def test_a_configuration_that_only_the_server_can_have(server: FakeServer) -> None:
-    with pytest.raises(ConfigError, match=r"ingest_prefix is 'head' here.*--ingest-prefix"):
+    with pytest.raises(
+        ConfigError, match=r"ingest_prefix is 'prompt_prefix' here.*--ingest-prefix"
+    ):
         CacheBlend.connect(server.url, config=BlendConfig(ingest_prefix="prompt_prefix"))
 
 

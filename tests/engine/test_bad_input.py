@@ -80,7 +80,7 @@ def test_engine_kind(tiny_models: Path) -> None:
         ({"selector_options": {"window": 4}}, "odd"),
         ({"selector": "hkvd", "selector_options": {"check_layer": 0}}, "at least 1"),
         ({"min_chunk_tokens": 8}, "32"),
-        ({"ingest_prefix": "long"}, "auto, head, document"),
+        ({"ingest_prefix": "long"}, "auto, prompt_prefix, document"),
     ],
 )
 def test_config(options: dict[str, object], message: str) -> None:

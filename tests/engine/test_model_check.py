@@ -39,7 +39,7 @@ def turns_one_position_too_far(patch: pytest.MonkeyPatch) -> None:
     def too_far(self: Rerotator, old_N: torch.Tensor, new_N: torch.Tensor) -> RotationDelta:
         return delta(self, old_N, (new_N + 1).clamp_max(self.positions - 1))
 
-    patch.setattr(Rerotator, "turn", too_far)
+    patch.setattr(Rerotator, "delta", too_far)
 
 
 def turns_into_nothing(patch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def test_a_stream_goes_on_while_another_process_holds_the_index(
     def ingest() -> None:
         try:
             blend.ingest([words(50)], progress=False)
-            blend.register({"a": [blend.key(CHUNKS[0])]})
+            blend.register_documents({"a": [blend.key(CHUNKS[0])]})
         except StoreError:
             pass
         ended.set()

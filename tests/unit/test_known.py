@@ -318,3 +318,26 @@ def test_a_closed_engine_follows_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         assert {"cacheblend-follow", "cacheblend-store"} <= threads
         follower = blend._engine.ranks[0].follower
     until(lambda: not follower._thread.is_alive())
+
+
+def test_a_store_that_is_closed_while_it_is_asked_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was under way fails, which is no news of the store."""
+    monkeypatch.setattr("cacheblend_rag.store.follow._EVERY_S", 0.01)
+
+    class Closing(MemoryStore):
+        def changes(self, cursor: object) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                return super().changes(cursor)
+            follower.close()
+            asked.set()
+            raise ValueError("I/O operation on closed file")
+
+    asked, said = threading.Event(), list[str]()
+    monkeypatch.setattr("warnings.warn", lambda text, *args, **kwargs: said.append(str(text)))
+    follower = Follower(Closing(1 << 20), lambda key: None)
+    follower.start(lambda: None)
+    assert asked.wait(10)
+    until(lambda: not any(t.name == "cacheblend-follow" for t in threading.enumerate()))
+    assert said == []

@@ -26,6 +26,7 @@ CONTRACT = [
     "test_absent_key",
     "test_close_twice",
     "test_discard",
+    "test_latents_come_back_bit_for_bit",
     "test_put_twice_keeps_one",
     "test_scan_tells_every_chunk_once",
     "test_stats_count_hits_and_misses",

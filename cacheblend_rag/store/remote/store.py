@@ -71,7 +71,8 @@ class RemoteStore(KVStore):
         self._guard = Guard(backend, timeout_s)
         self._largest = min(largest_bytes, backend.largest)
         self._counts, self._readers = EventCounts("remote"), Readers(_READERS)
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
+        self._closed = False
 
     @property
     def failures(self) -> int:
@@ -157,6 +158,7 @@ class RemoteStore(KVStore):
         return self._counts.stats(chunks=chunks, nbytes=nbytes)
 
     def close(self) -> None:
+        self._closed = True
         self._readers.close()
         self._guard.close()
 
@@ -212,6 +214,6 @@ class RemoteStore(KVStore):
             raise UnavailableError(f"The remote store fails: {error}. Check the server.") from error
 
     def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
+        if kind not in self._warned and not self._closed:  # what is under way then fails
+            self._warned.add(kind)
             warnings.warn(f"{text}.", RuntimeWarning, stacklevel=4)
