@@ -105,6 +105,7 @@ class Machine(RuleBasedStateMachine):
         self.surely: set[int] = set()  # put, acknowledged, and nothing may have removed them
         self.perhaps: set[int] = set()
         self.others: set[int] = set()  # put by another process, which may yet say for what
+        self.mine: set[int] = set()  # put by this opening of the store, which did not say it since
         self.documents: dict[str, set[int]] = {}
         self.child: multiprocessing.process.BaseProcess | None = None
         self.store = DiskStore(**self.options)
@@ -123,6 +124,7 @@ class Machine(RuleBasedStateMachine):
         put(self.store, seed)
         self.was_put(seed)
         self.others.discard(seed)
+        self.mine.add(seed)
 
     @rule(seed=SEEDS)
     def get(self, seed: int) -> None:
@@ -141,6 +143,12 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.store.close()
+        self.open()
+
+    def open(self) -> None:
+        """What an opening has put is another's for the next one."""
+        self.others |= self.mine
+        self.mine = set()
         self.store = DiskStore(**self.options)
 
     @rule()
@@ -150,7 +158,7 @@ class Machine(RuleBasedStateMachine):
         for path in (self.folder / "kv").glob("index.sqlite*"):
             path.unlink()
         self.documents = {}
-        self.store = DiskStore(**self.options)
+        self.open()
         assert not self.store.recovery.index_rebuilt
 
     @rule(seed=SEEDS, position=st.integers(0, 2000))
@@ -165,6 +173,7 @@ class Machine(RuleBasedStateMachine):
     @rule(name=NAMES, seeds=st.sets(SEEDS, max_size=4))
     def register(self, name: str, seeds: set[int]) -> None:
         self.store.register(name, map(key_of, sorted(seeds)))
+        self.mine -= seeds
         if seeds:
             self.documents.setdefault(name, set()).update(seeds)
 
@@ -278,7 +287,7 @@ class Machine(RuleBasedStateMachine):
             self.child = FORK.Process(target=serve, args=(other, self.options))
             self.child.start()
             other.close()
-            self.store = DiskStore(**self.options)
+            self.open()
 
     def end_child(self) -> None:
         if self.child is not None:
@@ -300,6 +309,7 @@ def test_any_sequence(examples: int, no_fsync: None, request: pytest.FixtureRequ
         Machine,
         settings=settings(
             max_examples=examples,
+            derandomize=examples < 100,  # new walks are for the slow one
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
