@@ -114,7 +114,7 @@ class CacheBlend(Startup):
         front._take(engine, config)
         front.calibration = space.calibration if space is not None else None
         front.model_check, front._longest = model_check, model_check.max_tokens
-        front._is_heard = has_scheduler
+        front._has_scheduler = has_scheduler
         if space is not None:
             front._name, front._space = space.name, space.keys
         return front
@@ -128,7 +128,7 @@ class CacheBlend(Startup):
         self._adapter = ""  # digest of it
         self._namespaces = {config.namespace}  # of all fronts to this engine
         self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
-        self._is_heard, self._synced_at = True, 0.0
+        self._has_scheduler, self._synced_at = True, 0.0
         self._tokenizer: Any = engine.tokenizer  # never handed out
         self._space = KeySpace(self.info.fingerprint, (), config.namespace)
 

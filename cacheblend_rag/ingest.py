@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -131,6 +131,25 @@ def batches(chunks: Sequence[Chunk], max_tokens: int) -> Iterator[list[Chunk]]:
             batch, size = [], 0
         batch.append(chunk)
         size += tokens
+    if batch:
+        yield batch
+
+
+def grouped(
+    rows: Iterable[T], size_of: Callable[[T], int], most: Callable[[], int]
+) -> Iterator[list[T]]:
+    """``rows`` in order, in lists whose sizes are at most ``most()`` together; a larger row goes
+    alone.
+    """
+    batch: list[T] = []
+    size = 0
+    for row in rows:
+        own = size_of(row)
+        if batch and size + own > most():
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
+        size += own
     if batch:
         yield batch
 

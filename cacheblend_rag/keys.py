@@ -49,7 +49,7 @@ class KeySpace(NamedTuple):
         return None if self.by_document else self.prefix_ids
 
     def prompt_prefix_key(self, token_ids: Sequence[int]) -> str:
-        """The key of a prompt's prompt prefix, which stands behind nothing."""
+        """The key of a prompt prefix, which stands behind nothing."""
         return self._replace(prefix_ids=(), by_document=False).key(token_ids)
 
     def key(self, token_ids: Sequence[int]) -> str:

@@ -165,17 +165,7 @@ class RemoteChunks:
 
 def batches(rows: Sequence[Any], most_bytes: int) -> Iterator[list[Any]]:
     """``rows`` in order, in lists that are at most ``most_bytes`` as JSON, or have one row."""
-    batch: list[Any] = []
-    size = 0
-    for row in rows:
-        nbytes = len(json.dumps(row)) + 2
-        if batch and size + nbytes > most_bytes:
-            yield batch
-            batch, size = [], 0
-        batch.append(row)
-        size += nbytes
-    if batch:
-        yield batch
+    return ingest.grouped(rows, lambda row: len(json.dumps(row)) + 2, lambda: most_bytes)
 
 
 def _chunks(

@@ -59,8 +59,8 @@ class ClientEngine(Engine):
         self._slicing, self._own_steps, self._closed = threading.local(), 0, False
         self.pace = Pace()
         config = client.vllm_config
+        refusal = compat.model_refusal(config.model_config)
         if config.parallel_config.worker_extension_cls != WORKER:
-            refusal = compat.model_refusal(config.model_config)
             if refusal is not None:
                 raise EngineError(f"this model is served without blending: {refusal.detail}")
             raise EngineError(
@@ -74,7 +74,6 @@ class ClientEngine(Engine):
         skip = config.model_config.skip_tokenizer_init
         self.tokenizer = None if skip else self._call(tokenizer_of(client))
         self.chat = VllmChat(client.renderer)
-        refusal = compat.model_refusal(config.model_config)
         prepared = EngineSetup(None, refusal, compat.installed_version())
         facts = [{"fingerprint": "", **state["facts"]} for state in states]
         self.info = make_info(prepared, config, lambda: facts)

@@ -5,7 +5,7 @@ a token: a latent, which has no position, and behind it the rotated part of all 
 such a row is the key of a single head whose value has no dimensions.
 
 Shape legend: T or N tokens, K layers, G KV heads, D head size, H query heads, C latent dimensions,
-R rotated dimensions, P others of a prompt prefix's key, V dimensions of its value.
+R rotated dimensions, P others of a head's key, V dimensions of its value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class KVLayout(NamedTuple):
         parts: 2 for keys and values, 1 for latents.
         heads: KV heads of this rank.
         all_heads: those of the model. Ranks hold the same latents, so of these there is one.
-        dim: numbers of a prompt prefix in one part.
+        dim: numbers of a head in one part.
     """
 
     parts: int

@@ -85,7 +85,7 @@ class Queries:
             "proving": limits["proving"],
             "space": None if bound.space is None else bound.space.to_plain(),
             "is_open": bound.is_open,
-            "is_heard": connector.link.has_scheduler,
+            "has_scheduler": connector.link.has_scheduler,
             "born": bound.born,
         }
 

@@ -32,7 +32,7 @@ class Answer:
             engine found an identical plan's KV and did not say.
         blended: whether stored KV was used; reason: why not.
         ttft_s: seconds to the first token; None where questions ran side by side.
-        chunks: of every reused segment but the prompt's prompt prefix, [tokens, recomputed tokens],
+        chunks: of every reused segment but the prompt prefix, [tokens, recomputed tokens],
             in the prompt's order.
         selected: recomputed positions, where asked for.
     """

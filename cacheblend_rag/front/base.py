@@ -35,7 +35,7 @@ class Front:
     _space: KeySpace
     _home: Home
     _closed: bool
-    _is_heard: bool  # the scheduler learns at once what workers do
+    _has_scheduler: bool  # the scheduler learns at once what workers do
     _synced_at: float
     _lora: Any  # vLLM's LoRARequest of this front's requests
     _adapter: str  # digest of it
@@ -52,7 +52,7 @@ class Front:
         """Let the engine's scheduler know what its workers did. In one process it knows at once;
         else that travels with a step, and there is one.
         """
-        if self._is_heard:
+        if self._has_scheduler:
             return
         self._synced_at = time.monotonic()
         if any(self._engine.rpc("cacheblend_waits")):
@@ -61,7 +61,7 @@ class Front:
 
     def _sync_if_due(self) -> None:
         """``_sync``, twice a second at most: other processes store chunks too."""
-        if not self._is_heard and time.monotonic() >= self._synced_at + _SYNC_EVERY_S:
+        if not self._has_scheduler and time.monotonic() >= self._synced_at + _SYNC_EVERY_S:
             self._sync()
 
     def _chunk(self, text: str | Sequence[int]) -> Chunk:

@@ -51,7 +51,7 @@ class Startup(Ingestion, Answers):
             parse_size(self.config.gpu_cache) if self.config.gpu_cache else 0,
             self.config.namespace,
         )
-        self._is_heard = all(heard)
+        self._has_scheduler = all(heard)
         self._longest = report.max_tokens
         self._limit(None)
         report = self._probe(report)

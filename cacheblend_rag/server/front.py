@@ -33,7 +33,7 @@ class Front(CacheBlend):
     @classmethod
     def of(cls, engine: ClientEngine, config: BlendConfig) -> Front:
         """That of the server's own namespace."""
-        has_scheduler = bool(engine.state["is_heard"])
+        has_scheduler = bool(engine.state["has_scheduler"])
         return cls.around(
             engine, config, engine.model_check(), engine.space, has_scheduler=has_scheduler
         )

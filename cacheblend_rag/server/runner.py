@@ -16,7 +16,7 @@ from cacheblend_rag.errors import (
     PromptError,
     UnavailableError,
 )
-from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.ingest import IngestReport, grouped
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import CANCELLED, COMPLETED, FAILED, Job, Jobs
@@ -141,15 +141,7 @@ class Runner:
 
 def batches(chunks: Sequence[Given], most: Callable[[], int]) -> Iterator[list[Given]]:
     """Chunks of at most so many tokens together, in order; a longer one goes alone."""
-    batch, size = list[Given](), 0
-    for chunk in chunks:
-        if batch and size + chunk.tokens > most():
-            yield batch
-            batch, size = [], 0
-        batch.append(chunk)
-        size += chunk.tokens
-    if batch:
-        yield batch
+    return grouped(chunks, lambda chunk: chunk.tokens, most)
 
 
 def _code(error: Exception) -> str:

@@ -80,7 +80,7 @@ def propagate(
         cache.table, k, v, cos_XP, sin_XP, off_TX, k_TGD.stride(0), v_TGD.stride(0), *strides,
         **shape, num_warps=1,
     )  # fmt: skip
-    _move_kernel[(_PROGRAMS, groups)](
+    _propagate_kernel[(_PROGRAMS, groups)](
         off_TX, propagation.chunk_N, propagation.position_R, propagation.chunk_R,
         propagation.before_N, propagation.pass_2, propagation.propagation_length_1, cache.table, k,
         v, cos_XP, sin_XP, cache.length, *strides, **shape, REST=2 * pairs < dim, BLOCK_N=_TOKENS,
@@ -133,7 +133,7 @@ def _off_kernel(
 
 
 @triton.jit
-def _move_kernel(
+def _propagate_kernel(
     off, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table, k, v, cos, sin,
     length, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,

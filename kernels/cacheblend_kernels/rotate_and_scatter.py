@@ -61,7 +61,7 @@ def rotate_and_scatter(
     _, size, groups, dim = cache.k_BSGD.shape
     k, v = cache.k_BSGD, cache.v_BSGD
     grid = (triton.cdiv(n, _TOKENS), groups, layers)
-    _place_kernel[grid](
+    _rotate_and_scatter_kernel[grid](
         sources.address_KC, sources.length_C, sources.chunk_N, sources.row_N,
         cos_NP, sin_NP, positions_N, cache.table, address_K2, k,
         n, len(sources.length_C),
@@ -73,7 +73,7 @@ def rotate_and_scatter(
 
 
 @triton.jit(do_not_specialize=["n", "num_chunks"])
-def _place_kernel(
+def _rotate_and_scatter_kernel(
     address, length, chunk, row, cos, sin, positions, table, caches, like,
     n, num_chunks, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,

@@ -93,7 +93,7 @@ QUANTISED: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] =
 
 
 def make_quantised(name: str, folder: Path) -> Path:
-    """The tiny Llama, its linear layers rounded; the prompt prefix and all else in bfloat16."""
+    """The tiny Llama, its linear layers rounded; the output head and all else in bfloat16."""
     path = folder / f"llama-{name}"
     if (path / "config.json").exists():
         return path

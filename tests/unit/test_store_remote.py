@@ -79,9 +79,7 @@ def test_put_twice_and_discard(store: RemoteStore) -> None:
 
 def test_scan_tells_every_chunk_once(store: RemoteStore) -> None:
     chunks = {key_of(seed): chunk_of(seed, num_tokens=1 + seed) for seed in range(6)}
-    chunks[key_of("long")] = chunk_of(
-        7, num_tokens=5000
-    )  # its prompt prefix is longer than what is read
+    chunks[key_of("long")] = chunk_of(7, num_tokens=5000)  # its header is longer than what is read
     for key, chunk in chunks.items():
         store.put(key, chunk)
     told = {ChunkInfo(key, c.token_ids, c.base, c.nbytes) for key, c in chunks.items()}
