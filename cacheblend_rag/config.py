@@ -10,25 +10,14 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError, PromptError, StoreError
+from cacheblend_rag.options import PER_REQUEST, BlendIf, BlendOptions, Mode
 from cacheblend_rag.select import create_selector
 from cacheblend_rag.store.url import parse_size, redacted
 from cacheblend_rag.token_ids import token_ids
 
-Mode = Literal["blend", "full", "reuse", "off"]
-BlendIf = Literal["faster", "always"]
-
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
 PROPAGATION_LENGTH = 64  # chosen on the tuning half of docs/quality.md's questions
 PREFIXES = ("auto", "prompt_prefix", "document", "bos", "none")
-PER_REQUEST = (
-    "mode",
-    "recompute_ratio",
-    "selector",
-    "selector_options",
-    "propagation_length",
-    "blend_if",
-)
-PER_CALL = (*PER_REQUEST, "chat_template_kwargs")
 _RENAMED = {"reach": "propagation_length", "when": "blend_if"}
 _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
     "add_generation_prompt",
@@ -49,8 +38,8 @@ _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlendConfig:
-    """How chunks are cached and blended. All fields can be set at start, those in
-    ``PER_CALL`` also for a single request (``generate(prompt, mode="off")``).
+    """How chunks are cached and blended. All fields can be set at start, those of
+    ``BlendOptions`` also for a single request (``generate(prompt, mode="off")``).
 
     Attributes:
         mode: ``blend``; ``reuse`` (ratio 0, the naive baseline); ``full`` (every token is
@@ -171,7 +160,7 @@ class BlendConfig:
         """Tells configurations apart, without saying what they are."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
-    def for_call(self, options: Mapping[str, Any]) -> BlendConfig:
+    def for_call(self, options: BlendOptions) -> BlendConfig:
         """This configuration with one request's own options."""
         if "selector" in options and "selector_options" not in options:
             options = {**options, "selector_options": {}}

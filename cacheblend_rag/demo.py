@@ -25,13 +25,14 @@ from rich.table import Table
 from cacheblend_rag._version import __version__
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.errors import PromptError
+from cacheblend_rag.options import Mode
 from cacheblend_rag.report import BlendReport
 from cacheblend_rag.retrieval import Passage, Retriever
 
 SYSTEM_PROMPT = (
     "You answer questions using only the passages you are given. Reply with a short answer."
 )
-MODES = ("full", "reuse", "blend")
+MODES: tuple[Mode, ...] = ("full", "reuse", "blend")
 REUSING = ("reuse", "blend")
 CHUNK_TOKENS, PASSAGES, MAX_TOKENS = 220, 6, 24
 LARGER_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -147,7 +148,10 @@ def words(text: str) -> list[str]:
 
 
 def answer(
-    blend: CacheBlend, messages: Sequence[Mapping[str, str]], mode: str, show: Callable[[str], None]
+    blend: CacheBlend,
+    messages: Sequence[Mapping[str, str]],
+    mode: Mode,
+    show: Callable[[str], None],
 ) -> Answer:
     """One streamed, greedy answer; its pieces go to ``show`` as they come."""
     start = time.perf_counter()

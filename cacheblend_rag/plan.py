@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from cacheblend_rag.config import BlendConfig, BlendIf
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
+from cacheblend_rag.options import BlendIf
 from cacheblend_rag.reason import Reason
 
 PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params

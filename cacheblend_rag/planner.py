@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from cacheblend_rag.calibration import Calibration, resolved
-from cacheblend_rag.config import PER_REQUEST, BlendConfig, unknown_option
+from cacheblend_rag.config import BlendConfig, unknown_option
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import KnownChunks, News
+from cacheblend_rag.options import PER_REQUEST, blend_options
 from cacheblend_rag.plan import NoPlan, Plan, PromptPrefix, make_plan
 from cacheblend_rag.reason import Reason, Why
 
@@ -150,7 +151,7 @@ class Planner:
 
         Args:
             token_ids: the whole prompt.
-            options: of the request, by the names of ``config.PER_REQUEST``; and its ``space``.
+            options: of the request, by the names of ``options.PER_REQUEST``; and its ``space``.
             adapter: what its LoRA adapter is called; empty for the model alone.
         """
         start = time.perf_counter()
@@ -212,9 +213,8 @@ class Planner:
                 return _NOWHERE, BlendConfig()
             raise ConfigError("the request's space is not one of this engine's")
         space = self._spaces[name]
-        mine = {option: value for option, value in options.items() if option in PER_REQUEST}
         try:
-            config = self._configs[name].for_call(mine)
+            config = self._configs[name].for_call(blend_options(options))
         except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
             raise ConfigError(f"refused option: {error}") from error
         config = resolved(config, space.calibration)

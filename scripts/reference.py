@@ -25,7 +25,7 @@ from cacheblend_rag import BlendConfig, BlendReport, IngestReport, ModelCheck, S
 from cacheblend_rag import errors as errors_module
 from cacheblend_rag import reason as reason_module
 from cacheblend_rag.cli.main import _parser
-from cacheblend_rag.config import PER_CALL
+from cacheblend_rag.options import PER_CALL
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.select import SELECTORS
 from cacheblend_rag.store import open_store, url

@@ -36,7 +36,7 @@ def _calibrate(args: argparse.Namespace, screen: Screen) -> Done:
     found = Calibration(
         fingerprint=fingerprint,
         version=__version__,
-        ratio=options["recompute_ratio"],
+        ratio=float(options["recompute_ratio"]),
         selector=options["selector"],
         selector_options=options["selector_options"],
         propagation_length=options["propagation_length"],

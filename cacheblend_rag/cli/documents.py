@@ -31,9 +31,9 @@ from cacheblend_rag.cli.base import (
 )
 from cacheblend_rag.cli.engine import require_extras, started
 from cacheblend_rag.cli.store import register
-from cacheblend_rag.config import Mode
 from cacheblend_rag.errors import PromptError
 from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.options import Mode
 from cacheblend_rag.report import BlendReport
 from cacheblend_rag.retrieval import (
     MANIFEST,

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Unpack, overload
 
 from cacheblend_rag.client import replies, requests
 from cacheblend_rag.client.answers import Answer, AsyncAnswer
@@ -19,6 +19,7 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine import EngineInfo, EngineOutput
 from cacheblend_rag.errors import CacheBlendError, PromptError, ServerError
 from cacheblend_rag.front.answers import as_prompts
+from cacheblend_rag.options import CallOptions
 from cacheblend_rag.prompt import Prompt, checked, checked_messages, fitting, is_prompt, owned
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.report import BlendReport, make_report
@@ -90,12 +91,17 @@ class RemoteAnswers:
 
     # ---- answers -------------------------------------------------------------------------------
 
+    # a text is also a sequence of texts: the first one is meant
     @overload
-    def generate(self, prompt: Prompt, **options: Any) -> BlendResult: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, **options: Unpack[CallOptions]
+    ) -> BlendResult: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[BlendResult]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], **options: Any
+        self, prompt: Sequence[Prompt], **options: Unpack[CallOptions]
+    ) -> list[BlendResult]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[CallOptions]
     ) -> BlendResult | list[BlendResult]:
         asked = self._options(options)
         if is_prompt(prompt):
@@ -121,7 +127,7 @@ class RemoteAnswers:
                     raise ServerError("another prompt of this call failed")
         return stream.result
 
-    def stream(self, prompt: Prompt, **options: Any) -> BlendStream:
+    def stream(self, prompt: Prompt, **options: Unpack[CallOptions]) -> BlendStream:
         return self._stream(self._asked(prompt, self._options(options)))
 
     def _stream(self, asked: _Asked) -> BlendStream:
@@ -131,13 +137,13 @@ class RemoteAnswers:
         stream._start = start  # the request was on its way before there was a stream
         return stream
 
-    async def agenerate(self, prompt: Prompt, **options: Any) -> BlendResult:
+    async def agenerate(self, prompt: Prompt, **options: Unpack[CallOptions]) -> BlendResult:
         async with self.astream(prompt, **options) as stream:
             async for _ in stream:
                 pass
         return stream.result
 
-    def astream(self, prompt: Prompt, **options: Any) -> AsyncBlendStream:
+    def astream(self, prompt: Prompt, **options: Unpack[CallOptions]) -> AsyncBlendStream:
         self._connection.check_open()
         return AsyncBlendStream(partial(self._abegin, owned(prompt), self._options(options)))
 

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from cacheblend_rag.config import PER_CALL, PER_REQUEST, BlendConfig, unknown_option
+from cacheblend_rag.config import BlendConfig, unknown_option
 from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.options import PER_CALL, PER_REQUEST, blend_options, sampling_options
 from cacheblend_rag.plan import PARAMS_KEY
 
 # vLLM's own, where the embedded engine leaves them out. A server would take the model's instead.
@@ -91,9 +92,9 @@ def split(
     Raises:
         ConfigError: an unknown option, a refused value, or what a server can't do.
     """
-    ours = {name: value for name, value in options.items() if name in PER_CALL}
+    ours = blend_options(options)
     asked = config.for_call(ours)
-    sampling = {n: v for n, v in options.items() if n not in PER_CALL and n != "lora_request"}
+    sampling = sampling_options(options)
     for name in sampling:
         if name in _REFUSED:
             raise ConfigError(f"{name} can't be asked of a server: {_REFUSED[name]}")
@@ -164,7 +165,7 @@ def merged(server: BlendConfig, asked: BlendConfig | None) -> tuple[BlendConfig,
     """
     if asked is None:
         return server, frozenset()
-    ours = {name: getattr(asked, name) for name in PER_CALL}
+    ours = blend_options({name: getattr(asked, name) for name in PER_CALL})
     for name in sorted({f.name for f in fields(BlendConfig)} - set(PER_CALL) - _PASSED_OVER):
         value = getattr(asked, name)
         if value not in (getattr(server, name), getattr(_UNSET, name)):

@@ -21,17 +21,18 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cacheblend_rag.config import PREFIXES, PROPAGATION_LENGTH, BlendConfig
 from cacheblend_rag.engine import ChatRenderer
 from cacheblend_rag.errors import ConfigError, DataError
+from cacheblend_rag.options import BlendOptions
 from cacheblend_rag.prefix import NEUTRAL_TEXT, prompt_prefix_ids
 
 FULL = "full"
-_FIXED: dict[str, dict[str, Any]] = {
+_FIXED: dict[str, BlendOptions] = {
     FULL: {"mode": "full"},
     "prefix_caching": {"mode": "off"},
     "ratio_1": {"recompute_ratio": 1.0},
@@ -51,7 +52,7 @@ class Row:
     """
 
     name: str
-    options: Mapping[str, Any] = field(compare=False)
+    options: BlendOptions = field(compare=False)
     prefix: str
 
     @property
@@ -69,26 +70,24 @@ def parse_row(text: str, prefix: str = "auto") -> Row:
     name, _, own = text.partition("/")
     if own:
         check_prefix(own)
-    where = {"blend_if": "always"}  # a row that declines would not be one
+    options: BlendOptions = {"blend_if": "always"}  # a row that declines would not be one
     chosen = own or prefix
     if name in _FIXED:
-        return Row(text, {**where, **_FIXED[name]}, chosen)
+        return Row(text, {**options, **_FIXED[name]}, chosen)
     selector, at, ratio = name.rpartition("@")
     if not at:
         raise ConfigError(
             f"row {text!r} is unknown: write {', '.join(_FIXED)}, or a selector and a ratio such "
             "as query@0.15"
         )
-    kind, options = parse_selector(selector)
+    options["selector"], options["selector_options"] = parse_selector(selector)
     share, _, propagation_length = ratio.partition("~")
     try:
-        numbers = {
-            "recompute_ratio": float(share),
-            "propagation_length": int(propagation_length or 0),
-        }
+        options["recompute_ratio"] = float(share)
+        options["propagation_length"] = int(propagation_length or 0)
     except ValueError as error:
         raise ConfigError(f"row {text!r}: {ratio!r} is no ratio (and length)") from error
-    return Row(text, {**where, "selector": kind, "selector_options": options, **numbers}, chosen)
+    return Row(text, options, chosen)
 
 
 def parse_selector(text: str) -> tuple[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from cacheblend_rag.evaluate.base import Kind, Question
 from cacheblend_rag.evaluate.prompts import answer_text, max_tokens, messages, system_prompt
 from cacheblend_rag.evaluate.results import Answer, ResultFile
 from cacheblend_rag.evaluate.rows import FULL, Row, parse_row, with_prefix
+from cacheblend_rag.options import SamplingOptions
 from cacheblend_rag.prompt import Prompt
 from cacheblend_rag.result import BlendResult
 
@@ -95,7 +96,7 @@ class Evaluation:
             stored = front.ingest(chunks, left_context=known, progress=False)
             self._stored_bytes += stored.bytes
             self._stored.append((front, chunks))
-        sampling = {
+        sampling: SamplingOptions = {
             "temperature": 0.0,
             "max_tokens": self._most(kind),
             "extra_args": {answers.KEY: "keep"},
@@ -114,9 +115,8 @@ class Evaluation:
             if row.name == FULL:
                 continue
             front = fronts[row.prefix] if row.blends else self.blend
-            got = front.generate(
-                prompts, **{**sampling, "extra_args": {answers.KEY: "compare"}}, **row.options
-            )
+            sampling["extra_args"] = {answers.KEY: "compare"}
+            got = front.generate(prompts, **sampling, **row.options)
             compared = self._compare(front, row, prompts, full, got)
             file.add(
                 self._answer(q, row, r, c, show)
@@ -167,7 +167,7 @@ class Evaluation:
             if a.token_ids[: answers.LAST] != b.token_ids[: answers.LAST]
         ]
         if parted:
-            forced = {
+            forced: SamplingOptions = {
                 "temperature": 0.0,
                 "max_tokens": min(answers.LAST, max(len(full[i].token_ids) for i in parted)),
                 "extra_args": {answers.KEY: "force"},

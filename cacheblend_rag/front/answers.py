@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Unpack, overload
 
 from cacheblend_rag import calibration, metrics
 from cacheblend_rag.calibration import Calibration
-from cacheblend_rag.config import PER_CALL, PER_REQUEST, BlendConfig, unknown_option
+from cacheblend_rag.config import BlendConfig, unknown_option
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import EngineOutput, EngineRequest
 from cacheblend_rag.errors import (
@@ -20,6 +20,13 @@ from cacheblend_rag.errors import (
     PromptError,
 )
 from cacheblend_rag.front.base import Front
+from cacheblend_rag.options import (
+    PER_CALL,
+    PER_REQUEST,
+    CallOptions,
+    blend_options,
+    sampling_options,
+)
 from cacheblend_rag.plan import PARAMS_KEY
 from cacheblend_rag.prompt import Prompt, is_prompt, owned, tokenize
 from cacheblend_rag.reason import Reason, Why
@@ -58,22 +65,26 @@ class Answers(Front):
     _numbers: Iterator[int]
     _preparing: DaemonPool
 
+    # a text is also a sequence of texts: the first one is meant
     @overload
-    def generate(self, prompt: Prompt, **options: Any) -> BlendResult: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, **options: Unpack[CallOptions]
+    ) -> BlendResult: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[BlendResult]: ...
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], **options: Any
+        self, prompt: Sequence[Prompt], **options: Unpack[CallOptions]
+    ) -> list[BlendResult]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[CallOptions]
     ) -> BlendResult | list[BlendResult]:
         """Answer one prompt, or several together.
 
         Args:
             prompt: text, chat messages (the model's own template is applied) or token ids; a list
                 of these is several prompts.
-            **options: vLLM's sampling parameters by their own names; ``mode``,
-                ``recompute_ratio``, ``selector``, ``selector_options``, ``propagation_length``,
-                ``blend_if`` and ``chat_template_kwargs`` of ``BlendConfig``; ``lora_request``
-                (blended only where it is that of this front's chunks, see ``with_config``).
+            **options: vLLM's sampling parameters by their own names; the fields of ``BlendConfig``
+                that ``BlendOptions`` names; ``lora_request`` (blended only where it is that of this
+                front's chunks, see ``with_config``).
 
         Raises:
             PromptError: an empty, too long or malformed prompt.
@@ -87,7 +98,7 @@ class Answers(Front):
         results = [self._finish(p, a, start) for p, a in zip(prepared, answers, strict=True)]
         return results[0] if is_prompt(prompt) else results
 
-    def stream(self, prompt: Prompt, **options: Any) -> BlendStream:
+    def stream(self, prompt: Prompt, **options: Unpack[CallOptions]) -> BlendStream:
         """Answer one prompt piece by piece: iterate over the text; ``.result`` is there at the end.
 
         Leaving the iteration early (``close()``, or a ``with`` block) aborts the request.
@@ -97,14 +108,14 @@ class Answers(Front):
         pieces = self._engine.stream(prepared.request)
         return BlendStream(pieces, partial(self._finish, prepared))
 
-    async def agenerate(self, prompt: Prompt, **options: Any) -> BlendResult:
+    async def agenerate(self, prompt: Prompt, **options: Unpack[CallOptions]) -> BlendResult:
         """``generate`` of one prompt for an event loop; cancelling aborts the request."""
         stream = self.astream(prompt, **options)
         async for _ in stream:
             pass
         return stream.result
 
-    def astream(self, prompt: Prompt, **options: Any) -> AsyncBlendStream:
+    def astream(self, prompt: Prompt, **options: Unpack[CallOptions]) -> AsyncBlendStream:
         """``stream`` for an event loop: ``async for piece in blend.astream(prompt)``."""
         self._check_open()
         asked = self._split(options)  # what is wrong with them is said here
@@ -212,8 +223,7 @@ class Answers(Front):
 
     def _split(self, options: Mapping[str, Any]) -> _Options:
         """One call's options: ours, the sampling parameters, and a LoRA request."""
-        blending = {k: v for k, v in options.items() if k in PER_CALL}
-        sampling = {k: v for k, v in options.items() if k not in PER_CALL and k != "lora_request"}
+        sampling = sampling_options(options)
         known = self._engine.sampling_names
         for name in sampling:
             if name not in known:
@@ -222,7 +232,9 @@ class Answers(Front):
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
         if self._tokenizer is None:
             sampling.setdefault("detokenize", False)
-        config = calibration.resolved(self.config.for_call(blending), self.calibration)
+        config = calibration.resolved(
+            self.config.for_call(blend_options(options)), self.calibration
+        )
         return _Options(config, sampling, options.get("lora_request", self._lora))
 
 

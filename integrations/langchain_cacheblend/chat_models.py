@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LangSmithParams, LanguageModelInput
@@ -22,6 +23,7 @@ from pydantic import ConfigDict
 
 from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend, PromptError
 from cacheblend_rag.prompt import Prompt
+from langchain_cacheblend.fields import ModelArguments
 from langchain_cacheblend.retrieval import not_found, text_of
 from langchain_cacheblend.settings import EngineSettings, details, usage
 from langchain_cacheblend.structured import structured
@@ -44,6 +46,12 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
     """
 
     model_config = ConfigDict(extra="forbid")
+
+    # its own, else type checkers make one of the fields alone
+    def __init__(
+        self, model: str | Path | None = None, **arguments: Unpack[ModelArguments]
+    ) -> None:
+        super().__init__(model, **arguments)
 
     @property
     def _llm_type(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LangSmithParams
@@ -14,6 +15,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import ConfigDict
 
 from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend
+from langchain_cacheblend.fields import ModelArguments
 from langchain_cacheblend.retrieval import not_found
 from langchain_cacheblend.settings import EngineSettings, details, usage
 
@@ -32,6 +34,12 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
     """
 
     model_config = ConfigDict(extra="forbid")
+
+    # its own, else type checkers make one of the fields alone
+    def __init__(
+        self, model: str | Path | None = None, **arguments: Unpack[ModelArguments]
+    ) -> None:
+        super().__init__(model, **arguments)
 
     @property
     def _llm_type(self) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend, ConfigError
 from cacheblend_rag.client import SharedServer
 from cacheblend_rag.config import template_arguments
+from cacheblend_rag.options import CallOptions
 from cacheblend_rag.shared import SharedEngine
+from langchain_cacheblend.fields import ModelFields
 
 
 class EngineSettings(BaseModel):
@@ -58,9 +60,9 @@ class EngineSettings(BaseModel):
         blend_config: BlendConfig | None = None,
         engine_args: Mapping[str, Any] | None = None,
         engine: SharedEngine | None = None,
-        **fields: Any,
+        **named: Unpack[ModelFields],
     ) -> None:
-        fields = _fields(fields)
+        fields = _fields(named)
         engine = SharedServer.chosen(
             fields.get("url"),
             engine,
@@ -76,7 +78,7 @@ class EngineSettings(BaseModel):
         super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
 
     @classmethod
-    def from_engine(cls, blend: CacheBlend, **fields: Any) -> Self:
+    def from_engine(cls, blend: CacheBlend, **fields: Unpack[ModelFields]) -> Self:
         """One over an engine that runs already, which it does not own but may close."""
         return cls(engine=SharedEngine.from_running(blend), **fields)
 
@@ -108,7 +110,7 @@ class EngineSettings(BaseModel):
             "config": self.engine.config.digest(),  # this goes to tracers and into caches
         }
 
-    def options(self, stop: list[str] | None, call: Mapping[str, Any]) -> dict[str, Any]:
+    def options(self, stop: list[str] | None, call: Mapping[str, Any]) -> CallOptions:
         """The options of one call.
 
         Raises:
@@ -119,12 +121,13 @@ class EngineSettings(BaseModel):
             if call.get(name) is not None:
                 raise ConfigError(f"{name} can't be set for a call: {why}")
             call.pop(name, None)
-        own: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        own: CallOptions = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         if stops := self.stop if stop is None else stop:
             own["stop"] = stops
-        options = {**own, **self.sampling, **call}
-        given = (self.chat_template_kwargs, options.pop("chat_template_kwargs", None))
-        return {**options, "chat_template_kwargs": template_arguments(*given)}
+        options = cast(CallOptions, {**own, **self.sampling, **call})
+        given = (self.chat_template_kwargs, options.get("chat_template_kwargs"))
+        options["chat_template_kwargs"] = template_arguments(*given)
+        return options
 
     def deadline(self) -> Deadline:
         """Starts the clock of one answer."""

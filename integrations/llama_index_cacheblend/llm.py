@@ -6,7 +6,7 @@ import pickle
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Unpack, cast
 
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as generic_messages_to_prompt,
@@ -30,9 +30,11 @@ from cacheblend_rag import AsyncBlendStream, BlendConfig, BlendResult, BlendStre
 from cacheblend_rag.client import SharedServer
 from cacheblend_rag.config import template_arguments
 from cacheblend_rag.errors import PromptError
+from cacheblend_rag.options import CallOptions
 from cacheblend_rag.prompt import Prompt
 from cacheblend_rag.shared import SharedEngine
 from llama_index_cacheblend import responses
+from llama_index_cacheblend.fields import LLMFields
 from llama_index_cacheblend.prompts import to_messages
 from llama_index_cacheblend.retrieval import not_found
 
@@ -45,7 +47,7 @@ class _Asked(NamedTuple):
 
     blend: CacheBlend
     prompt: Prompt
-    options: dict[str, Any]
+    options: CallOptions
     not_found: list[str] | None  # retrieved, and not in the prompt
 
     def tail(self, result: BlendResult) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class CacheBlendLLM(LLM):
         url: str | None = None,
         api_key: str | None = None,
         timeout: float | None = None,
-        **fields: Any,
+        **fields: Unpack[LLMFields],
     ) -> None:
         engine = SharedServer.chosen(
             url,
@@ -123,10 +125,11 @@ class CacheBlendLLM(LLM):
             api_key=api_key,
             timeout=timeout,
         )
-        super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
+        own: dict[str, Any] = {"model": str(model or engine.model), "engine": engine, **fields}
+        super().__init__(**own)
 
     @classmethod
-    def from_engine(cls, blend: CacheBlend, **fields: Any) -> CacheBlendLLM:
+    def from_engine(cls, blend: CacheBlend, **fields: Unpack[LLMFields]) -> CacheBlendLLM:
         """An LLM over an engine that runs already, which it does not own but may close."""
         return cls(engine=SharedEngine.from_running(blend), **fields)
 
@@ -181,27 +184,29 @@ class CacheBlendLLM(LLM):
     # ---- completions ---------------------------------------------------------------------------
 
     @llm_completion_callback()
-    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+    def complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Unpack[CallOptions]
+    ) -> CompletionResponse:
         asked = self._ask_text(self.blend, prompt, formatted, kwargs)
         return _whole(asked, responses.completion)
 
     @llm_completion_callback()
     def stream_complete(
-        self, prompt: str, formatted: bool = False, **kwargs: Any
+        self, prompt: str, formatted: bool = False, **kwargs: Unpack[CallOptions]
     ) -> CompletionResponseGen:
         asked = self._ask_text(self.blend, prompt, formatted, kwargs)
         return _pieces(asked, responses.completion)
 
     @llm_completion_callback()
     async def acomplete(
-        self, prompt: str, formatted: bool = False, **kwargs: Any
+        self, prompt: str, formatted: bool = False, **kwargs: Unpack[CallOptions]
     ) -> CompletionResponse:
         asked = self._ask_text(await self.engine.ablend(), prompt, formatted, kwargs)
         return await _awhole(asked, responses.completion)
 
     @llm_completion_callback()
     async def astream_complete(
-        self, prompt: str, formatted: bool = False, **kwargs: Any
+        self, prompt: str, formatted: bool = False, **kwargs: Unpack[CallOptions]
     ) -> CompletionResponseAsyncGen:
         asked = self._ask_text(await self.engine.ablend(), prompt, formatted, kwargs)
         return _apieces(asked, responses.completion)
@@ -209,21 +214,25 @@ class CacheBlendLLM(LLM):
     # ---- chat ----------------------------------------------------------------------------------
 
     @llm_chat_callback()
-    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Unpack[CallOptions]) -> ChatResponse:
         return _whole(self._ask(self.blend, messages, kwargs), responses.chat)
 
     @llm_chat_callback()
-    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+    def stream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Unpack[CallOptions]
+    ) -> ChatResponseGen:
         return _pieces(self._ask(self.blend, messages, kwargs), responses.chat)
 
     @llm_chat_callback()
-    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+    async def achat(
+        self, messages: Sequence[ChatMessage], **kwargs: Unpack[CallOptions]
+    ) -> ChatResponse:
         asked = self._ask(await self.engine.ablend(), messages, kwargs)
         return await _awhole(asked, responses.chat)
 
     @llm_chat_callback()
     async def astream_chat(
-        self, messages: Sequence[ChatMessage], **kwargs: Any
+        self, messages: Sequence[ChatMessage], **kwargs: Unpack[CallOptions]
     ) -> ChatResponseAsyncGen:
         asked = self._ask(await self.engine.ablend(), messages, kwargs)
         return _apieces(asked, responses.chat)
@@ -264,13 +273,14 @@ class CacheBlendLLM(LLM):
             text = "\n".join(message["content"] for message in prompt)
         return _Asked(blend, prompt, self._options(call), not_found(text))
 
-    def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        own: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+    def _options(self, call: Mapping[str, Any]) -> CallOptions:
+        own: CallOptions = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         if self.stop:
             own["stop"] = self.stop
-        options = {**own, **self.sampling, **call}
-        given = (self.chat_template_kwargs, options.pop("chat_template_kwargs", None))
-        return {**options, "chat_template_kwargs": template_arguments(*given)}
+        options = cast(CallOptions, {**own, **self.sampling, **call})
+        given = (self.chat_template_kwargs, options.get("chat_template_kwargs"))
+        options["chat_template_kwargs"] = template_arguments(*given)
+        return options
 
 
 def _whole(asked: _Asked, make: _Make[_Response]) -> _Response:

@@ -22,8 +22,8 @@ from servers import free_port
 
 from cacheblend_rag import BlendConfig, CacheBlend, CacheBlendError
 from cacheblend_rag.client.requests import _DEFAULTS, SAMPLING
-from cacheblend_rag.config import PER_CALL
 from cacheblend_rag.engine.start import sampling_params
+from cacheblend_rag.options import PER_CALL
 from cacheblend_rag.server.errors import as_http
 from cacheblend_rag.server.page import page_router
 from cacheblend_rag.store.registry import DocumentRegistry

@@ -1,0 +1,87 @@
+"""The options of one call, as types: an IDE lists them, and a type checker knows their names.
+
+What a name or a value is worth is decided when it is used: by ``BlendConfig`` for ours, by vLLM for
+its own, whose versions differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict, cast
+
+Mode = Literal["blend", "full", "reuse", "off"]
+BlendIf = Literal["faster", "always"]
+
+
+class BlendOptions(TypedDict, total=False):
+    """The fields of ``BlendConfig`` that can be set for one call too; it says what they do."""
+
+    mode: Mode
+    recompute_ratio: float | Literal["auto"]
+    selector: str
+    selector_options: Mapping[str, Any]
+    propagation_length: int
+    blend_if: BlendIf
+    chat_template_kwargs: Mapping[str, Any]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """vLLM's sampling parameters, by its own names. Some versions lack some of them."""
+
+    allowed_token_ids: list[int] | None
+    bad_words: list[str] | None
+    detokenize: bool
+    extra_args: dict[str, Any] | None
+    flat_logprobs: bool
+    frequency_penalty: float
+    ignore_eos: bool
+    include_stop_str_in_output: bool
+    logit_bias: dict[int, float] | None
+    logprob_token_ids: list[int] | None
+    logprobs: int | None
+    max_tokens: int | None
+    min_p: float
+    min_tokens: int
+    n: int
+    presence_penalty: float
+    prompt_logprob_start: int | None
+    prompt_logprob_token_ids: Any  # a numpy array
+    prompt_logprobs: int | None
+    repetition_detection: Any  # vLLM's RepetitionDetectionParams
+    repetition_penalty: float
+    routed_experts_prompt_start: int
+    seed: int | None
+    skip_reading_prefix_cache: bool | None
+    skip_special_tokens: bool
+    spaces_between_special_tokens: bool
+    stop: str | list[str] | None
+    stop_token_ids: list[int] | None
+    stream_interval: int | None
+    structured_outputs: Any  # vLLM's StructuredOutputsParams, or a dict of its fields
+    temperature: float
+    thinking_token_budget: int | None
+    top_k: int
+    top_p: float
+    trace_decode_token_ids: list[int] | None
+    watermarking: bool | None
+
+
+class CallOptions(BlendOptions, SamplingOptions, total=False):
+    """All options of ``generate``, ``stream``, ``agenerate`` and ``astream``."""
+
+    lora_request: Any  # vLLM's LoRARequest; of a server also the adapter's name
+
+
+PER_CALL = tuple(BlendOptions.__annotations__)
+PER_REQUEST = tuple(name for name in PER_CALL if name != "chat_template_kwargs")
+
+
+def blend_options(options: Mapping[str, Any]) -> BlendOptions:
+    """Those among a call's options that are ours."""
+    return cast(BlendOptions, {name: options[name] for name in PER_CALL if name in options})
+
+
+def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of a call's options: vLLM's sampling parameters, and what has a wrong name."""
+    ours = {*PER_CALL, "lora_request"}
+    return {name: value for name, value in options.items() if name not in ours}
