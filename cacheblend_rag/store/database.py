@@ -3,6 +3,10 @@
 The chunks' files are the truth, so there is always a next best database: the file as it is, the
 file made anew where it is damaged, a copy of it in memory where it cannot be written (locked, full,
 read only), and an empty one in memory. What uses it does not see which one that is.
+
+SQLite keeps in a process's memory which locks that process has on a file, and a fork copies this
+note but not the locks. A child that then opens the same file, by whatever connection, relies on
+locks that it has not. So no file is open while the process forks: see ``_before_fork``.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import secrets
 import sqlite3
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import TypeVar
 
 from cacheblend_rag.errors import StoreError
@@ -89,10 +94,14 @@ class Database:
         self._schema = 0  # SQLite's own number of it, which every change raises
         self._pid = 0  # that opened what follows
         self._db: sqlite3.Connection | None = None
-        try:
-            self._take(_Rung.FOUND)
-        except Exception as error:
-            self._step_down(error)
+        self._is_paused = False
+        _check_forks(self._path)
+        _databases.add(self)
+        with self._lock:
+            try:
+                self._take(_Rung.FOUND)
+            except Exception as error:
+                self._step_down(error)
 
     def read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
         """``work`` of the database, which it only reads; may be called twice."""
@@ -140,6 +149,26 @@ class Database:
             finally:
                 self._lock.release()
 
+    # ---- forks ---------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Close the file once no thread uses it, and let none begin; the next use after ``resume``
+        opens it again.
+        """
+        self._is_paused = self._lock.acquire(timeout=TIMEOUT_S)
+        if self._is_paused and self._inode is not None and self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def resume(self, *, in_child: bool) -> None:
+        """The other half of ``pause``, in both processes."""
+        if self._is_paused:
+            self._is_paused = False
+            self._lock.release()
+        elif in_child:  # the thread that hangs in it is not here
+            self._lock = RLock()
+            _open_at_fork[self._path] = self._db  # kept: closing it might wait for that thread
+
     # ---- one piece of work ---------------------------------------------------------------------
 
     def _run(
@@ -163,6 +192,7 @@ class Database:
     def _try(self, work: Callable[[sqlite3.Connection], Result], *, gives_up: bool) -> Result:
         if self._is_closed:
             raise StoreError(f"The chunk store {self._folder} is closed. Open it again.")
+        _check_forks(self._path)
         self._follow()
         while True:
             try:
@@ -185,8 +215,9 @@ class Database:
     def _follow(self) -> None:
         """Open the file again where it is another one by now, or may be used again."""
         left = self._rung if self._rung >= _Rung.COPY else None
+        is_same = self._pid == os.getpid() and self._inode == self._found_inode()
         if self._pid == os.getpid():
-            if left is None and self._inode == self._found_inode():
+            if left is None and is_same and self._db is not None:
                 return
             if left is not None and time.monotonic() < self._retry_at:
                 return
@@ -198,7 +229,8 @@ class Database:
                 self._rung = left
                 return
             self._step_down(error)
-        self._fill()
+        if not (is_same and left is None and self._rung is _Rung.FOUND):  # else it was paused
+            self._fill()
         owed, self._owed = self._owed, []
         for work in owed:
             self.write(work, owed=work)
@@ -288,6 +320,42 @@ class Database:
             f"store works without it and keeps notes on documents in memory. {fix_of(error)}",
             RuntimeWarning,
             stacklevel=2,
+        )
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_open_at_fork: dict[Path, object] = {}  # in this process's parent: files that must not be used
+_fork = Lock()  # one at a time
+_paused: list[Database] = []
+
+
+def _before_fork() -> None:
+    _fork.acquire()
+    while new := set(_databases).difference(_paused):  # a thread may have opened another meanwhile
+        for database in new:
+            database.pause()
+            _paused.append(database)
+
+
+def _after_fork(*, in_child: bool) -> None:
+    while _paused:
+        _paused.pop().resume(in_child=in_child)
+    _fork.release()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=partial(_after_fork, in_child=False),
+    after_in_child=partial(_after_fork, in_child=True),
+)
+
+
+def _check_forks(path: Path) -> None:
+    if path in _open_at_fork:
+        raise StoreError(
+            f"{path} can't be used in this process: the process that forked it was using the file "
+            f"for longer than {TIMEOUT_S:g} s, as on a disk that hangs. Start this process with "
+            "multiprocessing.get_context('spawn'), or fork before the store is opened"
         )
 
 

@@ -281,13 +281,10 @@ class Machine(RuleBasedStateMachine):
 
     def start_child(self) -> None:
         if self.child is None:
-            # SQLite's locks do not survive a fork: the child must not inherit an open index
-            self.store.close()
             self.pipe, other = FORK.Pipe()
             self.child = FORK.Process(target=serve, args=(other, self.options))
             self.child.start()
             other.close()
-            self.open()
 
     def end_child(self) -> None:
         if self.child is not None:
