@@ -108,7 +108,7 @@ class CacheBlend(Startup):
         Args:
             model_check: what was found when it was started.
             space: of the requests that it plans; None where it plans none.
-            has_scheduler: its scheduler's side hears at once what its workers do.
+            has_scheduler: its scheduler's side learns at once what its workers do.
         """
         front = object.__new__(cls)
         front._take(engine, config)
@@ -179,7 +179,7 @@ class CacheBlend(Startup):
 
     @property
     def key_space(self) -> KeySpace:
-        """What the keys of this engine's chunks depend on, beside their tokens."""
+        """What the keys of this engine's chunks depend on, besides their tokens."""
         return self._space
 
     def stats(self) -> list[dict[str, int]]:

@@ -51,7 +51,7 @@ class Costs(NamedTuple):
     def blend(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> float:
         """Seconds of blending ``plan``.
 
-        Copying from host memory runs beside computing, so the longer of the two counts; fetching
+        Copying from host memory overlaps with computing, so the longer of the two counts; fetching
         comes before both.
         """
         left_out = self.too_far(plan, fetch_s)

@@ -72,7 +72,7 @@ def data_folder() -> Path:
 
 
 def load_questions(folder: Path) -> list[Question]:
-    """The questions beside the documents."""
+    """The questions that come with the documents."""
     rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     return [Question(row["question"], row["answer"]) for row in rows]
 

@@ -28,7 +28,7 @@ def texts_before(pieces: Sequence[Piece]) -> list[str | None]:
     None where nothing does.
 
     Pieces of a document are ordered by their starts where all have one, else as they are given. By
-    their starts, text that neighbours share stands once; without, it can't be told.
+    their starts, text that neighbours share stands once; without, that isn't known.
     """
     documents: dict[Hashable, list[int]] = {}
     for number, piece in enumerate(pieces):

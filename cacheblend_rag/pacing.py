@@ -46,7 +46,7 @@ class Pace:
         return max(1, int(wanted / (self.token_layer_s * tokens)))
 
     def tokens(self, most: int) -> int:
-        """Of a batch one layer of which takes no longer than a slice beside answers may."""
+        """Of a batch one layer of which takes no longer than a slice may."""
         if not (self.token_layer_s and self.step_s):
             return min(most, 2 * _LEAST_TOKENS)
         wanted = int(_SHARE * self.step_s / self.token_layer_s)

@@ -17,7 +17,7 @@ from cacheblend_rag.options import PER_REQUEST, blend_options
 from cacheblend_rag.plan import NoPlan, Plan, PromptPrefix, make_plan
 from cacheblend_rag.reason import Reason, Why
 
-_OWN = ("space", "request_id")  # beside the options of a request
+_OWN = ("space", "request_id")  # in addition to the options of a request
 _OTHER_ADAPTER = "the request's LoRA adapter is not that of its chunks"
 _NOT_YET = Why(Reason.NOT_READY, "the engine's store is not open yet")
 

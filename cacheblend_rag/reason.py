@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Reason(StrEnum):
-    """One of a few, for programs; the sentence with the particulars is the ``detail`` beside it."""
+    """One of a few, for programs; the sentence with the particulars is the ``detail``."""
 
     # what the caller or the plan decides
     MODE = "mode"
@@ -43,7 +43,7 @@ class Reason(StrEnum):
 
     # how the engine was started
     OTHER_CONNECTORS = "other_connectors"
-    """Another KV connector beside ours could hand on blended KV as exact."""
+    """Another KV connector than ours could hand on blended KV as exact."""
     NOT_READY = "not_ready"
     """The engine's store is not open yet."""
     SPECULATIVE_DECODING = "speculative_decoding"

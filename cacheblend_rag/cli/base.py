@@ -96,7 +96,7 @@ def folder(text: str) -> Path:
 
 
 def index_of(store: Path, namespace: str | None = None) -> Path:
-    """The folder of the FAISS index, beside the store; a tenant has its own."""
+    """The folder of the FAISS index, in the store's folder; a tenant has its own."""
     suffix = f"-{tenant_id(namespace)}" if namespace else ""
     return store.with_name(f"{store.name}-index{suffix}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from cacheblend_rag.client.events import aevents, events
-from cacheblend_rag.client.failures import told
+from cacheblend_rag.client.failures import reported_error
 from cacheblend_rag.client.http import Connection
 from cacheblend_rag.client.replies import piece
 from cacheblend_rag.engine.base import EngineOutput
@@ -25,7 +25,7 @@ class _Answer:
 
     def _take(self, event: Mapping[str, Any]) -> EngineOutput | None:
         if "error" in event:
-            raise told(event["error"], self._connection.url)
+            raise reported_error(event["error"], self._connection.url)
         self.id = event.get("id") or self.id
         found = piece(event)
         self._whole |= found is not None and found.finish_reason is not None

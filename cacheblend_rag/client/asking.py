@@ -31,8 +31,8 @@ _AT_ONCE = 64  # answers of one generate()
 _REPORT_WAITS_S = (0.01, 0.05, 0.25)
 
 
-class _Asked(NamedTuple):
-    """An answer that is ready to be asked for, and what its report will need."""
+class _Request(NamedTuple):
+    """An answer that is ready to be requested, and what its report will need."""
 
     ids: tuple[int, ...]
     body: Mapping[str, Any]
@@ -103,16 +103,16 @@ class RemoteAnswers:
     def generate(
         self, prompt: Prompt | Sequence[Prompt], **options: Unpack[CallOptions]
     ) -> BlendResult | list[BlendResult]:
-        asked = self._options(options)
+        chosen = self._options(options)
         if is_prompt(prompt):
-            return self._whole(self._asked(prompt, asked), threading.Event())
-        return self._together([self._asked(p, asked) for p in as_prompts(prompt)])
+            return self._whole(self._prepare_request(prompt, chosen), threading.Event())
+        return self._together([self._prepare_request(p, chosen) for p in as_prompts(prompt)])
 
-    def _together(self, asked: Sequence[_Asked]) -> list[BlendResult]:
+    def _together(self, prepared: Sequence[_Request]) -> list[BlendResult]:
         """All answers at once; where one fails, the others are left."""
         left = threading.Event()
-        with ThreadPoolExecutor(min(len(asked), _AT_ONCE), "cacheblend-generate") as pool:
-            answers = [pool.submit(self._whole, one, left) for one in asked]
+        with ThreadPoolExecutor(min(len(prepared), _AT_ONCE), "cacheblend-generate") as pool:
+            answers = [pool.submit(self._whole, one, left) for one in prepared]
             try:
                 return [answer.result() for answer in answers]
             except BaseException:
@@ -120,20 +120,20 @@ class RemoteAnswers:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _whole(self, asked: _Asked, left: threading.Event) -> BlendResult:
-        with self._stream(asked) as stream:
+    def _whole(self, request: _Request, left: threading.Event) -> BlendResult:
+        with self._stream(request) as stream:
             for _ in stream:
                 if left.is_set():
                     raise ServerError("another prompt of this call failed")
         return stream.result
 
     def stream(self, prompt: Prompt, **options: Unpack[CallOptions]) -> BlendStream:
-        return self._stream(self._asked(prompt, self._options(options)))
+        return self._stream(self._prepare_request(prompt, self._options(options)))
 
-    def _stream(self, asked: _Asked) -> BlendStream:
+    def _stream(self, request: _Request) -> BlendStream:
         start = time.perf_counter()
-        answer = Answer(self._connection, asked.body)
-        stream = BlendStream(answer, partial(self._finish_answer, asked, answer))
+        answer = Answer(self._connection, request.body)
+        stream = BlendStream(answer, partial(self._finish_answer, request, answer))
         stream._start = start  # the request was on its way before there was a stream
         return stream
 
@@ -148,11 +148,11 @@ class RemoteAnswers:
         return AsyncBlendStream(partial(self._abegin, owned(prompt), self._options(options)))
 
     async def _abegin(self, prompt: Prompt, options: requests.Options) -> Begun:
-        asked = await asyncio.to_thread(self._asked, prompt, options)
-        answer = AsyncAnswer(self._connection, asked.body)
-        finish = partial(self._finish_answer, asked, answer)
+        request = await asyncio.to_thread(self._prepare_request, prompt, options)
+        answer = AsyncAnswer(self._connection, request.body)
+        finish = partial(self._finish_answer, request, answer)
         pieces: AsyncIterator[EngineOutput] = answer.pieces()
-        return Begun(pieces, finish, asked.tokenize_s)
+        return Begun(pieces, finish, request.tokenize_s)
 
     def _options(self, options: Mapping[str, Any]) -> requests.Options:
         self._connection.check_open()
@@ -169,34 +169,35 @@ class RemoteAnswers:
             self._more_sampling = requests.OF_SOME_VERSIONS & body.get("properties", {}).keys()
         return self._more_sampling
 
-    def _asked(self, prompt: Prompt, options: requests.Options) -> _Asked:
+    def _prepare_request(self, prompt: Prompt, options: requests.Options) -> _Request:
         start = time.perf_counter()
         ids = self._ids(prompt, options.config)
         spent = time.perf_counter() - start
         body = requests.completion(ids, options, self.info.max_model_len)
-        return _Asked(ids, body, options.config.mode, spent)
+        return _Request(ids, body, options.config.mode, spent)
 
     def _finish_answer(
         self,
-        asked: _Asked,
+        request: _Request,
         answer: Answer | AsyncAnswer,
         pieces: Sequence[EngineOutput],
         start: float,
     ) -> BlendResult:
-        report = self._report(asked, answer.id)
-        stages = {**report.stages_s, "tokenize": asked.tokenize_s}
+        report = self._report(request, answer.id)
+        stages = {**report.stages_s, "tokenize": request.tokenize_s}
         report = replace(
             report,
-            ttft_s=pieces[0].at - start + asked.tokenize_s,
-            total_s=pieces[-1].at - start + asked.tokenize_s,
+            ttft_s=pieces[0].at - start + request.tokenize_s,
+            total_s=pieces[-1].at - start + request.tokenize_s,
             stages_s=stages,
         )
-        return make_result(asked.ids, pieces, report, answer.id)
+        return make_result(request.ids, pieces, report, answer.id)
 
-    def _report(self, asked: _Asked, name: str) -> BlendReport:
-        """What the server says of an answer. The answer itself is there in any case."""
+    def _report(self, request: _Request, name: str) -> BlendReport:
+        """The server's report of an answer. The answer itself is there in any case."""
         try:
-            data, why = self._said(name), "the server has no report of this request (any more)"
+            data = self._report_data(name)
+            why = "the server has no report of this request (any more)"
         except CacheBlendError as error:
             data, why = None, f"the server did not say what it did: {error}"
         if data is not None:
@@ -204,14 +205,14 @@ class RemoteAnswers:
         return make_report(
             Why(Reason.NOT_REPORTED, why),
             {},
-            mode=asked.mode,
-            tokens_total=len(asked.ids),
+            mode=request.mode,
+            tokens_total=len(request.ids),
             ttft_s=0.0,
             total_s=0.0,
             tokenize_s=0.0,
         )
 
-    def _said(self, name: str) -> Mapping[str, Any] | None:
+    def _report_data(self, name: str) -> Mapping[str, Any] | None:
         for wait in (*_REPORT_WAITS_S, None):
             data: Mapping[str, Any] | None = self._call("GET", f"/requests/{name}", absent=True)
             if data is not None or wait is None:

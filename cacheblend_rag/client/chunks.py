@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cacheblend_rag import ingest
 from cacheblend_rag.client import replies
-from cacheblend_rag.client.failures import told
+from cacheblend_rag.client.failures import reported_error
 from cacheblend_rag.client.http import BASE, Connection
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import CacheBlendError, EmptyTextError
@@ -70,7 +70,7 @@ class RemoteChunks:
             raise
         if job["status"] != "completed":
             error = job.get("error") or {"message": f"the ingestion was {job['status']}"}
-            raise told(error, self._connection.url)
+            raise reported_error(error, self._connection.url)
         return job
 
     def _followed(
@@ -153,8 +153,8 @@ class RemoteChunks:
     def registered_documents(self, documents: Iterable[str]) -> set[str]:
         found: set[str] = set()
         for batch in batches(list(documents), MOST_BYTES):
-            said = self._call("POST", "/documents/registered", {"documents": batch}, safe=True)
-            found.update(said["data"])
+            reply = self._call("POST", "/documents/registered", {"documents": batch}, safe=True)
+            found.update(reply["data"])
         return found
 
     def forget_documents(self, documents: Iterable[str], only: Iterable[str] | None = None) -> int:

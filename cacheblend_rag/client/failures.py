@@ -122,7 +122,7 @@ def refusal(response: httpx.Response, url: str, path: str, has_key: bool) -> Cac
     return _by_kind(status, error, path)(f"{url} ({status}): {message}")
 
 
-def told(error: Mapping[str, Any], url: str) -> CacheBlendError:
+def reported_error(error: Mapping[str, Any], url: str) -> CacheBlendError:
     """The error for one that came within a stream, or with a job."""
     code = str(error.get("code"))
     status = int(code) if code.isdigit() else 500

@@ -61,7 +61,7 @@ class Connection:
             method, path: of HTTP.
             body: JSON.
             params: of the query.
-            headers: beside the usual ones.
+            headers: in addition to the usual ones.
             safe: whether it may be done twice; None: by the method, as HTTP has it.
             absent: None is returned for what is not there (404).
 

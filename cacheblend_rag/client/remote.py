@@ -123,7 +123,7 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was made with, beside the URL."""
+        """What it was made with, but for the URL."""
         named = {"api_key": self._connection.api_key, "timeout": self._connection.timeout}
         return {**named, "config": self._asked_config}
 

@@ -81,7 +81,7 @@ def split(
     own: Collection[str],
     known: Collection[str] = SAMPLING,
 ) -> Options:
-    """The options of a call, told apart and checked.
+    """The options of a call, sorted and checked.
 
     Args:
         options: as given to ``generate``.
@@ -178,7 +178,7 @@ def merged(server: BlendConfig, asked: BlendConfig | None) -> tuple[BlendConfig,
 
 
 _UNSET = BlendConfig()
-# the store's URL is not told whole; the others change nothing in what the server computes for us
+# the store's URL is shown in part; the others change nothing in what the server computes for us
 _PASSED_OVER = {"store", "gpu_cache", "calibration", "likely_system_prompt"}
 
 

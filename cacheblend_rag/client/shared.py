@@ -146,7 +146,7 @@ def _revive(
 
 
 def _connector(url: str, named: Mapping[str, Any]) -> Callable[[], CacheBlend]:
-    base_url(url)  # what is wrong with it is said now
+    base_url(url)  # a wrong one is refused here
     return lambda: CacheBlend.connect(url, **named)
 
 

@@ -1,5 +1,5 @@
 """LoRA adapters in forwards of our own. vLLM's layers add what the rows of its next step ask for: a
-forward beside that step says what its own tokens ask for, and puts that back.
+forward outside that step says what its own tokens ask for, and puts that back.
 """
 
 from __future__ import annotations

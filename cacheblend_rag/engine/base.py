@@ -194,8 +194,8 @@ def as_result(error: Exception, failed: str) -> dict[str, str]:
     return {WORKER_ERROR: EngineError.__name__, "message": message}
 
 
-def from_speaking_ranks(results: Iterable[Any]) -> list[Any]:
-    """Of an RPC's results, one a rank, those of ranks that speak for a store: of ranks that share
+def from_answering_ranks(results: Iterable[Any]) -> list[Any]:
+    """Of an RPC's results, one a rank, those of ranks that answer for a store: of ranks that share
     one, only the first does.
     """
     return [result for result in results if result is not None]

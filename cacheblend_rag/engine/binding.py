@@ -83,23 +83,23 @@ def model_runner() -> Any:
 
 
 def bind(
-    connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, told: bool
+    connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, linked: bool
 ) -> RankMessages:
     """Check the model, open the store, and say how requests are planned. All ranks do it together.
     What can't be blended is served without.
 
     Args:
-        told: the scheduler's side learns from this process what becomes of the store. Else it
+        linked: the scheduler's side learns from this process what becomes of the store. Else it
             follows a shared store itself: news from here would reach it with the next step only.
     """
     if get_kv_transfer_group() is not connector:
-        why_not = Why(Reason.OTHER_CONNECTORS, "other KV connectors are beside ours")
+        why_not = Why(Reason.OTHER_CONNECTORS, "there are other KV connectors than ours")
         return _refused(connector, why_not)
     try:
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
         ours = {name: value for name, value in given.items() if name != SERVER}
         config = BlendConfig.of(ours, "kv_connector_extra_config")
-        return _bind(_Worker(connector, runner, vllm_config), config, told)
+        return _bind(_Worker(connector, runner, vllm_config), config, linked)
     except CacheBlendError as error:
         why_not = Why(Reason.NOT_READY, f"{type(error).__name__}: {error}")
     logger.error("requests are served without blending: %s", why_not.detail)
@@ -107,11 +107,11 @@ def bind(
 
 
 def _refused(connector: CacheBlendConnector, why_not: Why) -> RankMessages:
-    connector.bound.limits = Limits(why_not=why_not)
-    return RankMessages([_nothing(), connector.bound.limits])
+    connector.worker_state.limits = Limits(why_not=why_not)
+    return RankMessages([_nothing(), connector.worker_state.limits])
 
 
-def _bind(worker: _Worker, config: BlendConfig, told: bool) -> RankMessages:
+def _bind(worker: _Worker, config: BlendConfig, linked: bool) -> RankMessages:
     vllm_config, link = worker.vllm_config, worker._connector().link
     refusal = compat.model_refusal(vllm_config.model_config)
     prepared = EngineSetup(None, refusal, compat.installed_version())
@@ -124,7 +124,7 @@ def _bind(worker: _Worker, config: BlendConfig, told: bool) -> RankMessages:
     worker._rows().proved = lambda why_not: worker._send(
         Limits(why_not=why_not, longest=report.max_tokens, costs=worker._blender().costs)
     )
-    follows = told or parse_url(config.store).scheme == "memory"
+    follows = linked or parse_url(config.store).scheme == "memory"
     memory = parse_size(config.gpu_cache) if config.gpu_cache else 0
     worker._open_store(config.store, info.fingerprint, memory, config.namespace, follows=follows)
     worker._send(_space(worker, config, info))
@@ -157,7 +157,7 @@ def follow(
 
 
 def _nothing() -> Space:
-    """A space of requests that are not blended, so that they are told why."""
+    """A space of requests that are not blended, so that their reports say why."""
     return Space(name=_SPACE, keys=KeySpace("", ()), default=True)
 
 

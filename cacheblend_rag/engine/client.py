@@ -1,6 +1,6 @@
 """The engine of a server that vLLM started, as its API process reaches it: by RPCs of the workers.
 
-Answers are vLLM's own endpoints. So ``generate`` is for what has to be told with a step, and
+Answers are vLLM's own endpoints. So ``generate`` is for what has to travel with a step, and
 streams are not served here.
 """
 
@@ -48,7 +48,7 @@ class ClientEngine(Engine):
     """Of one API process. Its methods are for other threads than the event loop's.
 
     Attributes:
-        state: what the first rank said of itself, see ``WorkerExtension.cacheblend_state``.
+        state: what the first rank reports of itself, see ``WorkerExtension.cacheblend_state``.
         pace: of ingestions that ``slicing`` is on for.
     """
 
@@ -81,8 +81,8 @@ class ClientEngine(Engine):
     @property
     def space(self) -> Space | None:
         """That of requests that name none, as the workers said it."""
-        said = self.state["space"]
-        return None if said is None else Space.from_plain(said)
+        space = self.state["space"]
+        return None if space is None else Space.from_plain(space)
 
     def model_check(self) -> ModelCheck:
         """Whether the engine blends now. Asks it."""
@@ -121,8 +121,8 @@ class ClientEngine(Engine):
             results = unwrap(awaited(self._ranks, "cacheblend_ingest_go_on", name, layers))
             if not isinstance(results[0], dict):
                 return results
-            said = Progress(**results[0])
-            self.pace.learn(said, layers, tokens, self._own_steps, time.monotonic())
+            progress = Progress(**results[0])
+            self.pace.learn(progress, layers, tokens, self._own_steps, time.monotonic())
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         self._own_steps += len(requests)
@@ -142,7 +142,7 @@ class ClientEngine(Engine):
         raise EngineError(_NOT_HERE)
 
     def before_end(self, work: Callable[[], object]) -> None:
-        """Have ``work`` done when the server is told to end, before its engine does. vLLM's own
+        """Have ``work`` done when the server has to end, before its engine does. vLLM's own
         signal handlers begin with that, and leave no other place. Streams that are open then end
         with an error, for which vLLM's server would wait as long as their clients do.
         """

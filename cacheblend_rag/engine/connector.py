@@ -23,13 +23,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cacheblend_rag.engine import binding
 from cacheblend_rag.engine.binding import RankMessages
 from cacheblend_rag.engine.blend import Blender
-from cacheblend_rag.engine.bound import Bound, Pulse
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.names import answers_to
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
 from cacheblend_rag.engine.start import BY_FRONT_DOOR
+from cacheblend_rag.engine.worker_state import StepTimer, WorkerState
 from cacheblend_rag.planner import Message
 from cacheblend_rag.reason import Why
 
@@ -46,7 +46,7 @@ class BlendMetadata(KVConnectorMetadata):
 @dataclass
 class BlendResults(KVConnectorWorkerMetadata):
     """Workers to scheduler: outcomes by request, as plain data, why blends failed, which requests
-    could not even be computed, and what each rank says beside that.
+    could not even be computed, and what else each rank reports.
     """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         claims: the scheduler's side.
         rows: the worker's side; None until the worker is bound.
         link: to the other side.
-        bound: what the worker's side has; pulse: of its steps.
+        worker_state, step_timer: of the worker's side.
         recent: what was done for the last requests, by the caller's names, for ``rpc``.
     """
 
@@ -85,7 +85,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         )
         self.rows: StepRows | None = None
         self.recent: OrderedDict[str, BlendOutcome | dict[str, Any]] = OrderedDict()
-        self.bound, self.pulse = Bound(), Pulse()
+        self.worker_state, self.step_timer = WorkerState(), StepTimer()
         self.closing: Callable[[], None] | None = None  # closes the worker's store
         self._done: list[Finished] = []  # not yet reported
         self._lost: dict[str, set[int]] = {}  # requests and their blocks, not yet reported
@@ -163,9 +163,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins: the only hook that both runners call before every forward."""
         super().bind_connector_metadata(connector_metadata)
-        self.pulse.beat()
-        if self._runner is not None:  # beside a connector whose handshake hides ours
-            for message in self._bind(told=True).messages:
+        self.step_timer.step_begins()
+        if self._runner is not None:  # behind a connector whose handshake hides ours
+            for message in self._bind(linked=True).messages:
                 self.link.send(message)
         step: Step = connector_metadata.step
         for name, report in step.plain.items():
@@ -184,12 +184,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def get_handshake_metadata(self) -> RankMessages | None:
         """The engine is about to start."""
-        return self._bind(told=self.link.has_scheduler) if self._runner is not None else None
+        return self._bind(linked=self.link.has_scheduler) if self._runner is not None else None
 
-    def _bind(self, *, told: bool) -> RankMessages:
+    def _bind(self, *, linked: bool) -> RankMessages:
         runner, self._runner = self._runner, None
         with torch.inference_mode():
-            return binding.bind(self, runner, self._config, told=told)
+            return binding.bind(self, runner, self._config, linked=linked)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing to do: see ``bind_connector_metadata``."""

@@ -33,7 +33,7 @@ class Correction:
     """Moves the reused tokens of a request, layer by layer, as its recomputed ones were.
 
     A pass sees them as it and the passes before it have moved them: those just before its end have
-    not heard all yet.
+    not corrected all yet.
 
     Args:
         executor: whose region is blended.

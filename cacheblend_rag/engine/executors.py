@@ -33,11 +33,11 @@ class ExecutorFactory:
         return {}
 
     def held(self, key: str) -> ChunkKV | None:
-        """The chunk, if it is kept beside the store and need not be read there; from any thread."""
+        """The chunk, if a copy is at hand and the store need not be read; from any thread."""
         return None
 
     def forget(self, key: str) -> None:
-        """Drop what is kept of a chunk beside the store; from any thread."""
+        """Drop copies of a chunk outside the store; from any thread."""
 
 
 def open_executors(

@@ -1,4 +1,4 @@
-"""What a chunk's KV depends on beside its tokens, as one name: weights, dtype, RoPE, and what else
+"""What a chunk's KV depends on besides its tokens, as one name: weights, dtype, RoPE, and what else
 changes keys and values. How the engine was started is no part of it, so that any engine of the
 same model reads what another one stored.
 
@@ -80,8 +80,8 @@ _PATTERNS: Mapping[str, Sequence[str]] = {
     "pt": ("*.pt",),
     "npcache": ("*.bin",),
 }
-# beside the weights: how they are read and computed with
-_BESIDE = (
+# besides the weights: how they are read and computed with
+_OTHER_FILES = (
     "config.json", "params.json", "*.index.json", "hf_quant_config.json", "quantize_config.json",
     "quant_config.json", "*.py",
 )  # fmt: skip
@@ -105,7 +105,7 @@ def fingerprint(model: Any, config: VllmConfig, rope: Rerotator, rank: int, size
 
 
 def facts(model: Any, config: VllmConfig, rope: Rerotator) -> dict[str, Any]:
-    """What is counted beside the content of files."""
+    """What counts besides the content of files."""
     chosen, loading = config.model_config, config.load_config
     unknown = {**_unknown(chosen), **_unknown(loading)}
     is_quantized = getattr(chosen.hf_config, "quantization_config", None) is not None
@@ -183,7 +183,7 @@ def _key_position(chosen: ModelConfig, loading: LoadConfig) -> list[Path]:
     """Small files of the model's folder, and of that which its configuration is taken from."""
     places = (chosen.model, chosen.hf_config_path)
     folders = [local_folder(p, chosen.revision, loading.download_dir) for p in places if p]
-    groups = (sorted(f.glob(pattern)) for f in folders if f for pattern in _BESIDE)
+    groups = (sorted(f.glob(pattern)) for f in folders if f for pattern in _OTHER_FILES)
     return [path for path in itertools.chain.from_iterable(groups) if path.is_file()]
 
 

@@ -100,7 +100,7 @@ class Ingestor:
 
 class _Host:
     """Host memory for the KV of spans of the pass's tokens, [L, 2, N, G, D] each; pinned, and
-    filled by a stream of its own beside the forward, where it comes from a GPU.
+    filled by a stream of its own while the forward runs, where it comes from a GPU.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ def has_plugins() -> bool:
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """Run ``vllm serve`` with these arguments, until it is told to end.
+    """Run ``vllm serve`` with these arguments, until it has to end.
 
     Raises:
         EngineMissingError: there is no vLLM that was tested.

@@ -1,7 +1,7 @@
 """How a rank's worker reaches the scheduler's side of its engine.
 
 Where one process has both, as vLLM has it for one GPU, they share a ``Link``: what the worker says
-is heard at once. Else it waits in the worker's own, and leaves with the metadata of a step.
+arrives at once. Else it waits in the worker's own, and leaves with the metadata of a step.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ class Link:
         self._wake()
 
     def follow(self, news: Follower) -> None:
-        """Have it told of a store's news as well, from now on."""
+        """Send a store's news as well, from here on."""
         self._news = news
         news.start(self._wake)
 
     def take(self) -> list[Message]:
         """What was said since the call before; waits for nothing."""
         with self._lock:
-            said, self._messages = self._messages, []
+            messages, self._messages = self._messages, []
         news = self._news.take() if self._news is not None else None
-        return said if news is None else [*said, news]
+        return messages if news is None else [*messages, news]
 
     def end(self) -> None:
         """The worker blends no more."""

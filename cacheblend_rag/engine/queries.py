@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from cacheblend_rag.engine.bound import Bound
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.stored import RankStore
+from cacheblend_rag.engine.worker_state import WorkerState
 from cacheblend_rag.keys import KeySpace
 
 if TYPE_CHECKING:
@@ -43,50 +43,52 @@ class Queries:
         behind ``after``, or those of a document; None where another rank speaks for the store.
         """
         space = KeySpace.from_plain(keys)
-        return self._from_speaking_rank(lambda store: store.page(space, after, limit, document))
+        return self._from_answering_rank(lambda store: store.page(space, after, limit, document))
 
     def cacheblend_owned(self, space: list[Any], keys: list[str]) -> Any:
         """Those of ``keys`` that are chunks of this key space; None where another rank speaks."""
-        return self._from_speaking_rank(lambda store: store.owned(KeySpace.from_plain(space), keys))
+        return self._from_answering_rank(
+            lambda store: store.owned(KeySpace.from_plain(space), keys)
+        )
 
     def cacheblend_count(self, space: list[Any]) -> Any:
         """How many chunks of this key space are stored; None where another rank speaks."""
-        return self._from_speaking_rank(lambda store: len(store.keys(KeySpace.from_plain(space))))
+        return self._from_answering_rank(lambda store: len(store.keys(KeySpace.from_plain(space))))
 
     def cacheblend_store_stats(self) -> Any:
         """Counts of this rank's store; None where another speaks for it."""
-        return self._from_speaking_rank(lambda store: store.stats())
+        return self._from_answering_rank(lambda store: store.stats())
 
     def cacheblend_list(self) -> Any:
         """All that is stored: rows of key, token ids (int32 bytes), base; None where another rank
         speaks for the store.
         """
-        return self._from_speaking_rank(lambda store: store.list())
+        return self._from_answering_rank(lambda store: store.list())
 
     def cacheblend_taken(self, tickets: list[int | None]) -> list[Any]:
         """The result that this rank's ticket of ``tickets`` stands for, in a list, once; an empty
         list while there is none.
         """
         number = tickets[get_tensor_model_parallel_rank()]
-        return [] if number is None else self._bound().store.thread.take(number)
+        return [] if number is None else self._state().store.thread.take(number)
 
     def cacheblend_state(self) -> dict[str, Any]:
         """What was found and said when this worker was bound, for a front that did not start it:
         ``facts`` as ``cacheblend_inspect`` has them, ``limits``, the default ``space``, and whether
-        the scheduler's side hears at once what this rank does.
+        the scheduler's side learns at once what this rank does.
         """
-        bound, connector = self._bound(), self._connector()
-        facts = {k: v for k, v in bound.facts.items() if k not in ("checks", "attention")}
-        limits = bound.limits._asdict()
+        state, connector = self._state(), self._connector()
+        facts = {k: v for k, v in state.facts.items() if k not in ("checks", "attention")}
+        limits = state.limits._asdict()
         return {
             "facts": facts,
-            "why_not": None if bound.limits.why_not is None else list(bound.limits.why_not),
+            "why_not": None if state.limits.why_not is None else list(state.limits.why_not),
             "longest": limits["longest"],
             "proving": limits["proving"],
-            "space": None if bound.space is None else bound.space.to_plain(),
-            "is_open": bound.is_open,
+            "space": None if state.space is None else state.space.to_plain(),
+            "is_open": state.is_open,
             "has_scheduler": connector.link.has_scheduler,
-            "born": bound.born,
+            "instance": state.instance,
         }
 
     def cacheblend_reports(self, request: str) -> list[dict[str, Any]]:
@@ -103,19 +105,19 @@ class Queries:
             return done
         return {**done.report(), **({"selected": done.positions()} if positions else {})}
 
-    def _from_speaking_rank(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
+    def _from_answering_rank(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
         """As ``_later``; None where another rank speaks for the store."""
-        return None if self._bound().is_silent else self._later(work)
+        return None if self._state().is_replica else self._later(work)
 
     def _later(self, work: Callable[[RankStore], Any]) -> dict[str, int]:
         """Have the store's thread do ``work``: no step waits for a disk or a network."""
-        store = self._bound().store
+        store = self._state().store
         return store.thread.start(lambda: work(store))
 
     def _connector(self) -> CacheBlendConnector:
         connector: Any = get_kv_transfer_group()
         return connector  # type: ignore[no-any-return]
 
-    def _bound(self) -> Bound:
+    def _state(self) -> WorkerState:
         """Shared with whoever else stands for this worker: see ``engine/binding.py``."""
-        return self._connector().bound
+        return self._connector().worker_state

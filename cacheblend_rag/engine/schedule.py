@@ -1,6 +1,6 @@
 """The scheduler's side: how much of a request is there, and which rows of a step are blends'.
 
-vLLM is told that all but the tokens that a blend computes are there, at positions before those: it
+vLLM takes it that all but the tokens that a blend computes are there, at positions before those: it
 then schedules as many rows as the blend has tokens to compute, in one step or several, whatever
 else is in these steps. Which tokens these rows are, the workers say (``rows.py``).
 """
@@ -84,8 +84,8 @@ class _Tracked:
     shared: int = 0
     claim: _Claim | None = None
     begun: bool = False  # its blend went to the workers once
-    whole: bool = False  # all rows of the blend were scheduled
-    heard: bool = True  # what became of the latest blend
+    complete: bool = False  # all rows of the blend were scheduled
+    outcome_known: bool = True  # of the latest blend
     prefix_cached: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
     prefix: Prefix | None = None  # its blocks, once it ended
@@ -102,7 +102,7 @@ class _Tracked:
         }
 
     def report(self) -> dict[str, Any]:
-        """See ``report.make_report``; not whole before the outcome is there."""
+        """See ``report.make_report``; incomplete before the outcome is there."""
         why_not = self.why_not or (None if self.begun else _CACHED)
         done: Mapping[str, Any] = why_not._asdict() if why_not else self.outcome
         seconds = {**self.seconds, **done.get("seconds", {})}
@@ -112,16 +112,16 @@ class _Tracked:
         """How many of the ``hit`` tokens are in the cache as they should be. After a preemption, a
         request finds blocks of its own that were not all computed.
         """
-        return hit if self.whole else min(hit, self.shared)
+        return hit if self.complete else min(hit, self.shared)
 
     def hide(self) -> None:
         """Its own blocks were never written: it must not find them when it resumes."""
         first = self.shared // self.per_hash
         self.request.block_hashes = private(self.request.block_hashes, first, uuid.uuid4().hex)
-        self.whole = False
+        self.complete = False
 
     def share(self, prefixes: BlendedPrefixes) -> None:
-        """Its blocks are whole: others may use them."""
+        """Its blocks are complete: others may use them."""
         if self.prefix is not None and self.plan is not None:
             prefixes.add(self.prefix, self.plan.settings)
 
@@ -251,7 +251,7 @@ class Claims:
         if tracked is None or tracked.claim is None or tracked.plan is None:
             return
         claim, plan = tracked.claim, tracked.plan
-        tracked.begun, tracked.whole, tracked.heard = True, False, False
+        tracked.begun, tracked.complete, tracked.outcome_known = True, False, False
         self._tasks[request.request_id] = BlendTask(
             request_id=request.request_id,
             name=tracked.name,
@@ -274,7 +274,7 @@ class Claims:
         plain, self._plain = self._plain, {}
         self._ahead.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
-        self._drop_unheard(gone)
+        self._drop_without_outcome(gone)
         if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
             return Step(tasks, {}, gone, plain)
         batch = _batch(scheduled)
@@ -282,16 +282,16 @@ class Claims:
             tracked = self._requests.get(name)
             claim = tracked.claim if tracked is not None else None
             if tracked is not None and claim and part.computed + part.rows >= claim.total:
-                tracked.claim, tracked.whole = None, True
+                tracked.claim, tracked.complete = None, True
         return Step(tasks, batch, gone, plain)
 
-    def _drop_unheard(self, preempted: Iterable[str]) -> None:
+    def _drop_without_outcome(self, preempted: Iterable[str]) -> None:
         """vLLM ends a request whose blocks were lost with an error only while it runs. One that was
-        preempted before that was heard would keep the token that was sampled from such blocks.
+        preempted before that was known would keep the token that was sampled from such blocks.
         """
         for name in preempted:
             tracked = self._requests.get(name)
-            if tracked is not None and not tracked.heard:
+            if tracked is not None and not tracked.outcome_known:
                 compat.drop_output_in_flight(tracked.request)
 
     def results(self, outcomes: Mapping[str, dict[str, Any]], failed: Mapping[str, Why]) -> None:
@@ -299,14 +299,14 @@ class Claims:
         for name, outcome in outcomes.items():
             tracked = self._requests.get(name)
             if tracked is not None:
-                tracked.heard = True
+                tracked.outcome_known = True
                 tracked.outcome = tracked.outcome or outcome
             self.planning.lose(outcome.get("lost", ()))
             if (ended := self._ended.pop(name, None)) is not None:
                 ended.share(self._prefixes)
         for name, why_not in failed.items():
             if name in self._requests:
-                self._requests[name].why_not, self._requests[name].heard = why_not, True
+                self._requests[name].why_not, self._requests[name].outcome_known = why_not, True
 
     def lose(self, names: Iterable[str]) -> None:
         """These requests have blocks that were never written. vLLM ends those that still run. One
@@ -325,7 +325,7 @@ class Claims:
         self._ahead.forget(request.request_id)
         if tracked is None:
             return None
-        if tracked.whole and not tracked.why_not and tracked.plan is not None:
+        if tracked.complete and not tracked.why_not and tracked.plan is not None:
             tracked.prefix = Prefix.of(request, tracked.exact, tracked.per_hash)
             if tracked.outcome:
                 tracked.share(self._prefixes)

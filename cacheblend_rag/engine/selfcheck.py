@@ -131,7 +131,7 @@ def _key_error(rope: Rerotator, layer: int, here: LayerKV, there: LayerKV, shift
 
 
 class _Recording(IsolatedPass):
-    """Keeps what attention puts out at each layer, beside K and V, and compares it with what the
+    """Keeps the attention's output at each layer, besides K and V, and compares it with what the
     layer's backend puts out for the same input.
     """
 

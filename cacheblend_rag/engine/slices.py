@@ -1,10 +1,9 @@
-"""Ingestion in slices: a forward that goes on by so many layers when it is told to, and rests
-between two steps of the engine.
+"""Ingestion in slices: a forward that computes some layers between two steps of the engine.
 
-vLLM's ``model.forward`` is one call. So it runs in a thread of its own, which waits at every layer
-for its turn. Only one of this thread and the engine's runs at a time, and all ranks take the same
-turns: collectives keep their order. What is computed is what ``Ingestor.compute`` computes, bit for
-bit.
+vLLM's ``model.forward`` is one call. So it runs in a thread of its own, which waits where its
+budget of layers is spent. Only one of this thread and the engine's runs at a time. All ranks get
+the same budgets, so collectives keep their order. The result is that of ``Ingestor.compute``, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class _Dropped(BaseException):
     """Nobody wants what is being computed. Not an Exception: a guarded pass would keep it."""
 
 
-class Turns:
-    """Who runs: the engine's thread, or the forward's for a number of layers."""
+class LayerBudget:
+    """How many layers the forward may compute; the engine's thread waits meanwhile."""
 
     def __init__(self) -> None:
         self._changed = Condition()
@@ -40,10 +39,10 @@ class Turns:
         self._ended, self._dropped = True, False
 
     def begin(self) -> None:
-        """There is a forward, which waits for its first turn."""
+        """There is a forward, which waits for its first layers."""
         self._ended = self._dropped = False
 
-    def give(self, layers: int) -> bool:
+    def grant(self, layers: int) -> bool:
         """Let the forward compute so many layers, and wait for it; returns whether it ended."""
         with self._changed:
             self._layers = layers
@@ -51,20 +50,20 @@ class Turns:
             self._changed.wait_for(lambda: not self._layers or self._ended)
             return self._ended
 
-    def drop(self) -> None:
+    def cancel(self) -> None:
         """End the forward where it is."""
         with self._changed:
             self._dropped = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._ended)
 
-    def await_first(self) -> None:
-        """In the forward's thread: begin with the first turn."""
+    def await_layers(self) -> None:
+        """In the forward's thread: wait until there are layers to compute."""
         with self._changed:
             self._changed.wait_for(lambda: self._layers or self._dropped)
 
-    def layer(self) -> None:
-        """In the forward's thread: a layer is about to be computed. Waits where no turn is left."""
+    def spend(self) -> None:
+        """In the forward's thread, before each layer: waits where the budget is spent."""
         with self._changed:
             if not self._layers and not self._dropped:
                 self._changed.notify_all()
@@ -81,11 +80,11 @@ class Turns:
             self._changed.notify_all()
 
 
-class _Turning(Pass):
-    """A pass that asks for its turn before every layer."""
+class _BudgetedPass(Pass):
+    """A pass that asks its budget before every layer."""
 
-    def __init__(self, step: Pass, turns: Turns) -> None:
-        self._step, self._turns, self.last = step, turns, step.last
+    def __init__(self, step: Pass, budget: LayerBudget) -> None:
+        self._step, self._budget, self.last = step, budget, step.last
 
     def attend(
         self,
@@ -96,22 +95,22 @@ class _Turning(Pass):
         v_TGD: torch.Tensor,
         out_THD: torch.Tensor,
     ) -> None:
-        self._turns.layer()
+        self._budget.spend()
         self._step.attend(index, layer, q_THD, k_TGD, v_TGD, out_THD)
 
 
-class _TurningIngestor(Ingestor):
-    """Whose every layer waits for its turn."""
+class _BudgetedIngestor(Ingestor):
+    """Whose every layer asks the budget."""
 
-    def __init__(self, handle: ModelHandle, heads: Heads | None, turns: Turns) -> None:
+    def __init__(self, handle: ModelHandle, heads: Heads | None, budget: LayerBudget) -> None:
         super().__init__(handle, heads)
-        self._turns = turns
+        self._budget = budget
 
     def _run(self, step: Pass, ids: Sequence[int], positions: Sequence[int]) -> None:
-        super()._run(_Turning(step, self._turns), ids, positions)
+        super()._run(_BudgetedPass(step, self._budget), ids, positions)
 
 
-class Sliced:
+class SlicedIngestor:
     """Computes the chunks of one ingestion at a time.
 
     Attributes:
@@ -119,8 +118,8 @@ class Sliced:
     """
 
     def __init__(self, handle: ModelHandle, heads: Heads | None = None) -> None:
-        self._turns = Turns()
-        self._ingestor = _TurningIngestor(handle, heads, self._turns)
+        self._budget = LayerBudget()
+        self._ingestor = _BudgetedIngestor(handle, heads, self._budget)
         self._device = handle.device
         self._thread = DaemonPool(1, "cacheblend-ingest")
         self._name, self._keys = "", list[str]()
@@ -139,10 +138,10 @@ class Sliced:
         begun before is dropped.
         """
         if self._computed is not None:
-            self._turns.drop()
+            self._budget.cancel()
         self._name, self._keys = name, list(keys)
-        self._turns.begin()
-        work = self._in_turn(lambda: self._ingestor.compute(chunks, prefix_ids, contexts))
+        self._budget.begin()
+        work = self._in_thread(lambda: self._ingestor.compute(chunks, prefix_ids, contexts))
         self._computed = self._thread.submit(work)
 
     def go_on(self, name: str, layers: int) -> bool:
@@ -154,7 +153,7 @@ class Sliced:
         if self._computed is None or name != self._name:
             raise EngineError("another ingestion took the place of this one; begin it again")
         start = time.perf_counter()
-        done = self._turns.give(layers)
+        done = self._budget.grant(layers)
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         self.seconds = time.perf_counter() - start
@@ -166,19 +165,19 @@ class Sliced:
         computed, self._computed = self._computed, None
         return self._keys, computed.result()
 
-    def _in_turn(self, work: Callable[[], list[ChunkKV]]) -> Callable[[], list[ChunkKV]]:
-        """``work`` for the other thread, which is to compute as this one would."""
+    def _in_thread(self, work: Callable[[], list[ChunkKV]]) -> Callable[[], list[ChunkKV]]:
+        """``work`` for the other thread, with the settings and the stream of this one."""
         threads, stream = torch.get_num_threads(), self._stream()
 
         def run() -> list[ChunkKV]:
             try:
                 if torch.get_num_threads() != threads:
                     torch.set_num_threads(threads)
-                self._turns.await_first()
+                self._budget.await_layers()
                 with _on(stream), torch.inference_mode():
                     return work()
             finally:
-                self._turns.end()
+                self._budget.end()
 
         return run
 

@@ -59,7 +59,7 @@ class RankStore:
 
     Args:
         store: closed with this.
-        forget: drops what is kept of a chunk beside the store; from any thread.
+        forget: drops copies of a chunk outside the store; from any thread.
         leads: what it stores is what all ranks read, and is counted.
     """
 
@@ -88,7 +88,7 @@ class RankStore:
         return stored, refused
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Drop chunks, and what is kept of them beside the store."""
+        """Drop chunks, and the copies of them outside the store."""
         answers = [ask(self.store.discard, key) for key in keys]  # of all, whichever fails
         for key in keys:
             self._forget(key)

@@ -29,7 +29,7 @@ from cacheblend_rag.engine.rope import context_length, tables_of
 from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import measured
-from cacheblend_rag.engine.slices import Sliced
+from cacheblend_rag.engine.slices import SlicedIngestor
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.known import News, Row
@@ -84,11 +84,11 @@ class WorkerExtension(Queries):
             max_len = int(chosen.max_model_len)
             longest = max(max_len, context_length(chosen))
             tables = tables_of(model, longest, handle.layers[0].head_size)
-            self._bound().heads = heads_of(handle)
+            self._state().heads = heads_of(handle)
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
-            self._bound().parts = handle, rope, cache
+            self._state().parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
             a_layer = handle.layout.numbers * chosen.dtype.itemsize
             facts["kv_bytes_per_token"] = handle.num_layers * a_layer
@@ -100,7 +100,7 @@ class WorkerExtension(Queries):
             facts["fingerprint"] = fingerprint(model, self.vllm_config, rope, *ranks)
         except UnsupportedModelError as error:
             facts["refusal"] = list(error.why)
-        self._bound().facts = facts
+        self._state().facts = facts
         return facts
 
     @_reporting
@@ -108,7 +108,7 @@ class WorkerExtension(Queries):
         self, store_url: str, fingerprint: str, gpu_cache: int = 0, tenant: str = ""
     ) -> bool:
         """Open the store. Blends begin with ``cacheblend_limit``. Returns whether the scheduler's
-        side hears at once what this rank does.
+        side learns at once what this rank does.
 
         ``gpu_cache``: bytes of GPU memory for chunks that are used often. ``tenant``: whose chunks
         they are.
@@ -120,28 +120,28 @@ class WorkerExtension(Queries):
         self, url: str, fingerprint: str, gpu_cache: int, tenant: str, *, follows: bool = True
     ) -> None:
         """``follows``: the scheduler's side learns from this rank what becomes of the store."""
-        handle, rope, cache = self._bound().parts
-        heads = self._bound().heads
+        handle, rope, cache = self._state().parts
+        heads = self._state().heads
         store = open_store(url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
-        # what all ranks share one of them speaks for
+        # of ranks that share a store, one answers for it
         is_shared = parse_url(url).scheme != "memory"
-        self._bound().is_silent = heads is not None and is_shared and not heads.leads
-        self._bound().executors = open_executors(handle, rope, cache, gpu_cache)
-        blender = Blender(handle, rope, store, self._bound().executors)
+        self._state().is_replica = heads is not None and is_shared and not heads.leads
+        self._state().executors = open_executors(handle, rope, cache, gpu_cache)
+        blender = Blender(handle, rope, store, self._state().executors)
         self._rows().blender = blender
-        self._bound().ingestor = Ingestor(handle, heads)
-        self._bound().sliced = Sliced(handle, heads)
-        self._bound().is_open = True
+        self._state().ingestor = Ingestor(handle, heads)
+        self._state().sliced = SlicedIngestor(handle, heads)
+        self._state().is_open = True
         leads = not get_tensor_model_parallel_rank()
-        self._bound().store = RankStore(store, self._bound().executors.forget, leads=leads)
-        self._connector().closing = self._bound().store.close
+        self._state().store = RankStore(store, self._state().executors.forget, leads=leads)
+        self._connector().closing = self._state().store.close
         link = self._connector().link
         link.blender = blender if heads is None else None
-        self._bound().tells = not follows
-        if self._bound().is_silent or not follows:
-            self._bound().store.follower.start(None)
+        self._state().sends_changes = not follows
+        if self._state().is_replica or not follows:
+            self._state().store.follower.start(None)
         else:
-            link.follow(self._bound().store.follower)
+            link.follow(self._state().store.follower)
 
     def cacheblend_open(self, space: dict[str, Any], known: list[Row] | None = None) -> Any:
         """Have requests of a space planned.
@@ -154,7 +154,7 @@ class WorkerExtension(Queries):
         if known is not None:
             self._send(News(known))
             return None
-        return self._from_speaking_rank(lambda store: store.follower.list())
+        return self._from_answering_rank(lambda store: store.follower.list())
 
     def cacheblend_limit(self, longest: int | None, costs: dict[str, float] | None) -> None:
         """Blend from now on, ``longest`` tokens of a prompt at most, where it is worth these
@@ -172,14 +172,14 @@ class WorkerExtension(Queries):
 
     def cacheblend_costs(self) -> dict[str, float]:
         """What blending and prefilling cost here, in seconds; empty where it was not measured."""
-        return self._bound().executors.costs()
+        return self._state().executors.costs()
 
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
         rows = self._rows()
         if rows.blender is not None:
             self._send(Limits(why_not=Why(Reason.NOT_READY, "blending was turned off")))
-            self._bound().store.close()
+            self._state().store.close()
             rows.blender = None
             self._connector().link.end()
 
@@ -187,7 +187,7 @@ class WorkerExtension(Queries):
         """Which of ``keys`` this rank's store does not hold, as far as it can be asked; None where
         another rank speaks for it.
         """
-        return self._from_speaking_rank(lambda store: store.missing(keys))
+        return self._from_answering_rank(lambda store: store.missing(keys))
 
     @_reporting
     def cacheblend_ingest(
@@ -202,9 +202,9 @@ class WorkerExtension(Queries):
         (name, number, path) if there is one, and store them under ``keys``; returns the bytes
         stored, of all heads where this rank leads, and why what key was not stored.
         """
-        bound = self._bound()
-        with bound.parts[0].adapters.using(request_of(adapter)):
-            computed = bound.ingestor.compute(
+        state = self._state()
+        with state.parts[0].adapters.using(request_of(adapter)):
+            computed = state.ingestor.compute(
                 chunks, prefix_ids, contexts, adapter[1] if adapter else 0
             )
         return self._later(lambda store: self._put(store, keys, computed))
@@ -221,32 +221,32 @@ class WorkerExtension(Queries):
         """``cacheblend_ingest`` that computes nothing by itself: see ``cacheblend_ingest_go_on``.
         One that was begun before and did not end is dropped.
         """
-        self._bound().sliced.begin(name, keys, chunks, prefix_ids, contexts)
+        self._state().sliced.begin(name, keys, chunks, prefix_ids, contexts)
 
     @_reporting
     def cacheblend_ingest_go_on(self, name: str, layers: int) -> Any:
         """Compute so many layers, the same number on every rank; returns how far it is (see
         ``pacing.Progress``), or what ``cacheblend_ingest`` returns.
         """
-        sliced = self._bound().sliced
+        sliced = self._state().sliced
         done = sliced.go_on(name, layers)
-        self._connector().pulse.other(sliced.seconds)
+        self._connector().step_timer.exclude(sliced.seconds)
         if not done:
-            return {"seconds": sliced.seconds, **self._connector().pulse.to_plain()}
+            return {"seconds": sliced.seconds, **self._connector().step_timer.to_plain()}
         keys, computed = sliced.take()
         return self._later(lambda store: self._put(store, keys, computed))
 
     @_reporting
     def cacheblend_adapter(self, adapter: list[Any]) -> str:
         """Load a LoRA adapter (name, number, path); returns the digest of its content."""
-        return self._bound().parts[0].adapters.open(request_of(adapter))
+        return self._state().parts[0].adapters.open(request_of(adapter))
 
     def cacheblend_prefetch(self, keys: list[str]) -> None:
         """Start bringing ``keys`` nearer, where the store has tiers."""
         self._blender().store.prefetch(keys)
 
     def cacheblend_forget(self, keys: list[str]) -> Any:
-        """Drop ``keys`` from the store, and what is kept of them beside it."""
+        """Drop ``keys`` from the store, and the copies of them outside it."""
         return self._later(lambda store: self._forget(store, keys))
 
     def cacheblend_cause(self, name: str) -> str:
@@ -263,38 +263,38 @@ class WorkerExtension(Queries):
 
     def _store_prompt_prefix(self, prompt_prefix: PromptPrefix) -> None:
         """Store the prompts' usual first tokens, unless all ranks have them."""
-        missing = bool(self._bound().store.missing([prompt_prefix.key]))
-        if self._bound().parts[0].ranks.any([missing])[0]:
-            computed = self._bound().ingestor.compute([prompt_prefix.token_ids], [], [[]])
-            self._bound().store.put([prompt_prefix.key], computed)
+        missing = bool(self._state().store.missing([prompt_prefix.key]))
+        if self._state().parts[0].ranks.any([missing])[0]:
+            computed = self._state().ingestor.compute([prompt_prefix.token_ids], [], [[]])
+            self._state().store.put([prompt_prefix.key], computed)
 
     def _list_store(self) -> None:
-        if not self._bound().is_silent:
-            self._bound().store.follower.list()
+        if not self._state().is_replica:
+            self._state().store.follower.list()
 
     def _put(
         self, store: RankStore, keys: list[str], computed: list[ChunkKV]
     ) -> tuple[int, dict[str, str]]:
         """Store chunks; a scheduler's side that follows the store itself need not wait to see."""
         done = store.put(keys, computed)
-        if self._bound().tells:
+        if self._state().sends_changes:
             both = zip(keys, computed, strict=True)
             rows = [row_of(ChunkInfo.of(key, kv)) for key, kv in both if key not in done[1]]
             self._send(News(rows))
         return done
 
     def _forget(self, store: RankStore, keys: list[str]) -> None:
-        if self._bound().tells:
+        if self._state().sends_changes:
             self._send(News([], keys))
         store.forget(keys)
 
     def _send(self, message: Message) -> None:
         """Tell the scheduler's side what all ranks know."""
-        bound = self._bound()
+        state = self._state()
         if isinstance(message, Limits):
-            bound.limits = message
+            state.limits = message
         elif isinstance(message, Space) and message.default:
-            bound.space = message
+            state.space = message
         if not get_tensor_model_parallel_rank():
             self._connector().link.send(message)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cacheblend_rag.engine.forward import ModelHandle
     from cacheblend_rag.engine.ingest import Ingestor
     from cacheblend_rag.engine.rope import Rerotator
-    from cacheblend_rag.engine.slices import Sliced
+    from cacheblend_rag.engine.slices import SlicedIngestor
     from cacheblend_rag.engine.stored import RankStore
     from cacheblend_rag.store.part import Heads
 
@@ -33,37 +33,38 @@ _NOT_OPEN = Why(Reason.NOT_READY, "the engine's store is not open")
 
 
 @dataclass
-class Bound:
-    """Of one rank.
+class WorkerState:
+    """What one rank has.
 
     Attributes:
         facts: what ``cacheblend_inspect`` found.
         heads: those of the store's KV that are this rank's; None: all.
         parts: the model, its rotation and its paged cache.
-        is_silent: another rank speaks for the store.
-        tells: the scheduler's side follows the store itself, and is told what this engine does.
-        born: tells this engine from one that was started before or after.
-        limits, space: what was last said of blends, and of requests that name no space.
+        is_replica: another rank answers for the store that they share.
+        sends_changes: the scheduler's side follows the store itself. It gets what this engine does
+            as messages.
+        instance: names this engine; one that was started before or after has another.
+        limits, space: the latest ones of blends, and of requests that name no space.
     """
 
     # there once the model is known, and once the store is open
     parts: tuple[ModelHandle, Rerotator, PagedCache] = field(init=False)
     executors: ExecutorFactory = field(init=False)
     ingestor: Ingestor = field(init=False)
-    sliced: Sliced = field(init=False)
+    sliced: SlicedIngestor = field(init=False)
     store: RankStore = field(init=False)
 
     facts: dict[str, Any] = field(default_factory=dict)
     heads: Heads | None = None
-    is_silent: bool = False
+    is_replica: bool = False
     is_open: bool = False
-    tells: bool = False
+    sends_changes: bool = False
     limits: Limits = field(default_factory=lambda: Limits(_NOT_OPEN))
     space: Space | None = None
-    born: str = field(default_factory=lambda: uuid.uuid4().hex)
+    instance: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-class Pulse:
+class StepTimer:
     """How many steps this engine made, and how long one takes: what is computed between two steps
     is not counted.
     """
@@ -72,15 +73,15 @@ class Pulse:
         self._count, self._last, self._between = 0, 0.0, 0.0
         self._took: deque[float] = deque(maxlen=_STEPS)
 
-    def beat(self) -> None:
-        """A step begins."""
+    def step_begins(self) -> None:
+        """Called as a step begins."""
         now = time.perf_counter()
         took = now - self._last - self._between
         if 0 < took < _LONGEST_STEP_S:
             self._took.append(took)
         self._count, self._last, self._between = self._count + 1, now, 0.0
 
-    def other(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """This was spent on something else than a step."""
         self._between += seconds
 

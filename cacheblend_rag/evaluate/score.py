@@ -22,31 +22,31 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def f1(said: str, right: str) -> float:
+def f1(answer: str, right: str) -> float:
     """SQuAD's token F1, 0 to 1. Where one side has no token left: 1 if both, else 0.
 
     Written here as SQuAD's script is: the libraries that have it fetch that script from a hub, or
     need tensors for a dozen lines.
     """
-    a, b = normalised(said).split(), normalised(right).split()
+    a, b = normalised(answer).split(), normalised(right).split()
     if not a or not b:
         return float(a == b)
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common / (len(a) + len(b))
 
 
-def exact(said: str, right: str) -> float:
+def exact(answer: str, right: str) -> float:
     """1 where both are the same after normalisation, else 0."""
-    return float(normalised(said) == normalised(right))
+    return float(normalised(answer) == normalised(right))
 
 
-def rouge_l(said: str, right: str) -> float:
+def rouge_l(answer: str, right: str) -> float:
     """Rouge-L's F-measure, 0 to 1, as rouge-score computes it with stemming.
 
     Raises:
         MissingExtraError: rouge-score is not installed.
     """
-    score: float = _rouge().score(right, said)["rougeL"].fmeasure
+    score: float = _rouge().score(right, answer)["rougeL"].fmeasure
     return score
 
 
@@ -59,9 +59,9 @@ def _rouge() -> Any:
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def best(metric: Callable[[str, str], float], said: str, right: Sequence[str]) -> float | None:
+def best(metric: Callable[[str, str], float], answer: str, right: Sequence[str]) -> float | None:
     """The best of ``metric`` over the right answers; None where none is known."""
-    return max((metric(said, answer) for answer in right), default=None)
+    return max((metric(answer, one) for one in right), default=None)
 
 
 class Interval(NamedTuple):

@@ -118,7 +118,7 @@ class Answers(Front):
     def astream(self, prompt: Prompt, **options: Unpack[CallOptions]) -> AsyncBlendStream:
         """``stream`` for an event loop: ``async for piece in blend.astream(prompt)``."""
         self._check_open()
-        asked = self._split(options)  # what is wrong with them is said here
+        asked = self._split(options)  # wrong ones are refused here
         return AsyncBlendStream(partial(self._begin, owned(prompt), asked))
 
     def tokenize(
@@ -134,7 +134,7 @@ class Answers(Front):
         return self._engine.chat.available
 
     async def _begin(self, prompt: Prompt, asked: _Options) -> Begun:
-        """Prepare a request beside the event loop: long prompts take a while to tokenise."""
+        """Prepare a request outside the event loop: long prompts take a while to tokenise."""
         try:
             preparing = self._preparing.submit(self._prepare_split, prompt, asked)
         except RuntimeError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from cacheblend_rag import ingest
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine import Engine, EngineRequest, ModelCheck
-from cacheblend_rag.engine.base import EngineInfo, from_speaking_ranks, plain_adapter
+from cacheblend_rag.engine.base import EngineInfo, from_answering_ranks, plain_adapter
 from cacheblend_rag.errors import (
     ClosedError,
     PromptError,
@@ -46,7 +46,7 @@ class Front:
             raise ClosedError("this CacheBlend was closed; make a new one")
 
     def _ask_stores(self, method: str, *args: Any) -> list[Any]:
-        return from_speaking_ranks(self._engine.rpc(method, *args))
+        return from_answering_ranks(self._engine.rpc(method, *args))
 
     def _sync(self) -> None:
         """Let the engine's scheduler know what its workers did. In one process it knows at once;

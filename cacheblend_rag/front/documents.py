@@ -49,7 +49,7 @@ class Documents(Front):
         return self._chunk(text).key
 
     def register_documents(self, documents: Mapping[str, Iterable[str]]) -> None:
-        """Note which chunks each document (any text) consists of, by their keys, beside those noted
+        """Note which chunks each document (any text) consists of, by their keys, and of those noted
         before; for ``forget_documents``. A store on disk keeps this for later engines too, as a
         hash of the document's name; a store that is all remote keeps it until this one is closed.
         """

@@ -44,14 +44,14 @@ class Startup(Ingestion, Answers):
         if not report.passed:
             return report
         self._space = self._key_space(self.config)
-        heard = self._engine.rpc(
+        has_scheduler = self._engine.rpc(
             "cacheblend_bind",
             self.config.store,
             self.info.fingerprint,
             parse_size(self.config.gpu_cache) if self.config.gpu_cache else 0,
             self.config.namespace,
         )
-        self._has_scheduler = all(heard)
+        self._has_scheduler = all(has_scheduler)
         self._longest = report.max_tokens
         self._limit(None)
         report = self._probe(report)
@@ -71,7 +71,7 @@ class Startup(Ingestion, Answers):
         if probe is None:
             return report
         name = f"probe-{self._name}"
-        # behind the probe's own head, so that the first chunk's KV is exact, and has no rows
+        # behind the probe's own prefix, so that the first chunk's KV is exact, and has no rows
         space = KeySpace(self.info.fingerprint, probe.prompt_prefix, self.config.namespace)
         key = space.key(probe.chunk)
         self._ingest([Chunk(key, probe.chunk)], probe.prompt_prefix)
@@ -80,14 +80,14 @@ class Startup(Ingestion, Answers):
         self._engine.rpc("cacheblend_open", Space(name=name, keys=space).to_plain(), known)
         self._sync()
         [[alone]] = self._engine.generate([_probing(probe.ids)])
-        # beside a request of one row and a plain prefill: were their rows taken for one another's,
+        # with a request of one row and a plain prefill in the same step: were rows mixed up there,
         # nothing else would say so
         config = self.config.for_call(
             {"mode": "blend", "recompute_ratio": 1.0, "blend_if": "always"}
         )
         blended = _probing(probe.ids, self._params(config, name, name))
-        beside = [_probing(probe.ids[:1]), _probing(probe.ids)]
-        _, *together = self._engine.generate([*beside, blended])
+        neighbours = [_probing(probe.ids[:1]), _probing(probe.ids)]
+        _, *together = self._engine.generate([*neighbours, blended])
         done = self._engine_part(PreparedRequest(blended, None, "blend", 0.0, name), together[1])
         with suppress(UnavailableError):  # the store keeps the probe then
             self._engine.rpc("cacheblend_forget", [key])
@@ -157,7 +157,7 @@ class Startup(Ingestion, Answers):
         self._sync()
 
     def _store_prompt_prefix(self) -> PromptPrefix | None:
-        """The head of chat prompts, stored at position 0: exact where a prompt starts with it."""
+        """The prompt prefix of chats, stored at position 0: exact where a prompt starts with it."""
         ids = self._prompt_prefix_ids()
         if len(ids) < 2:
             return None

@@ -1,4 +1,4 @@
-"""What requests may say, checked by hand: what is wrong is told by its place."""
+"""What requests may say, checked by hand: an error names the place."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class HttpError(CacheBlendError):
         return {"error": error}
 
     def headers(self) -> dict[str, str]:
-        """What is sent beside it."""
+        """Headers of the answer."""
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 

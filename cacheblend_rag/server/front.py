@@ -58,7 +58,7 @@ class Front(CacheBlend):
         return self._engine.pace.tokens(self.info.max_num_batched_tokens)
 
     def ingest_given(self, batch: Sequence[Given]) -> IngestReport:
-        """Compute and store chunks beside answers."""
+        """Compute and store chunks between the steps of answers."""
         contexts = [chunk.left_context for chunk in batch]
         left_context = contexts if any(context is not None for context in contexts) else None
         names = [None if c.document is None else self.document(c.document) for c in batch]
@@ -93,7 +93,7 @@ class Front(CacheBlend):
         return sorted(set.intersection(*map(set, pages)))[:limit]
 
     def count(self) -> int | None:
-        """How many chunks are stored; None where that can't be told."""
+        """How many chunks are stored; None where that isn't known."""
         if not self.model_check.passed:
             return None
         return int(min(self._ask_stores("cacheblend_count", self._space.to_plain())))
@@ -156,7 +156,7 @@ class Front(CacheBlend):
             "fingerprint": info.fingerprint,
             "namespace": self.config.namespace,
             "blending": blending,
-            "config": self._told_config(),
+            "config": self._shown_config(),
             "chunks": self.count(),
             "store": stats[0] if stats else {},
         }
@@ -164,10 +164,10 @@ class Front(CacheBlend):
     def _stats(self) -> list[dict[str, int]]:
         return self._ask_stores("cacheblend_store_stats") if self.model_check.passed else []
 
-    def _told_config(self) -> dict[str, Any]:
-        told = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        told |= {n: dict(told[n]) for n in ("selector_options", "chat_template_kwargs")}
-        return {**told, "store": redacted(self.config.store)}
+    def _shown_config(self) -> dict[str, Any]:
+        shown = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        shown |= {n: dict(shown[n]) for n in ("selector_options", "chat_template_kwargs")}
+        return {**shown, "store": redacted(self.config.store)}
 
 
 def _report(done: dict[str, Any]) -> dict[str, Any]:

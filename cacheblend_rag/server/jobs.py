@@ -193,8 +193,8 @@ class Jobs:
             HttpError: 409 where the key was used for something else; 429 where too much waits.
         """
         texts = json.dumps([asdict(chunk) for chunk in chunks])
-        told = f"{document!r}/{replaces}/{texts}"
-        digest = hashlib.sha256(told.encode()).hexdigest()
+        content = f"{document!r}/{replaces}/{texts}"
+        digest = hashlib.sha256(content.encode()).hexdigest()
         tokens = sum(chunk.tokens for chunk in chunks)
         common = document or _common([chunk.document for chunk in chunks])
         with self._writing() as db:

@@ -1,4 +1,4 @@
-"""What ``cacheblend serve`` tells the endpoints, beside what it tells the engine."""
+"""The options of ``cacheblend serve`` for its endpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ServerOptions:
     """Plain data, in the connector's extra config under ``server``.
 
     Attributes:
-        state: folder of the jobs; None: beside a store in a folder, else one that is chosen.
+        state: folder of the jobs; None: in a store's folder, else one that is chosen.
         tenants: TOML file of API keys and the namespaces that they belong to.
         tenant_header: header in which a trusted proxy names the namespace.
         max_body: bytes of a request's body.

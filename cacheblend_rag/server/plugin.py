@@ -33,7 +33,7 @@ class CacheBlendEndpoints:
         self._service: Service | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; where there are tenants, whose a request is is told before any route."""
+        """Add the routes. Where there are tenants, a request's is found before any route."""
         add_to(app)
         options = ServerOptions.of(_extra(app.state.args.kv_transfer_config).get(SERVER, {}))
         if options.page:

@@ -25,14 +25,14 @@ _MOST_KEY = 255  # characters of an Idempotency-Key
 router = APIRouter(prefix=PREFIX, tags=["cacheblend"])
 
 
-class Asked:
+class ServerRequest:
     """One request: whose it is, and what may be done for it."""
 
     def __init__(self, request: Request, service: Service) -> None:
-        self.request, self.service = request, service
+        self.http, self.service = request, service
         self.tenant: str | None = request.scope.get("state", {}).get("cacheblend_namespace")
         if service.options.has_tenants and self.tenant is None:
-            raise HttpError(401, "whose request this is can't be told")
+            raise HttpError(401, "whose request this is isn't known")
 
     @property
     def owner(self) -> str:
@@ -41,7 +41,7 @@ class Asked:
 
     async def body(self) -> dict[str, Any]:
         """A JSON object."""
-        request = self.request
+        request = self.http
         raw = await read(request.receive, request.headers, self.service.options.max_body)
         return await asyncio.to_thread(bodies.parsed, raw)
 
@@ -51,15 +51,15 @@ class Asked:
 
     def page(self, *known: str) -> Page:
         """Which part of a list it asks for."""
-        return Page(self.request.query_params.multi_items(), known)
+        return Page(self.http.query_params.multi_items(), known)
 
     def id(self) -> str:
         """That in its path."""
-        return str(self.request.path_params["id"])
+        return str(self.http.path_params["id"])
 
 
 Answer = Mapping[str, Any] | tuple[int, Mapping[str, Any]]
-Handler = Callable[[Asked], Awaitable[Answer]]
+Handler = Callable[[ServerRequest], Awaitable[Answer]]
 
 
 def _endpoint(method: str, path: str) -> Callable[[Handler], Handler]:
@@ -72,7 +72,7 @@ def _endpoint(method: str, path: str) -> Callable[[Handler], Handler]:
                 service = request.app.state.cacheblend
                 if isinstance(service, Absent):
                     raise HttpError(503, str(service.error), code="not_available")
-                answer = await handler(Asked(request, service))
+                answer = await handler(ServerRequest(request, service))
             except Exception as error:
                 return _refused(request, error)
             status, body = answer if isinstance(answer, tuple) else (200, answer)
@@ -113,9 +113,9 @@ async def _nothing(request: Request) -> Response:
 
 
 @_endpoint("GET", "")
-async def state(asked: Asked) -> Answer:
+async def state(request: ServerRequest) -> Answer:
     """What there is to know of the engine, the model and the store."""
-    front = await asked.front()
+    front = await request.front()
     return await asyncio.to_thread(front.state)
 
 
@@ -123,27 +123,27 @@ async def state(asked: Asked) -> Answer:
 
 
 @_endpoint("POST", "/ingestions")
-async def ingest(asked: Asked) -> Answer:
+async def ingest(request: ServerRequest) -> Answer:
     """Have chunks computed and stored."""
-    body = await asked.body()
+    body = await request.body()
     bodies.only(body, ("chunks", "wait"))
-    return await _ingest(asked, body, None)
+    return await _ingest(request, body, None)
 
 
 @_endpoint("PUT", "/documents/{id:path}")
-async def put_document(asked: Asked) -> Answer:
+async def put_document(request: ServerRequest) -> Answer:
     """Have a document consist of these chunks, and of nothing else."""
-    name = bodies.document(asked.id(), "id")
-    body = await asked.body()
+    name = bodies.document(request.id(), "id")
+    body = await request.body()
     bodies.only(body, ("chunks", "wait"))
-    return await _ingest(asked, body, name)
+    return await _ingest(request, body, name)
 
 
-async def _ingest(asked: Asked, body: Mapping[str, Any], document: str | None) -> Answer:
+async def _ingest(request: ServerRequest, body: Mapping[str, Any], document: str | None) -> Answer:
     wait, given = bodies.flag(body, "wait"), functools.partial(bodies.chunks, body)
     replaces = document is not None
     chunks = await asyncio.to_thread(given, documents=not replaces, may_be_empty=replaces)
-    front = await asked.front()
+    front = await request.front()
     for i, chunk in enumerate(chunks):
         if chunk.left_context is not None and front.config.ingest_prefix != "document":
             at = f"chunks[{i}].left_context"
@@ -156,91 +156,91 @@ async def _ingest(asked: Asked, body: Mapping[str, Any], document: str | None) -
     if document is not None:
         chunks = [bodies.Given(c.text, c.left_context, document) for c in chunks]
     create = functools.partial(
-        asked.service.jobs.create,
-        asked.owner,
+        request.service.jobs.create,
+        request.owner,
         chunks,
         document=document,
         replaces=replaces,
-        idempotency=_idempotency(asked),
+        idempotency=_idempotency(request),
     )
     job = await asyncio.to_thread(create)
-    asked.service.runner.wake()
+    request.service.runner.wake()
     if wait:
-        job = await _ended(asked, job)
-    return (200 if wait else 202), await _shown(asked, job)
+        job = await _ended(request, job)
+    return (200 if wait else 202), await _shown(request, job)
 
 
-def _idempotency(asked: Asked) -> str | None:
-    key = asked.request.headers.get("Idempotency-Key")
+def _idempotency(request: ServerRequest) -> str | None:
+    key = request.http.headers.get("Idempotency-Key")
     if key is not None and not 0 < len(key) <= _MOST_KEY:
         message = f"an Idempotency-Key has 1 to {_MOST_KEY} characters"
         raise HttpError(400, message, param="Idempotency-Key")
     return key
 
 
-async def _ended(asked: Asked, job: Job) -> Job:
+async def _ended(request: ServerRequest, job: Job) -> Job:
     while not job.has_ended:
         await asyncio.sleep(_WAITS_S)
-        job = await asyncio.to_thread(asked.service.jobs.get, asked.owner, job.id)
+        job = await asyncio.to_thread(request.service.jobs.get, request.owner, job.id)
     return job
 
 
-async def _shown(asked: Asked, job: Job) -> dict[str, Any]:
-    return shown(job, await asyncio.to_thread(asked.service.jobs.keys, job))
+async def _shown(request: ServerRequest, job: Job) -> dict[str, Any]:
+    return shown(job, await asyncio.to_thread(request.service.jobs.keys, job))
 
 
 @_endpoint("GET", "/ingestions")
-async def ingestions(asked: Asked) -> Answer:
+async def ingestions(request: ServerRequest) -> Answer:
     """Ingestions, the newest first."""
-    page = asked.page("order")
-    find = asked.service.jobs.page
-    jobs = await asyncio.to_thread(find, asked.owner, page.after, page.limit + 1, page.order)
+    page = request.page("order")
+    find = request.service.jobs.page
+    jobs = await asyncio.to_thread(find, request.owner, page.after, page.limit + 1, page.order)
     return page.of([shown(job) for job in jobs])
 
 
 @_endpoint("GET", "/ingestions/{id}")
-async def ingestion(asked: Asked) -> Answer:
+async def ingestion(request: ServerRequest) -> Answer:
     """One ingestion."""
-    job = await asyncio.to_thread(asked.service.jobs.get, asked.owner, asked.id())
-    return await _shown(asked, job)
+    job = await asyncio.to_thread(request.service.jobs.get, request.owner, request.id())
+    return await _shown(request, job)
 
 
 @_endpoint("POST", "/ingestions/{id}/cancel")
-async def cancel(asked: Asked) -> Answer:
+async def cancel(request: ServerRequest) -> Answer:
     """End an ingestion; what was stored so far stays."""
-    job = await asyncio.to_thread(asked.service.jobs.cancel, asked.owner, asked.id())
-    return await _shown(asked, job)
+    job = await asyncio.to_thread(request.service.jobs.cancel, request.owner, request.id())
+    return await _shown(request, job)
 
 
 # ---- chunks ------------------------------------------------------------------------------------
 
 
 @_endpoint("GET", "/chunks")
-async def chunks(asked: Asked) -> Answer:
+async def chunks(request: ServerRequest) -> Answer:
     """Stored chunks, by their keys."""
-    page = asked.page("document")
-    front = await asked.front()
+    page = request.page("document")
+    front = await request.front()
     after = bodies.keys([page.after], "after")[0] if page.after else ""
     keys = await asyncio.to_thread(front.page, after, page.limit + 1, page.document)
     return page.of([{"object": "cacheblend.chunk", "id": key} for key in keys])
 
 
 @_endpoint("DELETE", "/chunks/{id}")
-async def delete_chunk(asked: Asked) -> Answer:
+async def delete_chunk(request: ServerRequest) -> Answer:
     """Forget a chunk."""
-    [key] = bodies.keys([asked.id()], "id")
-    front = await asked.front()
+    [key] = bodies.keys([request.id()], "id")
+    front = await request.front()
     gone = await asyncio.to_thread(lambda: front.forget_keys(front.owned([key])))
     return {"id": key, "object": "cacheblend.chunk", "deleted": gone > 0}
 
 
 @_endpoint("POST", "/chunks/delete")
-async def delete_chunks(asked: Asked) -> Answer:
+async def delete_chunks(request: ServerRequest) -> Answer:
     """Forget chunks by their keys or texts, or all but those of some texts."""
-    body = await asked.body()
+    body = await request.body()
     which = ("ids", "texts", "except_texts")
     bodies.only(body, which)
-    name, front = bodies.one_of(body, which), await asked.front()
+    name, front = bodies.one_of(body, which), await request.front()
 
     def forget() -> int:
         if name == "except_texts":
@@ -258,21 +258,21 @@ def _deletion(count: int) -> Answer:
 
 
 @_endpoint("POST", "/chunks/keys")
-async def keys(asked: Asked) -> Answer:
+async def keys(request: ServerRequest) -> Answer:
     """The keys of texts, and whether these are stored."""
-    body = await asked.body()
+    body = await request.body()
     bodies.only(body, ("texts",))
-    front = await asked.front()
+    front = await request.front()
     found = await asyncio.to_thread(lambda: front.described(bodies.texts(body)))
     return {"object": "list", "data": found}
 
 
 @_endpoint("POST", "/chunks/prefetch")
-async def prefetch(asked: Asked) -> Answer:
+async def prefetch(request: ServerRequest) -> Answer:
     """Bring chunks nearer that will be wanted soon."""
-    body = await asked.body()
+    body = await request.body()
     bodies.only(body, ("texts",))
-    front = await asked.front()
+    front = await request.front()
     await asyncio.to_thread(lambda: front.prefetch(bodies.texts(body)))
     return 202, {"object": "cacheblend.prefetch"}
 
@@ -281,11 +281,11 @@ async def prefetch(asked: Asked) -> Answer:
 
 
 @_endpoint("POST", "/documents")
-async def register(asked: Asked) -> Answer:
+async def register(request: ServerRequest) -> Answer:
     """Note which chunks documents consist of."""
-    body = await asked.body()
+    body = await request.body()
     bodies.only(body, ("documents",))
-    given, front = bodies.registrations(body), await asked.front()
+    given, front = bodies.registrations(body), await request.front()
 
     def note() -> None:
         front.register_documents({front.document(n): front.owned(k) for n, k in given.items()})
@@ -295,39 +295,39 @@ async def register(asked: Asked) -> Answer:
 
 
 @_endpoint("POST", "/documents/registered")
-async def registered(asked: Asked) -> Answer:
+async def registered(request: ServerRequest) -> Answer:
     """Those of some documents that chunks are registered for."""
-    body = await asked.body()
+    body = await request.body()
     bodies.only(body, ("documents",))
-    given, front = bodies.documents(body), await asked.front()
+    given, front = bodies.documents(body), await request.front()
     found = await asyncio.to_thread(lambda: front.registered_documents(map(front.document, given)))
     return {"object": "list", "data": [n for n in given if front.document(n) in found]}
 
 
 @_endpoint("POST", "/documents/delete")
-async def delete_documents(asked: Asked) -> Answer:
+async def delete_documents(request: ServerRequest) -> Answer:
     """Forget the chunks of documents, but for what other documents have."""
-    body = await asked.body()
+    body = await request.body()
     bodies.only(body, ("documents", "only"))
-    given, front = bodies.documents(body), await asked.front()
+    given, front = bodies.documents(body), await request.front()
     few = None if body.get("only") is None else bodies.keys(body["only"], "only")
     names = [front.document(name) for name in given]
     return _deletion(await asyncio.to_thread(front.forget_documents, names, few))
 
 
 @_endpoint("GET", "/documents/{id:path}")
-async def document(asked: Asked) -> Answer:
+async def document(request: ServerRequest) -> Answer:
     """Whether chunks are registered for a document."""
-    name, front = bodies.document(asked.id(), "id"), await asked.front()
+    name, front = bodies.document(request.id(), "id"), await request.front()
     if not await asyncio.to_thread(front.registered_documents, [front.document(name)]):
         raise not_found("document", name)
     return {"id": name, "object": "cacheblend.document", "registered": True}
 
 
 @_endpoint("DELETE", "/documents/{id:path}")
-async def delete_document(asked: Asked) -> Answer:
+async def delete_document(request: ServerRequest) -> Answer:
     """Forget a document's chunks, but for what other documents have."""
-    name, front = bodies.document(asked.id(), "id"), await asked.front()
+    name, front = bodies.document(request.id(), "id"), await request.front()
 
     def forget() -> tuple[bool, int]:
         there = bool(front.registered_documents([front.document(name)]))
@@ -341,11 +341,11 @@ async def delete_document(asked: Asked) -> Answer:
 
 
 @_endpoint("GET", "/requests/{id}")
-async def report(asked: Asked) -> Answer:
+async def report(request: ServerRequest) -> Answer:
     """What was done for a request, by the id of its answer."""
-    query = dict(asked.request.query_params)
+    query = dict(request.http.query_params)
     bodies.only(query, ("index",), "the query")
-    front, name = await asked.front(), asked.id()
+    front, name = await request.front(), request.id()
     found = await asyncio.to_thread(front.reports, name)
     number = query.get("index", "0")
     if not (number.isascii() and number.isdigit() and int(number[:9]) < max(1, len(found))):
@@ -358,11 +358,11 @@ async def report(asked: Asked) -> Answer:
 
 
 @_endpoint("POST", "/tokenize")
-async def tokenize(asked: Asked) -> Answer:
+async def tokenize(request: ServerRequest) -> Answer:
     """The token ids that a prompt is computed as."""
-    body = await asked.body()
+    body = await request.body()
     bodies.only(body, ("prompt", "chat_template_kwargs"))
-    front, arguments = await asked.front(), body.get("chat_template_kwargs")
+    front, arguments = await request.front(), body.get("chat_template_kwargs")
     if "prompt" not in body:
         raise HttpError(400, "prompt is missing", param="prompt")
     if arguments is not None and not isinstance(arguments, dict):

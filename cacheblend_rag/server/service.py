@@ -48,7 +48,7 @@ class Service:
         folder = state_folder(self.options.state, config.store, server)
         self.jobs = Jobs(folder / f"{name}.sqlite", self.options.max_queued_tokens)
         if parse_url(config.store).scheme in ("memory", "null"):
-            self.jobs.forget_ended(str(self.engine.state["born"]))
+            self.jobs.forget_ended(str(self.engine.state["instance"]))
         self._secret = self.jobs.about("secret", secrets.token_hex(32))
         self.runner = Runner(self.jobs, self.front_of, folder / f"{name}.lock")
         self.engine.before_end(self.close)
@@ -85,8 +85,8 @@ def _name(front: Front, config: BlendConfig) -> str:
     """Of the files of a server whose chunks have other keys, or are in another store, it is
     another.
     """
-    told = f"{front.key_space.key(())}/{config.store}"
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = f"{front.key_space.key(())}/{config.store}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def state_folder(given: str | None, store: str, server: int) -> Path:

@@ -86,7 +86,7 @@ class Who:
         """The namespace.
 
         Raises:
-            HttpError: 401: it can't be told.
+            HttpError: 401: it isn't known.
         """
         if self._keys is None:
             if namespace := headers.get(str(self._header), "").strip():
@@ -186,8 +186,8 @@ async def read(receive: Receive, headers: Headers, most: int) -> bytes:
     Raises:
         HttpError: 413: it has more than ``most`` bytes; 400: the client left.
     """
-    told = headers.get("content-length", "0")
-    if told.isdigit() and int(told) > most:
+    length = headers.get("content-length", "0")
+    if length.isdigit() and int(length) > most:
         raise _too_large(most)
     parts, size = list[bytes](), 0
     while True:

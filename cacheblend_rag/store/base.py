@@ -157,7 +157,7 @@ class KVStore(ABC):
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
         """``get_many`` that returns after ``within_s`` seconds whatever a disk or a network does.
 
-        While a load that came too late is still under way, no other is begun.
+        While a load that missed its deadline is still under way, no other is begun.
         """
         return self.get_many(keys)  # those that can wait override it
 
@@ -237,7 +237,7 @@ class KVStore(ABC):
         return False
 
     def register(self, document: str, keys: Iterable[str]) -> None:  # noqa: B027 - see above
-        """Note that ``document`` (any text) consists of these chunks, beside those noted before."""
+        """Note that ``document`` (any text) consists of these chunks, and of those noted before."""
 
     def documents(self) -> set[str]:
         """The ``document_id`` of each document noted."""

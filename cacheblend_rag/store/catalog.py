@@ -112,11 +112,11 @@ class Catalog:
     def infos(self, after: int) -> Iterator[tuple[int, ChunkInfo]]:
         """The chunks whose file is there, with the numbers of their entries, from ``after`` on."""
         missing = self._reconcile(self._namespace)[0]
-        yield from self._told(missing, after)
+        yield from self._of_contents(missing, after)
         if not after and self._adopt(self._namespace, missing):  # their entries are damaged
-            yield from self._told(missing, 0)
+            yield from self._of_contents(missing, 0)
 
-    def _told(self, missing: set[bytes], after: int) -> Iterator[tuple[int, ChunkInfo]]:
+    def _of_contents(self, missing: set[bytes], after: int) -> Iterator[tuple[int, ChunkInfo]]:
         for number, content in self.index.contents(self._namespace, after):
             if content.key in missing and (info := self._info(content)) is not None:
                 missing.discard(content.key)

@@ -22,7 +22,7 @@ class Follower:
 
     Args:
         store: is asked, never closed.
-        forget: drops what is kept of a chunk beside the store; called in the thread.
+        forget: drops copies of a chunk outside the store; called in the thread.
     """
 
     def __init__(self, store: KVStore, forget: Callable[[str], object]) -> None:
@@ -57,7 +57,7 @@ class Follower:
         """
         with suppress(UnavailableError), self._asking:
             self._list()
-        self._tell()
+        self._wake_reader()
 
     def note(self, infos: Iterable[ChunkInfo] = (), removed: Iterable[str] = ()) -> None:
         """This process put or discarded chunks just now: older news of them is void."""
@@ -65,7 +65,7 @@ class Follower:
             for key, row in [*((i.key, row_of(i)) for i in infos), *((k, None) for k in removed)]:
                 self._own.add(key)
                 self._keep(key, row)
-        self._tell()
+        self._wake_reader()
 
     @property
     def has_news(self) -> bool:
@@ -94,7 +94,7 @@ class Follower:
                     self._ask()
                     if self._stale and self._wake is not None:
                         self._list()
-                self._tell()
+                self._wake_reader()
             except UnavailableError:
                 continue
             except Exception as error:  # one that died would leave the engine behind for good
@@ -130,7 +130,7 @@ class Follower:
             own = {key: self._news[key] for key in self._own if key in self._news}
             self._news, self._whole = listed | own, True
 
-    def _tell(self) -> None:
+    def _wake_reader(self) -> None:
         if self._wake is not None and self.has_news:
             self._wake()
 

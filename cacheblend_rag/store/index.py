@@ -40,7 +40,7 @@ _SCHEMA = (
     "CREATE INDEX by_namespace ON chunks (namespace, priority, key, nbytes)",
     "CREATE TABLE contents (id INTEGER PRIMARY KEY, base INTEGER NOT NULL, "
     "kv_bytes INTEGER NOT NULL, tokens BLOB NOT NULL, seal INTEGER NOT NULL) STRICT",
-    # sums kept beside the rows: counting 100,000 of them at every use would take longer than it
+    # sums kept with the rows: counting 100,000 of them at every use would take longer than it
     "CREATE TABLE totals (namespace TEXT PRIMARY KEY, chunks INTEGER NOT NULL, "
     "nbytes INTEGER NOT NULL) STRICT",
     "CREATE TRIGGER came AFTER INSERT ON chunks BEGIN "

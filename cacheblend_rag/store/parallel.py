@@ -42,7 +42,7 @@ class Readers:
 
     @property
     def is_behind(self) -> bool:
-        """Whether something that came too late has not come at all yet."""
+        """Whether something that missed its deadline is still under way."""
         with self._lock:
             self._overdue = {future for future in self._overdue if not future.done()}
             return bool(self._overdue) and self._pid == os.getpid()

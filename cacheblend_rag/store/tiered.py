@@ -18,7 +18,7 @@ from cacheblend_rag.store.parallel import Readers
 _READERS = 8
 _PREFETCHERS = 4
 _Answer = TypeVar("_Answer")
-_BACKLOG = 1000  # chunks to be brought, and uses that the slow tier is to be told of
+_BACKLOG = 1000  # chunks to promote, and uses to report to the slow tier
 
 
 class TieredStore(KVStore):
@@ -38,7 +38,7 @@ class TieredStore(KVStore):
         self.fast = fast
         self.slow = slow
         self._reading, self._prefetching = Readers(_READERS), Readers(_PREFETCHERS)
-        self._telling, self._untold = Readers(1), deque[str](maxlen=_BACKLOG)
+        self._reporting, self._unreported = Readers(1), deque[str](maxlen=_BACKLOG)
         self._meter, self._counts = Meter(), EventCounts("tiers")
 
     def contains(self, key: str) -> bool:
@@ -52,18 +52,18 @@ class TieredStore(KVStore):
         if isinstance(near, ChunkKV):
             self.slow.touch(key)  # or the most wanted chunks would be the first to leave it
             return near
-        return self._bring(key) or _answered(near)
+        return self._load(key) or _answered(near)
 
     def get_many(self, keys: Sequence[str]) -> Found:
         return self._with_near(
-            keys, lambda far: Found.of(far, self._reading.map(partial(ask, self._bring), far))
+            keys, lambda far: Found.of(far, self._reading.map(partial(ask, self._load), far))
         )
 
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
-        # what comes too late is promoted all the same: the next one who asks has it at once
+        # what misses the deadline is promoted all the same: the next one who asks has it at once
         return self._with_near(
             keys,
-            lambda far: found_within(self._reading, self._bring, far, within_s, self._counts),
+            lambda far: found_within(self._reading, self._load, far, within_s, self._counts),
         )
 
     def in_memory(self, key: str) -> bool:
@@ -161,7 +161,7 @@ class TieredStore(KVStore):
         )
 
     def close(self) -> None:
-        for readers in (self._telling, self._prefetching, self._reading):
+        for readers in (self._reporting, self._prefetching, self._reading):
             readers.close()
         self.fast.close()
         self.slow.close()
@@ -171,9 +171,9 @@ class TieredStore(KVStore):
         near = {key: ask(self.fast.get, key) for key in keys}
         hits = {key: chunk for key, chunk in near.items() if isinstance(chunk, ChunkKV)}
         # Told by a thread of its own, or a disk that hangs would hold up hits in memory.
-        self._untold.extend(hits)
-        if hits and not self._telling.backlog:
-            self._telling.start(self._tell, [None])
+        self._unreported.extend(hits)
+        if hits and not self._reporting.backlog:
+            self._reporting.start(self._report_uses, [None])
         far = [key for key in near if key not in hits]
         found = get(far)
         chunks = {**hits, **dict(zip(far, found.chunks, strict=True))}
@@ -188,11 +188,11 @@ class TieredStore(KVStore):
             (found.unavailable | unasked) - found.timed_out,
         )
 
-    def _tell(self, _: None) -> None:
-        while self._untold:
-            self.slow.touch(self._untold.popleft())
+    def _report_uses(self, _: None) -> None:
+        while self._unreported:
+            self.slow.touch(self._unreported.popleft())
 
-    def _bring(self, key: str) -> ChunkKV | None:
+    def _load(self, key: str) -> ChunkKV | None:
         with self._meter.loading() as load:
             load.chunk = self.slow.get(key)
         if load.chunk is not None:
@@ -201,7 +201,7 @@ class TieredStore(KVStore):
 
     def _fetch(self, key: str) -> None:
         if ask(self.fast.contains, key) is not True:
-            ask(self._bring, key)
+            ask(self._load, key)
 
     def _promote(self, key: str, chunk: ChunkKV) -> None:
         try:

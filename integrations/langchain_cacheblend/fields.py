@@ -17,7 +17,7 @@ from cacheblend_rag.shared import SharedEngine
 
 
 class ModelFields(TypedDict, total=False):
-    """What the models take by name beside model and engine; ``EngineSettings`` explains them."""
+    """What the models take by name besides model and engine; ``EngineSettings`` explains them."""
 
     temperature: float
     max_tokens: int | None

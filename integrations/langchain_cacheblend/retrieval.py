@@ -31,7 +31,9 @@ class _Chain:
 
 
 # what a handler found out about the prompt that this thread or task is about to ask
-_told: ContextVar[tuple[str, list[str] | None]] = ContextVar("cacheblend_told", default=("", None))
+_prompt_matches: ContextVar[tuple[str, list[str] | None]] = ContextVar(
+    "cacheblend_prompt_matches", default=("", None)
+)
 
 
 class RetrievalHandler(BaseCallbackHandler):
@@ -46,14 +48,14 @@ class RetrievalHandler(BaseCallbackHandler):
         ingestion: knows the engine, and how documents are written into prompts.
     """
 
-    run_inline = True  # in the context of the model's call, which then asks what it was told
+    run_inline = True  # in the context of the model's call, which then reads what was found
 
     def __init__(self, ingestion: CacheBlendIngestion) -> None:
         self.ingestion = ingestion
         self._lock = threading.Lock()
         self._chains: dict[UUID, _Chain] = {}  # each under all of its parts' runs
 
-    # ---- what LangChain tells ------------------------------------------------------------------
+    # ---- callbacks of LangChain ---------------------------------------------------------------
 
     def on_chain_start(
         self, *_: Any, run_id: UUID, parent_run_id: UUID | None = None, **__: Any
@@ -87,7 +89,7 @@ class RetrievalHandler(BaseCallbackHandler):
         **_: Any,
     ) -> None:
         text = text_of(messages[0])
-        _told.set((text, self._not_found(parent_run_id, text)))
+        _prompt_matches.set((text, self._not_found(parent_run_id, text)))
 
     def on_llm_start(
         self,
@@ -97,7 +99,7 @@ class RetrievalHandler(BaseCallbackHandler):
         parent_run_id: UUID | None = None,
         **_: Any,
     ) -> None:
-        _told.set((prompts[0], self._not_found(parent_run_id, prompts[0])))
+        _prompt_matches.set((prompts[0], self._not_found(parent_run_id, prompts[0])))
 
     # ---- what it makes of it -------------------------------------------------------------------
 
@@ -137,7 +139,7 @@ class RetrievalHandler(BaseCallbackHandler):
 
 def not_found(prompt: str) -> list[str] | None:
     """What a ``RetrievalHandler`` of this call said of its prompt; None where there is none."""
-    about, found = _told.get()
+    about, found = _prompt_matches.get()
     return found if about == prompt else None
 
 

@@ -14,7 +14,7 @@ from cacheblend_rag.options import CallOptions
 
 
 class LLMFields(TypedDict, total=False):
-    """What ``CacheBlendLLM`` takes by name beside model and engine; it says what they are."""
+    """What ``CacheBlendLLM`` takes by name besides model and engine; it says what they are."""
 
     temperature: float
     max_tokens: int

@@ -42,7 +42,7 @@ _Response = TypeVar("_Response", CompletionResponse, ChatResponse)
 _Make = Callable[[str, str | None, Mapping[str, Any]], _Response]
 
 
-class _Asked(NamedTuple):
+class _PreparedCall(NamedTuple):
     """A call, ready for the engine."""
 
     blend: CacheBlend
@@ -247,7 +247,7 @@ class CacheBlendLLM(LLM):
 
     def _ask_text(
         self, blend: CacheBlend, text: str, formatted: bool, call: Mapping[str, Any]
-    ) -> _Asked:
+    ) -> _PreparedCall:
         """Text that is formatted already goes in as it is. Other text becomes, for a chat model,
         what a user says.
         """
@@ -256,11 +256,11 @@ class CacheBlendLLM(LLM):
         if not formatted and not own and self._is_chat(blend):
             return self._ask(blend, [ChatMessage(content=text)], call)
         prompt = text if formatted else self.completion_to_prompt(text)
-        return _Asked(blend, prompt, self._options(call), not_found(prompt))
+        return _PreparedCall(blend, prompt, self._options(call), not_found(prompt))
 
     def _ask(
         self, blend: CacheBlend, messages: Sequence[ChatMessage], call: Mapping[str, Any]
-    ) -> _Asked:
+    ) -> _PreparedCall:
         if not messages:
             raise PromptError("there are no messages; pass at least one")
         assert self.messages_to_prompt is not None
@@ -271,7 +271,7 @@ class CacheBlendLLM(LLM):
         else:
             prompt = to_messages(messages)
             text = "\n".join(message["content"] for message in prompt)
-        return _Asked(blend, prompt, self._options(call), not_found(text))
+        return _PreparedCall(blend, prompt, self._options(call), not_found(text))
 
     def _options(self, call: Mapping[str, Any]) -> CallOptions:
         own: CallOptions = {"temperature": self.temperature, "max_tokens": self.max_tokens}
@@ -283,17 +283,17 @@ class CacheBlendLLM(LLM):
         return options
 
 
-def _whole(asked: _Asked, make: _Make[_Response]) -> _Response:
+def _whole(asked: _PreparedCall, make: _Make[_Response]) -> _Response:
     result = asked.blend.generate(asked.prompt, **asked.options)
     return make(result.text, None, asked.tail(result))
 
 
-async def _awhole(asked: _Asked, make: _Make[_Response]) -> _Response:
+async def _awhole(asked: _PreparedCall, make: _Make[_Response]) -> _Response:
     result = await asked.blend.agenerate(asked.prompt, **asked.options)
     return make(result.text, None, asked.tail(result))
 
 
-def _pieces(asked: _Asked, make: _Make[_Response]) -> Generator[_Response, None, None]:
+def _pieces(asked: _PreparedCall, make: _Make[_Response]) -> Generator[_Response, None, None]:
     text = ""
     with closing(asked.blend.stream(asked.prompt, **asked.options)) as stream:
         for delta in stream:
@@ -301,7 +301,7 @@ def _pieces(asked: _Asked, make: _Make[_Response]) -> Generator[_Response, None,
             yield make(text, delta, _tail(asked, stream))
 
 
-async def _apieces(asked: _Asked, make: _Make[_Response]) -> AsyncGenerator[_Response, None]:
+async def _apieces(asked: _PreparedCall, make: _Make[_Response]) -> AsyncGenerator[_Response, None]:
     text = ""
     async with aclosing(asked.blend.astream(asked.prompt, **asked.options)) as stream:
         async for delta in stream:
@@ -309,7 +309,7 @@ async def _apieces(asked: _Asked, make: _Make[_Response]) -> AsyncGenerator[_Res
             yield make(text, delta, _tail(asked, stream))
 
 
-def _tail(asked: _Asked, stream: BlendStream | AsyncBlendStream) -> dict[str, Any]:
+def _tail(asked: _PreparedCall, stream: BlendStream | AsyncBlendStream) -> dict[str, Any]:
     """Counts and report, for the last piece."""
     last = stream.pieces[-1].finish_reason is not None
     return asked.tail(stream.result) if last else {}

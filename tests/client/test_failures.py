@@ -30,8 +30,8 @@ from cacheblend_rag.client.failures import (
     RETRIES,
     pause,
     refusal,
+    reported_error,
     retry_after,
-    told,
 )
 from cacheblend_rag.client.http import base_url
 from cacheblend_rag.errors import UnavailableError
@@ -138,10 +138,10 @@ def test_refusals_of_our_endpoints() -> None:
 
 
 def test_errors_within_a_stream() -> None:
-    assert type(told({"message": "x", "code": 400}, URL)) is ConfigError
-    assert type(told({"message": "x", "code": 500}, URL)) is ServerError
-    assert type(told({"message": "x", "code": "ingestion_failed"}, URL)) is StoreError
-    assert "no reason" in str(told({}, URL))
+    assert type(reported_error({"message": "x", "code": 400}, URL)) is ConfigError
+    assert type(reported_error({"message": "x", "code": 500}, URL)) is ServerError
+    assert type(reported_error({"message": "x", "code": "ingestion_failed"}, URL)) is StoreError
+    assert "no reason" in str(reported_error({}, URL))
 
 
 @pytest.mark.parametrize("given", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])

@@ -13,7 +13,7 @@ from tiny import Words, make
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendConfig, CacheBlend
-from cacheblend_rag.engine.slices import Sliced
+from cacheblend_rag.engine.slices import SlicedIngestor
 from cacheblend_rag.errors import EngineError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
@@ -33,20 +33,20 @@ def blend(tiny_models: Path) -> Iterator[CacheBlend]:
         yield opened
 
 
-def bound() -> Any:
-    return get_kv_transfer_group().bound  # type: ignore[attr-defined]
+def worker_state() -> Any:
+    return get_kv_transfer_group().worker_state  # type: ignore[attr-defined]
 
 
 @pytest.fixture
-def sliced(blend: CacheBlend) -> Sliced:
+def sliced(blend: CacheBlend) -> SlicedIngestor:
     """One that has computed no prefix yet."""
-    return Sliced(bound().parts[0], bound().heads)
+    return SlicedIngestor(worker_state().parts[0], worker_state().heads)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 1000])
 @pytest.mark.parametrize("prefix", [(), PREFIX], ids=["alone", "behind"])
 def test_bit_for_bit(
-    blend: CacheBlend, sliced: Sliced, layers: int, prefix: tuple[int, ...]
+    blend: CacheBlend, sliced: SlicedIngestor, layers: int, prefix: tuple[int, ...]
 ) -> None:
     blend.generate(QUESTION, **FULL_LOGPROBS)
     before = logprobs(blend.generate(QUESTION, mode="full", **FULL_LOGPROBS))
@@ -59,14 +59,14 @@ def test_bit_for_bit(
         between = blend.generate(QUESTION, mode="full", **FULL_LOGPROBS)
         assert (logprobs(between) - before).abs().max() <= EXACT
     keys, computed = sliced.take()
-    at_once = bound().ingestor.compute(CHUNKS, prefix, CONTEXTS)
+    at_once = worker_state().ingestor.compute(CHUNKS, prefix, CONTEXTS)
     assert keys == KEYS and count == {1: 8 if prefix else 4, 3: 3 if prefix else 2, 1000: 1}[layers]
     for one, other in zip(computed, at_once, strict=True):
         assert one.token_ids == other.token_ids and one.base == other.base
         assert torch.equal(one.kv_L2NHD, other.kv_L2NHD)
 
 
-def test_one_that_is_dropped_leaves_nothing_behind(sliced: Sliced) -> None:
+def test_one_that_is_dropped_leaves_nothing_behind(sliced: SlicedIngestor) -> None:
     sliced.begin("a", KEYS, CHUNKS, PREFIX, CONTEXTS)
     assert not sliced.go_on("a", 2)  # within the prefix
     sliced.begin("b", KEYS[:1], CHUNKS[:1], PREFIX, CONTEXTS[:1])
@@ -74,14 +74,14 @@ def test_one_that_is_dropped_leaves_nothing_behind(sliced: Sliced) -> None:
         sliced.go_on("a", 1)
     assert sliced.go_on("b", 1000)
     keys, [computed] = sliced.take()
-    [expected] = bound().ingestor.compute(CHUNKS[:1], PREFIX, CONTEXTS[:1])
+    [expected] = worker_state().ingestor.compute(CHUNKS[:1], PREFIX, CONTEXTS[:1])
     assert keys == KEYS[:1] and torch.equal(computed.kv_L2NHD, expected.kv_L2NHD)
     with pytest.raises(EngineError, match="begin it again"):
         sliced.go_on("b", 1)
 
 
 def test_what_fails_is_raised_and_the_next_one_works(
-    sliced: Sliced, monkeypatch: pytest.MonkeyPatch
+    sliced: SlicedIngestor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("cacheblend_rag.engine.ingest._Host.copy", lambda *_: 1 / 0)

@@ -88,7 +88,18 @@ def error(status: int, message: str, param: str | None = None, kind: str = "BadR
 
 def app_of(server: FakeServer) -> FastAPI:
     """Its endpoints."""
-    app, blend = FastAPI(openapi_url=None), server.blend
+    app = FastAPI(openapi_url=None)
+    _add_refusals(app, server)
+    _add_state(app, server)
+    app.include_router(page_router())
+    _add_chunks(app, server)
+    _add_documents(app, server)
+    _add_prompts(app, server)
+    return app
+
+
+def _add_refusals(app: FastAPI, server: FakeServer) -> None:
+    """Keys, planned faults and errors, before any endpoint."""
 
     @app.middleware("http")
     async def before(request: Request, go_on: Any) -> Response:
@@ -112,6 +123,11 @@ def app_of(server: FakeServer) -> FastAPI:
     def refused(_: Request, failed: CacheBlendError) -> Response:
         known = as_http(failed)
         return JSONResponse(known.body(), known.status, known.headers())
+
+
+def _add_state(app: FastAPI, server: FakeServer) -> None:
+    """What the server says of itself."""
+    blend = server.blend
 
     @app.get("/v1/cacheblend")
     def state() -> Any:
@@ -150,12 +166,6 @@ def app_of(server: FakeServer) -> FastAPI:
         return {
             "components": {"schemas": {"CompletionRequest": {"properties": {"watermarking": 1}}}}
         }
-
-    app.include_router(page_router())
-    _add_chunks(app, server)
-    _add_documents(app, server)
-    _add_prompts(app, server)
-    return app
 
 
 async def _fault(fault: Fault) -> Response:

@@ -237,7 +237,7 @@ def test_changes_in_a_bucket_are_pruned_and_clocks_may_differ(
         cursor = here.changes(None).cursor
         for seed in range(12):
             there.discard(key_of(seed))
-        told_now = list(here._backend._told(here._feed, 0.0))  # type: ignore[attr-defined]
+        told_now = list(here._backend._events(here._feed, 0.0))  # type: ignore[attr-defined]
         assert len(told_now) == 12
         assert told(here.changes(cursor)) == ([], keys(*range(12)))
 

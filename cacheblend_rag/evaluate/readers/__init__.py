@@ -33,7 +33,7 @@ READERS: tuple[Reader, ...] = (
     SamsumReader(),
     MultiNewsReader(),
 )
-_COMPANY = 20  # questions
+_MOST_QUESTIONS = 20  # questions
 _ENDINGS = (".json", ".jsonl")
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
@@ -74,7 +74,7 @@ def other_passages(paths: Sequence[Path], seed: int = 7) -> dict[str, list[str]]
     the half for tuning.
     """
     found: dict[str, list[str]] = {}
-    for question in load(paths, seed=seed, limit=_COMPANY, split="tune"):
+    for question in load(paths, seed=seed, limit=_MOST_QUESTIONS, split="tune"):
         found.setdefault(question.set, []).extend(question.passages)
     return {name: list(dict.fromkeys(passages)) for name, passages in found.items()}
 

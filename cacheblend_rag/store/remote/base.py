@@ -63,7 +63,7 @@ class Backend(ABC):
 
     @abstractmethod
     def news(self, feed: str, cursor: object) -> News:
-        """What ``feed`` was told since ``cursor``, of the call before; all that is remembered where
+        """What ``feed`` recorded since ``cursor``, of the call before; all that is remembered where
         that is not known. Entries may come twice.
         """
 

@@ -24,7 +24,7 @@ _AT_ONCE = 64  # requests for heads
 _SKEW_S = 60.0  # by which clocks of machines may differ
 _REMEMBERED_S = 86400.0  # changes, for those who follow them
 _PRUNE_EVERY = 1000  # changes
-_TOLD = re.compile(r"[0-9]{13}-[0-9a-f]{8}-(put|deleted)-(.+)")
+_EVENT = re.compile(r"[0-9]{13}-[0-9a-f]{8}-(put|deleted)-(.+)")
 
 
 def open_bucket(url: str, timeout_s: float, options: Mapping[str, str]) -> ObjectStore:
@@ -63,16 +63,16 @@ def open_bucket(url: str, timeout_s: float, options: Mapping[str, str]) -> Objec
             },
         )
     except (BaseError, ValueError, TypeError) as error:
-        said = str(error).replace(url, redacted(url))
+        message = str(error).replace(url, redacted(url))
         raise StoreError(
-            f"The object storage {redacted(url)} cannot be used: {said}. "
+            f"The object storage {redacted(url)} cannot be used: {message}. "
             "Use s3://bucket/path, gs://bucket/path or az://account/container/path."
         ) from None  # which may quote a password
     return bucket
 
 
 class _Listed(NamedTuple):
-    """The cursor of a feed: when it was listed, and what it said of the last moments."""
+    """The cursor of a feed: when it was listed, and what it message of the last moments."""
 
     at: float
     names: frozenset[str]
@@ -111,7 +111,7 @@ class ObjectBackend(Backend):
     def put(self, name: str, value: bytes, feed: str = "") -> None:
         with self._failing():
             self._obstore.put(self._bucket, name, value, use_multipart=False)
-            self._tell(feed, "put", name)
+            self._record_event(feed, "put", name)
 
     def exists(self, name: str) -> bool:
         with self._failing():
@@ -125,7 +125,7 @@ class ObjectBackend(Backend):
         with self._failing():
             with contextlib.suppress(*self._not_found):
                 self._obstore.delete(self._bucket, name)
-            self._tell(feed, "deleted", name)
+            self._record_event(feed, "deleted", name)
 
     def news(self, feed: str, cursor: object) -> News:
         """``feed`` is a folder of empty objects, whose names say when, what and which. A listing
@@ -134,15 +134,15 @@ class ObjectBackend(Backend):
         now = time.time()
         fresh = isinstance(cursor, _Listed) and now - cursor.at < _REMEMBERED_S / 2
         before = cursor if fresh and isinstance(cursor, _Listed) else None
-        told = list(self._told(feed, 0.0 if before is None else before.at - _SKEW_S))
-        new = [name for name in told if before is None or name not in before.names]
+        events = list(self._events(feed, 0.0 if before is None else before.at - _SKEW_S))
+        new = [name for name in events if before is None or name not in before.names]
         entries = [
-            (match[2], match[1] == "put") for name in new if (match := _TOLD.fullmatch(name))
+            (match[2], match[1] == "put") for name in new if (match := _EVENT.fullmatch(name))
         ]
-        recent = frozenset(name for name in told if name >= _stamp(now - _SKEW_S))
+        recent = frozenset(name for name in events if name >= _stamp(now - _SKEW_S))
         return News(_Listed(now, recent), entries, whole=before is None)
 
-    def _told(self, feed: str, since: float) -> Iterator[str]:
+    def _events(self, feed: str, since: float) -> Iterator[str]:
         with self._failing():
             pages = self._obstore.list(
                 self._bucket, feed, offset=f"{feed}/{_stamp(since)}", chunk_size=1000
@@ -150,15 +150,15 @@ class ObjectBackend(Backend):
             for page in pages:
                 yield from (found["path"].rpartition("/")[2] for found in page)
 
-    def _tell(self, feed: str, what: str, name: str) -> None:
+    def _record_event(self, feed: str, what: str, name: str) -> None:
         if not feed:
             return
         now, key = time.time(), name.rpartition("/")[2]
-        told = f"{feed}/{_stamp(now)}-{secrets.token_hex(4)}-{what}-{key}"
-        self._obstore.put(self._bucket, told, b"", use_multipart=False)
+        event = f"{feed}/{_stamp(now)}-{secrets.token_hex(4)}-{what}-{key}"
+        self._obstore.put(self._bucket, event, b"", use_multipart=False)
         if next(self._numbers) % _PRUNE_EVERY == 0:
             old = itertools.takewhile(
-                lambda name: name < _stamp(now - _REMEMBERED_S), self._told(feed, 0.0)
+                lambda name: name < _stamp(now - _REMEMBERED_S), self._events(feed, 0.0)
             )
             if paths := [f"{feed}/{name}" for name in old]:
                 self._obstore.delete(self._bucket, paths)

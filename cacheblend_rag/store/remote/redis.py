@@ -64,7 +64,7 @@ class RedisBackend(Backend):
     def put(self, name: str, value: bytes, feed: str = "") -> None:
         with self._failing(), self._client.pipeline(transaction=bool(feed)) as pipeline:
             pipeline.set(name, value)
-            self._tell(pipeline, feed, "put", name)
+            self._record_event(pipeline, feed, "put", name)
             pipeline.execute()
 
     def exists(self, name: str) -> bool:
@@ -74,7 +74,7 @@ class RedisBackend(Backend):
     def delete(self, name: str, feed: str = "") -> None:
         with self._failing(), self._client.pipeline(transaction=bool(feed)) as pipeline:
             pipeline.unlink(name)
-            self._tell(pipeline, feed, "deleted", name)
+            self._record_event(pipeline, feed, "deleted", name)
             pipeline.execute()
 
     def news(self, feed: str, cursor: object) -> News:
@@ -95,7 +95,7 @@ class RedisBackend(Backend):
             return News(_EMPTY, [])
         return News(found[-1][0] if found else _EMPTY, entries, whole=True)
 
-    def _tell(self, pipeline: Any, feed: str, what: str, name: str) -> None:
+    def _record_event(self, pipeline: Any, feed: str, what: str, name: str) -> None:
         if feed:
             pipeline.xadd(
                 feed, {what: name.rpartition("/")[2]}, maxlen=_REMEMBERED, approximate=True
