@@ -21,7 +21,7 @@ WORDS = {
     Reason.NO_ROPE: ("no rotary positions",),
     Reason.ROPE_TABLES: ("RoPE tables that depend on more",),
     Reason.MOVED_KEYS_DIFFER: ("self-check", "moves keys otherwise"),
-    Reason.ATTENTION_DIFFERS: ("our own attention equals vLLM's",),
+    Reason.ATTENTION_DIFFERS: ("Our own attention must equal vLLM's",),
     Reason.ALIBI: ("ALiBi",),
     Reason.ATTENTION_LAYER: ("chunked attention", "attention layers of any other class"),
     Reason.SHARED_KV: ("share KV",),
@@ -29,11 +29,11 @@ WORDS = {
     Reason.NOT_CAUSAL: ("not causal",),
     Reason.SLIDING_WINDOW: ("sliding window", "max_tokens"),
     Reason.KV_GROUPS: ("KV cache groups",),
-    Reason.RATIO_ONE_DIFFERS: ("ratio 1 equals a plain prefill",),
+    Reason.RATIO_ONE_DIFFERS: ("ratio 1 must equal a plain prefill",),
     Reason.SPECULATIVE_DECODING: ("speculative decoding",),
-    Reason.PIPELINE_PARALLEL: ("pipeline parallelism",),
-    Reason.DATA_PARALLEL: ("data parallelism",),
-    Reason.CONTEXT_PARALLEL: ("context parallelism",),
+    Reason.PIPELINE_PARALLEL: ("pipeline, data or context parallelism",),
+    Reason.DATA_PARALLEL: ("pipeline, data or context parallelism",),
+    Reason.CONTEXT_PARALLEL: ("pipeline, data or context parallelism",),
     Reason.ATTENTION_BACKEND: ("without a cache update of its own",),
     Reason.KV_HEADS: ("different number of KV heads",),
     Reason.CUDA_GRAPHS: ("one CUDA graph",),
@@ -42,7 +42,7 @@ WORDS = {
     Reason.PROMPT_LOGPROBS: ("`prompt_logprobs`",),
     Reason.PROMPT_EMBEDS: ("embeddings",),
     Reason.OTHER_CONNECTORS: ("other KV connectors",),
-    Reason.ROWS_DIFFER: ("ratio 1 equals a plain prefill",),
+    Reason.ROWS_DIFFER: ("ratio 1 must equal a plain prefill",),
 }
 # what the caller's own mode, the chunks found, their costs or the store decide for a request
 NOT_LISTED = {
