@@ -78,5 +78,7 @@ def chunks_of(space: KeySpace, rows: Iterable[Row]) -> Iterator[tuple[str, tuple
     for key, raw, base in rows:
         if base == len(space.prefix_ids):
             ids = tuple(array("i", raw))
+            # A prefix of the same length is not the same prefix. Only the key tells, and it is made
+            # anew rather than believed: a damaged row would put a wrong chunk into prompts.
             if space.key(ids) == key:
                 yield key, ids

@@ -163,6 +163,8 @@ class Planner:
             return Planned(NoPlan(Reason.MODE, f"mode is {config.mode!r}"), config.mode, {})
         if self._limits.why_not is not None:
             return Planned(NoPlan(*self._limits.why_not), config.mode, {})
+        # Keys differ by adapter, but matches are found by token ids: without this, a request would
+        # get the KV of other weights.
         if adapter != space.adapter:
             return Planned(NoPlan(Reason.LORA, _OTHER_ADAPTER), config.mode, {})
         matches = self.known.index(space.name).locate(token_ids, min_tokens=config.min_chunk_tokens)
@@ -191,6 +193,7 @@ class Planner:
             self._default = space.name
 
     def _lose(self, keys: Sequence[str]) -> None:
+        # A prompt prefix is no known chunk. Its own plan would go on asking for what is gone.
         self.known.lose(keys)
         for name, space in self._spaces.items():
             if space.prompt_prefix is not None and space.prompt_prefix.key in keys:

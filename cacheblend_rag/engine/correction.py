@@ -101,7 +101,11 @@ class Correction:
         off_k, off_v = (
             f[at].float() - r[sources].float() for f, r in zip(fresh, reused, strict=True)
         )
-        off_k = self._rope.apply(off_k, back, index)  # as at position 0, where all compare
+        # The change of a key turns with the key's position. Changes of different tokens can be
+        # added as at one position only, which is 0.
+        off_k = self._rope.apply(off_k, back, index)
+        # A pass may have some of the recomputed tokens, and vLLM may need more passes. Each adds to
+        # the sums of those before, and what it corrects is as far as they go.
         sums = self._sums.get(index) or [
             off.new_zeros(len(self.moved_N), *off.shape[1:]) for off in (off_k, off_v)
         ]

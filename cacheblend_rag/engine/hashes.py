@@ -26,6 +26,7 @@ def private(hashes: Sequence[bytes], first: int, tag: str) -> list[bytes]:
 
 def tokens_per_hash(request: Any, hash_block_size: int | None, block_size: int) -> int:
     """How many tokens a hash of ``request`` stands for."""
+    # vLLM may hash smaller units than its blocks. How many hashes there are tells which it did.
     if hash_block_size and request.num_tokens // hash_block_size == len(request.block_hashes):
         return hash_block_size
     return block_size
@@ -90,6 +91,7 @@ class BlendedPrefixes:
         old = same.get(prefix.rest)
         same[prefix.rest] = prefix
         self._count += len(prefix.exact) - (len(old.exact) if old else 0)
+        # The newest prompt stays, however long it is: the next turn of its chat comes soon.
         while self._count > self._most and len(self._known) > 1:
             _, gone = self._known.popitem(last=False)
             self._count -= sum(len(p.exact) for p in gone.values())
@@ -100,6 +102,7 @@ class BlendedPrefixes:
         """The hashes to look for in place of ``exact``, the first of them blended; None where no
         blended prompt is a beginning of this one.
         """
+        # From the end: the longest common beginning leaves the fewest tokens to compute.
         for full in range(len(exact), 0, -1):
             same = self._known.get((exact[full - 1], settings))
             fitting = [p for p in (same or {}).values() if _begins(prompt, full * per_hash, p.rest)]
@@ -120,4 +123,6 @@ def _joined(exact: Sequence[bytes], prefix: Prefix) -> list[bytes]:
         if mine != theirs:
             break
         same += 1
+    # What follows is named after the last blended hash, not at random: a third request that goes on
+    # like this one finds the blocks that this one leaves.
     return [*prefix.blended[:same], *private(exact[same:], 0, prefix.blended[same - 1].hex())]

@@ -54,6 +54,8 @@ class Planning:
         self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str = ""
     ) -> Future[Planned]:
         """Plan a request behind all that was said before; done already, where that is quick."""
+        # A busy thread has the planner, which is for one thread at a time. Rather than the engine's
+        # step, the request waits.
         busy = self._busy is not None and not self._busy.done()
         self._collect()
         if busy or len(token_ids) > _AT_ONCE_TOKENS or self._is_much():
@@ -101,6 +103,7 @@ class Planning:
         chunks = 0
         for _, message in list(self._mail):
             if isinstance(message, News):
+                # a whole listing also compares with all that is known, however little it adds
                 chunks += len(message.added) + len(message.removed) + message.whole * 10
         return chunks > _AT_ONCE_CHUNKS
 

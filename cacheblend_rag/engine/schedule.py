@@ -191,6 +191,8 @@ class Claims:
             return
         exact = tracked.exact = list(request.block_hashes)
         per = tracked.per_hash = tokens_per_hash(request, self._hash_block_size, self._block_size)
+        # The blocks of an earlier blend with this beginning are as good as those of a new one, and
+        # vLLM finds them by itself.
         known = self._prefixes.find(exact, request.prompt_token_ids, plan.settings, per)
         if known is not None:
             request.block_hashes = known
@@ -206,6 +208,8 @@ class Claims:
         if tracked.planning is not None:  # what vLLM found, it found by other hashes
             self._take_plan(tracked)
             return None
+        # After a preemption vLLM asks again, and then finds blocks of this very request. Only what
+        # it found at first is known to be written, and of use to others.
         if not tracked.begun:
             tracked.shared = tracked.prefix_cached = hit
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
@@ -219,9 +223,13 @@ class Claims:
         except RefusedError as refusal:
             tracked.why_not = refusal.why
             return self._not_blended(tracked)
+        # To vLLM, a claim is tokens that are there already: it schedules rows for the others only.
+        # Which tokens these rows compute is decided by the worker.
         total = int(request.num_tokens)
         computes = rows_of(plan, total, write_from)
         tracked.claim = _Claim(write_from, total, computes, min(computes, total - hit))
+        # vLLM enters blocks into its cache when it allocates them, before a row is written. Under
+        # these hashes only this request finds them.
         request.block_hashes = private(
             request.block_hashes, hit // tracked.per_hash, uuid.uuid4().hex
         )
@@ -277,6 +285,7 @@ class Claims:
         self._drop_without_outcome(gone)
         if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
             return Step(tasks, {}, gone, plain)
+        # Where the rows of a claim stand in the step depends on the rows of all other requests.
         batch = _batch(scheduled)
         for name, part in batch.items():
             tracked = self._requests.get(name)

@@ -220,6 +220,8 @@ class Index(Documents):
                     db, scope, missing, self._rows.rank(usage), pinned, victims
                 )
                 if found is None:
+                    # It stays out, but was wanted. This use is remembered, so that it gets in once
+                    # it is wanted more often than what it would push out.
                     self._rows.count(db, namespace, key, cost, nbytes)
                     self._rows.remember(db, namespace, key, usage.heat)
                     return None

@@ -90,6 +90,8 @@ class Rows:
     ) -> None:
         seal = seal_of(namespace, content)
         usage = self.count(db, namespace, content.key, cost, nbytes)
+        # A new row instead of an update: its number is higher than all before, which is how other
+        # processes see that it came.
         self.forget(db, namespace, [content.key])
         row = db.execute(
             "INSERT INTO chunks (namespace, key, nbytes, cost, heat, tick, priority) "
@@ -155,6 +157,8 @@ class Rows:
             victims[victim[:2]] = victim
             missing -= victim.nbytes
         rows.close()
+        # Even without all rows the sums would be too large, so they are wrong. This error has the
+        # index made anew from the files.
         if missing > 0 and not (pinned or chosen or self.policy.refuses):
             raise sqlite3.DatabaseError("the sums are not those of the rows")
         return None if missing > 0 else victims
@@ -174,6 +178,7 @@ class Rows:
             "INSERT OR REPLACE INTO heats (namespace, key, heat) VALUES (?, ?, ?)",
             (namespace, key, heat),
         )
+        # Ids only grow, so their span is an upper bound for the number of rows that costs no count.
         (kept,) = db.execute("SELECT max(id) - min(id) FROM heats").fetchone()
         if kept > 2 * FEWEST_REMEMBERED and kept % 100 == 0:  # now and then: it costs a count
             keep = _REMEMBERED * self.held(db) + FEWEST_REMEMBERED

@@ -67,6 +67,8 @@ class WriteBackStore(KVStore):
         return self.scan_others(())
 
     def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
+        # What waits is noted first: a chunk that is written while the store is listed would else be
+        # in neither list.
         with self._lock:
             waiting = dict(self._waiting)
         for key, chunk in waiting.items():
@@ -134,6 +136,7 @@ class WriteBackStore(KVStore):
             except StoreError as error:
                 problem = str(error)
             finally:
+                # not sooner: until the store has it, reads find it here
                 with self._lock:
                     self._waiting.pop(key, None)
             if problem:

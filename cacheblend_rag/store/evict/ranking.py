@@ -68,6 +68,8 @@ class Ranking:
     def _place(self, key: str, member: Member) -> None:
         self._members[key] = member
         heapq.heappush(self._heap, (member.priority, key))
+        # A pair that is outdated stays where it is, since a heap has no cheap removal. Where most
+        # are, a heap that is built anew is cheaper than skipping them.
         if len(self._heap) > 4 * len(self._members) + 100:
             self._heap = [(m.priority, k) for k, m in self._members.items()]
             heapq.heapify(self._heap)
