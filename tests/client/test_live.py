@@ -23,11 +23,13 @@ from browser import DESK, ask, chromium, counts, drop
 from live_server import LiveServer, live_server
 
 from cacheblend_rag import CacheBlend, PromptTooLongError, ServerError
+from cacheblend_rag.server.tenants import KeyFile
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/clients.md").read_text()
+PAGE = (ROOT / "docs" / "clients.md").read_text()
+SERVING = (ROOT / "docs" / "serving.md").read_text()
 THERE = "http://localhost:8000"
 NAMES = ("curl", "OpenAI's package", "LangChain's own class", "LlamaIndex's own class", "Haystack")
 OURS = ("Python", "Our classes for LlamaIndex and LangChain")
@@ -172,6 +174,31 @@ def test_curl(server: LiveServer) -> None:
     assert '"status":"completed"' in done.stdout
     assert '"object":"cacheblend.report"' in done.stdout
     assert re.search(r'"tokens_reused":[1-9]', done.stdout)
+
+
+def test_the_serving_page(server: LiveServer, remote: CacheBlend, tmp_path: Path) -> None:
+    """Its blocks but for those that start a server, which tests/unit/test_docs.py looks at."""
+    openai = pytest.importorskip("openai")
+    found = re.findall(r"(needs a hub -->\n)?^```(\w+)\n(.*?)^```", SERVING, re.S | re.M)
+    own = [(kind, text) for hub, kind, text in found if not hub and "cacheblend serve" not in text]
+    assert sorted(kind for kind, _ in own) == ["bash", "json", "python", "toml"]
+    block = dict(own)
+    if shutil.which("curl") is not None:
+        lines = block["bash"].replace("localhost:8000", server.url.removeprefix("http://"))
+        script = ["bash", "-ec", lines]
+        done = subprocess.run(script, capture_output=True, text=True, check=True)
+        for part in ('"status":"completed"', '"choices"', '"blending"'):
+            assert part in done.stdout
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        scope = {"client": client, "model": "smollm2", "messages": MESSAGES}
+        exec(compile(block["python"], "serving.md", "exec"), scope)
+    body = {"chunks": [CHUNKS[0]], "wait": True}
+    job = httpx.post(f"{server.url}/v1/cacheblend/ingestions", json=body, timeout=60).json()
+    shown = json.loads(block["json"])
+    assert shown.keys() <= job.keys() and shown["counts"].keys() == job["counts"].keys()
+    keys = tmp_path / "keys.toml"
+    keys.write_text(block["toml"])
+    assert KeyFile(str(keys)).of("sk-of-the-red-team") == "red"
 
 
 MODULES = {

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PROGRAM = r"(?:PYTHONPATH=\S+ )?(?:cacheblend|make|python) "
-LINE = re.compile(rf"^    ({_PROGRAM}[^#\n]*)", re.MULTILINE)  # of a code block, up to a comment
+LINE = re.compile(rf"^(?:    )?({_PROGRAM}[^#\n]*)", re.MULTILINE)  # of a block, up to a comment
 INLINE = re.compile(rf"`({_PROGRAM}[^`]*)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -154,7 +154,11 @@ def test_python_blocks_are_python(page: Path) -> None:
 
 @pytest.mark.parametrize("line", commands("cacheblend", LINE))
 def test_the_command_takes_these_arguments(line: str) -> None:
-    _parser().parse_args([a for a in shlex.split(line)[1:] if a != "..."])
+    arguments = [a for a in shlex.split(line)[1:] if a != "..."]
+    if arguments[0] == "serve":  # hands on what it does not know to vLLM
+        _parser().parse_known_args(arguments)
+    else:
+        _parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("line", commands("cacheblend", INLINE))
@@ -192,6 +196,28 @@ def test_the_script_is_there_and_has_these_options(line: str) -> None:
     sources += [(ROOT / "benchmarks" / name).read_text() for name in ("shapes.py", "plots.py")]
     options = [a for a in arguments if a.startswith("--")]
     assert [o for o in options if not any(f'"{o}"' in source for source in sources)] == []
+
+
+# which test runs the blocks of which page
+RUN = {
+    "CONTRIBUTING.md": "unit/test_recipes.py",
+    "README.md": "integrations/test_documented_code.py",
+    "clients.md": "client/test_live.py",
+    "debug.md": "integrations/test_documented_code.py",
+    "python.md": "integrations/test_documented_code.py",
+    "serving.md": "client/test_live.py",
+    "tutorial.md": "integrations/test_documented_code.py",
+}
+FENCE = re.compile(r"^```(\w+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_a_test_runs_the_blocks(page: Path) -> None:
+    kinds = set(FENCE.findall(page.read_text())) - {"text"}
+    if kinds:
+        assert f'"{page.name}"' in (ROOT / "tests" / RUN[page.name]).read_text()
+    else:
+        assert page.name not in RUN
 
 
 # --- for contributors -----------------------------------------------------------------------------
