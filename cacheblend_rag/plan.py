@@ -25,7 +25,7 @@ from cacheblend_rag.options import BlendIf
 from cacheblend_rag.reason import Reason
 
 PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params
-BOUNDARY_TOKENS = 8  # a head cut by no more than this is a tokeniser seam, not a cut
+BOUNDARY_TOKENS = 8  # a chunk that lacks no more than these at its start was cut by the tokeniser
 MIN_QUESTION_TOKENS = 8  # a shorter rest is a template's tail, not a question
 MAX_QUESTION_TOKENS = 512  # rows of the question pass
 
@@ -216,7 +216,7 @@ def _segments(
 def _with_prompt_prefix(
     segments: tuple[Segment, ...], token_ids: Sequence[int], prompt_prefix: PromptPrefix | None
 ) -> tuple[Segment, ...]:
-    """Serve the prompt's first tokens from the stored head: exact, as nothing comes before them."""
+    """Serve the prompt's first tokens from the stored prefix: exact, since nothing precedes it."""
     first = segments[0] if segments else None
     if prompt_prefix is None or first is None or first.kind is not Kind.FRESH:
         return segments

@@ -1,9 +1,9 @@
 """The ingest prefix: the tokens a chunk is computed behind, whose own KV is dropped again.
 
 A chunk computed all alone starts with an attention sink it will not have in a prompt. Behind the
-head of a real prompt, and some neutral text, its KV is closer to what a full prefill gives. With
-``document``, what stands before the chunk in its own document takes the neutral text's place, token
-for token, so that every chunk starts at the same position.
+prompt prefix of real prompts and a neutral text, its KV is closer to what a full prefill gives.
+With ``document``, what stands before the chunk in its own document takes the neutral text's place,
+token for token, so that every chunk starts at the same position.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def prompt_prefix_ids(
     if chat is None or not chat.available:
         return _bos(tokenizer)
 
-    def head(system_prompt: str | None) -> tuple[int, ...]:
+    def prompt_prefix(system_prompt: str | None) -> tuple[int, ...]:
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         first, second = (
             chat.render(
@@ -141,12 +141,12 @@ def prompt_prefix_ids(
 
     if config.system_prompt is not None:
         try:
-            return head(config.system_prompt)
+            return prompt_prefix(config.system_prompt)
         except PromptError as error:
             raise ConfigError(f"system_prompt can't be used with this model: {error}") from error
     for likely in dict.fromkeys((config.likely_system_prompt, None)):
         with suppress(PromptError):  # it takes none; only closeness depends on the prompt prefix
-            return head(likely)
+            return prompt_prefix(likely)
     return _bos(tokenizer)
 
 

@@ -34,7 +34,7 @@ class FromStore(NamedTuple):
 
     refusal: Why | None  # of the whole blend
     chunks: Mapping[str, ChunkKV | None]  # by key
-    timed_out: AbstractSet[str] = frozenset()  # keys of those that come too late
+    timed_out: AbstractSet[str] = frozenset()  # keys of those that missed the deadline
     unavailable: AbstractSet[str] = frozenset()  # keys for which the store could not be asked
 
 

@@ -146,7 +146,7 @@ class KernelExecutor(BlendExecutor):
         """This request's paged cache of layer ``index``."""
         return self._kernels.view(index, self._table, self._lengths[:1], self.region.end)
 
-    def _asked(self, index: int) -> PagedKV:
+    def _question_view(self, index: int) -> PagedKV:
         """The same as the question sees it."""
         return self._kernels.view(index, self._table, self._lengths[1:], self.region.asked)
 
@@ -194,19 +194,19 @@ class KernelExecutor(BlendExecutor):
         rows[1] = np.concatenate([glue, behind])
         rows[2, n:] = rows[3, n:] = behind
         rows[3, :n] = NEVER
-        ids, at, asking, beside = upload(rows, self.device)
+        ids, at, asking, key_position = upload(rows, self.device)
         slots = torch.full_like(at, NOWHERE)
         slots[:n] = self.slots(at[:n])
         if known.all():
-            here, before = self._asked(0), self.place_through
-            score = self._graphs.ask(ids, at, slots, asking, beside, keep, here, before)
+            here, before = self._question_view(0), self.place_through
+            score = self._graphs.ask(ids, at, slots, asking, key_position, keep, here, before)
             if score is not None:
                 return F.pad(score, (0, beyond))
         known_A = None if known.all() else upload(known, self.device)
         by_head = torch.zeros(self.view(0).k_BSGD.shape[2], region.asked, device=self.device)
         step = QuestionPass(
-            self.handle, self._asked, at, slots, asking, beside, known_A, by_head, keep,
-            before=self.place_through,
+            self.handle, self._question_view, at, slots, asking, key_position, known_A, by_head,
+            keep, before=self.place_through,
         )  # fmt: skip
         self.handle.run(step, ids, at)
         return F.pad(by_head.sum(0), (0, beyond))

@@ -1,7 +1,7 @@
 """A blend's tokens as rows of vLLM's own step: the worker's side.
 
-The scheduler was told that all but ``task.rows`` tokens of a request are there, so vLLM schedules
-that many rows, in one step or several, as if they were the prompt's last tokens. Before the model
+To the scheduler, all but ``task.rows`` tokens of a request are there. So vLLM schedules that many
+rows, in one step or several, as if they were the prompt's last tokens. Before the model
 runs, those rows become the chosen tokens, in order: ids, positions and slots are written into the
 step's own tensors, and the attention metadata is built anew with each run of consecutive positions
 as a sequence. Chosen positions ascend and end with the prompt's last token, so no row stands at a
@@ -120,7 +120,7 @@ class StepRows:
 
     Attributes:
         blender: what decides; None until the worker is bound.
-        proved: is told what a proof came to: None if blends are right.
+        proved: takes what a proof came to: None if blends are right.
         causes: why requests could not be computed, by the callers' names.
     """
 
@@ -130,7 +130,7 @@ class StepRows:
         self._blends: dict[str, _Blend] = {}
         self._finished: list[_Blend] = []
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
-        self._lost: dict[str, set[int]] = {}  # not yet told
+        self._lost: dict[str, set[int]] = {}  # not yet reported
         self._dtype = str(handle.config.model_config.dtype).removeprefix("torch.")
         self.proved: Callable[[Why | None], object] = lambda why_not: None
         self._is_disproved = False
@@ -186,7 +186,7 @@ class StepRows:
                 self._lose(blend, detail)
                 self._is_disproved = True
                 self.proved(Why(Reason.ROWS_DIFFER, detail))
-            elif not self._is_disproved:  # by another that was under way beside this one
+            elif not self._is_disproved:  # by another that was under way with this one
                 self.proved(None)
 
     def finished(self) -> list[Finished]:
@@ -251,7 +251,7 @@ class StepRows:
         assert all(task.blocks), "the null block, which all requests share, is among the blocks"
         executor, positions, proof = self.blender.choose(task, outcome)
         placed, spare = task.write_from, len(positions) - task.rows
-        assert spare >= 0, "a blend never computes fewer tokens than it said"
+        assert spare >= 0, "a blend never computes fewer tokens than it claimed"
         if spare:  # more than there are rows: the first tokens are computed before the step
             placed = task.first_row
             try:

@@ -13,7 +13,7 @@
 
 An ingest prefix is ``auto``, ``prompt_prefix``, ``document`` (other than ``auto`` only for cut
 passages), ``bos``, ``none``, ``neutral:N`` (the prompt prefix, then N tokens of neutral text), or
-``other_passages:N`` (the head, then N tokens of other passages of the same set).
+``other_passages:N`` (the prompt prefix, then N tokens of other passages of the same set).
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def with_prefix(
     sized = _SIZED.fullmatch(name)
     if sized is None:
         return replace(config, ingest_prefix=name)
-    head = prompt_prefix_ids(config, tokenizer, chat, timeless=True)
+    prefix_ids = prompt_prefix_ids(config, tokenizer, chat, timeless=True)
     kind, size = sized[1], int(sized[2])
     texts = itertools.repeat(NEUTRAL_TEXT) if kind == "neutral" else (f"{p}\n\n" for p in passages)
     ids: list[int] = []
@@ -164,7 +164,7 @@ def with_prefix(
         ids += tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < size:
         raise DataError(f"the set's passages have {len(ids)} tokens together, fewer than {size}")
-    return replace(config, ingest_prefix=(*head, *ids[:size]))
+    return replace(config, ingest_prefix=(*prefix_ids, *ids[:size]))
 
 
 def _value(text: str) -> Any:

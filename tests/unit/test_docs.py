@@ -126,6 +126,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not broken
 
 
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    """By the end of their path, as in `engine/rows.py`."""
+    named = set(re.findall(r"`([a-z_/]+\.py)`", page.read_text()))
+    folders = ("benchmarks", "cacheblend_rag", "integrations", "kernels", "scripts", "tests")
+    files = [f"/{p.relative_to(ROOT)}" for name in folders for p in (ROOT / name).rglob("*.py")]
+    assert {name for name in named if not any(f.endswith(f"/{name}") for f in files)} == set()
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],

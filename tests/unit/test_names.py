@@ -53,7 +53,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "exampl
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_private_word_is_in_a_name(path: Path) -> None:
     # matplotlib's own argument, and the sigmoid gates of model files
-    foreign = {"plots.py": {"label"}, "kernel_executor.py": {"beside"}}.get(path.name, set())
+    foreign = {"label"} if path.name == "plots.py" else set()
     found = {
         name for name in names_of(ast.parse(path.read_text())) if words(name) & PRIVATE - foreign
     }
