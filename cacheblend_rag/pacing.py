@@ -12,7 +12,7 @@ _LEAST_TOKENS = 256  # smaller batches cost more than they spare
 
 
 class Progress(NamedTuple):
-    """What a worker says after a slice.
+    """What a worker reports after a slice.
 
     Attributes:
         seconds: that the slice took.

@@ -126,7 +126,7 @@ class Planner:
         return self._default is not None
 
     def learn(self, rank: int, message: Message) -> None:
-        """Take what a rank's worker says."""
+        """Take a message of a rank's worker."""
         if isinstance(message, News):
             self.known.learn(rank, message)
         elif isinstance(message, Limits):

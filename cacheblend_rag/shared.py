@@ -231,29 +231,29 @@ class SharedEngine:
             checked(text, f"text {number} of {len(texts)}{of}")
 
     def prefetch(self, texts: Sequence[str]) -> None:
-        """Bring chunks nearer, in a thread of its own: the caller goes on, and hears of no error.
+        """Bring chunks nearer, in a thread of its own: the caller goes on, and gets no error.
         Does nothing while the engine does not run.
         """
 
-        def bring() -> None:
-            with suppress(CacheBlendError):  # a hint: the prompt itself will say what is wrong
+        def fetch() -> None:
+            with suppress(CacheBlendError):  # a hint: the prompt itself will raise what is wrong
                 self.blend().prefetch([text for text in texts if text.strip()])
 
         if self.started:
-            threading.Thread(target=bring, name="cacheblend-prefetch", daemon=True).start()
+            threading.Thread(target=fetch, name="cacheblend-prefetch", daemon=True).start()
 
     def forget(self, documents: Iterable[str]) -> int:
         """Drop the chunks that only these documents consist of; returns how many.
 
         Raises:
-            PromptError: a document that the store has no chunks on record for.
+            PromptError: a document that the store has no chunks registered for.
         """
         documents, blend = set(documents), self.blend()
         if unknown := documents - blend.registered_documents(documents):
             raise PromptError(
-                f"no chunks are on record for {sorted(unknown)}: they were never ingested, or "
+                f"no chunks are registered for {sorted(unknown)}: they were never ingested, or "
                 "into a store that is gone or keeps no such records. To drop all chunks that your "
-                "documents no longer contain, use gc(); to have them on record again, ingest or "
+                "documents no longer contain, use gc(); to register them again, ingest or "
                 "backfill them first"
             )
         return blend.forget_documents(documents)

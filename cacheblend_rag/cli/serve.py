@@ -91,8 +91,8 @@ def plain(args: argparse.Namespace, theirs: Sequence[str]) -> Command:
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and any(_means(option, ours) for ours in _OURS_ALONE):
             raise ConfigError(
-                f"{option} is set by cacheblend serve; leave it out. To put other connectors "
-                "beside ours, start vllm serve yourself: --print-command shows what we would pass"
+                f"{option} is set by cacheblend serve; leave it out. To use other connectors with "
+                "ours, start vllm serve yourself: --print-command shows what we would pass"
             )
     model, rest = _model(theirs)
     embedded = _is_embedded(model, rest)

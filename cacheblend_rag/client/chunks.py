@@ -194,7 +194,7 @@ def _texts(texts: object) -> list[Text]:
 
 
 def _numbered(texts: Sequence[object]) -> list[Text]:
-    """Each as it is sent; what is wrong with one is said with its number."""
+    """Each as it is sent; an error names the number of its text."""
     found = []
     for number, text in enumerate(texts, 1):
         with ingest.naming(f"text {number} of {len(texts)}"):

@@ -48,7 +48,7 @@ class RankMessages(KVConnectorHandshakeMetadata):
     """From a rank to the scheduler's side, once the worker is bound.
 
     Attributes:
-        messages: what it says.
+        messages: what it sends.
         store: URL, namespace and tenant of a store that the scheduler's side is to follow itself.
     """
 

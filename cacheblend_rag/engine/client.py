@@ -80,7 +80,7 @@ class ClientEngine(Engine):
 
     @property
     def space(self) -> Space | None:
-        """That of requests that name none, as the workers said it."""
+        """That of requests that name none, as the workers report it."""
         space = self.state["space"]
         return None if space is None else Space.from_plain(space)
 

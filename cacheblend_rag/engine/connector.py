@@ -149,7 +149,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         return False, self.claims.finished(request)
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        """What the workers said when they were bound."""
+        """What the workers sent when they were bound."""
         assert self.claims is not None
         for rank, messages in sorted(metadata.items()):
             if isinstance(messages, RankMessages):
@@ -222,6 +222,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         outcomes = {d.request_id: d.outcome.to_dict() for d in ready if d.why_not is None}
         failed = {d.request_id: d.why_not for d in ready if d.why_not is not None}
         lost, self._lost = set(self._lost), {}
+        # In one process the scheduler's side has them already, by the link.
         messages = {} if self.link.has_scheduler else self._messages()
         return BlendResults(outcomes, failed, lost, messages) if ready or lost or messages else None
 

@@ -73,7 +73,7 @@ class BlendedPrefixes:
     """Prompts whose blended blocks are whole, least recently used ones forgotten.
 
     A prompt is found by the exact hash of its last full block, by the tokens behind that, and by
-    the settings of the blend. So a follow-up turn finds what was said before it, blended chunks and
+    the settings of the blend. So a follow-up turn finds the turns before it, blended chunks and
     answer included, and a prompt that merely begins with the same chunks finds nothing.
     """
 

@@ -67,6 +67,8 @@ class Ingestor:
         spans = list(zip([0, *ends], ends, strict=False))
         kept = [(b - len(chunk), b) for chunk, b in zip(chunks, ends, strict=True)]
         host = _Host(kept, self._handle, self._heads)
+        # One pass for all chunks, but each sees the prefix and itself only: its KV must not depend
+        # on which others happen to be ingested with it.
         step = IsolatedPass(
             spans,
             self._handle.num_layers,
@@ -83,6 +85,7 @@ class Ingestor:
         ]
 
     def _run_prefix(self, prefix_ids: tuple[int, ...]) -> None:
+        # Most batches have the prefix of the batch before.
         if prefix_ids == self._prefix_ids:
             return
         self._prefix = []

@@ -1,6 +1,6 @@
 """How a rank's worker reaches the scheduler's side of its engine.
 
-Where one process has both, as vLLM has it for one GPU, they share a ``Link``: what the worker says
+Where one process has both, as vLLM has it for one GPU, they share a ``Link``: what the worker sends
 arrives at once. Else it waits in the worker's own, and leaves with the metadata of a step.
 """
 
@@ -48,7 +48,7 @@ class Link:
 
     @property
     def waits(self) -> bool:
-        """Whether something was said that was not taken."""
+        """Whether a message was sent that was not taken."""
         return bool(self._messages) or (self._news is not None and self._news.has_news)
 
     def on_message(self, wake: Callable[[], object]) -> None:
@@ -58,7 +58,7 @@ class Link:
         self._on_message = wake
 
     def send(self, message: Message) -> None:
-        """Tell the scheduler's side."""
+        """Send a message to the scheduler's side."""
         with self._lock:
             self._messages.append(message)
         self._wake()
@@ -69,7 +69,7 @@ class Link:
         news.start(self._wake)
 
     def take(self) -> list[Message]:
-        """What was said since the call before; waits for nothing."""
+        """The messages since the call before; waits for nothing."""
         with self._lock:
             messages, self._messages = self._messages, []
         news = self._news.take() if self._news is not None else None

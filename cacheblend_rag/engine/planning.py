@@ -30,7 +30,7 @@ class Planning:
     """A planner, and a thread for what takes long: prompts of many tokens, many new chunks.
 
     Args:
-        link: what a worker in this process says comes by it.
+        link: by which messages of a worker in this process come.
         planner: is called by one thread at a time.
     """
 
@@ -53,7 +53,7 @@ class Planning:
     def begin(
         self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str = ""
     ) -> Future[Planned]:
-        """Plan a request behind all that was said before; done already, where that is quick."""
+        """Plan a request behind all earlier messages; done already, where that is quick."""
         # A busy thread has the planner, which is for one thread at a time. Rather than the engine's
         # step, the request waits.
         busy = self._busy is not None and not self._busy.done()
@@ -96,7 +96,7 @@ class Planning:
                 self._busy = self._thread.submit(self._learn)
 
     def _collect(self) -> None:
-        with self._collecting:  # or what was said first may come last
+        with self._collecting:  # or the first message may come last
             self._mail.extend((0, message) for message in self._link.take())
 
     def _is_much(self) -> bool:
@@ -118,4 +118,4 @@ class Planning:
                         self.opened()  # its chunks of before come with a whole listing
                         self._collect()
                 except Exception:  # of one message: the others count
-                    logger.exception("the scheduler's side could not take in what a worker said")
+                    logger.exception("the scheduler's side could not take in a worker's message")

@@ -73,7 +73,7 @@ class Queries:
         return [] if number is None else self._state().store.thread.take(number)
 
     def cacheblend_state(self) -> dict[str, Any]:
-        """What was found and said when this worker was bound, for a front that did not start it:
+        """What was found and sent when this worker was bound, for a front that did not start it:
         ``facts`` as ``cacheblend_inspect`` has them, ``limits``, the default ``space``, and whether
         the scheduler's side learns at once what this rank does.
         """

@@ -1,7 +1,7 @@
 """The tensors of the step that vLLM's model runner is about to run, in both of its runners.
 
 V1 keeps a batch in its own order; V2 sorts the requests of a step anew. A wrong order would be
-silently wrong, so the self-check at start blends beside other requests.
+silently wrong, so the self-check at start blends together with other requests.
 
 Shape legend: T rows of the step.
 """

@@ -159,6 +159,7 @@ class _Recording(IsolatedPass):
         real, metadata = self._handle.layers[index], self._metadata[index]
         theirs = torch.empty_like(out_THD)
         layout.attend(real, q_THD, k_TGD, v_TGD, metadata, theirs)
+        # The backend reads from the cache, which may hold eight bits. We compute with what went in.
         is_rounded = real.kv_cache.dtype != k_TGD.dtype
         self.compared.append([index, _relative(out_THD, theirs), is_rounded])
 

@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one row said to one question.
+    """One row's answer to one question.
 
     Attributes:
         set, id, row: of what.

@@ -62,8 +62,8 @@ class Evaluation:
     def run(
         self, questions: Sequence[Question], file: ResultFile, advance: Callable[[int], None]
     ) -> None:
-        """Ask what ``file`` does not have yet, and append to it; ``advance`` is told how many
-        questions are done with.
+        """Ask what ``file`` does not have yet, and append to it; ``advance`` gets the number of
+        questions that are done.
         """
         for group in _groups(questions, self.group):
             fits = [q for q in group if self._fits(q, file)]

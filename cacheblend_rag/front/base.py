@@ -70,7 +70,7 @@ class Front:
         return Chunk(self._space.key(ids), ids)
 
     def _numbered(self, texts: Sequence[str | Sequence[int]]) -> list[Chunk]:
-        """The chunks of all texts; what is wrong with one is said with its number."""
+        """The chunks of all texts; an error names the number of its text."""
         chunks = []
         for number, text in enumerate(texts, 1):
             with ingest.naming(f"text {number} of {len(texts)}"):

@@ -205,7 +205,7 @@ class KVStore(ABC):
 
     def changes(self, cursor: object) -> Changes:
         """What was put and what went since ``cursor``, by any process; cheap where that is little.
-        Tiers drop their copies of what went. What a remote evicts by itself is not told.
+        Tiers drop their copies of what went. What a remote evicts by itself is not among them.
 
         Args:
             cursor: of the call before; None at first.

@@ -124,6 +124,7 @@ class Catalog:
 
     def changes(self, since: object) -> Changes:
         """What came and went since, by any process."""
+        # The mark comes first: what is stored during the rest is listed twice rather than never.
         mark = self.index.mark()
         gone = self.index.gone(self._namespace, since) if isinstance(since, Mark) else None
         if gone is None or not isinstance(since, Mark):
@@ -272,6 +273,7 @@ class Catalog:
     def _unlink(self, victims: Iterable[Victim]) -> Counter[str]:
         count = Counter[str]()
         for victim in victims:
+            # An index that somebody wrote into must not name files elsewhere.
             if NAMESPACE.fullmatch(victim.namespace) and len(victim.key) == 32:
                 with contextlib.suppress(FileNotFoundError):  # another process was quicker
                     os.unlink(self._place(victim.namespace, victim.key.hex()))

@@ -88,6 +88,8 @@ def sealed_parts(
     """The file of a chunk, sealed, in order."""
     sealed = cipher.seal(head, f"{key}/head")
     yield _MAGIC + _LENGTH.pack(len(sealed)) + sealed
+    # Each piece is sealed with its key and number: one of another chunk, or of another place in
+    # this one, does not open. Pieces are small, so that reading needs no second copy of the whole.
     for number, start in enumerate(range(0, len(kv), PIECE)):
         yield cipher.seal(kv[start : start + PIECE], f"{key}/{number}")
 

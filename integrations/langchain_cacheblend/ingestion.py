@@ -53,7 +53,7 @@ class CacheBlendIngestion(BaseDocumentTransformer):
     def ingest(
         self, documents: Sequence[Document], ids: Sequence[str | None] | None = None
     ) -> IngestReport:
-        """Compute the KV of documents; says what was done.
+        """Compute the KV of documents; returns what was done.
 
         Args:
             documents: as the splitter made them.

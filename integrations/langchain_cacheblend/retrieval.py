@@ -77,7 +77,7 @@ class RetrievalHandler(BaseCallbackHandler):
         self.ingestion.engine.prefetch([self.ingestion.text_of(found) for found in documents])
         with self._lock:
             if chain := self._chain(parent_run_id):
-                before = (chain.waiting or []) if chain.fresh else []  # of a retriever beside it
+                before = (chain.waiting or []) if chain.fresh else []  # of a retriever run with it
                 chain.waiting, chain.fresh = [*before, *documents], True
 
     def on_chat_model_start(
@@ -138,7 +138,7 @@ class RetrievalHandler(BaseCallbackHandler):
 
 
 def not_found(prompt: str) -> list[str] | None:
-    """What a ``RetrievalHandler`` of this call said of its prompt; None where there is none."""
+    """What a ``RetrievalHandler`` of this call found of its prompt; None where there is none."""
     about, found = _prompt_matches.get()
     return found if about == prompt else None
 

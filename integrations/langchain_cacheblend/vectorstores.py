@@ -91,7 +91,7 @@ class CacheBlendVectorStore(VectorStore):
         self, documents: Sequence[Document], ids: Sequence[str], old: Container[str | None]
     ) -> None:
         """Compute KV. Where that fails, what is new goes from the inner store again: the caller
-        hears that nothing was added, and so would never delete it.
+        sees that nothing was added, and so would never delete it.
         """
         try:
             self.ingestion.ingest(documents, ids)

@@ -25,7 +25,7 @@ class CacheBlendIngestion(TransformComponent):
     What is computed is what a prompt will contain: the node's text with its metadata, as LlamaIndex
     writes it for an LLM. It is computed in this process, also for a pipeline with ``num_workers``,
     and once: what is stored is skipped. With the engine's ``ingest_prefix="document"``, each node
-    is computed behind what precedes it in its document, as far as the nodes beside it tell.
+    is computed behind what precedes it in its document, as far as its neighbours hold it.
 
     Args:
         llm: the LLM that will answer, or a running engine.
@@ -90,10 +90,10 @@ class CacheBlendIngestion(TransformComponent):
             node.set_content(str(node.metadata[self.metadata_key]))
         return node.get_content(metadata_mode=self.metadata_mode).strip()
 
-    # ---- beside a pipeline ---------------------------------------------------------------------
+    # ---- outside a pipeline --------------------------------------------------------------------
 
     def ingest(self, nodes: Iterable[BaseNode]) -> IngestReport:
-        """Compute the KV of nodes that go through no pipeline; says what was done."""
+        """Compute the KV of nodes that go through no pipeline; returns what was done."""
         return self._ingest(self._batch(list(nodes)))
 
     def check(self, nodes: Sequence[BaseNode]) -> None:
@@ -119,7 +119,7 @@ class CacheBlendIngestion(TransformComponent):
             Chunks dropped.
 
         Raises:
-            PromptError: the store has no chunks on record for the document; see ``gc``.
+            PromptError: no chunks are registered for the document; see ``gc``.
         """
         return self._engine.forget([ref_doc_id])
 

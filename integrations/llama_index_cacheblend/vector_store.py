@@ -74,7 +74,7 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
 
     def _compute(self, nodes: Sequence[BaseNode], old: list[BaseNode] | None) -> None:
         """Compute KV. Where that fails, what is new goes from the inner store again: the caller
-        hears that nothing was added, and so would never delete it.
+        sees that nothing was added, and so would never delete it.
         """
         nodes = [node for node in nodes if self._ingestion.text_of(node)]
         try:
@@ -152,7 +152,7 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
             self._ingestion.forget(document)
         except PromptError:
             _log.warning(
-                "%s was deleted, but no KV is on record for it: what there is stays until "
+                "%s was deleted, but no KV is registered for it: what there is stays until "
                 "CacheBlendIngestion.gc(docstore) is called.",
                 document,
             )

@@ -1,4 +1,4 @@
-"""What documents consist of is on record in the chunk store, for engines yet to come."""
+"""What documents consist of is registered in the chunk store, for engines yet to come."""
 
 from __future__ import annotations
 

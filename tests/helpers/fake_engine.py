@@ -97,15 +97,7 @@ class FakeEngine(Engine):
             case "missing", [keys]:
                 return [[key for key in keys if key not in self.stored]]
             case "ingest", [keys, chunks, prefix, contexts]:
-                for key, context in zip(keys, contexts, strict=True):
-                    self.behind[key] = (*prefix, *context)
-                self.stored.update(keys)
-                self.ingested += keys
-                rows = zip(keys, chunks, contexts, strict=True)
-                self.rows |= {
-                    k: (k, array("i", ids).tobytes(), len(prefix) + len(c)) for k, ids, c in rows
-                }
-                self.planner.learn(0, News([self.rows[key] for key in keys]))
+                self._ingest(keys, chunks, prefix, contexts)
                 return [(sum(map(len, chunks)), {})]
             case "list", _:
                 return [self._rows()]
@@ -138,6 +130,14 @@ class FakeEngine(Engine):
             case "store_stats", _:
                 return [{"chunks": len(self.stored)}]
         raise AssertionError(f"no such call: {method}")
+
+    def _ingest(self, keys: Any, chunks: Any, prefix: Any, contexts: Any) -> None:
+        for key, ids, context in zip(keys, chunks, contexts, strict=True):
+            self.behind[key] = (*prefix, *context)
+            self.rows[key] = (key, array("i", ids).tobytes(), len(prefix) + len(context))
+        self.stored.update(keys)
+        self.ingested += keys
+        self.planner.learn(0, News([self.rows[key] for key in keys]))
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         return [list(self.stream(request)) for request in requests]

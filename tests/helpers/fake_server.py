@@ -92,6 +92,7 @@ def app_of(server: FakeServer) -> FastAPI:
     _add_refusals(app, server)
     _add_state(app, server)
     app.include_router(page_router())
+    _add_ingestions(app, server)
     _add_chunks(app, server)
     _add_documents(app, server)
     _add_prompts(app, server)
@@ -183,7 +184,7 @@ async def _fault(fault: Fault) -> Response:
     return JSONResponse(body, fault.status, fault.headers)
 
 
-def _add_chunks(app: FastAPI, server: FakeServer) -> None:
+def _add_ingestions(app: FastAPI, server: FakeServer) -> None:
     blend = server.blend
 
     @app.post("/v1/cacheblend/ingestions")
@@ -211,6 +212,10 @@ def _add_chunks(app: FastAPI, server: FakeServer) -> None:
     def cancel(name: str) -> Any:
         server.jobs[name]["cancelled"] = True
         return _job(server, name)
+
+
+def _add_chunks(app: FastAPI, server: FakeServer) -> None:
+    blend = server.blend
 
     @app.get("/v1/cacheblend/chunks")
     def listed(limit: int = 20, after: str = "") -> Any:
