@@ -352,8 +352,8 @@ def _missing(folder: Path) -> list[str]:
 
 def _checked(folder: Path) -> Path:
     """The folder, if vLLM can take it for a model."""
-    if (folder / "config.json").is_file():
-        return folder
+    if any((folder / name).is_file() for name in ("config.json", "params.json")):
+        return folder  # the latter is Mistral's own format
     kinds = {
         "config.json": ("config.json",),
         "weights (*.safetensors)": ("*.safetensors", "*.bin"),

@@ -11,6 +11,7 @@ import torch
 from blending import PARTS, PREFIX, PROMPT, QUESTION, agree, blends_as_the_reference, forget_prompts
 from engines import EXACT, FULL_LOGPROBS, logprobs, selected, start_in_process
 from reference import Reference
+from renamed import RENAMED, make_renamed
 from tiny import FAMILIES, MORE_FAMILIES, make
 
 from cacheblend_rag import CacheBlend
@@ -33,9 +34,14 @@ class Family(NamedTuple):
 def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family]:
     """One family's engine at a time in this process, for all tests of that family."""
     name, _, compiled = request.param.partition(" ")
-    path = make(name, tiny_models)
-    reference = Reference(path, PREFIX)
     options: dict[str, Any] = {"enforce_eager": False} if compiled else {}
+    if name in RENAMED:
+        path, model, takes_images = make_renamed(name, tiny_models)
+        reference = Reference(model, PREFIX, takes_images=takes_images)
+        options |= RENAMED[name].options
+    else:
+        path = make(name, tiny_models)
+        reference = Reference(path, PREFIX)
     if name.startswith("deepseek"):
         options["attention_backend"] = "CPU_MLA"  # where there is AMX, vLLM's own choice is bf16
     with start_in_process(path, prefix=PREFIX, **options) as blend:
@@ -71,6 +77,12 @@ def test_family(family: Family, record_property: Record) -> None:
 @pytest.mark.slow
 @of(*MORE_FAMILIES)
 def test_more_families(family: Family, record_property: Record) -> None:
+    record_property("ratio 1", blends_as_the_reference(*family))
+
+
+@pytest.mark.slow
+@of(*(name for name, model in RENAMED.items() if not model.sees))
+def test_renamed_families(family: Family, record_property: Record) -> None:
     record_property("ratio 1", blends_as_the_reference(*family))
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from image_models import FAILED, STAND_INS
+from renamed import RENAMED
 from tiny import SEEING, TEXT_OF
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 HELPERS = STAND_INS.parent
-NAMES = [*SEEING, *TEXT_OF]
+NAMES = [*SEEING, *TEXT_OF, *(name for name, model in RENAMED.items() if model.sees)]
 
 
 @pytest.fixture(scope="module")

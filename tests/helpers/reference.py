@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 _INTERLEAVED = (
     "cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "glm", "glm4",
-    "glm4v_text",
+    "ernie4_5_vl_moe_text", "glm4v_text",
 )  # fmt: skip
-_LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3")
+_LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3", "mistral4")
 _GLOBAL_STILL = (
     "afmoe",
     "cohere2",
     "exaone4",
+    "muse_glimmer_text",
 )  # only layers with a window rotate
 
 
@@ -76,8 +77,10 @@ class Reference:
     """A model, its layers' KV as lists of [keys, values], each [1, G, N, D]."""
 
     def __init__(self, path: Path, prefix: Sequence[int], takes_images: bool = False) -> None:
-        kind: Any = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
-        with undecorated(AutoConfig.from_pretrained(path)):
+        config = AutoConfig.from_pretrained(path)
+        whole = takes_images or config.model_type == "mistral4"
+        kind: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+        with undecorated(config):
             self.model = kind.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="eager"
             ).eval()
@@ -121,7 +124,10 @@ class Reference:
         if not self.config.rope_parameters.get("llama_4_scaling_beta"):
             return self.kv(ids, first)
         by = torch.full((len(ids),), first)  # attention is another one there: queries are scaled
-        return [[self.rotated(k, by, layer), v] for layer, (k, v) in enumerate(self.kv(ids))]
+        return [
+            [k, self.rotated(v, by, n)] if self.is_latent else [self.rotated(k, by, n), v]
+            for n, (k, v) in enumerate(self.kv(ids))
+        ]
 
     def _frequencies(self, layer: int) -> torch.Tensor | None:
         """Of a layer's rotation; None where it does not rotate."""
@@ -132,6 +138,9 @@ class Reference:
             return None
         if config.model_type == "smollm3" and not config.no_rope_layers[layer]:
             return None
+        if config.model_type == "ernie4_5_vl_moe_text":  # its module has them in another order
+            at = torch.arange(0, 1, 2 * config.num_attention_heads / config.hidden_size)
+            return config.rope_parameters["rope_theta"] ** -at
         found = [
             getattr(m, name)
             for m in self._text.modules()

