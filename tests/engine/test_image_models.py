@@ -18,24 +18,33 @@ from tiny import SEEING, TEXT_OF
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 HELPERS = STAND_INS.parent
-NAMES = [*SEEING, *TEXT_OF, *(name for name, model in RENAMED.items() if model.sees)]
+# each group in a process of its own
+GROUPS = {
+    "own": [*SEEING, *TEXT_OF],
+    "renamed": [name for name, model in RENAMED.items() if model.sees],
+}
 
 
 @pytest.fixture(scope="module")
-def errors(tiny_models: Path) -> Mapping[str, str]:
-    """Of each model, how far it is off at ratio 1; what else is compared fails there."""
+def errors(request: pytest.FixtureRequest, tiny_models: Path) -> Mapping[str, str]:
+    """Of each model of a group, how far it is off at ratio 1; what else is compared fails there."""
+    names = GROUPS[request.param]
     paths = [str(HELPERS), *filter(None, [os.getenv("PYTHONPATH")])]
     if importlib.util.find_spec("torchvision") is None:
         paths.append(str(STAND_INS))  # for the processes that vLLM starts, too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(HELPERS / "image_models.py"), str(tiny_models), *NAMES]
+    command = [sys.executable, str(HELPERS / "image_models.py"), str(tiny_models), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: Mapping[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("errors", "name"),
+    [pytest.param(group, name, id=name) for group, names in GROUPS.items() for name in names],
+    indirect=["errors"],
+)
 def test_text_blends(
     name: str, errors: Mapping[str, str], record_property: Callable[[str, object], None]
 ) -> None:
