@@ -16,6 +16,7 @@ from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import Engine, ModelCheck, create_engine
 from cacheblend_rag.engine.base import plain_adapter
 from cacheblend_rag.errors import (
+    ConfigError,
     EngineError,
 )
 from cacheblend_rag.front.startup import Startup
@@ -57,6 +58,7 @@ class CacheBlend(Startup):
         **engine_args: Any,
     ) -> None:
         config = config or BlendConfig()
+        _check_learn(config, "off")
         self._take(create_engine(engine, resolve_model(str(model)), engine_args), config)
         try:
             self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
@@ -152,6 +154,7 @@ class CacheBlend(Startup):
             ConfigError: no adapter is in that folder, or the engine serves none.
         """
         self._check_open()
+        _check_learn(config, self.config.learn)
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.config, other._name = config, space or uuid.uuid4().hex
@@ -215,3 +218,11 @@ class CacheBlend(Startup):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_learn(config: BlendConfig, engine_learns: str) -> None:
+    if config.learn not in ("off", engine_learns):
+        raise ConfigError(
+            f"learn={config.learn!r} is for a server: start `cacheblend serve --learn "
+            f"{config.learn}`, and ask it by CacheBlend.connect(); here, leave it out and ingest()"
+        )

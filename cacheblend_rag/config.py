@@ -10,10 +10,13 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError, PromptError, StoreError
+from cacheblend_rag.learn.options import LearnOptions
 from cacheblend_rag.options import PER_REQUEST, BlendIf, BlendOptions, Mode
 from cacheblend_rag.select import create_selector
 from cacheblend_rag.store.url import parse_size, redacted
 from cacheblend_rag.token_ids import token_ids
+
+Learn = Literal["off", "memory", "store"]
 
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
 PROPAGATION_LENGTH = 64  # chosen on the tuning half of docs/quality.md's questions
@@ -73,6 +76,10 @@ class BlendConfig:
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
             no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.
         namespace: tenant; chunks, counts and documents of another one are never seen.
+        learn: have text that comes again in prompts computed as chunks, with no ingestion:
+            ``memory`` keeps them in the memory of the engine, ``store`` puts them into the store;
+            ``off`` learns nothing. See docs/serving.md.
+        learn_options: how much, and for how long: see ``learn.LearnOptions``.
     """
 
     mode: Mode = "blend"
@@ -90,10 +97,15 @@ class BlendConfig:
     store: str = "memory://"
     gpu_cache: str | None = None
     namespace: str = ""
+    learn: Learn = "off"
+    learn_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
         _one_of("blend_if", self.blend_if, get_args(BlendIf))
+        _one_of("learn", self.learn, get_args(Learn))
+        LearnOptions.of(self.learn_options)  # raises ConfigError
+        object.__setattr__(self, "learn_options", MappingProxyType(dict(self.learn_options)))
         _check_ratio(self.recompute_ratio)
         if (
             isinstance(self.propagation_length, bool)

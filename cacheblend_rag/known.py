@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.locate import ChunkIndex
+
+_MOST_EXPECTED = 10_000  # chunks with a salt that were named and did not come yet
 
 Row = Sequence[Any]  # key, token ids as int32 bytes, base: tokens that stood before the chunk
 
@@ -28,9 +31,15 @@ class News(NamedTuple):
 class KnownChunks:
     """An index for each key space. A chunk is known where every known rank has it. Not
     safe to be changed by two threads at once; ``locate`` may run during a change.
+
+    Chunks that were learnt from requests with a salt have an index for each salt: no key space
+    has them, so they are announced by ``expect``.
     """
 
     def __init__(self) -> None:
+        self._salted: dict[str, ChunkIndex] = {}  # by owner
+        self._owners: dict[str, str] = {}  # of chunks in these, by key
+        self._expected: OrderedDict[str, str] = OrderedDict()  # owners, by key
         self._spaces: dict[str, tuple[KeySpace, ChunkIndex]] = {}
         self._held: dict[int, set[str]] = {}  # keys, by rank
 
@@ -44,6 +53,17 @@ class KnownChunks:
         """The chunks of a space."""
         return self._spaces[name][1]
 
+    def salted(self, owner: str) -> ChunkIndex | None:
+        """The chunks that were learnt from requests with one salt; None where there are none."""
+        return self._salted.get(owner)
+
+    def expect(self, owner: str, keys: Iterable[str]) -> None:
+        """Chunks of these keys are this owner's, once they are stored."""
+        for key in keys:
+            self._expected[key] = owner
+        while len(self._expected) > _MOST_EXPECTED:
+            self._expected.popitem(last=False)
+
     def learn(self, rank: int, news: News) -> None:
         """Take what became of the store of ``rank``."""
         held = self._held.setdefault(rank, set())
@@ -54,20 +74,39 @@ class KnownChunks:
             for _, index in self._spaces.values():
                 for key in index.keys() - everywhere:
                     index.discard(key)
+            self._lose_salted(self._owners.keys() - everywhere)
         held.difference_update(news.removed)
         self.lose(news.removed)
         held.update(row[0] for row in news.added)
         there = [row for row in news.added if all(row[0] in held for held in self._held.values())]
         for space, index in self._spaces.values():
             index.add_many(chunks_of(space, there))
+        for row in there:
+            self._take_salted(row)
 
     def lose(self, keys: Iterable[str]) -> None:
         """These chunks could not be had: prompts are not searched for them until they are stored
         again.
         """
+        keys = list(keys)
         for key in keys:
             for _, index in self._spaces.values():
                 index.discard(key)
+        self._lose_salted(keys)
+
+    def _take_salted(self, row: Row) -> None:
+        owner = self._expected.pop(row[0], None)
+        if owner is not None:
+            self._owners[row[0]] = owner
+            self._salted.setdefault(owner, ChunkIndex()).add(row[0], tuple(array("i", row[1])))
+
+    def _lose_salted(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if (owner := self._owners.pop(key, None)) is not None:
+                index = self._salted[owner]
+                index.discard(key)
+                if not index:
+                    del self._salted[owner]
 
     def _everywhere(self) -> set[str]:
         return set.intersection(*self._held.values())

@@ -413,6 +413,12 @@ def _hash_levels(ids: Ids, longest: int) -> list[Hashes]:
     return levels
 
 
+def window_hashes(ids: Ids) -> Hashes:
+    """The hash of the ``ANCHOR_WIDTH`` tokens from each token on, while there are as many."""
+    levels = _hash_levels(ids, ANCHOR_WIDTH)
+    return levels[0] if levels else np.empty(0, np.uint64)
+
+
 # --- entries of chunks ---------------------------------------------------------------------------
 
 

@@ -27,10 +27,19 @@ class Progress(NamedTuple):
 
 @dataclass
 class Pace:
-    """The sizes of slices and of batches, by what slices took before."""
+    """The sizes of slices and of batches, by what slices took before.
 
-    token_layer_s: float = 0.0  # seconds that one layer takes for one token; 0: not known
+    Attributes:
+        token_layer_s: seconds that one layer takes for one token; 0: not known.
+        step_s: seconds that a step of the engine takes; 0: not known.
+        own_steps: of the engine's, those that ingestions made themselves since its start.
+        busy_s: seconds that ingestions took while somebody asked.
+    """
+
+    token_layer_s: float = 0.0
     step_s: float = 0.0
+    own_steps: int = 0
+    busy_s: float = 0.0
     _steps: int = -1
     _asked_at: float = float("-inf")
 
@@ -38,11 +47,14 @@ class Pace:
         """Whether somebody asks: the engine made steps that were not the ingestion's own."""
         return now < self._asked_at + _BUSY_S
 
-    def layers(self, tokens: int, now: float) -> int:
-        """How many layers of a batch of so many tokens come next."""
+    def layers(self, tokens: int, now: float, idle_s: float = IDLE_S) -> int:
+        """How many layers of a batch of so many tokens come next.
+
+        ``idle_s``: seconds of a slice while nobody asks.
+        """
         if not self.token_layer_s:
             return 1
-        wanted = _SHARE * self.step_s if self.is_busy(now) and self.step_s else IDLE_S
+        wanted = _SHARE * self.step_s if self.is_busy(now) and self.step_s else idle_s
         return max(1, int(wanted / (self.token_layer_s * tokens)))
 
     def tokens(self, most: int) -> int:
@@ -52,18 +64,25 @@ class Pace:
         wanted = int(_SHARE * self.step_s / self.token_layer_s)
         return min(most, max(_LEAST_TOKENS, wanted))
 
-    def learn(
-        self, progress: Progress, layers: int, tokens: int, own_steps: int, now: float
-    ) -> None:
-        """A slice of so many layers and tokens was computed.
-
-        Args:
-            own_steps: of the engine's, those that the ingestion made itself since its start.
-        """
+    def learn(self, progress: Progress, layers: int, tokens: int, now: float) -> None:
+        """A slice of so many layers and tokens was computed."""
         took = progress.seconds / (layers * tokens)
         self.token_layer_s = 0.7 * self.token_layer_s + 0.3 * took if self.token_layer_s else took
-        self.step_s = progress.step_s or self.step_s
-        others = progress.steps - own_steps
+        self.see(progress.steps, progress.step_s, now)
+        self._took(progress.seconds, now)
+
+    def ended(self, layers: int, tokens: int, now: float) -> None:
+        """The last slice of a batch was computed, of so many layers at the most."""
+        self._took(self.token_layer_s * layers * tokens, now)
+
+    def _took(self, seconds: float, now: float) -> None:
+        if self.is_busy(now):
+            self.busy_s += seconds
+
+    def see(self, steps: int, step_s: float, now: float) -> None:
+        """So many steps were made since the engine's start, and so long takes one."""
+        self.step_s = step_s or self.step_s
+        others = steps - self.own_steps
         if 0 <= self._steps < others:
             self._asked_at = now
         self._steps = others

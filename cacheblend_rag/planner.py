@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from cacheblend_rag.calibration import Calibration, resolved
 from cacheblend_rag.config import BlendConfig, unknown_option
@@ -13,9 +18,12 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import KnownChunks, News
+from cacheblend_rag.learn import LearnOptions, Prompt
+from cacheblend_rag.locate import ANCHOR_MARGIN, Match
 from cacheblend_rag.options import PER_REQUEST, blend_options
 from cacheblend_rag.plan import NoPlan, Plan, PromptPrefix, make_plan
 from cacheblend_rag.reason import Reason, Why
+from cacheblend_rag.salts import tenant_salt
 
 _OWN = ("space", "request_id")  # in addition to the options of a request
 _OTHER_ADAPTER = "the request's LoRA adapter is not that of its chunks"
@@ -90,18 +98,34 @@ class Lost(NamedTuple):
     keys: Sequence[str]
 
 
-Message = Space | Limits | News | Lost  # to who plans
+class Learning(NamedTuple):
+    """Requests teach chunks: these go to the store, where they have no salt and ``to_store``."""
+
+    options: LearnOptions
+    to_store: bool
+
+
+class Expected(NamedTuple):
+    """Chunks that only this owner's prompts are searched for, once they are stored."""
+
+    owner: str
+    keys: Sequence[str]
+
+
+Message = Space | Limits | News | Lost | Learning | Expected  # to who plans
 
 
 class Planned(NamedTuple):
-    """A plan or why there is none, the request's mode, the seconds that it took by stage, and
-    whether the blend has to prove something.
+    """A plan or why there is none, the request's mode, the seconds that it took by stage, whether
+    the blend has to prove something, and the chunks that were found; None where none were looked
+    for.
     """
 
     plan: Plan | NoPlan
     mode: str
     seconds: Mapping[str, float]
     proves: bool = False
+    matches: Sequence[Match] | None = None
 
 
 class Planner:
@@ -119,6 +143,7 @@ class Planner:
         self._spaces: dict[str, Space] = {}
         self._configs: dict[str, BlendConfig] = {}
         self._default: str | None = None
+        self.learning: Learning | None = None
 
     @property
     def plans_all(self) -> bool:
@@ -133,6 +158,10 @@ class Planner:
             self._limits = message
         elif isinstance(message, Lost):
             self._lose(message.keys)
+        elif isinstance(message, Learning):
+            self.learning = message
+        elif isinstance(message, Expected):
+            self.known.expect(*message)
         else:
             self._open(message)
 
@@ -145,7 +174,11 @@ class Planner:
         return "" if space is None else space.keys.key(())
 
     def plan(
-        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str = ""
+        self,
+        token_ids: Sequence[int],
+        options: Mapping[str, Any],
+        adapter: str = "",
+        salt: str | None = None,
     ) -> Planned:
         """Find the known chunks of a prompt, and decide what is reused.
 
@@ -153,6 +186,7 @@ class Planner:
             token_ids: the whole prompt.
             options: of the request, by the names of ``options.PER_REQUEST``; and its ``space``.
             adapter: what its LoRA adapter is called; empty for the model alone.
+            salt: that of vLLM's prefix cache, which also keeps apart what was learnt.
         """
         start = time.perf_counter()
         try:
@@ -167,10 +201,59 @@ class Planner:
         # get the KV of other weights.
         if adapter != space.adapter:
             return Planned(NoPlan(Reason.LORA, _OTHER_ADAPTER), config.mode, {})
-        matches = self.known.index(space.name).locate(token_ids, min_tokens=config.min_chunk_tokens)
+        least = config.min_chunk_tokens
+        matches = self.known.index(space.name).locate(token_ids, min_tokens=least)
+        own = self.known.salted(_owner(space.name, salt))
+        if own is not None:
+            matches = _between(matches, own.locate(token_ids, min_tokens=least), least)
         located = time.perf_counter()
+        plan = self._make(token_ids, matches, space, config)
+        if isinstance(plan, Plan):
+            plan = replace(plan, space=space.keys.key(()))
+        seconds = {"locate": located - start, "plan": time.perf_counter() - located}
+        return Planned(plan, config.mode, seconds, self._limits.proving, matches)
+
+    def prompt(
+        self,
+        token_ids: Sequence[int],
+        options: Mapping[str, Any],
+        salt: str | None,
+        matches: Sequence[Match],
+    ) -> Prompt:
+        """What there is to learn from a request that was planned.
+
+        A chunk whose head is not in the prompt does not count as found: the rest of it is then
+        learnt as a chunk of its own.
+        """
+        assert self.learning is not None
+        space, config = self._settings(options)
+        whole = [match for match in matches if match.offset <= ANCHOR_MARGIN]
+        is_salted = _is_salted(space.name, salt)
+
+        def is_worth_it(found: Sequence[tuple[int, int]]) -> bool:
+            new = [Match(a, b, f"new-{a}", 0, b - a) for a, b in found]
+            trial = sorted([*whole, *new])
+            return isinstance(self._make(token_ids, trial, space, config), Plan)
+
+        return Prompt(
+            owner=_owner(space.name, salt),
+            ids=np.asarray(token_ids, np.int32),
+            covered=[(match.start, match.end) for match in whole],
+            keys=_salted(space.keys, salt) if is_salted else space.keys,
+            is_salted=is_salted,
+            to_store=self.learning.to_store and not is_salted,
+            is_worth_it=is_worth_it,
+        )
+
+    def _make(
+        self,
+        token_ids: Sequence[int],
+        matches: Sequence[Match],
+        space: Space,
+        config: BlendConfig,
+    ) -> Plan | NoPlan:
         longest = self._longest, self._limits.longest
-        plan = make_plan(
+        return make_plan(
             token_ids,
             matches,
             config,
@@ -180,10 +263,6 @@ class Planner:
             costs=self._limits.costs,
             longest=min((n for n in longest if n is not None), default=None),
         )
-        if isinstance(plan, Plan):
-            plan = replace(plan, space=space.keys.key(()))
-        seconds = {"locate": located - start, "plan": time.perf_counter() - located}
-        return Planned(plan, config.mode, seconds, self._limits.proving)
 
     def _open(self, space: Space) -> None:
         self._spaces[space.name] = space
@@ -222,6 +301,38 @@ class Planner:
             raise ConfigError(f"refused option: {error}") from error
         config = resolved(config, space.calibration)
         return space, config
+
+
+def _is_salted(space: str, salt: str | None) -> bool:
+    """Whether a request has a salt of its own, beside that which its tenant has."""
+    return bool(salt) and salt != tenant_salt(space, None)
+
+
+def _owner(space: str, salt: str | None) -> str:
+    """Whose a prompt is: what others teach is never found in it."""
+    own = salt if _is_salted(space, salt) else None
+    return hashlib.sha256(json.dumps([space, own]).encode()).hexdigest()
+
+
+def _salted(keys: KeySpace, salt: str | None) -> KeySpace:
+    """The key space of what is learnt from requests with a salt of their own."""
+    return keys._replace(namespace=f"{keys.namespace}\0salt/{salt}")
+
+
+def _between(matches: Sequence[Match], others: Sequence[Match], least: int) -> list[Match]:
+    """``matches``, and what the ``others`` cover beside them, in stretches of ``least`` tokens at
+    the least. Both are disjoint and in order.
+    """
+    ends = [0, *(match.end for match in matches)]
+    starts = [*(match.start for match in matches), sys.maxsize]
+    found = list(matches)
+    for other in others:
+        for low, high in zip(ends, starts, strict=True):
+            start, end = max(low, other.start), min(high, other.end)
+            if end - start >= least:
+                moved = other.offset + start - other.start
+                found.append(other._replace(start=start, end=end, offset=moved))
+    return sorted(found)
 
 
 _NOWHERE = Space(name="", keys=KeySpace("", ()))

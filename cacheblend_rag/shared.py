@@ -283,8 +283,7 @@ class SharedEngine:
     def __reduce__(self) -> tuple[Any, ...]:
         config = self._settings["config"]
         plain = {f.name: getattr(config, f.name) for f in fields(config)}
-        for name in ("selector_options", "chat_template_kwargs"):
-            plain[name] = dict(plain[name])
+        plain |= {n: dict(value) for n, value in plain.items() if isinstance(value, Mapping)}
         args = self._settings.get("engine_args")
         return _revive, (self._name, self.model, plain, args)
 

@@ -292,6 +292,8 @@ _CONFIG: dict[str, tuple[Any, str]] = {
     "chat_template_kwargs": (_table, "JSON:arguments of the chat template"),
     "blend_if": (("faster", "always"), ":blend where it is faster, or always (faster)"),
     "gpu_cache": (str, "SIZE:GPU memory for chunks that are used often"),
+    "learn": (("off", "memory", "store"), ":compute text that comes again in prompts (off)"),
+    "learn_options": (_table, "JSON:how much is learnt, and for how long"),
 }
 
 

@@ -22,12 +22,13 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.link import Link
-from cacheblend_rag.engine.start import EngineSetup, make_info
+from cacheblend_rag.engine.start import WORKER, EngineSetup, make_info
 from cacheblend_rag.engine.worker import WorkerExtension
-from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.learn import LearnOptions
 from cacheblend_rag.plan import PromptPrefix
-from cacheblend_rag.planner import Limits, Message, Space
+from cacheblend_rag.planner import Learning, Limits, Message, Space
 from cacheblend_rag.prefix import ingest_prefix, prompt_prefix_ids
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.server.options import SERVER
@@ -124,9 +125,12 @@ def _bind(worker: _Worker, config: BlendConfig, linked: bool) -> RankMessages:
     worker._rows().proved = lambda why_not: worker._send(
         Limits(why_not=why_not, longest=report.max_tokens, costs=worker._blender().costs)
     )
-    follows = linked or parse_url(config.store).scheme == "memory"
+    learning = _learning(config, vllm_config)
+    # what is learnt is in the memory of this process
+    follows = linked or parse_url(config.store).scheme == "memory" or learning is not None
     memory = parse_size(config.gpu_cache) if config.gpu_cache else 0
-    worker._open_store(config.store, info.fingerprint, memory, config.namespace, follows=follows)
+    where = config.store, info.fingerprint, memory, config.namespace
+    worker._open_store(*where, follows=follows, learning=learning)
     worker._send(_space(worker, config, info))
     measured = worker.cacheblend_costs()
     costs = Costs(**measured) if measured else None
@@ -134,8 +138,24 @@ def _bind(worker: _Worker, config: BlendConfig, linked: bool) -> RankMessages:
     if follows:
         worker._list_store()
         return RankMessages([] if link.has_scheduler else link.take())
-    where = config.store, info.fingerprint[:32], config.namespace
-    return RankMessages(link.take(), where)
+    return RankMessages(link.take(), (config.store, info.fingerprint[:32], config.namespace))
+
+
+def _learning(config: BlendConfig, vllm_config: Any) -> Learning | None:
+    """Whether and how requests teach chunks.
+
+    Raises:
+        ConfigError: nobody would have them computed.
+    """
+    if config.learn == "off":
+        return None
+    if vllm_config.parallel_config.worker_extension_cls != WORKER:
+        raise ConfigError(
+            "learn needs our endpoints, which have computed what was learnt: start the server by "
+            "`cacheblend serve`, or add VLLM_PLUGINS=cacheblend and --worker-extension-cls "
+            f"{WORKER}"
+        )
+    return Learning(LearnOptions.of(config.learn_options), config.learn == "store")
 
 
 def follow(

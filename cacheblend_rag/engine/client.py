@@ -27,6 +27,7 @@ from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
 from cacheblend_rag.engine.serving import rpc, tokenizer_of
 from cacheblend_rag.engine.start import (
+    WORKER,
     EngineSetup,
     make_info,
     naming_death,
@@ -35,13 +36,12 @@ from cacheblend_rag.engine.start import (
     unwrap,
 )
 from cacheblend_rag.errors import ClosedError, EngineError
-from cacheblend_rag.pacing import Pace, Progress
+from cacheblend_rag.pacing import IDLE_S, Pace, Progress
 from cacheblend_rag.planner import Space
 from cacheblend_rag.reason import Reason
 
 _T = TypeVar("_T")
 _NOT_HERE = "answers are asked of the server's own endpoints, such as /v1/chat/completions"
-WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 
 
 class ClientEngine(Engine):
@@ -50,14 +50,15 @@ class ClientEngine(Engine):
     Attributes:
         state: what the first rank reports of itself, see ``WorkerExtension.cacheblend_state``.
         pace: of ingestions that ``slicing`` is on for.
+        asked: requests for answers that this process passed on.
     """
 
     serves_many = True
 
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._client, self._loop = client, loop
-        self._slicing, self._own_steps, self._closed = threading.local(), 0, False
-        self.pace = Pace()
+        self._slicing, self._closed = threading.local(), False
+        self.pace, self.asked = Pace(), 0
         config = client.vllm_config
         refusal = compat.model_refusal(config.model_config)
         if config.parallel_config.worker_extension_cls != WORKER:
@@ -77,6 +78,18 @@ class ClientEngine(Engine):
         prepared = EngineSetup(None, refusal, compat.installed_version())
         facts = [{"fingerprint": "", **state["facts"]} for state in states]
         self.info = make_info(prepared, config, lambda: facts)
+        self._count(client)
+
+    def _count(self, client: Any) -> None:
+        """Have ``asked`` go up with each call of the client's ``generate``."""
+        generate = client.generate
+
+        @functools.wraps(generate)
+        def counted(*args: Any, **options: Any) -> Any:
+            self.asked += 1
+            return generate(*args, **options)
+
+        client.generate = counted
 
     @property
     def space(self) -> Space | None:
@@ -99,9 +112,12 @@ class ClientEngine(Engine):
             return unwrap(awaited(self._ranks, method, *args))
 
     @contextmanager
-    def slicing(self) -> Iterator[None]:
-        """What this thread ingests meanwhile is computed between the engine's steps, bit by bit."""
-        self._slicing.on = True
+    def slicing(self, idle_s: float = IDLE_S) -> Iterator[None]:
+        """What this thread ingests meanwhile is computed between the engine's steps, bit by bit.
+
+        ``idle_s``: seconds of a bit while nobody asks.
+        """
+        self._slicing.on, self._slicing.idle_s = True, idle_s
         try:
             yield
         finally:
@@ -113,19 +129,22 @@ class ClientEngine(Engine):
         chunks: list[list[int]],
         prefix_ids: list[int],
         contexts: list[list[int]],
+        learnt: bool = False,
     ) -> list[Any]:
         name, tokens = uuid.uuid4().hex, sum(map(len, chunks)) + sum(map(len, contexts))
-        unwrap(self._ranks("cacheblend_ingest_begin", name, keys, chunks, prefix_ids, contexts))
+        what = (name, keys, chunks, prefix_ids, contexts, learnt)
+        unwrap(self._ranks("cacheblend_ingest_begin", *what))
         while True:
-            layers = self.pace.layers(tokens, time.monotonic())
+            layers = self.pace.layers(tokens, time.monotonic(), self._slicing.idle_s)
             results = unwrap(awaited(self._ranks, "cacheblend_ingest_go_on", name, layers))
             if not isinstance(results[0], dict):
+                self.pace.ended(layers, tokens, time.monotonic())
                 return results
             progress = Progress(**results[0])
-            self.pace.learn(progress, layers, tokens, self._own_steps, time.monotonic())
+            self.pace.learn(progress, layers, tokens, time.monotonic())
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
-        self._own_steps += len(requests)
+        self.pace.own_steps += len(requests)
         with naming_death():
             return [self._call(self._pieces(request)) for request in requests]
 

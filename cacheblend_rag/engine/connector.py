@@ -168,6 +168,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             for message in self._bind(linked=True).messages:
                 self.link.send(message)
         step: Step = connector_metadata.step
+        if step.spans:  # of a scheduler's side in another process
+            self.link.add_spans(step.spans)
         for name, report in step.plain.items():
             self._remember(name, report)
         if self.rows is not None:

@@ -6,12 +6,16 @@ arrives at once. Else it waits in the worker's own, and leaves with the metadata
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakValueDictionary
 
+from cacheblend_rag.learn import Span
 from cacheblend_rag.planner import Message
+
+_MOST_SPANS = 1000  # that wait to be computed
 
 if TYPE_CHECKING:
     from cacheblend_rag.engine.blend import Blender
@@ -23,6 +27,7 @@ class Link:
 
     Attributes:
         blender: the only worker's; None where there are several, or it is in another process.
+        has_worker: the only worker is in this process.
     """
 
     _here: ClassVar[WeakValueDictionary[str, Link]] = WeakValueDictionary()
@@ -30,6 +35,8 @@ class Link:
 
     def __init__(self) -> None:
         self.blender: Blender | None = None
+        self.has_worker = False
+        self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
         self._messages: list[Message] = []
         self._lock = Lock()
         self._news: Follower | None = None
@@ -74,6 +81,17 @@ class Link:
             messages, self._messages = self._messages, []
         news = self._news.take() if self._news is not None else None
         return messages if news is None else [*messages, news]
+
+    def add_spans(self, spans: Iterable[Span]) -> None:
+        """The scheduler's side learnt what is to be computed. The oldest go where too many wait."""
+        self._spans.extend(spans)
+
+    def take_spans(self) -> list[Span]:
+        """What was added since the call before."""
+        found = list[Span]()
+        while self._spans:
+            found.append(self._spans.popleft())
+        return found
 
     def end(self) -> None:
         """The worker blends no more."""

@@ -12,6 +12,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from cacheblend_rag.daemons import DaemonPool
+from cacheblend_rag.engine.learning import Observer
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.known import News
 from cacheblend_rag.plan import NoPlan
@@ -40,6 +41,7 @@ class Planning:
         self._mail: deque[tuple[int, Message]] = deque()
         self._thread = DaemonPool(1, "cacheblend-plan")
         self._collecting, self._learning = Lock(), Lock()
+        self.observer = Observer(planner, link, lambda messages: self.deliver(0, messages))
         self._busy: Future[Any] | None = None  # the last that the thread was given
         self.opened: Callable[[], object] | None = None  # lists a store that this side follows
         link.on_message(self._wake)
@@ -51,17 +53,23 @@ class Planning:
             self._wake()
 
     def begin(
-        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str = ""
+        self,
+        token_ids: Sequence[int],
+        options: Mapping[str, Any],
+        adapter: str = "",
+        salt: str | None = None,
     ) -> Future[Planned]:
-        """Plan a request behind all earlier messages; done already, where that is quick."""
+        """Plan a request behind all earlier messages; done already, where that is quick. The
+        arguments are ``Planner.plan``'s.
+        """
         # A busy thread has the planner, which is for one thread at a time. Rather than the engine's
         # step, the request waits.
         busy = self._busy is not None and not self._busy.done()
         self._collect()
         if busy or len(token_ids) > _AT_ONCE_TOKENS or self._is_much():
-            return self._later(token_ids, options, adapter)
+            return self._later(token_ids, options, adapter, salt)
         done: Future[Planned] = Future()
-        done.set_result(self._plan(token_ids, options, adapter))
+        done.set_result(self._plan(token_ids, options, adapter, salt))
         return done
 
     def lose(self, keys: Sequence[str]) -> None:
@@ -72,18 +80,24 @@ class Planning:
     def close(self) -> None:
         """End the thread."""
         self._thread.close(drop=True)
+        self.observer.close()
 
     def _later(
-        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str
+        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str, salt: str | None
     ) -> Future[Planned]:
-        planned = self._thread.submit(self._plan, token_ids, options, adapter)
+        planned = self._thread.submit(self._plan, token_ids, options, adapter, salt)
         self._busy = planned
         return planned
 
-    def _plan(self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str) -> Planned:
+    def _plan(
+        self, token_ids: Sequence[int], options: Mapping[str, Any], adapter: str, salt: str | None
+    ) -> Planned:
         try:
             self._learn()
-            return self.planner.plan(token_ids, options, adapter)
+            planned = self.planner.plan(token_ids, options, adapter, salt)
+            if not adapter:  # its chunks are computed with it, and these are not
+                self.observer.see(token_ids, options, salt, planned)
+            return planned
         except Exception as error:  # a request is never lost over its plan
             logger.exception("a request can't be planned")
             why_not = f"planning failed: {type(error).__name__}: {error}"

@@ -91,6 +91,14 @@ class Queries:
             "instance": state.instance,
         }
 
+    def cacheblend_learnt(self) -> dict[str, Any]:
+        """The chunks that were learnt since the call before: ``spans``, each a ``learn.Span`` in a
+        list. And of the engine, ``steps`` so far and ``step_s`` of a recent one.
+        """
+        connector = self._connector()
+        spans = [list(span) for span in connector.link.take_spans()]
+        return {"spans": spans, **connector.step_timer.to_plain()}
+
     def cacheblend_reports(self, request: str) -> list[dict[str, Any]]:
         """What was done for the requests of vLLM's that answered a client's request, in order."""
         found = self._connector().reports(request)

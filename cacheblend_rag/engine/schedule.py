@@ -23,6 +23,7 @@ from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.planning import Planning
 from cacheblend_rag.engine.rows import Scheduled
+from cacheblend_rag.learn import Span
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan
 from cacheblend_rag.planner import Planned, Planner
 from cacheblend_rag.reason import Reason, RefusedError, Why
@@ -47,12 +48,14 @@ class Step(NamedTuple):
         tasks: blends that begin, by request; batch: all rows of a step that has some of a blend.
         gone: requests that were preempted.
         plain: reports of requests that are not blended, by the caller's names.
+        spans: chunks that were learnt, and are to be computed.
     """
 
     tasks: dict[str, BlendTask]
     batch: dict[str, Scheduled]
     gone: set[str]
     plain: dict[str, dict[str, Any]]
+    spans: Sequence[Span] = ()
 
 
 @dataclass
@@ -165,7 +168,9 @@ class Claims:
         tracked.why_not = self._refusal(request) or self._forged(options)
         if tracked.why_not is None:
             adapter = adapter_name(request.lora_request)
-            tracked.planning = self.planning.begin(request.prompt_token_ids, options or {}, adapter)
+            tracked.planning = self.planning.begin(
+                request.prompt_token_ids, options or {}, adapter, request.cache_salt
+            )
             self._take_plan(tracked)
 
     def _refusal(self, request: Any) -> Why | None:
@@ -182,7 +187,7 @@ class Claims:
         if tracked.planning is None or not tracked.planning.done():
             return
         planned, tracked.planning = tracked.planning.result(), None
-        plan, tracked.mode, tracked.seconds, tracked.proves = planned
+        plan, tracked.mode, tracked.seconds, tracked.proves, _ = planned
         if isinstance(plan, NoPlan):
             tracked.why_not = Why(*plan)
             return
@@ -284,7 +289,7 @@ class Claims:
         gone = set(scheduled.preempted_req_ids or ())
         self._drop_without_outcome(gone)
         if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
-            return Step(tasks, {}, gone, plain)
+            return Step(tasks, {}, gone, plain, self.planning.observer.take())
         # Where the rows of a claim stand in the step depends on the rows of all other requests.
         batch = _batch(scheduled)
         for name, part in batch.items():
@@ -292,7 +297,7 @@ class Claims:
             claim = tracked.claim if tracked is not None else None
             if tracked is not None and claim and part.computed + part.rows >= claim.total:
                 tracked.claim, tracked.complete = None, True
-        return Step(tasks, batch, gone, plain)
+        return Step(tasks, batch, gone, plain, self.planning.observer.take())
 
     def _drop_without_outcome(self, preempted: Iterable[str]) -> None:
         """vLLM ends a request whose blocks were lost with an error only while it runs. One that was

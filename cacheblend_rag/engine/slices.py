@@ -115,6 +115,7 @@ class SlicedIngestor:
 
     Attributes:
         seconds: what the last slice took.
+        learnt: nobody asked for these chunks.
     """
 
     def __init__(self, handle: ModelHandle, heads: Heads | None = None) -> None:
@@ -124,7 +125,7 @@ class SlicedIngestor:
         self._thread = DaemonPool(1, "cacheblend-ingest")
         self._name, self._keys = "", list[str]()
         self._computed: Future[list[ChunkKV]] | None = None
-        self.seconds = 0.0
+        self.seconds, self.learnt = 0.0, False
 
     def begin(
         self,
@@ -133,13 +134,15 @@ class SlicedIngestor:
         chunks: Sequence[Sequence[int]],
         prefix_ids: Sequence[int],
         contexts: Sequence[Sequence[int]],
+        *,
+        learnt: bool = False,
     ) -> None:
         """Have these chunks computed by the next calls of ``go_on`` with this ``name``; what was
         begun before is dropped.
         """
         if self._computed is not None:
             self._budget.cancel()
-        self._name, self._keys = name, list(keys)
+        self._name, self._keys, self.learnt = name, list(keys), learnt
         self._budget.begin()
         work = self._in_thread(lambda: self._ingestor.compute(chunks, prefix_ids, contexts))
         self._computed = self._thread.submit(work)

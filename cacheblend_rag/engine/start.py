@@ -23,6 +23,7 @@ from cacheblend_rag.plan import PARAMS_KEY
 from cacheblend_rag.reason import Reason, Why
 
 _OURS = ("kv_transfer_config", "worker_extension_cls")
+WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 BY_FRONT_DOOR = {"opened_by": "cacheblend_rag.CacheBlend"}  # extra config of the connector
 
 
@@ -71,7 +72,7 @@ def _connector_options() -> dict[str, Any]:
             kv_connector_extra_config=dict(BY_FRONT_DOOR),
             kv_load_failure_policy="fail",  # what cannot be written must not be read
         ),
-        "worker_extension_cls": "cacheblend_rag.engine.worker.WorkerExtension",
+        "worker_extension_cls": WORKER,
     }
 
 

@@ -13,6 +13,7 @@ from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import Row, chunks_of
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
 from cacheblend_rag.store.follow import Follower, row_of
+from cacheblend_rag.store.learnt import LearningStore
 from cacheblend_rag.store.registry import DocumentRegistry
 
 Work = Callable[[], Any]
@@ -76,11 +77,17 @@ class RankStore:
         """Those that are not stored, as far as the store can be asked."""
         return [key for key in keys if ask(self.store.contains, key) is not True]
 
-    def put(self, keys: Sequence[str], chunks: Sequence[ChunkKV]) -> tuple[int, dict[str, str]]:
-        """The bytes stored, and why what key was not."""
+    def put(
+        self, keys: Sequence[str], chunks: Sequence[ChunkKV], *, learnt: bool = False
+    ) -> tuple[int, dict[str, str]]:
+        """The bytes stored, and why what key was not. What is ``learnt`` stays in memory."""
         stored, refused = 0, dict[str, str]()
+        keep = self.store.put
+        if learnt:
+            assert isinstance(self.store, LearningStore)
+            keep = self.store.put_learnt
         for key, chunk in zip(keys, chunks, strict=True):
-            if problem := self.store.put(key, chunk):
+            if problem := keep(key, chunk):
                 refused[key] = problem
                 continue
             stored += chunk.nbytes if self._leads else 0
@@ -116,7 +123,11 @@ class RankStore:
 
     def stats(self) -> dict[str, int]:
         """The store's counts."""
-        return dict(self.store.stats()._asdict())
+        found = dict(self.store.stats()._asdict())
+        if isinstance(self.store, LearningStore):
+            learnt = self.store.learnt.stats()
+            found |= {"learnt_chunks": learnt.chunks, "learnt_bytes": learnt.nbytes}
+        return found
 
     def keys(self, space: KeySpace) -> list[str]:
         """Those of a key space that are stored, in order."""

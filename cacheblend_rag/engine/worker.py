@@ -34,11 +34,13 @@ from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.known import News, Row
 from cacheblend_rag.plan import PromptPrefix
-from cacheblend_rag.planner import Limits, Message, Space
+from cacheblend_rag.planner import Learning, Limits, Message, Space
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.store import open_store
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV
 from cacheblend_rag.store.follow import row_of
+from cacheblend_rag.store.learnt import LearningStore
+from cacheblend_rag.store.memory import MemoryStore
 from cacheblend_rag.store.url import parse_url
 
 if TYPE_CHECKING:
@@ -117,12 +119,23 @@ class WorkerExtension(Queries):
         return self._connector().link.has_scheduler
 
     def _open_store(
-        self, url: str, fingerprint: str, gpu_cache: int, tenant: str, *, follows: bool = True
+        self,
+        url: str,
+        fingerprint: str,
+        gpu_cache: int,
+        tenant: str,
+        *,
+        follows: bool = True,
+        learning: Learning | None = None,
     ) -> None:
         """``follows``: the scheduler's side learns from this rank what becomes of the store."""
         handle, rope, cache = self._state().parts
         heads = self._state().heads
         store = open_store(url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
+        if learning is not None:
+            memory = MemoryStore(learning.options.capacity_bytes, heads=heads)
+            store = LearningStore(store, memory, learning.options.ttl_s)
+            self._send(learning)
         # of ranks that share a store, one answers for it
         is_shared = parse_url(url).scheme != "memory"
         self._state().is_replica = heads is not None and is_shared and not heads.leads
@@ -137,6 +150,7 @@ class WorkerExtension(Queries):
         self._connector().closing = self._state().store.close
         link = self._connector().link
         link.blender = blender if heads is None else None
+        link.has_worker = True
         self._state().sends_changes = not follows
         if self._state().is_replica or not follows:
             self._state().store.follower.start(None)
@@ -217,11 +231,13 @@ class WorkerExtension(Queries):
         chunks: list[list[int]],
         prefix_ids: list[int],
         contexts: list[list[int]],
+        learnt: bool = False,
     ) -> None:
         """``cacheblend_ingest`` that computes nothing by itself: see ``cacheblend_ingest_go_on``.
-        One that was begun before and did not end is dropped.
+        One that was begun before and did not end is dropped. What is ``learnt`` stays in the memory
+        of the engine.
         """
-        self._state().sliced.begin(name, keys, chunks, prefix_ids, contexts)
+        self._state().sliced.begin(name, keys, chunks, prefix_ids, contexts, learnt=learnt)
 
     @_reporting
     def cacheblend_ingest_go_on(self, name: str, layers: int) -> Any:
@@ -234,7 +250,8 @@ class WorkerExtension(Queries):
         if not done:
             return {"seconds": sliced.seconds, **self._connector().step_timer.to_plain()}
         keys, computed = sliced.take()
-        return self._later(lambda store: self._put(store, keys, computed))
+        learnt = sliced.learnt
+        return self._later(lambda store: self._put(store, keys, computed, learnt=learnt))
 
     @_reporting
     def cacheblend_adapter(self, adapter: list[Any]) -> str:
@@ -273,10 +290,10 @@ class WorkerExtension(Queries):
             self._state().store.follower.list()
 
     def _put(
-        self, store: RankStore, keys: list[str], computed: list[ChunkKV]
+        self, store: RankStore, keys: list[str], computed: list[ChunkKV], *, learnt: bool = False
     ) -> tuple[int, dict[str, str]]:
         """Store chunks; a scheduler's side that follows the store itself need not wait to see."""
-        done = store.put(keys, computed)
+        done = store.put(keys, computed, learnt=learnt)
         if self._state().sends_changes:
             both = zip(keys, computed, strict=True)
             rows = [row_of(ChunkInfo.of(key, kv)) for key, kv in both if key not in done[1]]

@@ -5,7 +5,7 @@ event loop's.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,7 +13,9 @@ from cacheblend_rag import __version__
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine.client import ClientEngine
+from cacheblend_rag.front.learning import LearntIngestion
 from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.learn import LearnOptions
 from cacheblend_rag.report import make_report
 from cacheblend_rag.server.bodies import Given, Text
 from cacheblend_rag.store.tenants import tenant_id
@@ -69,6 +71,18 @@ class Front(CacheBlend):
                 documents=names,
                 progress=False,
             )
+
+    def learnt_ingestion(self) -> LearntIngestion | None:
+        """What has computed what the engine learns; None where it learns nothing."""
+        if self.config.learn == "off" or not self.model_check.passed:
+            return None
+        return LearntIngestion(
+            self._engine,
+            LearnOptions.of(self.config.learn_options),
+            min(self.info.max_model_len, self._positions),
+            self.info.max_num_batched_tokens,
+            self._sync,
+        )
 
     def document(self, name: str) -> str:
         """What the store calls a document of this namespace."""
@@ -166,7 +180,7 @@ class Front(CacheBlend):
 
     def _shown_config(self) -> dict[str, Any]:
         shown = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        shown |= {n: dict(shown[n]) for n in ("selector_options", "chat_template_kwargs")}
+        shown |= {name: dict(value) for name, value in shown.items() if isinstance(value, Mapping)}
         return {**shown, "store": redacted(self.config.store)}
 
 

@@ -16,6 +16,7 @@ from cacheblend_rag.errors import (
     PromptError,
     UnavailableError,
 )
+from cacheblend_rag.front.learning import LearntIngestion
 from cacheblend_rag.ingest import IngestReport, grouped
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.front import Front
@@ -37,9 +38,17 @@ class Runner:
     Args:
         front_of: the front of a namespace.
         lock: file that says which process runs them.
+        learnt: what is computed where there is no job; None: nothing.
     """
 
-    def __init__(self, jobs: Jobs, front_of: Callable[[str], Front], lock: Path) -> None:
+    def __init__(
+        self,
+        jobs: Jobs,
+        front_of: Callable[[str], Front],
+        lock: Path,
+        learnt: LearntIngestion | None = None,
+    ) -> None:
+        self._learnt, self._warned = learnt, False
         self._jobs, self._front_of, self._base = jobs, front_of, front_of("")
         self._lock: IO[bytes] = lock.open("wb")
         self._wanted, self._stopped = threading.Event(), threading.Event()
@@ -63,7 +72,7 @@ class Runner:
         try:
             self._jobs.resume()
             while not self._stopped.is_set():
-                if not self._run_one():
+                if not self._run_one() and not self._learn():
                     self._wanted.wait(_LOOKS_EVERY_S)
                     self._wanted.clear()
         except (Interrupted, ClosedError, EngineDeadError):
@@ -99,6 +108,22 @@ class Runner:
                 raise Interrupted from error
             self._fail(job, error)
         return True
+
+    def _learn(self) -> bool:
+        """Compute some of what was learnt; returns whether there may be more to do at once."""
+        if self._learnt is None:
+            return False
+        try:
+            return self._learnt.once()
+        except (ClosedError, EngineDeadError):
+            raise
+        except CacheBlendError as error:
+            if self._base.is_over:
+                raise Interrupted from error
+            if not self._warned:
+                logger.warning("what was learnt could not be computed: %s", error)
+            self._warned = True
+            return False
 
     def _run(self, job: Job, front: Front, chunks: Sequence[Given]) -> bool:
         """Compute what is left of a job; returns whether it was not cancelled."""

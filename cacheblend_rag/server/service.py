@@ -50,7 +50,9 @@ class Service:
         if parse_url(config.store).scheme in ("memory", "null"):
             self.jobs.forget_ended(str(self.engine.state["instance"]))
         self._secret = self.jobs.about("secret", secrets.token_hex(32))
-        self.runner = Runner(self.jobs, self.front_of, folder / f"{name}.lock")
+        self.runner = Runner(
+            self.jobs, self.front_of, folder / f"{name}.lock", self.front.learnt_ingestion()
+        )
         self.engine.before_end(self.close)
 
     def front_of(self, namespace: str | None) -> Front:

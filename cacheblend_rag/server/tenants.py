@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.plan import PARAMS_KEY
+from cacheblend_rag.salts import tenant_salt
 from cacheblend_rag.server.bodies import parsed
 from cacheblend_rag.server.errors import HttpError, as_http
 from cacheblend_rag.server.page import PAGE
@@ -169,7 +170,7 @@ def salt(space: str, own: object) -> str:
     """
     if own is not None and not (isinstance(own, str) and own):
         raise HttpError(400, "cache_salt must be a text that is not empty", param="cache_salt")
-    return hashlib.sha256(json.dumps(["cacheblend", space, own]).encode()).hexdigest()
+    return tenant_salt(space, own)
 
 
 def _table(value: object, where: str) -> dict[str, Any]:

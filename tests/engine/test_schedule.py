@@ -44,7 +44,7 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> Claims:
     )
     claims = Claims(config, None)
     monkeypatch.setattr(
-        claims.planning, "begin", lambda ids, options, adapter: planned(options["plan"])
+        claims.planning, "begin", lambda ids, options, adapter, salt: planned(options["plan"])
     )
     return claims
 
@@ -65,6 +65,7 @@ def request(plan: Plan = PLAN, name: str = "r") -> Any:
         num_tokens=len(IDS),
         block_hashes=[b"%d" % i for i in range(len(IDS) // BLOCK)],
         lora_request=None,
+        cache_salt=None,
         has_encoder_inputs=False,
         sampling_params=SimpleNamespace(prompt_logprobs=None),
         status=SimpleNamespace(name="WAITING"),

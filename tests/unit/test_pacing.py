@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cacheblend_rag.pacing import IDLE_S, Pace, Progress
 
 LAYER_S = 0.004  # of 100 tokens
@@ -10,9 +12,9 @@ STEP_S = 0.030
 
 def paced(*steps: int, own: int = 0) -> Pace:
     """One that saw these counts of steps, a slice of two layers and 100 tokens each time."""
-    pace = Pace()
+    pace = Pace(own_steps=own)
     for now, count in enumerate(steps):
-        pace.learn(Progress(2 * LAYER_S, count, STEP_S), 2, 100, own, now / 100)
+        pace.learn(Progress(2 * LAYER_S, count, STEP_S), 2, 100, now / 100)
     return pace
 
 
@@ -34,7 +36,8 @@ def test_beside_answers_it_takes_half_a_step() -> None:
 def test_its_own_steps_are_no_answers() -> None:
     pace = Pace()
     for count in range(5):
-        pace.learn(Progress(LAYER_S, 7 + count, STEP_S), 1, 100, count, 0.0)
+        pace.own_steps = count
+        pace.learn(Progress(LAYER_S, 7 + count, STEP_S), 1, 100, 0.0)
     assert not pace.is_busy(0.0)
 
 
@@ -43,3 +46,21 @@ def test_a_layer_of_a_batch_takes_no_longer_than_a_slice() -> None:
     assert paced(1).tokens(300) == 300
     slow = Pace(token_layer_s=1.0, step_s=STEP_S)
     assert slow.tokens(8192) == 256
+
+
+def test_what_is_taken_beside_answers_is_counted() -> None:
+    assert paced(7, 7, 7).busy_s == 0
+    busy = paced(7, 8, 9)
+    assert busy.busy_s == pytest.approx(2 * 2 * LAYER_S)
+    busy.ended(3, 100, 0.03)
+    assert busy.busy_s == pytest.approx(7 * LAYER_S)
+    busy.ended(3, 100, 1.0)
+    assert busy.busy_s == pytest.approx(7 * LAYER_S), "they ended"
+
+
+def test_steps_are_seen_between_slices() -> None:
+    pace = paced(7)
+    pace.see(7, 0.0, 1.0)
+    assert not pace.is_busy(1.0) and pace.step_s == STEP_S
+    pace.see(8, 0.0, 2.0)
+    assert pace.is_busy(2.0) and not pace.is_busy(3.0)

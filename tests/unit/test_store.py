@@ -32,6 +32,7 @@ from cacheblend_rag.store.base import NOT_FINITE
 from cacheblend_rag.store.chunk_file import Encoding, encode, header_of
 from cacheblend_rag.store.evict import LRU
 from cacheblend_rag.store.folder import namespaces
+from cacheblend_rag.store.learnt import LearningStore
 from cacheblend_rag.store.source import FileSource
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -74,7 +75,13 @@ def tiny_fast(folder: Path, num_chunks: float) -> KVStore:
     return TieredStore(MemoryStore(1), disk(folder, num_chunks))
 
 
-@pytest.fixture(params=[memory, disk, tiered, tiny_fast], ids=lambda maker: maker.__name__)
+def learning(folder: Path, num_chunks: float) -> KVStore:
+    return LearningStore(disk(folder, num_chunks), MemoryStore(1 << 20), 3600.0)
+
+
+@pytest.fixture(
+    params=[memory, disk, tiered, tiny_fast, learning], ids=lambda maker: maker.__name__
+)
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """Opens the store with room for so many chunks of 7 tokens."""
     return partial(request.param, tmp_path)
