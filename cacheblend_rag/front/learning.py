@@ -58,7 +58,7 @@ class LearntIngestion:
         self._sync, self._clock = sync, clock
         self._budget = Budget(options.share, clock())
         self._waiting: deque[Span] = deque()
-        self._asked, self._told_at, self._step_at = -1, clock(), clock()
+        self._asked, self._asked_at, self._step_at = -1, clock(), clock()
         self._steps = -1
         self.tokens, self.dropped = 0, 0
 
@@ -98,15 +98,15 @@ class LearntIngestion:
         if asked != self._asked:
             self._asked, self._step_at = asked, now
         is_quiet = now >= self._step_at + _QUIET_S and not self._waiting
-        return not is_quiet or now >= self._told_at + _OTHERS_S
+        return not is_quiet or now >= self._asked_at + _OTHERS_S
 
     def _ask(self) -> None:
-        said, now = self._engine.rpc("cacheblend_learnt")[0], self._clock()
-        if said["steps"] != self._steps:
-            self._steps, self._step_at = said["steps"], now
-        self._told_at = now
-        self._engine.pace.see(said["steps"], said["step_s"], now)
-        for plain in said["spans"]:
+        news, now = self._engine.rpc("cacheblend_learnt")[0], self._clock()
+        if news["steps"] != self._steps:
+            self._steps, self._step_at = news["steps"], now
+        self._asked_at = now
+        self._engine.pace.see(news["steps"], news["step_s"], now)
+        for plain in news["spans"]:
             span = Span(*plain)
             if len(span.prefix_ids) + len(span.token_ids) <= self._longest:
                 self._waiting.append(span)

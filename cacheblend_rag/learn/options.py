@@ -66,8 +66,8 @@ class LearnOptions:
         known = {f.name for f in fields(cls)}
         for name in data:
             if name not in known:
-                told = ", ".join(sorted(known))
-                raise ConfigError(f"learn_options has no option {name!r}. Known: {told}.")
+                names = ", ".join(sorted(known))
+                raise ConfigError(f"learn_options has no option {name!r}. Known: {names}.")
         return cls(**data)
 
     @property
