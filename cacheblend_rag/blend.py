@@ -75,6 +75,7 @@ class CacheBlend(Startup):
         *,
         api_key: str | None = None,
         timeout: float = 600.0,
+        max_retries: int = 2,
         config: BlendConfig | None = None,
     ) -> CacheBlend:
         """The same front door to an engine in another process: that of ``cacheblend serve``.
@@ -83,6 +84,8 @@ class CacheBlend(Startup):
             url: of the server, for instance ``http://localhost:8000``.
             api_key: one of those that the server was started with.
             timeout: seconds without a word from the server until a call fails.
+            max_retries: how often a call is tried again that the server did not take, or that does
+                no harm when done twice.
             config: what requests ask for where a call says nothing; None: what the server's
                 configuration says. Fields that only the server can set must be left out, or equal
                 the server's.
@@ -93,7 +96,9 @@ class CacheBlend(Startup):
         """
         from cacheblend_rag.client import RemoteCacheBlend
 
-        return RemoteCacheBlend(url, api_key=api_key, timeout=timeout, config=config)
+        return RemoteCacheBlend(
+            url, api_key=api_key, timeout=timeout, max_retries=max_retries, config=config
+        )
 
     @classmethod
     def around(

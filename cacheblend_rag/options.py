@@ -6,7 +6,7 @@ its own, whose versions differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast
 
 Mode = Literal["blend", "full", "reuse", "off"]
@@ -66,13 +66,23 @@ class SamplingOptions(TypedDict, total=False):
     watermarking: bool | None
 
 
-class CallOptions(BlendOptions, SamplingOptions, total=False):
+class ToolOptions(TypedDict, total=False):
+    """Tools that the model may call, in OpenAI's form; with prompts of chat messages only."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None  # none, auto, required, or a tool
+    parallel_tool_calls: bool | None
+
+
+class CallOptions(BlendOptions, SamplingOptions, ToolOptions, total=False):
     """All options of ``generate``, ``stream``, ``agenerate`` and ``astream``."""
 
     lora_request: Any  # vLLM's LoRARequest; of a server also the adapter's name
 
 
 PER_CALL = tuple(BlendOptions.__annotations__)
+TOOL_OPTIONS = tuple(ToolOptions.__annotations__)
+OURS = (*PER_CALL, *TOOL_OPTIONS, "lora_request")  # what vLLM's sampling does not know
 PER_REQUEST = tuple(name for name in PER_CALL if name != "chat_template_kwargs")
 
 
@@ -83,5 +93,4 @@ def blend_options(options: Mapping[str, Any]) -> BlendOptions:
 
 def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What is left of a call's options: vLLM's sampling parameters, and what has a wrong name."""
-    ours = {*PER_CALL, "lora_request"}
-    return {name: value for name, value in options.items() if name not in ours}
+    return {name: value for name, value in options.items() if name not in OURS}

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from cacheblend_rag.engine.base import ChatRenderer
 from cacheblend_rag.errors import EmptyTextError, PromptError, PromptTooLongError
 from cacheblend_rag.token_ids import are_token_ids, token_ids
+from cacheblend_rag.tools import ToolUse
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
@@ -18,8 +19,16 @@ def is_prompt(value: object) -> TypeGuard[Prompt]:
     """Whether ``value`` is one prompt (text, token ids or chat messages), not several."""
     if isinstance(value, str):
         return True
-    return are_token_ids(value) or (
-        isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)
+    return are_token_ids(value) or are_messages(value)
+
+
+def are_messages(value: object) -> TypeGuard[Messages]:
+    """Whether ``value`` is a prompt of chat messages."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and bool(value)
+        and isinstance(value[0], Mapping)
     )
 
 
@@ -37,6 +46,7 @@ def tokenize(
     arguments: Mapping[str, Any],
     *,
     max_model_len: int,
+    tools: ToolUse | None = None,
 ) -> tuple[int, ...]:
     """Token ids of a prompt: text with the tokenizer's special tokens, chat messages as the
     engine's own chat has them, token ids as they are.
@@ -47,22 +57,37 @@ def tokenize(
         chat: for messages.
         arguments: of the chat template, by name.
         max_model_len: tokens that prompt and answer may have together.
+        tools: that the chat template describes to the model.
 
     Raises:
-        PromptError: not a prompt, messages that are not text or that the template refuses, or no
-            tokenizer.
+        PromptError: not a prompt, messages that are not text or that the template refuses, tools
+            with a prompt of another kind, or no tokenizer.
         ConfigError: an argument that the template does not have.
         EmptyTextError: no tokens.
         PromptTooLongError: no room for a first token.
     """
+    check_takes_tools(prompt, tools)
     if isinstance(prompt, str):
         ids = tuple(_need(tokenizer).encode(checked(prompt))) if prompt else ()
-    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+    elif are_messages(prompt):
         _need(tokenizer)
-        ids = chat.render(checked_messages(prompt), arguments)
+        ids = chat.render(checked_messages(prompt), arguments, tools=tools)
     else:
         ids = token_ids(prompt)
     return fitting(ids, max_model_len)
+
+
+def check_takes_tools(prompt: object, tools: ToolUse | None) -> None:
+    """Only a chat template says how tools are described.
+
+    Raises:
+        PromptError: tools, and a prompt that is no chat messages.
+    """
+    if tools is not None and not are_messages(prompt):
+        raise PromptError(
+            "tools go through the model's chat template, and this prompt is text or token ids; "
+            'pass chat messages: [{"role": "user", "content": "..."}]'
+        )
 
 
 def fitting(ids: tuple[int, ...], max_model_len: int) -> tuple[int, ...]:

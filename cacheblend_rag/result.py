@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
-from cacheblend_rag.engine.base import EngineOutput
+from cacheblend_rag.engine.base import EngineOutput, Read
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.report import BlendReport
+from cacheblend_rag.tools import ToolCall, joined
 
 Finish = Callable[[Sequence[EngineOutput], float], "BlendResult"]
+
+
+def unread(piece: EngineOutput) -> EngineOutput:
+    """``piece`` as it came."""
+    return piece
 
 
 class Begun(NamedTuple):
@@ -22,6 +28,7 @@ class Begun(NamedTuple):
     pieces: AsyncIterator[EngineOutput]
     finish: Finish
     prepared_s: float
+    read: Read = unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +36,14 @@ class BlendResult:
     """An answer.
 
     Attributes:
-        text, token_ids: the answer.
+        text, token_ids: the answer. Where vLLM's parsers read it, ``text`` leaves out what is in
+            ``reasoning`` and ``tool_calls``.
+        reasoning: what the model thought before; empty without a reasoning parser.
+        tool_calls: the calls of tools, in order; empty without tools.
         report: how its prompt was served.
         prompt_token_ids: the prompt as it was computed.
-        finish_reason: ``stop`` or ``length``; ``stop_reason``: the stop string or token, if any.
+        finish_reason: ``stop``, ``length`` or ``tool_calls``; ``stop_reason``: the stop string or
+            token, if any.
         logprobs: where asked for, a dict (token id -> log-probability) a token of the answer.
         request_id: names the request towards the engine.
     """
@@ -45,6 +56,8 @@ class BlendResult:
     stop_reason: int | str | None
     logprobs: list[dict[int, float]] | None
     request_id: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def make_result(
@@ -64,6 +77,8 @@ def make_result(
         stop_reason=pieces[-1].stop_reason,
         logprobs=logprobs or None,
         request_id=request_id,
+        reasoning="".join(p.reasoning for p in pieces),
+        tool_calls=joined(call for p in pieces for call in p.tool_calls),
     )
 
 
@@ -87,21 +102,23 @@ class _Stream:
 
     @property
     def pieces(self) -> Sequence[EngineOutput]:
-        """What came so far, with token ids and log-probabilities."""
+        """What came so far, with token ids, log-probabilities, reasoning and calls of tools."""
         return self._pieces
 
 
 class BlendStream(_Stream, Iterator[str]):
     """Pieces of text as they come; then ``result``. Close it, or use ``with``, to stop early."""
 
-    def __init__(self, pieces: Iterator[EngineOutput], finish: Finish) -> None:
+    def __init__(self, pieces: Iterator[EngineOutput], finish: Finish, read: Read = unread) -> None:
         super().__init__()
         self._source, self._finish, self._start = pieces, finish, time.perf_counter()
+        self._read = read
 
     def __next__(self) -> str:
         piece = next(self._source, None)
         if piece is None:
             raise StopIteration
+        piece = self._read(piece)
         self._pieces.append(piece)
         if piece.finish_reason is not None:
             for _ in self._source:  # lets the source end, and with it its hold on the engine
@@ -150,6 +167,7 @@ class AsyncBlendStream(_Stream, AsyncIterator[str]):
         piece = await anext(pieces, None)
         if piece is None:
             raise StopAsyncIteration
+        piece = self._begun.read(piece)
         self._pieces.append(piece)
         if piece.finish_reason is not None:
             async for _ in pieces:

@@ -10,7 +10,7 @@ import httpx
 from cacheblend_rag.client.events import aevents, events
 from cacheblend_rag.client.failures import reported_error
 from cacheblend_rag.client.http import Connection
-from cacheblend_rag.client.replies import piece
+from cacheblend_rag.client.replies import piece, prompt_ids
 from cacheblend_rag.engine.base import EngineOutput
 from cacheblend_rag.errors import ServerError
 
@@ -21,12 +21,15 @@ class _Answer:
     def __init__(self, connection: Connection, body: Mapping[str, Any]) -> None:
         self._connection, self._body = connection, body
         self.id = ""  # by which the server knows it
+        self.prompt_ids: tuple[int, ...] | None = None  # where the server made them of messages
         self._whole = False
 
     def _take(self, event: Mapping[str, Any]) -> EngineOutput | None:
         if "error" in event:
             raise reported_error(event["error"], self._connection.url)
         self.id = event.get("id") or self.id
+        if "messages" in self._body:
+            self.prompt_ids = prompt_ids(event) or self.prompt_ids
         found = piece(event)
         self._whole |= found is not None and found.finish_reason is not None
         return found

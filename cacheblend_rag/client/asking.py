@@ -15,16 +15,27 @@ from cacheblend_rag.client import replies, requests
 from cacheblend_rag.client.answers import Answer, AsyncAnswer
 from cacheblend_rag.client.http import BASE, Connection
 from cacheblend_rag.client.tokenizer import RemoteTokenizer
-from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.config import BlendConfig, unknown_option
 from cacheblend_rag.engine import EngineInfo, EngineOutput
-from cacheblend_rag.errors import CacheBlendError, PromptError, ServerError
+from cacheblend_rag.engine.base import ParserNames
+from cacheblend_rag.errors import CacheBlendError, ConfigError, PromptError, ServerError
 from cacheblend_rag.front.answers import as_prompts
-from cacheblend_rag.options import CallOptions
-from cacheblend_rag.prompt import Prompt, checked, checked_messages, fitting, is_prompt, owned
+from cacheblend_rag.options import TOOL_OPTIONS, CallOptions, ToolOptions
+from cacheblend_rag.prompt import (
+    Prompt,
+    are_messages,
+    check_takes_tools,
+    checked,
+    checked_messages,
+    fitting,
+    is_prompt,
+    owned,
+)
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.report import BlendReport, make_report
 from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStream, make_result
 from cacheblend_rag.token_ids import token_ids
+from cacheblend_rag.tools import ToolUse, tool_use
 
 _AT_ONCE = 64  # answers of one generate()
 # a report is written when a request ends, which may be a moment after its last token came
@@ -47,7 +58,12 @@ class RemoteAnswers:
     info: EngineInfo
     _connection: Connection
     _own: frozenset[str]  # the fields of ``config`` that every request carries
+    _parsers: ParserNames
     _more_sampling: frozenset[str] | None = None
+
+    @property
+    def parsers(self) -> ParserNames:
+        return self._parsers
 
     def _call(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
         return self._connection.call(method, BASE + path, body, **more)
@@ -68,24 +84,38 @@ class RemoteAnswers:
         return True
 
     def tokenize(
-        self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None
+        self,
+        prompt: Prompt,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **tools: Unpack[ToolOptions],
     ) -> tuple[int, ...]:
+        for name in tools:
+            if name not in TOOL_OPTIONS:
+                raise unknown_option(name, TOOL_OPTIONS, "tokenize")
         config = self.config.for_call({"chat_template_kwargs": chat_template_kwargs or {}})
-        return self._ids(prompt, config)
+        return self._ids(prompt, config, tool_use(tools))
 
-    def _ids(self, prompt: Prompt, config: BlendConfig) -> tuple[int, ...]:
+    def _ids(
+        self, prompt: Prompt, config: BlendConfig, tools: ToolUse | None = None
+    ) -> tuple[int, ...]:
+        check_takes_tools(prompt, tools)
         if isinstance(prompt, str):
             ids = self._rendered(checked(prompt), {}) if prompt else ()
-        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            ids = self._rendered(list(checked_messages(prompt)), config.chat_template_kwargs)
+        elif are_messages(prompt):
+            messages = list(checked_messages(prompt))
+            ids = self._rendered(messages, config.chat_template_kwargs, tools)
         else:
             ids = token_ids(prompt)
         return fitting(ids, self.info.max_model_len)
 
-    def _rendered(self, prompt: Any, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    def _rendered(
+        self, prompt: Any, arguments: Mapping[str, Any], tools: ToolUse | None = None
+    ) -> tuple[int, ...]:
         body = {
             "prompt": prompt,
             **({"chat_template_kwargs": dict(arguments)} if arguments else {}),
+            **({} if tools is None else tools.body()),
         }
         return tuple(self._call("POST", "/tokenize", body, safe=True)["token_ids"])
 
@@ -170,10 +200,21 @@ class RemoteAnswers:
         return self._more_sampling
 
     def _prepare_request(self, prompt: Prompt, options: requests.Options) -> _Request:
+        tools = options.tools
+        if tools is not None and tools.may_call and not self.parsers.tool:
+            raise ConfigError(
+                f"{self._connection.url} has no parser for calls of tools. Start it with one that "
+                "reads its model's: cacheblend serve MODEL --enable-auto-tool-choice "
+                "--tool-call-parser NAME; vLLM lists their names: cacheblend serve "
+                "--help=tool-call-parser"
+            )
         start = time.perf_counter()
-        ids = self._ids(prompt, options.config)
+        ids = self._ids(prompt, options.config, tools)
         spent = time.perf_counter() - start
-        body = requests.completion(ids, options, self.info.max_model_len)
+        if are_messages(prompt) and (tools is not None or self.parsers.reasoning):
+            body = requests.chat(prompt, ids, options, self.info.max_model_len)
+        else:
+            body = requests.completion(ids, options, self.info.max_model_len)
         return _Request(ids, body, options.config.mode, spent)
 
     def _finish_answer(
@@ -191,7 +232,7 @@ class RemoteAnswers:
             total_s=pieces[-1].at - start + request.tokenize_s,
             stages_s=stages,
         )
-        return make_result(request.ids, pieces, report, answer.id)
+        return make_result(answer.prompt_ids or request.ids, pieces, report, answer.id)
 
     def _report(self, request: _Request, name: str) -> BlendReport:
         """The server's report of an answer. The answer itself is there in any case."""

@@ -47,7 +47,12 @@ _BY_CODE: Mapping[str, type[CacheBlendError]] = {  # those of our endpoints
 }
 
 
-def pause(attempt: int, failed: httpx.Response | httpx.TransportError, safe: bool) -> float | None:
+def pause(
+    attempt: int,
+    failed: httpx.Response | httpx.TransportError,
+    safe: bool,
+    retries: int = RETRIES,
+) -> float | None:
     """Seconds until a call is tried again; None: not at all.
 
     A call that never reached the server, or that it declined for now (429), did nothing. Any other
@@ -57,10 +62,11 @@ def pause(attempt: int, failed: httpx.Response | httpx.TransportError, safe: boo
         attempt: 0 for the first.
         failed: how it failed.
         safe: whether doing it twice does no harm.
+        retries: how often it is tried again at most.
     """
-    if attempt >= RETRIES or not _may_retry(failed, safe):
+    if attempt >= retries or not _may_retry(failed, safe):
         return None
-    wait = _FIRST_WAIT_S * 3**attempt * random.uniform(0.8, 1.2)
+    wait = min(_FIRST_WAIT_S * 3**attempt * random.uniform(0.8, 1.2), LONGEST_WAIT_S)
     if isinstance(failed, httpx.Response):
         asked = retry_after(failed.headers.get("retry-after"), time.time())
         wait = wait if asked is None else asked

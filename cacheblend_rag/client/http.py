@@ -17,11 +17,12 @@ from typing import Any
 import httpx
 
 from cacheblend_rag._version import __version__
-from cacheblend_rag.client.failures import pause, refusal, unreachable
+from cacheblend_rag.client.failures import RETRIES, pause, refusal, unreachable
 from cacheblend_rag.errors import ClosedError, ConfigError, ServerError
 
 BASE = "/v1/cacheblend"
 COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 _JSON = {"content-type": "application/json"}
 _CONNECT_S = 10.0
 # vLLM closes a connection that was idle for 5 s: ours end before, and none is used while it closes
@@ -35,11 +36,14 @@ class Connection:
         url: of the server, with or without ``/v1``.
         api_key: sent as a bearer token.
         timeout: seconds without a word from the server until a call fails.
+        retries: how often a call is tried again at most.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+    def __init__(
+        self, url: str, api_key: str | None, timeout: float, retries: int = RETRIES
+    ) -> None:
         self.url, self.timeout = base_url(url), checked_timeout(timeout)
-        self.api_key = api_key
+        self.api_key, self.retries = api_key, checked_retries(retries)
         self._closed, self._lock = False, threading.Lock()
         self._client: httpx.Client | None = None
         self._pid = 0
@@ -85,16 +89,15 @@ class Connection:
 
     def open(self, body: Mapping[str, Any]) -> httpx.Response:
         """Ask for a streamed answer; close what comes."""
-        request = self._http().build_request(
-            "POST", COMPLETIONS, content=_content(body), headers=_JSON
-        )
+        path = _endpoint(body)
+        request = self._http().build_request("POST", path, content=_content(body), headers=_JSON)
         response = self._send(request, safe=False, stream=True)
         if not response.is_success:
             try:
                 response.read()
             finally:
                 response.close()
-            raise refusal(response, self.url, COMPLETIONS, self.api_key is not None)
+            raise refusal(response, self.url, path, self.api_key is not None)
         return response
 
     @asynccontextmanager
@@ -102,14 +105,13 @@ class Connection:
         """``open`` for an event loop, over a connection of its own: pools belong to one loop."""
         self.check_open()
         async with httpx.AsyncClient(**self._settings(), verify=_tls(self.url)) as client:
-            request = client.build_request(
-                "POST", COMPLETIONS, content=_content(body), headers=_JSON
-            )
+            path = _endpoint(body)
+            request = client.build_request("POST", path, content=_content(body), headers=_JSON)
             response = await self._asend(client, request)
             try:
                 if not response.is_success:
                     await response.aread()
-                    raise refusal(response, self.url, COMPLETIONS, self.api_key is not None)
+                    raise refusal(response, self.url, path, self.api_key is not None)
                 yield response
             finally:
                 await response.aclose()
@@ -169,10 +171,10 @@ class Connection:
         try:
             response = self._http().send(request, stream=stream)
         except httpx.TransportError as error:
-            if (wait := pause(attempt, error, safe)) is None:
+            if (wait := pause(attempt, error, safe, self.retries)) is None:
                 raise self.broke(error) from error
             return wait, None
-        if response.is_success or (wait := pause(attempt, response, safe)) is None:
+        if response.is_success or (wait := pause(attempt, response, safe, self.retries)) is None:
             return None, response
         response.close()
         return wait, None
@@ -183,10 +185,12 @@ class Connection:
             try:
                 response = await client.send(request, stream=True)
             except httpx.TransportError as error:
-                if (wait := pause(attempt, error, safe=False)) is None:
+                if (wait := pause(attempt, error, False, self.retries)) is None:
                     raise self.broke(error) from error
             else:
-                if response.is_success or (wait := pause(attempt, response, safe=False)) is None:
+                if response.is_success:
+                    return response
+                if (wait := pause(attempt, response, False, self.retries)) is None:
                     return response
                 await response.aclose()
             await asyncio.sleep(wait)
@@ -227,6 +231,17 @@ def checked_timeout(seconds: object) -> float:
     return float(seconds)  # type: ignore[arg-type]
 
 
+def checked_retries(number: object) -> int:
+    """``number`` itself.
+
+    Raises:
+        ConfigError: no whole number of 0 or more.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ConfigError(f"max_retries is {number!r}; it must be a whole number of 0 or more")
+    return number
+
+
 def _content(body: Any) -> bytes | None:
     """``body`` as JSON in ASCII: half a character, say, can't break it.
 
@@ -243,8 +258,9 @@ def _content(body: Any) -> bytes | None:
         ) from error
 
 
-def _completion(client: httpx.Client | httpx.AsyncClient, body: Mapping[str, Any]) -> httpx.Request:
-    return client.build_request("POST", COMPLETIONS, content=_content(body), headers=_JSON)
+def _endpoint(body: Mapping[str, Any]) -> str:
+    """The one of vLLM's that an answer is asked of."""
+    return CHAT if "messages" in body else COMPLETIONS
 
 
 def _json(response: httpx.Response, url: str) -> Any:

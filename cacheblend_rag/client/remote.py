@@ -33,9 +33,10 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
         *,
         api_key: str | None = None,
         timeout: float = 600.0,
+        max_retries: int = 2,
         config: BlendConfig | None = None,
     ) -> None:
-        self._connection = Connection(url, api_key, timeout)
+        self._connection = Connection(url, api_key, timeout, max_retries)
         self._asked_config = config
         try:
             state = self._state()
@@ -44,7 +45,7 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
         except BaseException:
             self._connection.close()
             raise
-        self.info = replies.info(state)
+        self.info, self._parsers = replies.info(state), replies.parsers(state)
         self.calibration = None  # the server's own
         self._namespace = str(state["namespace"])
 
@@ -124,7 +125,8 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
     @property
     def settings(self) -> dict[str, Any]:
         """What it was made with, but for the URL."""
-        named = {"api_key": self._connection.api_key, "timeout": self._connection.timeout}
+        made = self._connection
+        named = {"api_key": made.api_key, "timeout": made.timeout, "max_retries": made.retries}
         return {**named, "config": self._asked_config}
 
     def __reduce__(self) -> Any:

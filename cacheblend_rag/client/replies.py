@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from cacheblend_rag.engine.base import EngineInfo, EngineOutput, ModelCheck
+from cacheblend_rag.engine.base import EngineInfo, EngineOutput, ModelCheck, ParserNames
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import BlendReport, SegmentReport
+from cacheblend_rag.tools import ToolCallPiece
 
 _TOKEN = "token_id:"  # how vLLM writes an id where a token's text would stand
 _LOWEST = -9999.0  # what vLLM writes for minus infinity
@@ -24,22 +25,51 @@ def piece(event: Mapping[str, Any]) -> EngineOutput | None:
     if not event.get("choices"):
         return None
     choice = event["choices"][0]
+    delta = choice.get("delta")
+    if delta is not None and not (choice.get("token_ids") or choice.get("finish_reason")):
+        return None  # says only whose turn it is
+    choice_fields: Mapping[str, Any] = choice if delta is None else delta
     return EngineOutput(
-        text=choice.get("text") or "",
+        text=choice_fields.get("text" if delta is None else "content") or "",
         token_ids=tuple(choice.get("token_ids") or ()),
         finish_reason=choice.get("finish_reason"),
         stop_reason=choice.get("stop_reason"),
         logprobs=_logprobs(choice.get("logprobs")),
         engine={},
         at=time.perf_counter(),
+        reasoning=choice_fields.get("reasoning") or "",
+        tool_calls=tuple(map(_call, choice_fields.get("tool_calls") or ())),
+    )
+
+
+def prompt_ids(event: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The prompt as the server computes it, where an event of an answer says so."""
+    found = event.get("prompt_token_ids")
+    return None if found is None else tuple(found)
+
+
+def _call(found: Mapping[str, Any]) -> ToolCallPiece:
+    function = found.get("function") or {}
+    return ToolCallPiece(
+        number=int(found.get("index") or 0),
+        id=found.get("id"),
+        name=function.get("name"),
+        arguments=function.get("arguments") or "",
     )
 
 
 def _logprobs(found: Mapping[str, Any] | None) -> list[dict[int, float]] | None:
     if not found:
         return None
+    if found.get("content"):  # of chat completions
+        return [_logprob_row(at) for at in found["content"]]
     rows = found.get("top_logprobs") or []
     return [{_token(t): _logprob(v) for t, v in (row or {}).items()} for row in rows] or None
+
+
+def _logprob_row(at: Mapping[str, Any]) -> dict[int, float]:
+    rows = [at, *(at.get("top_logprobs") or ())]
+    return {_token(row["token"]): _logprob(row["logprob"]) for row in rows}
 
 
 def _token(text: str) -> int:
@@ -75,6 +105,12 @@ def model_check(state: Mapping[str, Any]) -> ModelCheck:
         reason=reason(found.get("reason")),
         detail=found.get("detail") or "",
     )
+
+
+def parsers(state: Mapping[str, Any]) -> ParserNames:
+    """What the server's answers are read by; servers that do not say so have none."""
+    parsers = state.get("parsers") or {}
+    return ParserNames(parsers.get("tool") or "", parsers.get("reasoning") or "")
 
 
 def info(state: Mapping[str, Any]) -> EngineInfo:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from cacheblend_rag.config import BlendConfig, unknown_option
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.options import PER_CALL, PER_REQUEST, blend_options, sampling_options
+from cacheblend_rag.options import OURS, PER_CALL, PER_REQUEST, blend_options, sampling_options
 from cacheblend_rag.plan import PARAMS_KEY
+from cacheblend_rag.tools import ToolUse, tool_use
 
 # vLLM's own, where the embedded engine leaves them out. A server would take the model's instead.
 _DEFAULTS: Mapping[str, Any] = {
@@ -67,12 +68,14 @@ class Options(NamedTuple):
         params: options of ours that are sent.
         sampling: vLLM's sampling parameters.
         model: name of a LoRA adapter that the server has; None: the model itself.
+        tools: that the model may call.
     """
 
     config: BlendConfig
     params: Mapping[str, Any]
     sampling: Mapping[str, Any]
     model: str | None
+    tools: ToolUse | None = None
 
 
 def split(
@@ -99,10 +102,11 @@ def split(
         if name in _REFUSED:
             raise ConfigError(f"{name} can't be asked of a server: {_REFUSED[name]}")
         if name not in known:
-            raise unknown_option(name, {*known, *PER_CALL}, "generate, to this server,")
+            raise unknown_option(name, {*known, *OURS}, "generate, to this server,")
     if sampling.get("n", 1) != 1:
         raise ConfigError("n must be 1: for several answers pass the prompt several times")
-    return Options(asked, _sent(asked, {*own, *ours}), sampling, _adapter(options))
+    sent = _sent(asked, {*own, *ours})
+    return Options(asked, sent, sampling, _adapter(options), tool_use(options))
 
 
 def _sent(config: BlendConfig, names: set[str]) -> dict[str, Any]:
@@ -125,14 +129,41 @@ def _adapter(options: Mapping[str, Any]) -> str | None:
 
 
 def completion(ids: Sequence[int], options: Options, max_model_len: int) -> dict[str, Any]:
-    """The body of a request for one streamed answer."""
+    """The body of a request for one streamed answer, for vLLM's completions."""
+    return {**_body(options, max_model_len - len(ids)), "prompt": list(ids)}
+
+
+def chat(
+    messages: Sequence[Mapping[str, Any]],
+    ids: Sequence[int],
+    options: Options,
+    max_model_len: int,
+) -> dict[str, Any]:
+    """The same for vLLM's chat completions, which read the answer by the server's parsers.
+
+    Args:
+        messages: the prompt; ``ids``: what it comes to.
+        options: of the call.
+        max_model_len: tokens that prompt and answer may have together.
+    """
+    body = _body(options, max_model_len - len(ids))
+    if "logprobs" in body:
+        body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
+    if arguments := dict(options.config.chat_template_kwargs):
+        body["chat_template_kwargs"] = arguments
+    tools = {} if options.tools is None else options.tools.body()
+    return {**body, **tools, "messages": [dict(message) for message in messages]}
+
+
+def _body(options: Options, room: int) -> dict[str, Any]:
+    """What both have in common; ``room``: tokens that an answer may have at most."""
     sampling = {name: _plain(value) for name, value in options.sampling.items()}
     if "extra_args" in sampling:
         sampling["vllm_xargs"] = sampling.pop("extra_args")
     if sampling.get("max_tokens", 16) is None:  # a server would take 16
-        sampling["max_tokens"] = max_model_len - len(ids)
+        sampling["max_tokens"] = room
     given = {name: value for name, value in sampling.items() if value is not None}
-    body = {**_DEFAULTS, **given, "prompt": list(ids), "stream": True, "return_token_ids": True}
+    body = {**_DEFAULTS, **given, "stream": True, "return_token_ids": True}
     if "logprobs" in given:
         body["return_tokens_as_token_ids"] = True
     if options.params:

@@ -9,7 +9,8 @@ from typing import Any
 
 from cacheblend_rag import shared
 from cacheblend_rag.blend import CacheBlend
-from cacheblend_rag.client.http import base_url
+from cacheblend_rag.client.failures import RETRIES
+from cacheblend_rag.client.http import base_url, checked_retries, checked_timeout
 from cacheblend_rag.client.remote import RemoteCacheBlend, plain_config
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError
@@ -30,6 +31,7 @@ class SharedServer(SharedEngine):
         *,
         api_key: str | None = None,
         timeout: float | None = None,
+        max_retries: int | None = None,
         config: BlendConfig | None = None,
     ) -> SharedServer:
         """The server at ``url``.
@@ -37,13 +39,19 @@ class SharedServer(SharedEngine):
         Args:
             url: of ``cacheblend serve``.
             model: that it has to serve; None asks it which one that is, at once.
-            api_key, timeout, config: see ``CacheBlend.connect``.
+            api_key, timeout, max_retries, config: see ``CacheBlend.connect``.
 
         Raises:
             ConfigError: a refused ``url`` or key, or another model.
             ServerError: it does not answer, and ``model`` is None.
         """
-        named = {"api_key": api_key, "timeout": timeout or _TIMEOUT_S, "config": config}
+        retries = RETRIES if max_retries is None else max_retries
+        named = {
+            "api_key": api_key,
+            "timeout": _TIMEOUT_S if timeout is None else checked_timeout(timeout),
+            "max_retries": checked_retries(retries),
+            "config": config,
+        }
         name = _name(url, named)
         with shared._lock:
             found = shared._by_model.get(name)
@@ -65,14 +73,32 @@ class SharedServer(SharedEngine):
         config: BlendConfig | None,
         engine_args: Mapping[str, Any] | None,
         default: Callable[[], BlendConfig],
-        **named: Any,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        max_retries: int | None = None,
     ) -> SharedEngine:
         """What an adapter was given: a server's URL, or what ``SharedEngine.resolve`` takes.
 
+        Args:
+            url, model, config: of the server.
+            engine, engine_args: of an engine in this process.
+            default: its configuration where none is given.
+            api_key, max_retries: for the server; without ``url`` they are refused.
+            timeout: for the server; without ``url`` it is the caller's own.
+
         Raises:
-            ConfigError: a URL, and what only an engine in this process can have; or as there.
+            ConfigError: a URL, and what only an engine in this process can have; or the reverse; or
+                as there.
         """
+        of_server = {"api_key": api_key, "max_retries": max_retries}
         if url is None:
+            for name, value in of_server.items():
+                if value is not None:
+                    raise ConfigError(
+                        f"{name} was given without url, and an engine in this process has no use "
+                        "for it: name the server as url, or leave it out"
+                    )
             return SharedEngine.resolve(engine, model, config, engine_args, default)
         if engine is not None or engine_args:
             given = "a running engine" if engine is not None else "engine_args"
@@ -80,7 +106,14 @@ class SharedServer(SharedEngine):
                 f"url names a server, and {given} was given too. A server's engine has the "
                 "arguments that it was started with: leave one of the two out"
             )
-        return cls.at(url, model, config=config, **named)
+        return cls.at(
+            url,
+            model,
+            config=config,
+            api_key=api_key,
+            timeout=timeout,
+            max_retries=max_retries,
+        )
 
     @classmethod
     def holding(cls, blend: RemoteCacheBlend) -> SharedServer:
@@ -132,7 +165,7 @@ class SharedServer(SharedEngine):
 
     def __reduce__(self) -> tuple[Any, ...]:
         config = self._settings["config"]
-        named = {"api_key": self._settings["api_key"], "timeout": self._settings["timeout"]}
+        named = {name: self._settings[name] for name in ("api_key", "timeout", "max_retries")}
         plain = None if config is None else plain_config(config)
         return _revive, (self._settings["url"], self.model or None, named, plain)
 
@@ -154,5 +187,5 @@ def _name(url: str, named: Mapping[str, Any]) -> str:
     """Tells servers from one another, and from models, without saying the key."""
     config = named["config"]
     digest = None if config is None else config.digest()
-    parts = [named["api_key"], named["timeout"], digest]
+    parts = [named["api_key"], named["timeout"], named["max_retries"], digest]
     return f"{base_url(url)}\0{hashlib.sha256(repr(parts).encode()).hexdigest()}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.reason import Reason, Why
+from cacheblend_rag.tools import ToolCallPiece, ToolUse
 
 WORKER_ERROR = "cacheblend_error"  # key of an RPC result that is an error of ours: its class name
 TICKET = "cacheblend_ticket"  # key of an RPC result that is to come: its number
@@ -42,6 +43,7 @@ class EngineRequest:
         params: ``kv_transfer_params``: a plan, or None for a plain prefill.
         cache_salt: keeps blocks apart in vLLM's prefix cache; None shares the exact one.
         lora_request: vLLM's LoRARequest, of the adapter that the space's chunks have too.
+        reasoning: what vLLM is told of the model's reasoning, see ``ChatTurn``.
     """
 
     token_ids: tuple[int, ...]
@@ -49,10 +51,15 @@ class EngineRequest:
     params: Mapping[str, Any] | None = None
     cache_salt: str | None = None
     lora_request: Any = None
+    reasoning: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EngineOutput(NamedTuple):
-    """A piece of an answer: what is new since the piece before."""
+    """A piece of an answer: what is new since the piece before.
+
+    ``text`` is all that the model wrote where nothing reads it. Where a parser does, ``text`` is
+    what is meant for the user, and ``reasoning`` and ``tool_calls`` are the rest.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -61,6 +68,8 @@ class EngineOutput(NamedTuple):
     logprobs: list[dict[int, float]] | None  # a dict a new token: token id -> log-probability
     engine: Mapping[str, Any]  # of the last piece: see report.make_report
     at: float  # time.perf_counter() when it came
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallPiece, ...] = ()
 
 
 class LayerCheck(NamedTuple):
@@ -119,8 +128,48 @@ class EngineInfo:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+Read = Callable[[EngineOutput], EngineOutput]  # a raw piece to what it says; called in order
+
+
+class ParserNames(NamedTuple):
+    """vLLM's parsers of this model's answers, by vLLM's names; empty for none.
+
+    Attributes:
+        tool: reads calls of tools; ``reasoning``: what the model thinks before it answers.
+    """
+
+    tool: str = ""
+    reasoning: str = ""
+
+
+NO_PARSERS = ParserNames()
+
+
+class ChatTurn(NamedTuple):
+    """A chat prompt whose answer is read by vLLM's parsers.
+
+    Attributes:
+        token_ids: the prompt.
+        sampling: the request's, as the parsers need it.
+        read: for the pieces of this one answer.
+        reasoning: for ``EngineRequest``: whether the reasoning has ended in the prompt, and the
+            arguments of the engine's own parser.
+    """
+
+    token_ids: tuple[int, ...]
+    sampling: Mapping[str, Any]
+    read: Read
+    reasoning: Mapping[str, Any]
+
+
 class ChatRenderer(ABC):
-    """Turns chat messages into the token ids that the engine's own chat computes for them."""
+    """Turns chat messages into the token ids that the engine's own chat computes for them.
+
+    Attributes:
+        parsers: what answers are read by.
+    """
+
+    parsers: ParserNames = NO_PARSERS
 
     @property
     @abstractmethod
@@ -133,6 +182,7 @@ class ChatRenderer(ABC):
         messages: Sequence[Mapping[str, Any]],
         arguments: Mapping[str, Any],
         *,
+        tools: ToolUse | None = None,
         timeless: bool = False,
     ) -> tuple[int, ...]:
         """Token ids of messages of text, up to where the answer starts.
@@ -140,11 +190,31 @@ class ChatRenderer(ABC):
         Args:
             messages: each a role and a content.
             arguments: more arguments of the template, by name.
+            tools: that the template describes to the model.
             timeless: with a date that never changes, where the template writes today's.
 
         Raises:
-            PromptError: no template, or messages that it refuses.
+            PromptError: no template, or messages or tools that it refuses.
             ConfigError: an argument that it does not have.
+        """
+
+    @abstractmethod
+    def turn(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any],
+        tools: ToolUse | None,
+        sampling: Mapping[str, Any],
+    ) -> ChatTurn:
+        """A prompt whose answer is read by ``parsers``.
+
+        Args:
+            messages, arguments, tools: as for ``render``.
+            sampling: vLLM's sampling parameters by name.
+
+        Raises:
+            PromptError, ConfigError: as ``render`` does.
+            ConfigError: no parser reads what the tools would be called by.
         """
 
 

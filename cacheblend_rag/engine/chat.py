@@ -13,26 +13,32 @@ from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
 from vllm.utils.mistral import is_mistral_tokenizer
 
-from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.base import ChatRenderer
+from cacheblend_rag.engine import compat, parsers
+from cacheblend_rag.engine.base import NO_PARSERS, ChatRenderer, ChatTurn, ParserNames
 from cacheblend_rag.errors import ConfigError, PromptError
+from cacheblend_rag.tools import ToolUse
 
 CLOCK = "strftime_now"  # what templates call to write today's date
 _MISTRAL_TAKES = ("reasoning_effort",)
 
 
 class VllmChat(ChatRenderer):
-    """What ``LLM.chat`` and vLLM's server do with messages, whatever the tokenizer."""
+    """What ``LLM.chat`` and vLLM's server do with messages, whatever the tokenizer.
 
-    def __init__(self, renderer: Any) -> None:
-        self._renderer = renderer
+    Args:
+        renderer: vLLM's.
+        names: of the parsers that read answers.
+    """
+
+    def __init__(self, renderer: Any, names: ParserNames = NO_PARSERS) -> None:
+        self._renderer, self.parsers = renderer, names
 
     @cached_property
     def available(self) -> bool:
         if self._renderer.tokenizer is None:
             return False
         try:
-            self._rendered([{"role": "user", "content": "Hello"}], {})
+            self._rendered([{"role": "user", "content": "Hello"}], self._params({}))
         except compat.no_chat_template():
             return False
         except Exception:  # there is one, which takes no message of a user alone
@@ -44,18 +50,43 @@ class VllmChat(ChatRenderer):
         messages: Sequence[Mapping[str, Any]],
         arguments: Mapping[str, Any],
         *,
+        tools: ToolUse | None = None,
         timeless: bool = False,
     ) -> tuple[int, ...]:
+        self._check(arguments)
+        if timeless and self._takes(CLOCK):
+            arguments = {CLOCK: _some_day, **arguments}
+        if tools is None and not any(map(_is_of_tools, messages)):
+            return self._ids(messages, self._params(arguments))
+        asked = parsers.chat_request(self._renderer, messages, arguments, tools, {})
+        return self._asked_ids(asked)
+
+    def turn(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any],
+        tools: ToolUse | None,
+        sampling: Mapping[str, Any],
+    ) -> ChatTurn:
+        self._check(arguments)
+        asked = parsers.chat_request(self._renderer, messages, arguments, tools, sampling)
+        ids = self._asked_ids(asked)
+        return parsers.turn(self._renderer, self.parsers, asked, ids, tools, sampling)
+
+    def _check(self, arguments: Mapping[str, Any]) -> None:
         for name in arguments:
             if not self._takes(name):
                 raise ConfigError(
                     f"this model's chat template has no argument {name!r}; leave it out of "
                     "chat_template_kwargs"
                 )
-        if timeless and self._takes(CLOCK):
-            arguments = {CLOCK: _some_day, **arguments}
+
+    def _asked_ids(self, asked: Any) -> tuple[int, ...]:
+        return self._ids(asked.messages, parsers.chat_params(self._renderer, asked))
+
+    def _ids(self, messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[int, ...]:
         try:
-            found = self._rendered([dict(message) for message in messages], arguments)
+            found = self._rendered([dict(message) for message in messages], params)
         except compat.no_chat_template() as error:
             raise PromptError(
                 "chat messages need a chat template and this model has none; pass the prompt as "
@@ -67,19 +98,18 @@ class VllmChat(ChatRenderer):
             raise PromptError("only text can be served here; leave images and sound out")
         return tuple(found["prompt_token_ids"])
 
-    def _rendered(
-        self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        renderer = self._renderer
-        params = ChatParams(
+    def _params(self, arguments: Mapping[str, Any]) -> ChatParams:
+        return ChatParams(
             chat_template_kwargs={
                 **arguments,
                 "add_generation_prompt": True,
                 "continue_final_message": False,
-                "tokenize": is_mistral_tokenizer(renderer.tokenizer)
-                or renderer.model_config.enable_prompt_embeds,
+                "tokenize": parsers.tokenizes(self._renderer),
             }
         )
+
+    def _rendered(self, messages: list[dict[str, Any]], params: ChatParams) -> Mapping[str, Any]:
+        renderer = self._renderer
         tokens = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
         # lengths are checked by ourselves, with our own messages
         tokens = replace(tokens, max_total_tokens=None)
@@ -93,6 +123,11 @@ class VllmChat(ChatRenderer):
         if type(self._renderer) is not HfRenderer:  # in Python, for one family: not known
             return name != CLOCK
         return name == "documents" or name in _words(str(self._renderer.tokenizer.chat_template))
+
+
+def _is_of_tools(message: Mapping[str, Any]) -> bool:
+    """Whether vLLM's server treats it in its own way: a call, or what a tool said."""
+    return message.get("role") == "tool" or bool(message.get("tool_calls"))
 
 
 def _some_day(form: str) -> str:

@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import (
+    NO_PARSERS,
     Engine,
     EngineOutput,
     EngineRequest,
     ModelCheck,
+    ParserNames,
     awaited,
 )
 from cacheblend_rag.engine.chat import VllmChat
@@ -55,7 +57,12 @@ class ClientEngine(Engine):
 
     serves_many = True
 
-    def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        client: Any,
+        loop: asyncio.AbstractEventLoop,
+        parsers: ParserNames = NO_PARSERS,
+    ) -> None:
         self._client, self._loop = client, loop
         self._slicing, self._closed = threading.local(), False
         self.pace, self.asked = Pace(), 0
@@ -74,7 +81,7 @@ class ClientEngine(Engine):
         self.sampling_names = sampling_names()
         skip = config.model_config.skip_tokenizer_init
         self.tokenizer = None if skip else self._call(tokenizer_of(client))
-        self.chat = VllmChat(client.renderer)
+        self.chat = VllmChat(client.renderer, parsers)
         prepared = EngineSetup(None, refusal, compat.installed_version())
         facts = [{"fingerprint": "", **state["facts"]} for state in states]
         self.info = make_info(prepared, config, lambda: facts)

@@ -7,7 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cacheblend_rag.errors import EngineMissingError
@@ -75,6 +75,37 @@ def no_chat_template() -> type[Exception]:
         f"{where}.chat_utils"
     ).ChatTemplateResolutionError
     return found
+
+
+def fit_to_mistral(request: Any) -> None:
+    """What vLLM's server does to a chat request where the tokenizer is Mistral's own."""
+    from vllm.tokenizers import mistral
+
+    mistral.maybe_serialize_tool_calls(request)
+    mistral.truncate_tool_call_ids(request)
+    mistral.validate_request_params(request)
+
+
+def tell_prompt(parser: Any, ids: Sequence[int]) -> None:
+    """Let a parser of answers know the prompt, where it wants to: newer ones do."""
+    if hasattr(parser, "set_prompt_token_ids"):  # after 0.30
+        parser.set_prompt_token_ids(list(ids))
+
+
+def is_always_adjusted(parser_class: Any, tokenizer: Any) -> bool:
+    """Whether a parser has a say in requests whose tools are not to be called, too."""
+    from vllm.utils.mistral import is_mistral_tokenizer, is_mistral_tool_parser
+
+    tools = parser_class.tool_parser_cls
+    of_mistral = tools is not None and is_mistral_tool_parser(tools)
+    has_grammar = of_mistral and is_mistral_tokenizer(tokenizer) and tokenizer.supports_grammar
+    return bool(has_grammar or getattr(parser_class, "always_adjust_request", False))
+
+
+def has_own_grammar(request: Any) -> bool:
+    """Whether a parser gave a request a grammar that allows for reasoning, as Mistral's does."""
+    names = ("_grammar_from_parser", "_grammar_from_tool_parser")  # since 0.29; before
+    return any(getattr(request, name, False) for name in names)
 
 
 def end_streams(client: Any) -> None:

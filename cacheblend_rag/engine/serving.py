@@ -53,7 +53,7 @@ class ServingEngine(Engine):
             config = self._engine.vllm_config
             skip = config.model_config.skip_tokenizer_init
             self.tokenizer = None if skip else self._call(tokenizer_of(self._engine))
-            self.chat = VllmChat(self._engine.renderer)
+            self.chat = VllmChat(self._engine.renderer, prepared.parsers)
             self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
         except BaseException:
             self.close()
@@ -157,7 +157,11 @@ class ServingEngine(Engine):
         params = sampling_params(request.sampling, request.params)
         with naming_death(), naming_refusals():
             outputs = self._open().generate(
-                to_prompt(request), params, name, lora_request=request.lora_request
+                to_prompt(request),
+                params,
+                name,
+                lora_request=request.lora_request,
+                **request.reasoning,
             )
             async for output in outputs:
                 if failed(output):

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 from cacheblend_rag import errors
 from cacheblend_rag.config import unknown_option
 from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.base import WORKER_ERROR, EngineInfo, EngineRequest
+from cacheblend_rag.engine.base import (
+    NO_PARSERS,
+    WORKER_ERROR,
+    EngineInfo,
+    EngineRequest,
+    ParserNames,
+)
 from cacheblend_rag.errors import (
     CacheBlendError,
     ConfigError,
@@ -24,6 +30,8 @@ from cacheblend_rag.reason import Reason, Why
 
 _OURS = ("kv_transfer_config", "worker_extension_cls")
 WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
+# options of vLLM's server that its engine does not know, and that we take as well
+_TOOL_PARSER, _TOOL_PLUGIN = "tool_call_parser", "tool_parser_plugin"
 BY_FRONT_DOOR = {"opened_by": "cacheblend_rag.CacheBlend"}  # extra config of the connector
 
 
@@ -33,6 +41,7 @@ class EngineSetup(NamedTuple):
     engine_args: Any
     refusal: Why | None
     version: str
+    parsers: ParserNames = NO_PARSERS
 
 
 def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSetup:
@@ -40,6 +49,9 @@ def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSe
 
     Args:
         args_class: ``EngineArgs`` or ``AsyncEngineArgs``.
+        model: hub name or folder.
+        options: vLLM's engine arguments, and its server's ``tool_call_parser`` and
+            ``tool_parser_plugin``.
 
     Raises:
         EngineMissingError, ConfigError, ModelError.
@@ -49,16 +61,35 @@ def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSe
 
     kind = getattr(arg_utils, args_class)
     known = kind.__dataclass_fields__
+    parsers, options = _parsers(options)
     for name in options:
         if name in _OURS:
             raise ConfigError(f"{name} is set by cacheblend-rag; leave it out")
         if name not in known:
-            raise unknown_option(name, known, "vLLM's engine")
+            raise unknown_option(name, {*known, _TOOL_PARSER, _TOOL_PLUGIN}, "vLLM's engine")
     defaults = _defaults()
     refusal = _model_refusal(kind, model, {**defaults, **options})
     ours: dict[str, Any] = {} if refusal else _connector_options()
     with naming_failures(model):
-        return EngineSetup(kind(model=model, **{**defaults, **options, **ours}), refusal, version)
+        args = kind(model=model, **{**defaults, **options, **ours})
+    return EngineSetup(args, refusal, version, parsers)
+
+
+def _parsers(options: Mapping[str, Any]) -> tuple[ParserNames, dict[str, Any]]:
+    """The parsers that options name, and the options that vLLM's engine knows.
+
+    Raises:
+        ConfigError: vLLM has no such parser.
+    """
+    rest = dict(options)
+    tool, plugin = rest.pop(_TOOL_PARSER, None), rest.pop(_TOOL_PLUGIN, None)
+    names = ParserNames(tool or "", rest.get("reasoning_parser") or "")
+    if not any(names):
+        return names, rest
+    from cacheblend_rag.engine.parsers import check_names
+
+    check_names(names, plugin, rest.get("reasoning_parser_plugin"))
+    return names, rest
 
 
 def _connector_options() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from cacheblend_rag.calibration import Calibration
 from cacheblend_rag.config import BlendConfig, unknown_option
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import EngineOutput, EngineRequest
+from cacheblend_rag.engine.base import ChatTurn, ParserNames, Read
 from cacheblend_rag.errors import (
     ClosedError,
     ConfigError,
@@ -21,17 +22,35 @@ from cacheblend_rag.errors import (
 )
 from cacheblend_rag.front.base import Front
 from cacheblend_rag.options import (
-    PER_CALL,
+    OURS,
     PER_REQUEST,
+    TOOL_OPTIONS,
     CallOptions,
+    ToolOptions,
     blend_options,
     sampling_options,
 )
 from cacheblend_rag.plan import PARAMS_KEY
-from cacheblend_rag.prompt import Prompt, is_prompt, owned, tokenize
+from cacheblend_rag.prompt import (
+    Prompt,
+    are_messages,
+    checked_messages,
+    fitting,
+    is_prompt,
+    owned,
+    tokenize,
+)
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.report import make_report
-from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStream, make_result
+from cacheblend_rag.result import (
+    AsyncBlendStream,
+    Begun,
+    BlendResult,
+    BlendStream,
+    make_result,
+    unread,
+)
+from cacheblend_rag.tools import ToolUse, tool_use
 
 
 class PreparedRequest(NamedTuple):
@@ -46,14 +65,16 @@ class PreparedRequest(NamedTuple):
     mode: str
     tokenize_s: float
     request_id: str
+    read: Read = unread
 
 
 class _Options(NamedTuple):
-    """Those of one call: ours, vLLM's sampling parameters, and a LoRA request."""
+    """Those of one call: ours, vLLM's sampling parameters, a LoRA request, and tools."""
 
     config: BlendConfig
     sampling: Mapping[str, Any]
     lora_request: Any
+    tools: ToolUse | None
 
 
 class Answers(Front):
@@ -84,7 +105,8 @@ class Answers(Front):
                 of these is several prompts.
             **options: vLLM's sampling parameters by their own names; the fields of ``BlendConfig``
                 that ``BlendOptions`` names; ``lora_request`` (blended only where it is that of this
-                front's chunks, see ``with_config``).
+                front's chunks, see ``with_config``); ``tools``, ``tool_choice`` and
+                ``parallel_tool_calls`` of OpenAI's chat completions, with chat messages only.
 
         Raises:
             PromptError: an empty, too long or malformed prompt.
@@ -95,7 +117,8 @@ class Answers(Front):
         prepared = [self._prepare(p, options) for p in prompts]
         start = time.perf_counter()
         answers = self._engine.generate([p.request for p in prepared])
-        results = [self._finish(p, a, start) for p, a in zip(prepared, answers, strict=True)]
+        both = zip(prepared, answers, strict=True)
+        results = [self._finish(p, list(map(p.read, pieces)), start) for p, pieces in both]
         return results[0] if is_prompt(prompt) else results
 
     def stream(self, prompt: Prompt, **options: Unpack[CallOptions]) -> BlendStream:
@@ -106,7 +129,7 @@ class Answers(Front):
         """
         prepared = self._prepare(prompt, options)
         pieces = self._engine.stream(prepared.request)
-        return BlendStream(pieces, partial(self._finish, prepared))
+        return BlendStream(pieces, partial(self._finish, prepared), prepared.read)
 
     async def agenerate(self, prompt: Prompt, **options: Unpack[CallOptions]) -> BlendResult:
         """``generate`` of one prompt for an event loop; cancelling aborts the request."""
@@ -122,16 +145,34 @@ class Answers(Front):
         return AsyncBlendStream(partial(self._begin, owned(prompt), asked))
 
     def tokenize(
-        self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None
+        self,
+        prompt: Prompt,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **tools: Unpack[ToolOptions],
     ) -> tuple[int, ...]:
-        """The token ids that are computed for ``prompt``, with the cache on or off."""
+        """The token ids that are computed for ``prompt``, with the cache on or off.
+
+        Args:
+            prompt: text, chat messages or token ids.
+            chat_template_kwargs: as for ``generate``.
+            **tools: ``tools``, ``tool_choice`` and ``parallel_tool_calls``, as for ``generate``.
+        """
+        for name in tools:
+            if name not in TOOL_OPTIONS:
+                raise unknown_option(name, TOOL_OPTIONS, "tokenize")
         config = self.config.for_call({"chat_template_kwargs": chat_template_kwargs or {}})
-        return self._ids(prompt, config)
+        return self._ids(prompt, config, tool_use(tools))
 
     @property
     def takes_messages(self) -> bool:
         """Whether prompts may be chat messages: the model has a chat template."""
         return self._engine.chat.available
+
+    @property
+    def parsers(self) -> ParserNames:
+        """vLLM's parsers that read answers: calls of tools, and reasoning."""
+        return self._engine.chat.parsers
 
     async def _begin(self, prompt: Prompt, asked: _Options) -> Begun:
         """Prepare a request outside the event loop: long prompts take a while to tokenise."""
@@ -144,6 +185,7 @@ class Answers(Front):
             self._engine.astream(prepared.request),
             partial(self._finish, prepared),
             prepared.tokenize_s,
+            prepared.read,
         )
 
     def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> PreparedRequest:
@@ -151,22 +193,23 @@ class Answers(Front):
         return self._prepare_split(prompt, self._split(options))
 
     def _prepare_split(self, prompt: Prompt, asked: _Options) -> PreparedRequest:
-        config, sampling, lora = asked
+        config, lora = asked.config, asked.lora_request
         start = time.perf_counter()
-        ids = self._ids(prompt, config)
+        turn = self._turn(prompt, asked)
         tokenize_s = time.perf_counter() - start
         why_not = self._why_not(config)
         if why_not is None:
             self._sync_if_due()
         request_id = f"{self._session}-{next(self._numbers)}"
         request = EngineRequest(
-            token_ids=ids,
-            sampling=sampling,
+            token_ids=turn.token_ids,
+            sampling=turn.sampling,
             params=None if why_not else self._params(config, request_id),
             cache_salt=_salt(config, request_id),
             lora_request=lora,
+            reasoning=turn.reasoning,
         )
-        return PreparedRequest(request, why_not, config.mode, tokenize_s, request_id)
+        return PreparedRequest(request, why_not, config.mode, tokenize_s, request_id, turn.read)
 
     def _why_not(self, config: BlendConfig) -> Why | None:
         """Why the engine is not asked to blend."""
@@ -182,13 +225,27 @@ class Answers(Front):
         names = {"space": space or self._name, "request_id": request_id}
         return {PARAMS_KEY: {**options, **names}}
 
-    def _ids(self, prompt: Prompt, config: BlendConfig) -> tuple[int, ...]:
+    def _turn(self, prompt: Prompt, asked: _Options) -> ChatTurn:
+        """The prompt's token ids, and how its answer is read."""
+        chat, config = self._engine.chat, asked.config
+        is_read = asked.tools is not None or chat.parsers.reasoning
+        if self._tokenizer is None or not (is_read and are_messages(prompt)):
+            ids = self._ids(prompt, config, asked.tools)
+            return ChatTurn(ids, asked.sampling, unread, {})
+        messages = checked_messages(prompt)
+        turn = chat.turn(messages, config.chat_template_kwargs, asked.tools, asked.sampling)
+        fitting(turn.token_ids, self.info.max_model_len)
+        self._check_vocabulary(turn.token_ids)
+        return turn
+
+    def _ids(self, prompt: Prompt, config: BlendConfig, tools: ToolUse | None) -> tuple[int, ...]:
         ids = tokenize(
             prompt,
             self._tokenizer,
             self._engine.chat,
             config.chat_template_kwargs,
             max_model_len=self.info.max_model_len,
+            tools=tools,
         )
         self._check_vocabulary(ids)
         return ids
@@ -222,12 +279,12 @@ class Answers(Front):
         return outcome
 
     def _split(self, options: Mapping[str, Any]) -> _Options:
-        """One call's options: ours, the sampling parameters, and a LoRA request."""
+        """One call's options: ours, the sampling parameters, a LoRA request, and tools."""
         sampling = sampling_options(options)
         known = self._engine.sampling_names
         for name in sampling:
             if name not in known:
-                raise unknown_option(name, {*known, *PER_CALL}, "generate")
+                raise unknown_option(name, {*known, *OURS}, "generate")
         if sampling.get("n", 1) != 1:
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
         if self._tokenizer is None:
@@ -235,7 +292,8 @@ class Answers(Front):
         config = calibration.resolved(
             self.config.for_call(blend_options(options)), self.calibration
         )
-        return _Options(config, sampling, options.get("lora_request", self._lora))
+        lora_request = options.get("lora_request", self._lora)
+        return _Options(config, sampling, lora_request, tool_use(options))
 
 
 def as_prompts(prompts: object) -> list[Prompt]:

@@ -170,6 +170,7 @@ class Front(CacheBlend):
             "fingerprint": info.fingerprint,
             "namespace": self.config.namespace,
             "blending": blending,
+            "parsers": self.parsers._asdict(),
             "config": self._shown_config(),
             "chunks": self.count(),
             "store": stats[0] if stats else {},

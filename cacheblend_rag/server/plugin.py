@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from cacheblend_rag.engine.base import ParserNames
 from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.server.page import page_router
@@ -63,12 +64,21 @@ class CacheBlendEndpoints:
         several = (getattr(args, "api_server_count", None) or 1) > 1
         server = os.getppid() if several else os.getpid()
         loop = asyncio.get_running_loop()
-        return await asyncio.to_thread(Service, client, loop, extra, server)
+        return await asyncio.to_thread(Service, client, loop, extra, server, _parsers(args))
 
     async def _ensure(self, namespace: str) -> str:
         if self._service is None:
             raise EngineError("the server is not ready")
         return await asyncio.to_thread(self._service.space_of, namespace)
+
+
+def _parsers(args: Namespace) -> ParserNames:
+    """Those that vLLM's own endpoints read answers by."""
+    tool = getattr(args, "tool_call_parser", None)
+    config = getattr(args, "structured_outputs_config", None)
+    reasoning = getattr(config, "reasoning_parser", None) or getattr(args, "reasoning_parser", None)
+    reads_tools = getattr(args, "enable_auto_tool_choice", False)
+    return ParserNames((reads_tools and tool) or "", reasoning or "")
 
 
 def _extra(config: Any) -> Mapping[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.options import TOOL_OPTIONS, ToolOptions
 from cacheblend_rag.server import bodies
 from cacheblend_rag.server.bodies import Page
 from cacheblend_rag.server.errors import HttpError, as_http, not_found
@@ -361,7 +362,7 @@ async def report(request: ServerRequest) -> Answer:
 async def tokenize(request: ServerRequest) -> Answer:
     """The token ids that a prompt is computed as."""
     body = await request.body()
-    bodies.only(body, ("prompt", "chat_template_kwargs"))
+    bodies.only(body, ("prompt", "chat_template_kwargs", *TOOL_OPTIONS))
     front, arguments = await request.front(), body.get("chat_template_kwargs")
     if "prompt" not in body:
         raise HttpError(400, "prompt is missing", param="prompt")
@@ -369,6 +370,7 @@ async def tokenize(request: ServerRequest) -> Answer:
         raise ConfigError("chat_template_kwargs must be an object")
 
     def ids() -> list[int]:
-        return list(front.tokenize(body["prompt"], chat_template_kwargs=arguments))
+        tools = cast(ToolOptions, {name: body[name] for name in TOOL_OPTIONS if name in body})
+        return list(front.tokenize(body["prompt"], chat_template_kwargs=arguments, **tools))
 
     return {"object": "cacheblend.prompt", "token_ids": await asyncio.to_thread(ids)}

@@ -16,6 +16,7 @@ from threading import Lock
 from typing import Any
 
 from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.engine.base import NO_PARSERS, ParserNames
 from cacheblend_rag.engine.client import ClientEngine
 from cacheblend_rag.errors import CacheBlendError, StoreError
 from cacheblend_rag.models import cache_home
@@ -32,16 +33,22 @@ class Service:
     Args:
         extra: the connector's extra config.
         server: process id of the server, which all of its API processes know.
+        parsers: those of vLLM that its answers are read by.
     """
 
     def __init__(
-        self, client: Any, loop: asyncio.AbstractEventLoop, extra: Mapping[str, Any], server: int
+        self,
+        client: Any,
+        loop: asyncio.AbstractEventLoop,
+        extra: Mapping[str, Any],
+        server: int,
+        parsers: ParserNames = NO_PARSERS,
     ) -> None:
         self.options = ServerOptions.of(extra.get(SERVER, {}))
         config = BlendConfig.of(
             {name: value for name, value in extra.items() if name != SERVER}, "the extra config"
         )
-        self.engine = ClientEngine(client, loop)
+        self.engine = ClientEngine(client, loop, parsers)
         self.front = Front.of(self.engine, config)
         self._fronts, self._opening = dict[str, Front](), Lock()
         name = _name(self.front, config)

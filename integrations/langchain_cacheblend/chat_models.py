@@ -10,23 +10,23 @@ from typing import Any, Unpack
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import (
-    AIMessage,
-    AIMessageChunk,
-    BaseMessage,
-    convert_to_openai_messages,
-)
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict
 
-from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend, PromptError
-from cacheblend_rag.prompt import Prompt
+from cacheblend_rag import (
+    AsyncBlendStream,
+    BlendResult,
+    BlendStream,
+    CacheBlend,
+)
 from langchain_cacheblend.fields import ModelArguments
 from langchain_cacheblend.retrieval import not_found, text_of
 from langchain_cacheblend.settings import EngineSettings, details, usage
 from langchain_cacheblend.structured import structured
+from langchain_cacheblend.tools import of_chunk, of_message, openai_tools, to_prompt
 
 
 class ChatCacheBlend(EngineSettings, BaseChatModel):
@@ -80,7 +80,7 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
     ) -> ChatResult:
         blend, clock = self.blend, self.deadline()
         missing = not_found(text_of(messages))
-        with blend.stream(_prompt(messages), **self.options(stop, kwargs)) as stream:
+        with blend.stream(to_prompt(messages), **self.options(stop, kwargs)) as stream:
             for _ in stream:
                 clock.check()
         return self._whole(blend, stream.result, missing)
@@ -94,7 +94,7 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
     ) -> ChatResult:
         blend, clock = await self.engine.ablend(), self.deadline()
         missing = not_found(text_of(messages))
-        async with blend.astream(_prompt(messages), **self.options(stop, kwargs)) as stream:
+        async with blend.astream(to_prompt(messages), **self.options(stop, kwargs)) as stream:
             async for _ in stream:
                 clock.check()
         return self._whole(blend, stream.result, missing)
@@ -108,7 +108,7 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         blend, clock = self.blend, self.deadline()
         missing = not_found(text_of(messages))
-        with closing(blend.stream(_prompt(messages), **self.options(stop, kwargs))) as stream:
+        with closing(blend.stream(to_prompt(messages), **self.options(stop, kwargs))) as stream:
             for delta in stream:
                 clock.check()
                 chunk = self._chunk(blend, delta, stream, missing)
@@ -125,7 +125,7 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         blend, clock = await self.engine.ablend(), self.deadline()
         missing = not_found(text_of(messages))
-        asked = blend.astream(_prompt(messages), **self.options(stop, kwargs))
+        asked = blend.astream(to_prompt(messages), **self.options(stop, kwargs))
         async with aclosing(asked) as stream:
             async for delta in stream:
                 clock.check()
@@ -141,6 +141,7 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
             content=result.text,
             usage_metadata=usage(result),
             response_metadata=details(result, self.model, blend.tokenizer, missing),
+            **of_message(result.tool_calls, result.reasoning),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -152,9 +153,10 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         missing: list[str] | None,
     ) -> ChatGenerationChunk:
         """A piece of an answer; the last one carries counts and report."""
-        tail: dict[str, Any] = {}
-        if stream.pieces[-1].finish_reason is not None:
-            tail = {
+        piece = stream.pieces[-1]
+        tail = of_chunk(piece.tool_calls, piece.reasoning)
+        if piece.finish_reason is not None:
+            tail |= {
                 "usage_metadata": usage(stream.result),
                 "response_metadata": details(stream.result, self.model, blend.tokenizer, missing),
                 "chunk_position": "last",
@@ -182,7 +184,7 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
             include_raw: also return the message, and a parsing error instead of raising it.
             method: ``json_schema``, ``function_calling`` and ``json_mode`` are the same here:
                 decoding is held to the schema.
-            strict: of no effect: it always is.
+            strict: makes no difference: decoding is held to the schema in any case.
             **kwargs: options of the call.
 
         Raises:
@@ -194,34 +196,28 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
-        tool_choice: str | None = None,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Not possible.
+        """A model that may call tools: the chat template describes them, and vLLM's parser reads
+        the calls. Name it among the engine's arguments,
+        ``engine_args={"tool_call_parser": "hermes"}``; a server has its own.
+
+        The first call says so if there is no parser, with a ``ConfigError``.
+
+        Args:
+            tools: functions, pydantic classes, tools of LangChain, or OpenAI's form.
+            tool_choice: ``auto``, ``none``, ``any`` (also ``required`` or True: one at least), or a
+                tool's name: decoding is then held to calls. None: ``auto``.
+            strict: whether decoding of a call is held to the tool's schema where the model is free
+                to call or not.
+            **kwargs: options of the call, such as ``parallel_tool_calls``.
 
         Raises:
-            NotImplementedError: always.
+            ConfigError: something in ``tools`` is no tool.
         """
-        raise NotImplementedError(
-            "ChatCacheBlend calls no tools: how a model writes calls differs from model to model, "
-            "and nothing here reads them. For RAG, retrieve before the model is called (a chain, "
-            "or create_agent with no tools and a middleware that retrieves); for answers of a "
-            "given form, use with_structured_output()"
-        )
-
-
-def _prompt(messages: Sequence[BaseMessage]) -> Prompt:
-    """Messages as chat templates take them.
-
-    Raises:
-        PromptError: a tool call, which would be left out of the prompt.
-    """
-    for message in messages:
-        if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
-            raise PromptError(
-                "a message holds tool calls, and these can't be served here; leave them out of "
-                "the history, or put what the tools said into a message of the user"
-            )
-    found = convert_to_openai_messages(messages)
-    assert isinstance(found, list)
-    return found
+        bound: dict[str, Any] = {"tools": openai_tools(tools, strict=strict), **kwargs}
+        if tool_choice is not None:
+            bound["tool_choice"] = tool_choice
+        return self.bind(**bound)

@@ -15,6 +15,7 @@ from cacheblend_rag.config import template_arguments
 from cacheblend_rag.options import CallOptions
 from cacheblend_rag.shared import SharedEngine
 from langchain_cacheblend.fields import ModelFields
+from langchain_cacheblend.tools import tool_options
 
 
 class EngineSettings(BaseModel):
@@ -45,11 +46,11 @@ class EngineSettings(BaseModel):
     """Whether ``invoke`` streams inside, for callbacks that want tokens."""
     url: str | None = None
     """Of a server, in place of an engine in this process."""
-    max_retries: int | None = None
-    """Of no effect, for code that sets it: an engine in this process has no network to fail, and a
-    call that a server did not take is tried three times."""
+    max_retries: int | None = Field(default=None, ge=0)
+    """How often a call that the server did not take is tried again; None: twice. Refused without
+    ``url``."""
     api_key: SecretStr | None = None
-    """For the server; without ``url`` of no effect: nothing is sent anywhere."""
+    """For the server. Refused without ``url``: nothing is sent anywhere."""
     engine: SharedEngine = Field(exclude=True, repr=False)
     """The engine, shared."""
 
@@ -74,6 +75,7 @@ class EngineSettings(BaseModel):
             ),
             api_key=_revealed(fields.get("api_key")),
             timeout=fields.get("timeout"),
+            max_retries=fields.get("max_retries"),
         )
         super().__init__(**{"model": str(model or engine.model), "engine": engine, **fields})
 
@@ -124,7 +126,7 @@ class EngineSettings(BaseModel):
         own: CallOptions = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         if stops := self.stop if stop is None else stop:
             own["stop"] = stops
-        options = cast(CallOptions, {**own, **self.sampling, **call})
+        options = cast(CallOptions, {**own, **self.sampling, **tool_options(call)})
         given = (self.chat_template_kwargs, options.get("chat_template_kwargs"))
         options["chat_template_kwargs"] = template_arguments(*given)
         return options
@@ -134,15 +136,11 @@ class EngineSettings(BaseModel):
         return Deadline(self.timeout)
 
 
-_TOOLS = (
-    "this model is not asked to call tools, because nothing here would check that it can. Retrieve "
-    "before the model is called, or use with_structured_output()"
-)
+_OLD = "it is what OpenAI's API had before tools; use bind_tools()"
 _REFUSED = {
     "model": "another model is another engine; make another object",
-    "tools": _TOOLS,
-    "tool_choice": _TOOLS,
-    "functions": _TOOLS,
+    "functions": _OLD,
+    "function_call": _OLD,
 }
 
 

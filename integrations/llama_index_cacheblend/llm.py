@@ -23,23 +23,25 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.bridge.pydantic import ConfigDict, Field
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM, default_completion_to_prompt
+from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts.chat_prompts import TEXT_QA_SYSTEM_PROMPT
 
 from cacheblend_rag import AsyncBlendStream, BlendConfig, BlendResult, BlendStream, CacheBlend
 from cacheblend_rag.client import SharedServer
 from cacheblend_rag.config import template_arguments
-from cacheblend_rag.errors import PromptError
+from cacheblend_rag.errors import ConfigError, PromptError
 from cacheblend_rag.options import CallOptions
 from cacheblend_rag.prompt import Prompt
 from cacheblend_rag.shared import SharedEngine
 from llama_index_cacheblend import responses
+from llama_index_cacheblend.calling import CallingLLM
 from llama_index_cacheblend.fields import LLMFields
 from llama_index_cacheblend.prompts import to_messages
+from llama_index_cacheblend.responses import PartialAnswer
 from llama_index_cacheblend.retrieval import not_found
 
 _Response = TypeVar("_Response", CompletionResponse, ChatResponse)
-_Make = Callable[[str, str | None, Mapping[str, Any]], _Response]
+_Make = Callable[[PartialAnswer, Mapping[str, Any]], _Response]
 
 
 class _PreparedCall(NamedTuple):
@@ -54,7 +56,7 @@ class _PreparedCall(NamedTuple):
         return responses.tail(result, self.blend.tokenizer, self.not_found)
 
 
-class CacheBlendLLM(LLM):
+class CacheBlendLLM(CallingLLM):
     """A LlamaIndex LLM whose prompts start sooner: KV of chunks that were ingested is reused.
 
     The engine starts when first needed, and is shared by all objects that name the same model. With
@@ -62,6 +64,8 @@ class CacheBlendLLM(LLM):
     Prompts are what they are with any other LLM: the model's chat template is applied to chat
     messages, text goes in as it is. ``messages_to_prompt`` and ``completion_to_prompt``, where
     given, take the template's place.
+    It calls tools where one of vLLM's parsers is named for the model:
+    ``engine_args={"tool_call_parser": "hermes"}``; a server has its own.
 
     Args:
         model: hub name or folder; may be left out with ``url`` and ``engine``.
@@ -70,7 +74,7 @@ class CacheBlendLLM(LLM):
         engine_args: vLLM's engine arguments by their own names.
         engine: the shared engine itself; see ``from_engine``.
         url: of a server, in place of an engine in this process.
-        api_key, timeout: for the server; see ``CacheBlend.connect``.
+        api_key, timeout, max_retries: for the server; see ``CacheBlend.connect``.
         **fields: the fields below, and those of LlamaIndex's ``LLM``.
 
     Raises:
@@ -109,8 +113,11 @@ class CacheBlendLLM(LLM):
         url: str | None = None,
         api_key: str | None = None,
         timeout: float | None = None,
+        max_retries: int | None = None,
         **fields: Unpack[LLMFields],
     ) -> None:
+        if url is None and timeout is not None:
+            raise ConfigError("timeout is for a server: name it as url, or leave timeout out")
         engine = SharedServer.chosen(
             url,
             engine,
@@ -124,6 +131,7 @@ class CacheBlendLLM(LLM):
             ),
             api_key=api_key,
             timeout=timeout,
+            max_retries=max_retries,
         )
         own: dict[str, Any] = {"model": str(model or engine.model), "engine": engine, **fields}
         super().__init__(**own)
@@ -149,7 +157,7 @@ class CacheBlendLLM(LLM):
             context_window=blend.info.max_model_len,
             num_output=self.max_tokens,
             is_chat_model=self._is_chat(blend),
-            is_function_calling_model=False,
+            is_function_calling_model=bool(blend.parsers.tool) and self._uses_template(blend),
             model_name=self.model,
         )
 
@@ -242,8 +250,15 @@ class CacheBlendLLM(LLM):
     def _is_chat(self, blend: CacheBlend) -> bool:
         if self.is_chat_model is not None:
             return self.is_chat_model
-        own = self.messages_to_prompt is not generic_messages_to_prompt
-        return own or blend.takes_messages
+        return self._is_own_form or blend.takes_messages
+
+    @property
+    def _is_own_form(self) -> bool:
+        """Whether the user's function makes prompts of messages."""
+        return self.messages_to_prompt is not generic_messages_to_prompt
+
+    def _uses_template(self, blend: CacheBlend) -> bool:
+        return blend.takes_messages and not self._is_own_form
 
     def _ask_text(
         self, blend: CacheBlend, text: str, formatted: bool, call: Mapping[str, Any]
@@ -264,9 +279,8 @@ class CacheBlendLLM(LLM):
         if not messages:
             raise PromptError("there are no messages; pass at least one")
         assert self.messages_to_prompt is not None
-        own = self.messages_to_prompt is not generic_messages_to_prompt
-        prompt: str | list[dict[str, str]]
-        if own or not blend.takes_messages:
+        prompt: str | list[dict[str, Any]]
+        if not self._uses_template(blend):
             prompt = text = self.messages_to_prompt(messages)
         else:
             prompt = to_messages(messages)
@@ -285,28 +299,28 @@ class CacheBlendLLM(LLM):
 
 def _whole(asked: _PreparedCall, make: _Make[_Response]) -> _Response:
     result = asked.blend.generate(asked.prompt, **asked.options)
-    return make(result.text, None, asked.tail(result))
+    return make(responses.whole(result), asked.tail(result))
 
 
 async def _awhole(asked: _PreparedCall, make: _Make[_Response]) -> _Response:
     result = await asked.blend.agenerate(asked.prompt, **asked.options)
-    return make(result.text, None, asked.tail(result))
+    return make(responses.whole(result), asked.tail(result))
 
 
 def _pieces(asked: _PreparedCall, make: _Make[_Response]) -> Generator[_Response, None, None]:
-    text = ""
+    answer = PartialAnswer()
     with closing(asked.blend.stream(asked.prompt, **asked.options)) as stream:
-        for delta in stream:
-            text += delta
-            yield make(text, delta, _tail(asked, stream))
+        for _ in stream:
+            answer = answer.then(stream.pieces[-1])
+            yield make(answer, _tail(asked, stream))
 
 
 async def _apieces(asked: _PreparedCall, make: _Make[_Response]) -> AsyncGenerator[_Response, None]:
-    text = ""
+    answer = PartialAnswer()
     async with aclosing(asked.blend.astream(asked.prompt, **asked.options)) as stream:
-        async for delta in stream:
-            text += delta
-            yield make(text, delta, _tail(asked, stream))
+        async for _ in stream:
+            answer = answer.then(stream.pieces[-1])
+            yield make(answer, _tail(asked, stream))
 
 
 def _tail(asked: _PreparedCall, stream: BlendStream | AsyncBlendStream) -> dict[str, Any]:

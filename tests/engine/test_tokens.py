@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_models import TOOLS, rendered_by_server
+from scripted import TIMETABLE
 
 from cacheblend_rag import BlendConfig, CacheBlend, PromptError
+from cacheblend_rag.engine.base import ParserNames
 
 pytestmark = pytest.mark.vllm
 
@@ -95,3 +98,30 @@ def test_stop_strings_and_text(blend: CacheBlend) -> None:
     assert cut.finish_reason == "stop" and cut.stop_reason == word and word not in cut.text
     pieces = list(blend.stream("Count: one, two, three,", max_tokens=8, temperature=0.0))
     assert "".join(pieces) == whole.text
+
+
+@pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")  # vLLM's own
+def test_tools(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt is that of vLLM's server, chunks in it are reused, and what the model calls is
+    read: a choice holds even so small a model to the form.
+    """
+    chat: Any = blend.engine.chat
+    monkeypatch.setattr(chat._renderer.tokenizer, "chat_template", TOOLS)
+    monkeypatch.setattr(chat, "parsers", ParserNames("hermes", ""))
+    [text] = documents()[:1]
+    blend.ingest([text], progress=False)
+    question = f"{text}\n\nWhen does the ferry leave the north pier on day 3?"
+    messages = [SYSTEM, {"role": "user", "content": question}]
+    strict = {**TIMETABLE, "function": {**TIMETABLE["function"], "strict": True}}
+    tools: Any = {"tools": [strict], "tool_choice": "required"}
+    expected = rendered_by_server(chat._renderer, messages, tools)
+    assert blend.tokenize(messages, **tools) == expected
+    off = blend.generate(messages, mode="off", max_tokens=1, **tools)
+    result = blend.generate(messages, blend_if="always", temperature=0.0, max_tokens=48, **tools)
+    assert off.prompt_token_ids == result.prompt_token_ids == expected
+    in_chunk = len(blend.tokenizer.encode(text.strip(), add_special_tokens=False))
+    report = result.report
+    assert report.blended, report.detail
+    assert report.tokens_reused + report.tokens_recomputed >= 0.98 * in_chunk - 8
+    assert [call.name for call in result.tool_calls] == ["timetable"]
+    assert result.tool_calls[0].arguments.startswith('{"pier"')

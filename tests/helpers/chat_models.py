@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,35 @@ THINKING = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"""
 # as SmolLM3's: the prompt prefix has it too
 THINKING_HEAD = "{% if enable_thinking %}/think{% else %}/no_think{% endif %}\n" + THINKING
+
+# as Qwen3's, with tools, calls and what tools said
+TOOLS = """{% if tools %}<|im_start|>system
+{% if messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}Tools:
+{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>
+{% endif %}{% for message in messages %}{% if not (tools and message.role == 'system') %}\
+<|im_start|>{{ 'user' if message.role == 'tool' else message.role }}
+{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n{% endif %}\
+{% if message.role == 'tool' %}<tool_response>{{ message.content }}</tool_response>\
+{% else %}{{ message.content or '' }}{% endif %}\
+{% for call in message.tool_calls or [] %}<tool_call>\
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\
+</tool_call>{% endfor %}<|im_end|>
+{% endif %}{% endfor %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"""
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+def with_tools(folder: Path) -> Path:
+    """The embedded model's folder with that template, each mark of which is one token."""
+    with_template(folder, TOOLS)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    first = max(described["model"]["vocab"].values()) + 1
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for number, mark in enumerate(MARKS):
+        row = {"id": first + number, "content": mark, "special": False, **plain}
+        described["added_tokens"].append(row)
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    return folder
 
 
 def with_template(folder: Path, template: str | None) -> Path:
@@ -64,3 +95,43 @@ def own_chat(
     llm: Any = SimpleNamespace(renderer=vllm, model_config=vllm.model_config, chat_template=None)
     found = LLM._preprocess_chat(llm, [list(messages)], chat_template_kwargs=arguments)
     return tuple(found[0]["prompt_token_ids"])
+
+
+def server_chat(
+    folder: Path,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Mapping[str, Any],
+    mode: str = "auto",
+    parser: str = "hermes",
+    **arguments: Any,
+) -> tuple[int, ...]:
+    """What vLLM's server computes for a chat request to the model in a folder."""
+    return rendered_by_server(renderer(str(folder), mode), messages, tools, parser, **arguments)
+
+
+def rendered_by_server(
+    vllm: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Mapping[str, Any],
+    parser: str = "hermes",
+    **arguments: Any,
+) -> tuple[int, ...]:
+    """Token ids by the code of vLLM's server, as it stands, over this renderer of it."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    online = OnlineRenderer(
+        vllm.model_config,
+        vllm,
+        request_logger=None,
+        chat_template=None,
+        chat_template_content_format="auto",
+        enable_auto_tools=True,
+        tool_parser=parser,
+    )
+    given = {name: value for name, value in tools.items() if value is not None}
+    request = ChatCompletionRequest(
+        messages=copy.deepcopy(list(messages)), chat_template_kwargs=arguments or None, **given
+    )
+    found: Any = asyncio.run(online.render_chat(request))
+    return tuple(found[1][0]["prompt_token_ids"])

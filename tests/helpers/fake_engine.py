@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineInfo, EngineOutput, EngineRequest
 from cacheblend_rag.engine.chat import VllmChat
-from cacheblend_rag.engine.start import sampling_names, sampling_params
+from cacheblend_rag.engine.start import _parsers, sampling_names, sampling_params
 from cacheblend_rag.errors import ClosedError
 from cacheblend_rag.known import News
 from cacheblend_rag.locate import ChunkIndex
@@ -49,9 +49,11 @@ class FakeEngine(Engine):
     """Its chunk store is a set of keys."""
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
-        self.options = dict(options)
+        parsers, self.options = _parsers(options)
         self.answer: Sequence[str] = ANSWER
         self.answers: list[str] = []  # of the next requests, before `answer`
+        # of requests, token by token as the model's tokenizer has them, before `answers`
+        self.script: Callable[[EngineRequest], str | None] = lambda request: None
         self.requests: list[EngineRequest] = []
         self.ingested: list[str] = []
         self.behind: dict[str, tuple[int, ...]] = {}  # by key, what it was computed behind
@@ -65,7 +67,7 @@ class FakeEngine(Engine):
         self.closed = False
         self.aborted = 0
         self.sampling_names = sampling_names()
-        self.chat = VllmChat(renderer(model, options.get("tokenizer_mode", "auto")))
+        self.chat = VllmChat(renderer(model, options.get("tokenizer_mode", "auto")), parsers)
         self.tokenizer = self.chat._renderer.tokenizer
         self.info = EngineInfo(
             model=model,
@@ -166,6 +168,10 @@ class FakeEngine(Engine):
         sampling_params(request.sampling, request.params)  # refuses what vLLM would refuse
         self.requests.append(request)
         answer = [self.answers.pop(0)] if self.answers else self.answer
+        ids = [100 + i for i in range(len(answer))]
+        if (told := self.script(request)) is not None:
+            ids = self.tokenizer.encode(told, add_special_tokens=False)
+            answer = self._detokenized(ids, request.sampling.get("skip_special_tokens", True))
         words = list(answer)[: request.sampling.get("max_tokens") or 16]
         stop = request.sampling.get("stop") or []
         cut = next((i for i, w in enumerate(words) if any(s in w for s in stop)), len(words))
@@ -179,15 +185,25 @@ class FakeEngine(Engine):
         return [
             EngineOutput(
                 text=word,
-                token_ids=(100 + i,),
+                token_ids=(ids[i],) if i < len(ids) else (),
                 finish_reason=reason if i == len(words) - 1 else None,
                 stop_reason=None,
-                logprobs=[{100 + i: -0.5, 200 + i: -2.0}] if wanted else None,
+                logprobs=[{ids[i]: -0.5, 200 + i: -2.0}] if wanted else None,
                 engine=engine if i == len(words) - 1 else {},
                 at=time.perf_counter(),
             )
             for i, word in enumerate(words)
         ]
+
+    def _detokenized(self, ids: Sequence[int], skip_special_tokens: bool) -> list[str]:
+        """What each token adds; where one is a part of a character, the one that ends it."""
+        texts, whole = list[str](), ""
+        for count in range(1, len(ids) + 1):
+            text = self.tokenizer.decode(ids[:count], skip_special_tokens=skip_special_tokens)
+            text = whole if text.endswith("\ufffd") else text
+            texts.append(text[len(whole) :])
+            whole = text
+        return texts
 
     def _planned(self, request: EngineRequest) -> dict[str, Any]:
         """The report of a request."""

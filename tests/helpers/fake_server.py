@@ -23,7 +23,7 @@ from servers import free_port
 from cacheblend_rag import BlendConfig, CacheBlend, CacheBlendError
 from cacheblend_rag.client.requests import _DEFAULTS, SAMPLING
 from cacheblend_rag.engine.start import sampling_params
-from cacheblend_rag.options import PER_CALL
+from cacheblend_rag.options import PER_CALL, TOOL_OPTIONS
 from cacheblend_rag.server.errors import as_http
 from cacheblend_rag.server.page import page_router
 from cacheblend_rag.store.registry import DocumentRegistry
@@ -152,6 +152,7 @@ def _add_state(app: FastAPI, server: FakeServer) -> None:
             "fingerprint": blend.info.fingerprint,
             "namespace": blend.config.namespace,
             "blending": {**blending, "proving": False},
+            "parsers": blend.parsers._asdict(),
             "config": config,
             "chunks": len(blend.stored()),
             "store": stats[0] if stats else {},
@@ -300,7 +301,8 @@ def _add_prompts(app: FastAPI, server: FakeServer) -> None:
     async def prompt(request: Request) -> Any:
         body = await request.json()
         given = body.get("chat_template_kwargs") or {}
-        ids = blend.tokenize(body["prompt"], chat_template_kwargs=given)
+        tools: Any = {name: body[name] for name in TOOL_OPTIONS if name in body}
+        ids = blend.tokenize(body["prompt"], chat_template_kwargs=given, **tools)
         return {"object": "cacheblend.prompt", "token_ids": ids}
 
     @app.post("/tokenize")
@@ -332,8 +334,54 @@ def _add_prompts(app: FastAPI, server: FakeServer) -> None:
         name = server.name("cmpl-")
         return StreamingResponse(_answer(server, name, stream), media_type="text/event-stream")
 
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        """As vLLM has it: what a parser found is in the deltas, the first of which says only whose
+        turn it is.
+        """
+        body = await request.json()
+        server.bodies.append(body)
+        ours = (body.get("kv_transfer_params") or {}).get("cacheblend", {})
+        names = (*SAMPLING - {"logprobs"}, *TOOL_OPTIONS, "chat_template_kwargs")
+        given = {n: v for n, v in body.items() if n in names and _DEFAULTS.get(n) != v}
+        if body.get("logprobs"):
+            given["logprobs"] = body["top_logprobs"]
+        stream = blend.astream(body["messages"], **ours, **given)
+        name = server.name("chatcmpl-")
+        return StreamingResponse(_answer(server, name, stream, chat=True))
 
-async def _answer(server: FakeServer, name: str, stream: Any) -> AsyncIterator[str]:
+
+def _delta(piece: Any) -> dict[str, Any]:
+    calls = [
+        {
+            "index": call.number,
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in piece.tool_calls
+    ]
+    delta = {"content": piece.text or None, "reasoning": piece.reasoning or None}
+    return {n: v for n, v in {**delta, "tool_calls": calls}.items() if v}
+
+
+def _chat_logprobs(piece: Any) -> dict[str, Any]:
+    both = zip(piece.token_ids, piece.logprobs, strict=True)
+    return {
+        "content": [
+            {
+                "token": f"token_id:{token}",
+                "logprob": row[token],
+                "top_logprobs": [{"token": f"token_id:{t}", "logprob": v} for t, v in row.items()],
+            }
+            for token, row in both
+        ]
+    }
+
+
+async def _answer(
+    server: FakeServer, name: str, stream: Any, *, chat: bool = False
+) -> AsyncIterator[str]:
     number = 0
     try:
         async for text in stream:
@@ -347,7 +395,17 @@ async def _answer(server: FakeServer, name: str, stream: Any) -> AsyncIterator[s
                 "finish_reason": piece.finish_reason,
                 "stop_reason": piece.stop_reason,
             }
-            if piece.logprobs:
+            if chat:
+                if number == 1:
+                    first = {"index": 0, "delta": {"role": "assistant", "content": ""}}
+                    ids = list(stream._begun.finish.args[0].request.token_ids)
+                    event = {"id": name, "choices": [first], "prompt_token_ids": ids}
+                    yield f"data: {json.dumps(event)}\n\n"
+                choice = {**choice, "delta": _delta(piece)}
+                del choice["text"]
+                if piece.logprobs:
+                    choice["logprobs"] = _chat_logprobs(piece)
+            elif piece.logprobs:
                 rows = [{f"token_id:{t}": v for t, v in row.items()} for row in piece.logprobs]
                 choice["logprobs"] = {"top_logprobs": rows}
             if piece.finish_reason is not None:

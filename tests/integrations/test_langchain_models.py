@@ -15,7 +15,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import OutputParserException
 from langchain_core.load import dumps
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from pydantic import BaseModel, ValidationError
 
@@ -290,13 +290,14 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-def test_tools_are_refused_with_a_way_out(engines: list[FakeEngine]) -> None:
+def test_tools_without_a_parser_are_refused_with_a_way_out(engines: list[FakeEngine]) -> None:
     llm = ChatCacheBlend(model=str(MODEL))
-    with pytest.raises(NotImplementedError, match="with_structured_output"):
-        llm.bind_tools([add])
-    call = {"name": "add", "args": {}, "id": "1"}
-    with pytest.raises(PromptError, match="tool calls"):
-        llm.invoke([AIMessage("", tool_calls=[call]), ToolMessage("2", tool_call_id="1")])
+    with pytest.raises(ConfigError, match=r"engine_args=\{\"tool_call_parser\": \.\.\.\}.*hermes"):
+        llm.bind_tools([add]).invoke("Add 1 and 2.")
+    with pytest.raises(ConfigError, match="what OpenAI's API had before tools"):
+        llm.invoke("Hello", functions=[{}])
+    with pytest.raises(PromptError, match="pass chat messages"):
+        CacheBlendLLM(model=str(MODEL)).invoke("Hello", tools=[add])
 
 
 def test_pictures_and_too_long_prompts_are_refused(engines: list[FakeEngine]) -> None:

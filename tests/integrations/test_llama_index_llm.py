@@ -96,8 +96,8 @@ async def test_an_unknown_option_is_refused_by_every_call(llm: CacheBlendLLM) ->
         CacheBlendIngestion(llm, show_progres=False)
     with pytest.raises(ConfigError, match="Did you mean 'temperature'"):
         llm.chat(HELLO, temprature=1)
-    with pytest.raises(ConfigError, match="no option 'tools'"):
-        await llm.achat(HELLO, tools=[])
+    with pytest.raises(ConfigError, match="no option 'functions'"):
+        await llm.achat(HELLO, functions=[])
     with pytest.raises(ConfigError, match="refused"):
         list(llm.stream_complete("Hello", temperature=-1.0))
 
@@ -228,15 +228,24 @@ class Fact(BaseModel):
     year: int
 
 
-def test_structured_predict_may_hold_decoding_to_the_schema(
+async def test_structured_predict_holds_decoding_to_the_schema(
     llm: CacheBlendLLM, engines: list[FakeEngine]
 ) -> None:
     llm.blend  # noqa: B018 - starts it
     engines[0].answer = ('{"year":', " 1874}")
-    held = {"structured_outputs": {"json": Fact.model_json_schema()}}
-    prompt = PromptTemplate("When?")
-    assert llm.structured_predict(Fact, prompt, llm_kwargs=held) == Fact(year=1874)
-    assert sent(llm.blend)[-1].sampling["structured_outputs"] == held["structured_outputs"]
+    prompt, fact = PromptTemplate("When?"), Fact(year=1874)
+    assert llm.structured_predict(Fact, prompt) == fact
+    assert await llm.astructured_predict(Fact, prompt) == fact
+    assert list(llm.stream_structured_predict(Fact, prompt))[-1] == fact
+    stream = await llm.astream_structured_predict(Fact, prompt)
+    assert [found async for found in stream][-1] == fact
+    assert llm.as_structured_llm(Fact).complete("When?").raw == fact
+    held = {"json": Fact.model_json_schema()}
+    assert [r.sampling["structured_outputs"] for r in sent(llm.blend)] == [held] * 5
+    own = {"json_object": True}
+    llm.structured_predict(Fact, prompt, llm_kwargs={"structured_outputs": own, "max_tokens": 9})
+    last = sent(llm.blend)[-1].sampling
+    assert (last["structured_outputs"], last["max_tokens"]) == (own, 9)
 
 
 # --- events ---------------------------------------------------------------------------------------

@@ -16,11 +16,13 @@ from cacheblend_rag import BlendConfig
 from cacheblend_rag.client.requests import _REFUSED, OF_SOME_VERSIONS, SAMPLING
 from cacheblend_rag.engine.start import sampling_names
 from cacheblend_rag.options import (
+    OURS,
     PER_CALL,
     PER_REQUEST,
     BlendOptions,
     CallOptions,
     SamplingOptions,
+    ToolOptions,
     blend_options,
     sampling_options,
 )
@@ -54,7 +56,9 @@ def test_every_option_of_a_call_is_one_of_ours_or_one_of_vllms() -> None:
     given = dict.fromkeys(CallOptions.__annotations__)
     ours, sampling = blend_options(given), sampling_options(given)
     assert set(ours) == set(PER_CALL) and sampling.keys() == SamplingOptions.__annotations__.keys()
-    assert given.keys() - ours.keys() - sampling.keys() == {"lora_request"}
+    others = {*ToolOptions.__annotations__, "lora_request"}
+    assert given.keys() - ours.keys() - sampling.keys() == others
+    assert {*ours, *others} == set(OURS)
 
 
 def test_the_fields_of_llamaindexs_llm_are_all_there() -> None:
@@ -90,6 +94,7 @@ async def f(blend: CacheBlend) -> None:
     (await blend.agenerate("a", propagation_length=0)).text
     blend.astream("a", blend_if="always", chat_template_kwargs={"enable_thinking": False})
     CacheBlend.connect("http://localhost:8000").generate("a", lora_request="mine")
+    blend.generate([{"role": "user", "content": "a"}], tools=[{}], tool_choice="auto").tool_calls
     BlendConfig().for_call({"mode": "off"})
     ChatCacheBlend("m", temperature=0.1, sampling={"mode": "off"})
     LangChainLLM("m", timeout=3.0, blend_config=BlendConfig())
