@@ -122,6 +122,8 @@ def test_tools(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
     in_chunk = len(blend.tokenizer.encode(text.strip(), add_special_tokens=False))
     report = result.report
     assert report.blended, report.detail
-    assert report.tokens_reused + report.tokens_recomputed >= 0.98 * in_chunk - 8
+    # a blend ends at a block's end
+    most_fresh = blend.info.block_size + 8
+    assert report.tokens_reused + report.tokens_recomputed >= in_chunk - most_fresh
     assert [call.name for call in result.tool_calls] == ["timetable"]
     assert result.tool_calls[0].arguments.startswith('{"pier"')
