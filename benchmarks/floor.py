@@ -83,7 +83,9 @@ def run(
             if name != "full":  # as many rows behind a prefix that vLLM has
                 rows = len(head) + whole + len(question) - result.report.tokens_reused
                 prompt = kept[: len(kept) + len(question) - rows] + words(rows)
-                note(seconds, f"stock + {rows}", first_token(blend, prompt, {"mode": "off"})[0], turn)
+                note(
+                    seconds, f"stock + {rows}", first_token(blend, prompt, {"mode": "off"})[0], turn
+                )
     show(seconds, stages)
     plots.save(args, about, seconds, [])
 
