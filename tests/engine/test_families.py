@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,30 @@ pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
 Record = Callable[[str, object], None]
 
 
+# An older vLLM, as a GPU may have it, can't load these, or its own full prefill is not that of
+# transformers.
+SINCE_0_32 = {
+    "cohere2", "hunyuan_v1_dense", "hunyuan_v1_moe", "laguna", "mellum", "ministral3", "olmo3",
+    "phi",
+}  # fmt: skip
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def skip_what_this_gpu_cannot_load(name: str, path: Path) -> None:
+    """On a CPU, nothing is skipped."""
+    if not torch.cuda.is_available():
+        return
+    import vllm
+
+    if name.startswith("deepseek"):
+        pytest.skip("the model needs a CPU here, not a GPU, which refuses latent attention")
+    if name in SINCE_0_32 and tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 32):
+        pytest.skip(f"needs a GPU with vLLM 0.32; this is {vllm.__version__}")
+    config = json.loads((path / "config.json").read_text())
+    if any(config.get(key) for key in EXPERTS) and not find_spec("vllm._moe_C_stable_libtorch"):
+        pytest.skip("needs a GPU machine whose vLLM has its kernels for experts")
+
+
 class Family(NamedTuple):
     """An engine that has stored the chunks, and the reference over the same weights."""
 
@@ -41,6 +67,7 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
         options |= RENAMED[name].options
     else:
         path = make(name, tiny_models)
+        skip_what_this_gpu_cannot_load(name, path)
         reference = Reference(path, PREFIX)
     if name.startswith("deepseek"):
         options["attention_backend"] = "CPU_MLA"  # where there is AMX, vLLM's own choice is bf16

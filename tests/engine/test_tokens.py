@@ -100,6 +100,7 @@ def test_stop_strings_and_text(blend: CacheBlend) -> None:
     assert "".join(pieces) == whole.text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")  # vLLM's own
 def test_tools(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt is that of vLLM's server, chunks in it are reused, and what the model calls is
@@ -126,4 +127,4 @@ def test_tools(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
     most_fresh = blend.info.block_size + 8
     assert report.tokens_reused + report.tokens_recomputed >= in_chunk - most_fresh
     assert [call.name for call in result.tool_calls] == ["timetable"]
-    assert result.tool_calls[0].arguments.startswith('{"pier"')
+    assert result.tool_calls[0].arguments.lstrip("{ \n").startswith('"pier"')

@@ -14,7 +14,7 @@ import pytest
 from live_server import LiveServer, live_server
 from tiny import WORDS, Words, make_with_tokenizer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
 words = Words(77)
 
