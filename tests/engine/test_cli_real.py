@@ -78,6 +78,7 @@ def run(
     return command
 
 
+@pytest.mark.slow
 def test_ingest_then_ask_then_stats(run: Run, home: Path) -> None:
     documents = str(demo.data_folder())
     first = run("ingest", documents)

@@ -89,7 +89,7 @@ def of(*names: str, compiled: bool = False) -> pytest.MarkDecorator:
 
 
 # what is new about these, another family of the list has too
-AGAIN = {"mistral", "mixtral", "granite", "olmo2", "stablelm"}
+AGAIN = {"mistral", "mixtral", "granite", "olmo2", "phi3", "stablelm"}
 
 
 @pytest.mark.parametrize(

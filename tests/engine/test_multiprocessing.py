@@ -136,6 +136,7 @@ def apart(known: Known, model: Path) -> Iterator[CacheBlend]:
         yield blend
 
 
+@pytest.mark.slow
 def test_the_batch_engine_takes_up_the_store(apart: CacheBlend, known: Known) -> None:
     report = apart.ingest(CHUNKS, progress=False)
     assert (report.computed, report.present) == (0, len(CHUNKS))

@@ -388,6 +388,7 @@ def test_cancelled(server: LiveServer) -> None:
 # ---- its end -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_in_mid_ingestion_it_goes_on_where_it_was(server: LiveServer) -> None:
     """And told to end, it keeps what it has acknowledged."""
     chunks = [text(90) for _ in range(400)]

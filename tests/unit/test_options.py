@@ -132,10 +132,12 @@ def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]
     return found
 
 
+@pytest.mark.slow
 def test_a_type_checker_takes_what_is_right(complaints: dict[int, list[str]]) -> None:
     assert [text for line, text in complaints.items() if line <= RIGHT.count("\n")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_a_type_checker_refuses_a_wrong_option(complaints: dict[int, Any], name: str) -> None:
     assert complaints.get(RIGHT.count("\n") + 1 + list(WRONG).index(name))
