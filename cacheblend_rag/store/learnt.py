@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
-from cacheblend_rag.store.base import Changes, ChunkInfo, ChunkKV, Found, KVStore, StoreStats, ask
+from cacheblend_rag.store.around import StoreAround
+from cacheblend_rag.store.base import Changes, ChunkInfo, ChunkKV, Found, KVStore, ask
 from cacheblend_rag.store.memory import MemoryStore
 
 
-class LearningStore(KVStore):
+class LearningStore(StoreAround):
     """``store``, and what ``put_learnt`` was given: ``get`` and ``scan`` know both.
 
     A learnt chunk goes when nobody used it for ``ttl_s`` seconds. ``contains``, ``put`` and the
@@ -30,12 +31,11 @@ class LearningStore(KVStore):
         ttl_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.store, self.learnt = store, learnt
+        super().__init__(store)
+        self.learnt = learnt
         self._ttl_s, self._clock = ttl_s, clock
         self._lock = Lock()
         self._used: dict[str, float] = {}  # when a learnt chunk was used last, the oldest first
-
-    # ---- of both -------------------------------------------------------------------------------
 
     def put_learnt(self, key: str, chunk: ChunkKV) -> str:
         """Keep a chunk in memory only. Returns why it is not kept, or ""."""
@@ -90,6 +90,21 @@ class LearningStore(KVStore):
             yield info
         yield from self.store.scan_others(known)
 
+    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
+        return (info for info in self.scan() if info.key not in known)
+
+    @contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        keys = list(keys)
+        with self.learnt.pinned(keys), self.store.pinned(keys):
+            yield
+
+    def drop(self, documents: Iterable[str]) -> list[str]:
+        keys = self.store.drop(documents)
+        for key in keys:
+            self.learnt.discard(key)
+        return keys
+
     def changes(self, cursor: object) -> Changes:
         self.expire()
         of_store, of_learnt = cursor if isinstance(cursor, tuple) else (None, None)
@@ -107,7 +122,7 @@ class LearningStore(KVStore):
 
     def close(self) -> None:
         self.learnt.close()
-        self.store.close()
+        super().close()
 
     def _near(self, key: str) -> ChunkKV | None:
         if not self.learnt.contains(key):  # or each chunk of the store would count as a miss
@@ -128,51 +143,3 @@ class LearningStore(KVStore):
         found = get(far)
         chunks = {**near, **dict(zip(far, found.chunks, strict=True))}
         return found._replace(chunks=[chunks[key] for key in keys])
-
-    # ---- of the store alone --------------------------------------------------------------------
-
-    def contains(self, key: str) -> bool:
-        return self.store.contains(key)
-
-    @property
-    def bandwidth(self) -> float | None:
-        return self.store.bandwidth
-
-    def put(self, key: str, chunk: ChunkKV) -> str:
-        return self.store.put(key, chunk)
-
-    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
-        return (info for info in self.scan() if info.key not in known)
-
-    def stats(self) -> StoreStats:
-        return self.store.stats()
-
-    @contextmanager
-    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
-        keys = list(keys)
-        with self.learnt.pinned(keys), self.store.pinned(keys):
-            yield
-
-    @property
-    def keeps_documents(self) -> bool:
-        return self.store.keeps_documents
-
-    def register(self, document: str, keys: Iterable[str]) -> None:
-        self.store.register(document, keys)
-
-    def documents(self) -> set[str]:
-        return self.store.documents()
-
-    def document_keys(self, document: str) -> list[str]:
-        return self.store.document_keys(document)
-
-    def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
-    ) -> list[str]:
-        return self.store.unregister(documents, only)
-
-    def drop(self, documents: Iterable[str]) -> list[str]:
-        keys = self.store.drop(documents)
-        for key in keys:
-            self.learnt.discard(key)
-        return keys

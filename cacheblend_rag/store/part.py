@@ -5,11 +5,11 @@ Shape legend: L layers, N tokens, H KV heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from cacheblend_rag.store.base import Changes, ChunkInfo, ChunkKV, Found, KVStore, StoreStats
+from cacheblend_rag.store.around import StoreAround
+from cacheblend_rag.store.base import ChunkKV, Found, KVStore
 from cacheblend_rag.store.host import empty
 
 
@@ -35,89 +35,40 @@ class Heads(NamedTuple):
         return ChunkKV(chunk.token_ids, chunk.base, empty(part.shape, part.dtype).copy_(part))
 
 
-class PartStore(KVStore):
-    """Hands out this rank's heads of what ``whole`` holds; the leading rank puts whole chunks.
+class PartStore(StoreAround):
+    """Hands out this rank's heads of what ``store`` holds; the leading rank puts whole chunks.
 
     Every rank reads whole chunks, checks them and keeps its heads. What others put is seen where
-    ``whole`` is shared, as folders and remote stores are.
+    ``store`` is shared, as folders and remote stores are.
     """
 
-    def __init__(self, whole: KVStore, heads: Heads) -> None:
-        self.whole, self._heads = whole, heads
-
-    def contains(self, key: str) -> bool:
-        return self.whole.contains(key)
+    def __init__(self, store: KVStore, heads: Heads) -> None:
+        super().__init__(store)
+        self._heads = heads
 
     def get(self, key: str) -> ChunkKV | None:
-        return self._part(self.whole.get(key))
+        return self._part(self.store.get(key))
 
     def get_many(self, keys: Sequence[str]) -> Found:
-        return self._parts(self.whole.get_many(keys))
+        return self._parts(self.store.get_many(keys))
 
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:
-        return self._parts(self.whole.get_in_time(keys, within_s))
-
-    def in_memory(self, key: str) -> bool:
-        return self.whole.in_memory(key)
-
-    def prefetch(self, keys: Iterable[str]) -> None:
-        self.whole.prefetch(keys)
+        return self._parts(self.store.get_in_time(keys, within_s))
 
     @property
     def bandwidth(self) -> float | None:
-        whole = self.whole.bandwidth
+        whole = self.store.bandwidth
         return None if whole is None else whole * self._heads.some / self._heads.all
 
     def put(self, key: str, chunk: ChunkKV) -> str:
-        return self.whole.put(key, chunk) if self._heads.leads else ""
-
-    def discard(self, key: str) -> None:
-        self.whole.discard(key)
-
-    def scan(self) -> Iterator[ChunkInfo]:
-        return self.whole.scan()
-
-    def scan_others(self, known: Container[str]) -> Iterator[ChunkInfo]:
-        return self.whole.scan_others(known)
-
-    def changes(self, cursor: object) -> Changes:
-        return self.whole.changes(cursor)
-
-    def stats(self) -> StoreStats:
-        return self.whole.stats()
+        return self.store.put(key, chunk) if self._heads.leads else ""
 
     def touch(self, key: str) -> None:
         if self._heads.leads:  # or one use would count once a rank
-            self.whole.touch(key)
-
-    @contextmanager
-    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
-        with self.whole.pinned(keys):
-            yield
-
-    @property
-    def keeps_documents(self) -> bool:
-        return self.whole.keeps_documents
-
-    def register(self, document: str, keys: Iterable[str]) -> None:
-        self.whole.register(document, keys)
-
-    def documents(self) -> set[str]:
-        return self.whole.documents()
-
-    def document_keys(self, document: str) -> list[str]:
-        return self.whole.document_keys(document)
-
-    def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
-    ) -> list[str]:
-        return self.whole.unregister(documents, only)
+            self.store.touch(key)
 
     def drop(self, documents: Iterable[str]) -> list[str]:
-        return self.whole.drop(documents)
-
-    def close(self) -> None:
-        self.whole.close()
+        return self.store.drop(documents)
 
     def _parts(self, found: Found) -> Found:
         return found._replace(chunks=[self._part(chunk) for chunk in found.chunks])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Sequence
 from threading import Lock
 
 from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store.base import Changes, ChunkInfo, ChunkKV, Found, KVStore, StoreStats
+from cacheblend_rag.store.around import StoreAround
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, Found, KVStore
 from cacheblend_rag.store.parallel import Readers
 
 
-class WriteBackStore(KVStore):
+class WriteBackStore(StoreAround):
     """``store``, written to by one thread. Chunks not written yet are served from memory, and are
     lost if the process dies; ``close`` waits until all are written. A failure to write warns.
 
@@ -22,7 +22,7 @@ class WriteBackStore(KVStore):
     """
 
     def __init__(self, store: KVStore, waiting_bytes: int = 1 << 30) -> None:
-        self.store = store
+        super().__init__(store)
         self._most = waiting_bytes
         self._lock, self._writing = Lock(), Lock()
         self._waiting: dict[str, ChunkKV] = {}
@@ -78,42 +78,9 @@ class WriteBackStore(KVStore):
             if info.key not in waiting:
                 yield info
 
-    def changes(self, cursor: object) -> Changes:
-        return self.store.changes(cursor)
-
-    def stats(self) -> StoreStats:
-        return self.store.stats()
-
-    @property
-    def bandwidth(self) -> float | None:
-        return self.store.bandwidth
-
-    def touch(self, key: str) -> None:
-        self.store.touch(key)
-
-    @contextmanager
-    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
-        with self.store.pinned(keys):
-            yield
-
-    @property
-    def keeps_documents(self) -> bool:
-        return self.store.keeps_documents
-
-    def register(self, document: str, keys: Iterable[str]) -> None:
-        self.store.register(document, keys)
-
-    def documents(self) -> set[str]:
-        return self.store.documents()
-
-    def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
-    ) -> list[str]:
-        return self.store.unregister(documents, only)
-
     def close(self) -> None:
         self._writer.close(wait_for_all=True)
-        self.store.close()
+        super().close()
 
     def _with_waiting(self, keys: Sequence[str], get: Callable[[list[str]], Found]) -> Found:
         waiting = {key: self._not_yet_written(key) for key in keys}

@@ -14,7 +14,6 @@ from cacheblend_rag.store import (
     Heads,
     KVStore,
     MemoryStore,
-    PartStore,
     open_store,
 )
 
@@ -101,9 +100,3 @@ def test_a_chunk_of_other_heads_is_never_taken_for_a_part(tmp_path: Path) -> Non
             assert store.get(KEY) is None
             assert store.get_many([KEY]).chunks == [None]
             assert store.get_in_time([KEY], 9.0).chunks == [None]
-
-
-def test_all_that_a_store_does_is_passed_on() -> None:
-    own = {"forget", "gc"}  # made of the others
-    public = {name for name in vars(KVStore) if not name.startswith("_")} - own
-    assert public <= set(vars(PartStore))
