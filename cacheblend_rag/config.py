@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError, PromptError, StoreError
 from cacheblend_rag.learn.options import LearnOptions
-from cacheblend_rag.options import PER_REQUEST, BlendIf, BlendOptions, Mode
+from cacheblend_rag.options import PER_REQUEST, BlendIf, BlendOptions, Mode, refuse_unknown
 from cacheblend_rag.select import create_selector
 from cacheblend_rag.store.url import parse_size, redacted
 from cacheblend_rag.token_ids import token_ids
@@ -21,7 +20,6 @@ Learn = Literal["off", "memory", "store"]
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
 PROPAGATION_LENGTH = 64  # chosen on the tuning half of docs/quality.md's questions
 PREFIXES = ("auto", "prompt_prefix", "document", "bos", "none")
-_RENAMED = {"reach": "propagation_length", "when": "blend_if"}
 _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
     "add_generation_prompt",
     "chat_template",
@@ -151,10 +149,7 @@ class BlendConfig:
         Raises:
             ConfigError: unknown options or refused values.
         """
-        known = {f.name for f in fields(cls)}
-        for name in options:
-            if name not in known:
-                raise unknown_option(str(name), known, what)
+        refuse_unknown(options, {f.name for f in fields(cls)}, what)
         try:
             return cls(**options)
         except (TypeError, AttributeError, ValueError) as error:
@@ -209,15 +204,6 @@ def template_arguments(*given: object) -> dict[str, Any]:
             "prompt of another form, render it yourself and pass text or token ids"
         )
     return found
-
-
-def unknown_option(name: str, known: Iterable[str], what: str) -> ConfigError:
-    """The error for a name that does not exist, with the closest one that does."""
-    if (renamed := _RENAMED.get(name, "")) in known:
-        return ConfigError(f"{what} has no option {name!r}: it is called {renamed!r}.")
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
-    return ConfigError(f"{what} has no option {name!r}.{hint}")
 
 
 def _check_ratio(ratio: object) -> None:

@@ -1,4 +1,5 @@
-"""The options of one call, as types: an IDE lists them, and a type checker knows their names.
+"""The options of one call, as types: an IDE lists them, and a type checker knows their names. And
+how a name that is no option is refused, anywhere.
 
 What a name or a value is worth is decided when it is used: by ``BlendConfig`` for ours, by vLLM for
 its own, whose versions differ.
@@ -6,9 +7,15 @@ its own, whose versions differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, cast
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
+from cacheblend_rag.errors import ConfigError
+
+_Table = TypeVar("_Table")
+_RENAMED = {"reach": "propagation_length", "when": "blend_if"}
 Mode = Literal["blend", "full", "reuse", "off"]
 BlendIf = Literal["faster", "always"]
 
@@ -94,3 +101,36 @@ def blend_options(options: Mapping[str, Any]) -> BlendOptions:
 def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What is left of a call's options: vLLM's sampling parameters, and what has a wrong name."""
     return {name: value for name, value in options.items() if name not in OURS}
+
+
+def unknown_option(name: str, known: Iterable[str], what: str) -> ConfigError:
+    """The error for a name that does not exist, with the closest one that does."""
+    if (renamed := _RENAMED.get(name, "")) in known:
+        return ConfigError(f"{what} has no option {name!r}: it is called {renamed!r}.")
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+    return ConfigError(f"{what} has no option {name!r}.{hint}")
+
+
+def refuse_unknown(names: Iterable[object], known: Iterable[str], what: str) -> None:
+    """That ``what`` has all these options.
+
+    Raises:
+        ConfigError: the first one that it has not.
+    """
+    known = frozenset(known)
+    for name in names:
+        if name not in known:
+            raise unknown_option(str(name), known, what)
+
+
+def from_table(cls: type[_Table], data: object, what: str) -> _Table:
+    """A dataclass of options from plain data, such as JSON; ``what`` has them, for messages.
+
+    Raises:
+        ConfigError: no table, unknown options or values that the class refuses.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{what} is {data!r}; it must be a table of options")
+    refuse_unknown(data, {f.name for f in fields(cast(Any, cls))}, what)
+    return cls(**data)

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cacheblend_rag.calibration import Calibration, resolved
-from cacheblend_rag.config import BlendConfig, unknown_option
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import KnownChunks, News
 from cacheblend_rag.learn import LearnOptions, Prompt
 from cacheblend_rag.locate import ANCHOR_MARGIN, Match
-from cacheblend_rag.options import PER_REQUEST, blend_options
+from cacheblend_rag.options import PER_REQUEST, blend_options, unknown_option
 from cacheblend_rag.plan import NoPlan, Plan, PromptPrefix, make_plan
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.salts import tenant_salt

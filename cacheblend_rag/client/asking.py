@@ -15,12 +15,12 @@ from cacheblend_rag.client import replies, requests
 from cacheblend_rag.client.answers import Answer, AsyncAnswer
 from cacheblend_rag.client.http import BASE, Connection
 from cacheblend_rag.client.tokenizer import RemoteTokenizer
-from cacheblend_rag.config import BlendConfig, unknown_option
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine import EngineInfo, EngineOutput
 from cacheblend_rag.engine.base import ParserNames
 from cacheblend_rag.errors import CacheBlendError, ConfigError, PromptError, ServerError
 from cacheblend_rag.front.answers import as_prompts
-from cacheblend_rag.options import TOOL_OPTIONS, CallOptions, ToolOptions
+from cacheblend_rag.options import TOOL_OPTIONS, CallOptions, ToolOptions, refuse_unknown
 from cacheblend_rag.prompt import (
     Prompt,
     are_messages,
@@ -90,9 +90,7 @@ class RemoteAnswers:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **tools: Unpack[ToolOptions],
     ) -> tuple[int, ...]:
-        for name in tools:
-            if name not in TOOL_OPTIONS:
-                raise unknown_option(name, TOOL_OPTIONS, "tokenize")
+        refuse_unknown(tools, TOOL_OPTIONS, "tokenize")
         config = self.config.for_call({"chat_template_kwargs": chat_template_kwargs or {}})
         return self._ids(prompt, config, tool_use(tools))
 

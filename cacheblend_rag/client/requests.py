@@ -7,9 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from cacheblend_rag.config import BlendConfig, unknown_option
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.options import OURS, PER_CALL, PER_REQUEST, blend_options, sampling_options
+from cacheblend_rag.options import (
+    OURS,
+    PER_CALL,
+    PER_REQUEST,
+    blend_options,
+    sampling_options,
+    unknown_option,
+)
 from cacheblend_rag.plan import PARAMS_KEY
 from cacheblend_rag.tools import ToolUse, tool_use
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from vllm.utils.mistral import is_mistral_tokenizer
 
-from cacheblend_rag.config import unknown_option
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import ChatTurn, EngineOutput, ParserNames
 from cacheblend_rag.errors import ConfigError, PromptError
+from cacheblend_rag.options import unknown_option
 from cacheblend_rag.tools import ToolCallPiece, ToolUse
 
 # the sampling parameters that a parser may need otherwise than they were asked for

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from cacheblend_rag import errors
-from cacheblend_rag.config import unknown_option
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import (
     NO_PARSERS,
@@ -25,6 +24,7 @@ from cacheblend_rag.errors import (
     EngineError,
     ModelError,
 )
+from cacheblend_rag.options import unknown_option
 from cacheblend_rag.plan import PARAMS_KEY
 from cacheblend_rag.reason import Reason, Why
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack, overload
 
 from cacheblend_rag import calibration, metrics
 from cacheblend_rag.calibration import Calibration
-from cacheblend_rag.config import BlendConfig, unknown_option
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import EngineOutput, EngineRequest
 from cacheblend_rag.engine.base import ChatTurn, ParserNames, Read
@@ -28,6 +28,7 @@ from cacheblend_rag.options import (
     CallOptions,
     ToolOptions,
     blend_options,
+    refuse_unknown,
     sampling_options,
 )
 from cacheblend_rag.plan import PARAMS_KEY
@@ -158,9 +159,7 @@ class Answers(Front):
             chat_template_kwargs: as for ``generate``.
             **tools: ``tools``, ``tool_choice`` and ``parallel_tool_calls``, as for ``generate``.
         """
-        for name in tools:
-            if name not in TOOL_OPTIONS:
-                raise unknown_option(name, TOOL_OPTIONS, "tokenize")
+        refuse_unknown(tools, TOOL_OPTIONS, "tokenize")
         config = self.config.for_call({"chat_template_kwargs": chat_template_kwargs or {}})
         return self._ids(prompt, config, tool_use(tools))
 
@@ -282,9 +281,7 @@ class Answers(Front):
         """One call's options: ours, the sampling parameters, a LoRA request, and tools."""
         sampling = sampling_options(options)
         known = self._engine.sampling_names
-        for name in sampling:
-            if name not in known:
-                raise unknown_option(name, {*known, *OURS}, "generate")
+        refuse_unknown(sampling, {*known, *OURS}, "generate")
         if sampling.get("n", 1) != 1:
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
         if self._tokenizer is None:

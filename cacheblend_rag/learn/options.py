@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cacheblend_rag.errors import ConfigError, StoreError
 from cacheblend_rag.locate import ANCHOR_WIDTH
+from cacheblend_rag.options import from_table
 from cacheblend_rag.store.url import parse_size
 
 _LEAST_TOKENS = 2 * ANCHOR_WIDTH
@@ -61,14 +61,7 @@ class LearnOptions:
         Raises:
             ConfigError: unknown options or refused values.
         """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"learn_options is {data!r}; it must be a table of options")
-        known = {f.name for f in fields(cls)}
-        for name in data:
-            if name not in known:
-                names = ", ".join(sorted(known))
-                raise ConfigError(f"learn_options has no option {name!r}. Known: {names}.")
-        return cls(**data)
+        return from_table(cls, data, "learn_options")
 
     @property
     def capacity_bytes(self) -> int:

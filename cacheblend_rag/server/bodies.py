@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cacheblend_rag.config import unknown_option
 from cacheblend_rag.errors import PromptError
+from cacheblend_rag.options import unknown_option
 from cacheblend_rag.prompt import checked
 from cacheblend_rag.server.errors import HttpError
 from cacheblend_rag.store.base import is_key

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from cacheblend_rag.config import unknown_option
 from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.options import from_table
 
 SERVER = "server"  # key of these options in the connector's extra config
 
@@ -53,13 +52,7 @@ class ServerOptions:
         Raises:
             ConfigError: unknown options or refused values.
         """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"server is {data!r}; it must be a table of options")
-        known = {f.name for f in fields(cls)}
-        for name in data:
-            if name not in known:
-                raise unknown_option(str(name), known, "server")
-        return cls(**data)
+        return from_table(cls, data, "server")
 
     def to_plain(self) -> dict[str, Any]:
         """What differs from the defaults."""

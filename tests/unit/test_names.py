@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cacheblend_rag import BlendConfig, ConfigError
-from cacheblend_rag.config import unknown_option
+from cacheblend_rag.options import unknown_option
 
 ROOT = Path(__file__).parents[2]
 CODE = ("cacheblend_rag", "integrations", "kernels")
