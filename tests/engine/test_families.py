@@ -31,6 +31,7 @@ SINCE_0_32 = {
     "cohere2", "hunyuan_v1_dense", "hunyuan_v1_moe", "laguna", "mellum", "ministral3", "olmo3",
     "phi",
 }  # fmt: skip
+LATENT = {"deepseek_v2", "deepseek_v3"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -40,11 +41,11 @@ def skip_what_this_gpu_cannot_load(name: str, path: Path) -> None:
         return
     import vllm
 
-    if name.startswith("deepseek"):
-        pytest.skip("the model needs a CPU here, not a GPU, which refuses latent attention")
+    config = json.loads((path / "config.json").read_text())
+    if name in LATENT:
+        pytest.skip("latent attention is refused where it needs a GPU")
     if name in SINCE_0_32 and tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 32):
         pytest.skip(f"needs a GPU with vLLM 0.32; this is {vllm.__version__}")
-    config = json.loads((path / "config.json").read_text())
     if any(config.get(key) for key in EXPERTS) and not find_spec("vllm._moe_C_stable_libtorch"):
         pytest.skip("needs a GPU machine whose vLLM has its kernels for experts")
 
@@ -69,7 +70,7 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
         path = make(name, tiny_models)
         skip_what_this_gpu_cannot_load(name, path)
         reference = Reference(path, PREFIX)
-    if name.startswith("deepseek"):
+    if name in LATENT:
         options["attention_backend"] = "CPU_MLA"  # where there is AMX, vLLM's own choice is bf16
     with start_in_process(path, prefix=PREFIX, **options) as blend:
         assert blend.model_check.passed, blend.model_check.detail
