@@ -203,7 +203,7 @@ class Planner:
             return Planned(NoPlan(Reason.LORA, _OTHER_ADAPTER), config.mode, {})
         least = config.min_chunk_tokens
         matches = self.known.index(space.name).locate(token_ids, min_tokens=least)
-        own = self.known.salted(_owner(space.name, salt))
+        own = self.known.salted(_owner(space.name, salt)) if self.learning is not None else None
         if own is not None:
             matches = _between(matches, own.locate(token_ids, min_tokens=least), least)
         located = time.perf_counter()

@@ -122,6 +122,17 @@ def tool_use(options: Mapping[str, Any]) -> ToolUse | None:
     )
 
 
+def choice_by_name(choice: object) -> object:
+    """A choice in OpenAI's form, from a framework's: ``any`` is ``required``, and a text that is no
+    choice names a tool.
+    """
+    if choice == "any":
+        return "required"
+    if isinstance(choice, str) and choice not in _CHOICES:
+        return {"type": "function", "function": {"name": choice}}
+    return choice
+
+
 def _name(tool: object, number: int) -> str:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None

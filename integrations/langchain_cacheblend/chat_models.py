@@ -210,8 +210,8 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
             tools: functions, pydantic classes, tools of LangChain, or OpenAI's form.
             tool_choice: ``auto``, ``none``, ``any`` (also ``required`` or True: one at least), or a
                 tool's name: decoding is then held to calls. None: ``auto``.
-            strict: whether decoding of a call is held to the tool's schema where the model is free
-                to call or not.
+            strict: whether a call's arguments are held to the tool's schema. None: as vLLM's
+                parser does it; that for Hermes leaves them free, whatever ``tool_choice`` is.
             **kwargs: options of the call, such as ``parallel_tool_calls``.
 
         Raises:

@@ -19,10 +19,9 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from cacheblend_rag import ConfigError
 from cacheblend_rag.prompt import Prompt
 from cacheblend_rag.tools import ToolCall as WrittenCall
-from cacheblend_rag.tools import ToolCallPiece
+from cacheblend_rag.tools import ToolCallPiece, choice_by_name
 
 REASONING = "reasoning_content"  # of additional_kwargs: LangChain makes a content block of it
-_MUST_CALL = ("any", "required", True)
 # blocks of LangChain's own, whose content is in tool_calls, or is reasoning
 _APART = ("tool_call", "tool_call_chunk", "invalid_tool_call", "reasoning")
 
@@ -49,14 +48,10 @@ def tool_options(call: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("tools") is not None:
         options["tools"] = openai_tools(options["tools"])
     choice = options.pop("tool_choice", None)
-    if choice in _MUST_CALL:
-        options["tool_choice"] = "required"
-    elif choice is False:
-        options["tool_choice"] = "none"
-    elif isinstance(choice, str) and choice not in ("auto", "none"):
-        options["tool_choice"] = {"type": "function", "function": {"name": choice}}
-    elif choice is not None:
-        options["tool_choice"] = choice
+    if isinstance(choice, bool):
+        choice = "required" if choice else "none"
+    if choice is not None:
+        options["tool_choice"] = choice_by_name(choice)
     return options
 
 

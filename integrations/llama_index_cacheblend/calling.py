@@ -14,9 +14,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import BaseTool
 from llama_index.core.types import PydanticProgramMode
 
-from cacheblend_rag.tools import ToolCall
-
-_CHOICES = ("auto", "none", "required")
+from cacheblend_rag.tools import ToolCall, choice_by_name
 
 
 class CallingLLM(FunctionCallingLLM):
@@ -132,14 +130,10 @@ def block_of(call: ToolCall) -> ToolCallBlock:
 
 
 def _choice(choice: Any, is_required: bool) -> Any:
-    """In OpenAI's form; a text that is no choice names a tool."""
+    """In OpenAI's form."""
     if choice is None:
         return "required" if is_required else "auto"
-    if choice == "any":
-        return "required"
-    if isinstance(choice, str) and choice not in _CHOICES:
-        return {"type": "function", "function": {"name": choice}}
-    return choice
+    return choice_by_name(choice)
 
 
 def _selection(block: ToolCallBlock, is_whole: bool) -> ToolSelection:
