@@ -31,22 +31,24 @@ SINCE_0_32 = {
     "cohere2", "hunyuan_v1_dense", "hunyuan_v1_moe", "laguna", "mellum", "ministral3", "olmo3",
     "phi",
 }  # fmt: skip
-LATENT = {"deepseek_v2", "deepseek_v3"}
+CPU_LATENT = "CPU_MLA"  # where there is AMX, vLLM's own choice is bf16
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def skip_what_this_gpu_cannot_load(name: str, path: Path) -> None:
+def skip_what_this_gpu_cannot_load(name: str, path: Path, options: dict[str, Any]) -> None:
     """On a CPU, nothing is skipped."""
     if not torch.cuda.is_available():
         return
     import vllm
 
-    config = json.loads((path / "config.json").read_text())
-    if name in LATENT:
+    if options.get("attention_backend") == CPU_LATENT:
         pytest.skip("latent attention is refused where it needs a GPU")
-    if name in SINCE_0_32 and tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 32):
+    is_old = tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 32)
+    if is_old and (name in SINCE_0_32 or name in RENAMED):
         pytest.skip(f"needs a GPU with vLLM 0.32; this is {vllm.__version__}")
-    if any(config.get(key) for key in EXPERTS) and not find_spec("vllm._moe_C_stable_libtorch"):
+    config = path / "config.json"
+    about = json.loads(config.read_text()) if config.exists() else {}
+    if any(about.get(key) for key in EXPERTS) and not find_spec("vllm._moe_C_stable_libtorch"):
         pytest.skip("needs a GPU machine whose vLLM has its kernels for experts")
 
 
@@ -62,16 +64,16 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
     """One family's engine at a time in this process, for all tests of that family."""
     name, _, compiled = request.param.partition(" ")
     options: dict[str, Any] = {"enforce_eager": False} if compiled else {}
+    takes_images = False
     if name in RENAMED:
         path, model, takes_images = make_renamed(name, tiny_models)
-        reference = Reference(model, PREFIX, takes_images=takes_images)
         options |= RENAMED[name].options
     else:
-        path = make(name, tiny_models)
-        skip_what_this_gpu_cannot_load(name, path)
-        reference = Reference(path, PREFIX)
-    if name in LATENT:
-        options["attention_backend"] = "CPU_MLA"  # where there is AMX, vLLM's own choice is bf16
+        path = model = make(name, tiny_models)
+    if name.startswith("deepseek"):
+        options["attention_backend"] = CPU_LATENT
+    skip_what_this_gpu_cannot_load(name, path, options)
+    reference = Reference(model, PREFIX, takes_images=takes_images)
     with start_in_process(path, prefix=PREFIX, **options) as blend:
         assert blend.model_check.passed, blend.model_check.detail
         blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
