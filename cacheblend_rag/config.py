@@ -56,12 +56,13 @@ class BlendConfig:
         calibration: a file that ``cacheblend calibrate --file`` wrote, for ``auto``; else the one
             it keeps for these weights.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
-        ingest_prefix: what a chunk is computed behind. ``auto``: the prompt prefix, which the chat
-            template and ``system_prompt`` put before the context, then neutral text.
-            ``prompt_prefix``: the same without the neutral text. ``document``: the prompt prefix,
-            then the text before the chunk in its own document, as many tokens as the neutral text
-            has (see ``CacheBlend.ingest``); the neutral text fills up where less is known. ``bos``:
-            the BOS token, if the model has one. ``none``: nothing. Or a sequence of token ids.
+        ingest_prefix: the text put before a chunk while its KV is computed. ``auto``: the prompt
+            prefix, which the chat template and ``system_prompt`` put before the context, then
+            neutral text. ``prompt_prefix``: the same without the neutral text. ``document``: the
+            prompt prefix, then the text before the chunk in its own document, as many tokens as the
+            neutral text has (see ``CacheBlend.ingest``); the neutral text fills up where less is
+            known. ``bos``: the BOS token, if the model has one. ``none``: nothing. Or a sequence of
+            token ids.
         system_prompt: the system prompt your requests use; the template's default where None. Leave
             out of it what changes, such as a date: it is part of every chunk's key.
         likely_system_prompt: the same as a guess, where ``system_prompt`` is None: passed over

@@ -55,7 +55,8 @@ def from_config(config: dict[str, Any]) -> Shape:
 def table(models: dict[str, Shape]) -> str:
     """Markdown, a row a model."""
     lines = [
-        f"| model | KV of a token | of a chunk of {CHUNK} | of {CORPUS:,} chunks | in FP8 |",
+        f"| model | KV of a token | of a chunk of {CHUNK} | of {CORPUS:,} chunks "
+        "| with `dtype=fp8` |",
         "|---|---|---|---|---|",
     ]
     for name, shape in models.items():

@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
         metavar="R",
         help="each selector at these",
     )
-    text = "what chunks are computed behind, of the row 'reuse'; the first one of all rows"
+    text = "ingest prefixes of the row 'reuse'; the first one is that of all rows"
     parser.add_argument("--prefixes", nargs="+", default=["auto", "none"], metavar="P", help=text)
     parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="more rows by name")
     parser.add_argument("--only-rows", nargs="+", metavar="ROW", help="these and full, no others")

@@ -286,7 +286,7 @@ _CONFIG: dict[str, tuple[Any, str]] = {
     "propagation_length": (int, "N:tokens around a recomputed one that are corrected (64)"),
     "calibration": (str, "FILE:that cacheblend calibrate wrote, for the ratio auto"),
     "min_chunk_tokens": (int, "N:shorter chunks are not reused (32)"),
-    "ingest_prefix": (_prefix, "KIND:what chunks are computed behind (auto)"),
+    "ingest_prefix": (_prefix, "KIND:what is put before a chunk while its KV is computed (auto)"),
     "system_prompt": (str, "TEXT:the one that your requests use"),
     "likely_system_prompt": (str, "TEXT:the one that your requests probably use"),
     "chat_template_kwargs": (_table, "JSON:arguments of the chat template"),

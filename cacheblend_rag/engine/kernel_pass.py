@@ -50,7 +50,7 @@ class QuestionPass(Pass):
         positions_T: int64, ascending, then ``NOWHERE``.
         slots_T: int64 slots of the tokens between chunks; ``NOWHERE`` elsewhere.
         asking_T: int64, the position where it is the question's; ``NOWHERE`` elsewhere.
-        beside_T: the same with ``NEVER``.
+        key_position_T: the same with ``NEVER``.
         known_N: bool, context tokens that may be seen; None for all.
         score_GN: float32, to which the question's attention is added over the layers ``keep``.
         before: called with each layer's number before the layer is touched.

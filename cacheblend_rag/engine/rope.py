@@ -154,8 +154,8 @@ class Rerotator:
         return RotationDelta(cos.masked_fill_(stay, 1.0), sin.masked_fill_(stay, 0.0))
 
     def apply(self, k: torch.Tensor, delta: RotationDelta, layers: int | slice) -> torch.Tensor:
-        """Keys [N, G, D] of one layer, or [K, N, G, D] of several, after ``turn``; a new tensor of
-        the same dtype.
+        """Keys [N, G, D] of one layer, or [K, N, G, D] of several, turned by ``delta``; a new
+        tensor of the same dtype.
         """
         chosen = self._of_layer[layers]
         if isinstance(chosen, int):

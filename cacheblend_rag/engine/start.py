@@ -33,6 +33,7 @@ WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 # options of vLLM's server that its engine does not know, and that we take as well
 _TOOL_PARSER, _TOOL_PLUGIN = "tool_call_parser", "tool_parser_plugin"
 BY_FRONT_DOOR = {"opened_by": "cacheblend_rag.CacheBlend"}  # extra config of the connector
+_GUARD = 'put what starts an engine under `if __name__ == "__main__":`'
 
 
 class EngineSetup(NamedTuple):
@@ -161,10 +162,14 @@ def naming_failures(model: str) -> Iterator[None]:
             "architecture and max_model_len, or try another model"
         ) from error
     except RuntimeError as error:
+        if "bootstrapping phase" in str(error):
+            # Said by multiprocessing in the engine's new process, which imports the script anew.
+            # The script's own process learns no more than that the new one ended.
+            raise EngineError(f"the engine's process imports your script: {_GUARD}") from error
         raise EngineError(
-            f"the vLLM engine did not start: {_first_line(error)}. Its log above has the cause; "
-            "out of memory is the usual one: lower max_model_len or gpu_memory_utilization "
-            "(on a CPU: VLLM_CPU_KVCACHE_SPACE)"
+            f"the vLLM engine did not start: {_first_line(error)}. Its log above has the cause. "
+            "Where memory ran out, lower max_model_len or gpu_memory_utilization (on a CPU: "
+            f"VLLM_CPU_KVCACHE_SPACE). In a script, {_GUARD}"
         ) from error
 
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 class QuerySelector(Selector):
     """Recompute what the question looks at, its neighbours, and the first tokens of chunks.
 
-    The question's tokens run over the reused KV once, up to the last of ``layers``; the attention
-    they pay each context token is summed over those layers, all heads and all question tokens, then
-    averaged over ``window`` neighbours. At equal ratio this keeps answers closer to a full prefill
-    than KV deviation does. The defaults are those whose KL was the lowest on the half of the
-    questions that tuning may see (docs/quality.md).
+    The question's tokens run over the reused KV once, up to the last of ``layers``. The attention
+    that they pay to a context token is its score: the sum over those layers, all heads and all
+    question tokens, averaged over ``window`` neighbours. At equal ratio this keeps answers
+    closer to a full prefill than KV deviation does. The defaults are those whose KL was the lowest
+    on the half of the questions that tuning may see (docs/quality.md).
 
     Attributes:
         layers: first and last layer as shares of the depth; later ones carry the signal.

@@ -63,8 +63,9 @@ class Readers:
     def map_within(
         self, work: Callable[[Item], Result], items: Iterable[Item], seconds: float
     ) -> list[Result | TimedOut]:
-        """As ``map``, but ``LATE`` for what takes longer. Until that has ended, which it may never,
-        nothing more is begun: all has timed out, so nobody waits twice for a disk that hangs.
+        """As ``map``, but ``TIMED_OUT`` for what takes longer. Until that has ended, which it may
+        never, nothing more is begun: all has timed out, so nobody waits twice for a disk that
+        hangs.
         """
         items = list(items)
         if self.is_behind:

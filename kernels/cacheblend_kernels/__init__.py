@@ -2,8 +2,7 @@
 
 ``reference`` is the specification of each in plain torch, and what a CPU runs. The Triton kernels
 have a file an operation: ``attention``, ``propagate`` and ``rotate_and_scatter``. They are imported
-    from there, and
-only where there is a GPU.
+from there, and only where there is a GPU.
 """
 
 from cacheblend_kernels.reference import (

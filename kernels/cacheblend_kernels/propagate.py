@@ -31,7 +31,7 @@ class Propagation(NamedTuple):
             that no stored KV is known of.
         before_N: int32 [N + 1], how many recomputed tokens come before each position.
         pass_2: int32, the first recomputed token of this pass and how many there are.
-        reach_1: float32, tokens at which a weight has fallen to 1/e.
+        propagation_length_1: float32, tokens at which a weight has fallen to 1/e.
     """
 
     chunk_N: torch.Tensor
@@ -56,8 +56,8 @@ def propagate(
     cache yet.
 
     The same as ``reference.nearness`` times the differences, keys compared as if all stood at
-    position 0. Says of other passes are left to those, but count in the sum that all are divided
-    by, so the passes together do what one would.
+    position 0. Recomputed tokens of other passes move nothing here, but count in the sum that all
+    weights are divided by. So the passes together do what one would.
 
     Args:
         k_TGD, v_TGD: fresh K and V, of the pass's tokens first; rows of [G, D] are contiguous.

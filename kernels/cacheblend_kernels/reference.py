@@ -66,8 +66,8 @@ def nearness(
     same_chunk_NR: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weight of each of R tokens for each of N: ``exp(-distance / propagation_length)``, over 1
-    plus their sum, so that few and far ones weigh little; nothing beyond ``FAR`` reaches and where
-    they are of different chunks.
+    plus their sum, so that few and far ones weigh little; nothing beyond ``FAR`` propagation
+    lengths, and where they are of different chunks.
 
     Returns:
         float32 [N, R].

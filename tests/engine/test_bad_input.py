@@ -14,6 +14,7 @@ from cacheblend_rag import (
     CacheBlend,
     ConfigError,
     EmptyTextError,
+    EngineError,
     EngineMissingError,
     ModelError,
     PromptError,
@@ -21,6 +22,7 @@ from cacheblend_rag import (
     StoreError,
 )
 from cacheblend_rag.engine.compat import check_version
+from cacheblend_rag.engine.start import naming_failures
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_process")]
 
@@ -40,6 +42,21 @@ def test_unsupported_architecture(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="architecture"):
         CacheBlend(tmp_path, engine="batch")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        # multiprocessing, in the engine's process; then vLLM, in the script's own
+        "\n        An attempt has been made to start a new process before the\n        current "
+        "process has finished its bootstrapping phase.",
+        "Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+    ],
+)
+def test_a_script_that_is_not_guarded(said: str) -> None:
+    """The engine's process imports the script anew, and would start another engine there."""
+    with pytest.raises(EngineError, match='if __name__ == "__main__":'), naming_failures("model"):
+        raise RuntimeError(said)
 
 
 def test_vllm_of_an_untested_version() -> None:
