@@ -80,6 +80,8 @@ class PagedCache:
         self, blocks: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> list[Any]:
         """Each layer's backend metadata for queries at sorted ``positions`` (CPU)."""
+        # On the CPU on purpose: builders want the lengths there, and to fetch them from a GPU would
+        # wait for all that it has queued.
         new_run = torch.ones(len(positions), dtype=torch.bool)
         new_run[1:] = positions[1:] != positions[:-1] + 1
         starts = new_run.nonzero().flatten()
@@ -166,6 +168,8 @@ class PagedPass(Pass):
         if index == self.last:
             self.stop()
         real = self._cache.handle.layers[index]
+        # Read by the backend through its own metadata, so sinks, windows, soft caps and caches of
+        # eight bits are its business.
         metadata = self._metadata[index]
         layout.attend(real, q_THD, k_TGD, v_TGD, metadata, out_THD)
 
@@ -194,6 +198,7 @@ def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list
             Reason.KV_GROUPS,
             f"{len(attn_groups)} KV cache groups; blending needs one block table for all layers",
         )
+    # Copies all the way down to what is changed: the engine goes on to use the original.
     own = copy.copy(handle.config)
     own.compilation_config = copy.copy(own.compilation_config)
     own.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

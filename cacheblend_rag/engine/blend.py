@@ -72,6 +72,8 @@ class Blender:
         preparation of the step takes as long as a good part of that.
         """
         if self.is_near(plan):
+            # In the scheduler's thread: so only what is in memory, or other requests would wait for
+            # a disk.
             found = self._fetch(plan, set())  # all is near: nothing to consider
             self._fetched[request_id] = found
             self._executors.expect({key: chunk for key, chunk in found.chunks.items() if chunk})
@@ -103,6 +105,8 @@ class Blender:
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
+        # The same path with the prompt's own KV in the place of stored KV: what a proof shows is
+        # true of every blend that follows.
         proof: Proof | None = None
         found = self._fetched.pop(task.request_id, None)
         if task.proves and task.first_row > task.write_from:  # else its rows are all tokens
@@ -120,6 +124,7 @@ class Blender:
         executor = self._executors(region)
         try:
             return Choice(executor, self._choose(executor, task, outcome), proof)
+        # A failure from here on leaves a transfer under way, which only its executor can give up.
         except BaseException:
             executor.give_up()
             raise
@@ -130,6 +135,9 @@ class Blender:
         clock, plan, device = outcome.clock, task.plan, self.handle.device
         must_E, candidate_E = _duties(task, executor.region.stored_E, outcome.missing)
         num_must, num_candidates = int(must_E.sum()), int(candidate_E.sum())
+        # ``computes`` was claimed while all chunks were believed to be there. Tokens of chunks that
+        # are missing use up the budget first, so a blend takes no longer for them while the budget
+        # lasts.
         budget = min(max(task.computes - num_must, 0), num_candidates)
         must, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
         clock.mark("load")
@@ -143,6 +151,7 @@ class Blender:
         else:
             positions = must
         clock.mark("select")
+        # These come after the last segment: the report counts by segments.
         behind = task.end - max(plan.end, task.write_from)  # of no segment
         outcome.chosen = _to_host(positions[: len(positions) - behind])
         return positions
@@ -162,6 +171,8 @@ class Blender:
         if isinstance(wanted, QuestionAttention):
             keep = wanted.among(self.handle.sees_all)
             room = self._most_rows - len(task.question)
+            # Each rank has some of the heads. Without the sum, ranks would choose different tokens,
+            # and from then on each would compute another prompt.
             question_E = self.handle.ranks.sum(executor.ask(task.question, keep, room))
         elif isinstance(wanted, KVDeviation):
             check = min(wanted.layer, self.handle.num_layers - 1)
@@ -192,6 +203,8 @@ class Blender:
         ]
         away, is_timed_out = timed_out | unavailable, [s.key in timed_out for s in segments]
         is_gone = [gone and s.key not in away for gone, s in zip(unused, segments, strict=True)]
+        # One vote on everything: a second collective would be one more place at which ranks can
+        # part.
         votes = self.handle.ranks.any([*unused, *is_gone, *is_timed_out, bool(refusal)])
         if votes[-1]:
             too_slow = Why(Reason.PREFILL_AS_QUICK, "another rank's store is too slow")
@@ -220,6 +233,7 @@ class Blender:
         keys = dict.fromkeys(s.key for s in plan.segments if s.key)
         near = [key for key in keys if key not in far]
         held = {key: chunk for key in near if (chunk := self._executors.held(key)) is not None}
+        # Chunks in GPU memory are not read from the store, which would then evict them as unused.
         for key in held:
             self.store.touch(key)  # it is in use
         wanted = [key for key in near if key not in held]
@@ -237,6 +251,8 @@ class Blender:
             fetch_s = self._fetch_seconds(plan)
             if fetch_s:
                 refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
+                # This request goes on without them, so somebody has to bring them nearer, or every
+                # request would.
                 self.store.prefetch(fetch_s if refusal else far)
         return refusal, far
 
@@ -245,6 +261,8 @@ class Blender:
         bandwidth = self.store.bandwidth
         if bandwidth is None:
             return {}
+        # An estimate by the plan: to ask the store for exact sizes would take what is to be
+        # foreseen.
         size = self.handle.config.model_config.dtype.itemsize
         a_token = math.prod(self.handle.layout.shape(self.handle.num_layers, 1)) * size
         return {
@@ -257,6 +275,8 @@ class Blender:
         """Whether ``chunk`` really holds the tokens of segment ``s``, in this model's shape."""
         if chunk is None:
             return False
+        # A key is a hash of much, and a store is data from elsewhere. The token ids decide: KV of
+        # other tokens would give a wrong answer that nothing else notices.
         shape = self.handle.layout.shape(self.handle.num_layers, len(chunk.token_ids))
         stored = chunk.token_ids[s.offset : s.offset + len(s)]
         return (
@@ -282,6 +302,8 @@ def rows_of(plan: Plan, num_tokens: int, write_from: int) -> int:
         elif s.kind is not Kind.EXACT:
             candidates += new
             weighted += new * (twice if s.kind is Kind.LEFT_TRUNCATED else 1.0)
+    # The scheduler counts here, before anything is loaded, and vLLM can't change the number of rows
+    # afterwards. So the worker fills what a selector leaves of its budget with other candidates.
     selector = create_selector(plan.selector, plan.selector_options)
     return must + min(selector.budget(plan.ratio, weighted), candidates)
 

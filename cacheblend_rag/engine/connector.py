@@ -79,6 +79,9 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         scheduling = role == KVConnectorRole.SCHEDULER
+        # Our front door starts engines with a fixed mark here, and binds the worker by RPC
+        # afterwards. Anybody else's configuration has to be read, and the worker bound, while the
+        # engine starts.
         self._binds = vllm_config.kv_transfer_config.kv_connector_extra_config != BY_FRONT_DOOR
         self.claims = (
             Claims(vllm_config, kv_cache_config, names=not self._binds) if scheduling else None
@@ -105,6 +108,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
     @property
     def requires_kv_delivery(self) -> bool:
         """Nothing waits for our saves: there are none."""
+        # Newer vLLMs ask. Their default for a connector that reads and writes would throw away what
+        # preempted requests have sampled.
         return False
 
     # ---- scheduler side ------------------------------------------------------------------------
@@ -119,11 +124,14 @@ class CacheBlendConnector(KVConnectorBase_V1):
     ) -> tuple[int | None, bool]:
         """How many tokens past the local hit vLLM need not schedule; None: ask again."""
         assert self.claims is not None
+        # Never asynchronous: vLLM would hold the request back until all is loaded. Rows of the step
+        # need no such wait.
         return self.claims.there(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Blocks were given: the blend goes to the workers with this step."""
         assert self.claims is not None
+        # The first group is the only one: see ``compat`` and the model check.
         self.claims.allocated(request, blocks.get_block_ids()[0])
 
     def build_connector_meta(self, scheduler_output: Any) -> BlendMetadata:
@@ -136,6 +144,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         results = connector_output.kv_connector_worker_meta
         if isinstance(results, BlendResults):
             assert self.claims is not None
+            # News first: a plan made in this step should know what the same step's results say of
+            # chunks.
             for rank, messages in sorted(results.messages.items()):
                 self.claims.planning.deliver(rank, messages)
             self.claims.lose(results.lost)
@@ -162,8 +172,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins: the only hook that both runners call before every forward."""
+        # Not in ``start_load_kv``, which is the documented place: newer vLLMs call that after the
+        # forward, unless a load was scheduled in this very step.
         super().bind_connector_metadata(connector_metadata)
         self.step_timer.step_begins()
+        # vLLM's MultiConnector takes the first handshake that any connector has, and asks no
+        # further. Then the worker is bound here, with the first step, to say at least why nothing
+        # is blended.
         if self._runner is not None:  # behind a connector whose handshake hides ours
             for message in self._bind(linked=True).messages:
                 self.link.send(message)
@@ -176,12 +191,15 @@ class CacheBlendConnector(KVConnectorBase_V1):
             self.rows.forget(step.gone)
             self.rows.begin_step(step.tasks, step.batch)
         else:
+            # The scheduler has claimed tokens for it: blocks that nobody writes must not be read.
             for name, task in step.tasks.items():  # a worker that does not know its model
                 self._lost[name] = set(task.own_blocks(self._block_size))
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         """The worker has its model now."""
         if self._binds:
+            # Only remembered: vLLM warms up and captures its graphs between this and the handshake.
+            # What is checked and measured then is the engine as it will run.
             self._runner = binding.model_runner()
 
     def get_handshake_metadata(self) -> RankMessages | None:
@@ -199,7 +217,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Nothing is loaded between steps; requests that ended are forgotten."""
         if self.rows is not None:
+            # vLLM calls this after every forward. The last layer's K and V are known then.
             self.rows.prove()
+            # An aborted request is not among the preempted ones, and its executor may hold a
+            # transfer.
             self.rows.forget(finished_req_ids)
         return None, None
 
@@ -217,6 +238,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             self._done.append(done)
             self._remember(done.name, done.report() if done.why_not else done.outcome)
         waiting: list[Finished] = []
+        # To ask a GPU for its times would wait for it. An outcome that is not there yet is sent
+        # with a later step; until then no request may share the blend's blocks.
         ready: list[Finished] = []
         for done in self._done:
             (ready if done.why_not or done.outcome.ready else waiting).append(done)

@@ -244,6 +244,8 @@ class ModelHandle:
             self._run(step, ids_T, positions_T)
             return
         self.ranks.agree()
+        # Other ranks go on through the collectives of this forward, so this one goes through them
+        # as well, with whatever numbers, and raises at the end.
         guarded = _Guarded(step)
         self._run(guarded, ids_T, positions_T)
         if guarded.error is not None:
@@ -262,6 +264,7 @@ class ModelHandle:
         }
         context.no_compile_layers = {**self._context_layers, **proxies}
         try:
+            # Also inside a step of vLLM's, whose own context comes back afterwards.
             with override_forward_context(context), self.adapters.during(len(ids_T)):
                 self.model(
                     # as vLLM's own: a compiled model does not check the dtype it was compiled for
@@ -283,6 +286,8 @@ class ModelHandle:
 
 
 def _check_layer(layer: Any) -> None:
+    # The exact class, not a subclass: one that overrides ``forward`` (chunked attention, for
+    # instance) attends in a way that proxies of ``impl`` would pass over.
     if type(layer) not in (Attention, MLAAttention):
         detail = f"attention layers of type {type(layer).__name__}"
         raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
@@ -302,6 +307,8 @@ def _check_layer(layer: Any) -> None:
         raise UnsupportedModelError(Reason.ATTENTION_SINKS, detail)
     if str(getattr(layer, "attn_type", "decoder")) not in ("decoder", "AttentionType.DECODER"):
         raise UnsupportedModelError(Reason.NOT_CAUSAL, "attention that is not causal")
+    # Some backends write the cache within ``forward``. A step of such a one gives no moment at
+    # which a layer's stored KV could be put in first.
     if not hasattr(impl, "do_kv_cache_update"):
         detail = f"attention backend {type(impl).__name__} does not expose its cache update"
         raise UnsupportedModelError(Reason.ATTENTION_BACKEND, detail)

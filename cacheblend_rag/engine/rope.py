@@ -118,6 +118,8 @@ class Rerotator:
         64ths, at positions that tell every frequency apart. Then the table of each layer, where
         there are several.
         """
+        # Coarse, because machines compute cosines that differ in the last bits, and a fingerprint
+        # that differs makes a store look empty.
         rows = [p for p in (0, 1, 8, 64, 512) if p < self.positions]
         layouts = self._layout_T[:1] if self.has_one_layout else self._layout_T
         found = [[int(neox), *([first] if first else [])] for _, neox, first in layouts]
@@ -148,8 +150,12 @@ class Rerotator:
         """The turns from positions ``old_N`` to ``new_N`` (int64); none at all where they agree."""
         cos_old, sin_old = self._cos_TXP[:, old_N], self._sin_TXP[:, old_N]
         cos_new, sin_new = self._cos_TXP[:, new_N], self._sin_TXP[:, new_N]
+        # From the tables by the angle-sum formulas, not from angles: whatever scaling made a table
+        # is in it.
         cos = (cos_new * cos_old + sin_new * sin_old) * self._inverse_m2
         sin = (sin_new * cos_old - cos_new * sin_old) * self._inverse_m2
+        # Rounding would make these almost 1 and 0. A chunk that does not move keeps its bits, and
+        # is exact.
         stay = (old_N == new_N)[:, None]
         return RotationDelta(cos.masked_fill_(stay, 1.0), sin.masked_fill_(stay, 0.0))
 
@@ -220,9 +226,12 @@ def _is_rope(module: Any) -> bool:
 
 def _tables(module: Any, max_positions: int) -> list[Table]:
     is_neox = bool(getattr(module, "is_neox_style", True))
+    # Phi-3's module keeps two tables in one buffer, for short and for long sequences.
     if hasattr(module, "long_factor"):
         cos, sin = _long_rope(module).float().cpu().chunk(2, dim=-1)
         return [Table(cos, sin, is_neox)]
+    # Computed anew in float32. The buffer that the module keeps is rounded to the model's dtype: at
+    # far positions, that alone would turn keys by a wrong angle.
     if hasattr(module, "_compute_cos_sin_cache"):
         try:
             table = module._compute_cos_sin_cache().float().cpu()
@@ -236,6 +245,8 @@ def _tables(module: Any, max_positions: int) -> list[Table]:
     # a Hugging Face module, under vLLM's Transformers backend: pairs are found by measuring
     at = torch.arange(max_positions)[:, None].float()
     angles = [at * getattr(module, name).float().cpu() for name in _frequencies(module)]
+    # Such a module scales cosine and sine by a factor of its own. A turn does not scale, so
+    # frequencies are enough.
     return [Table(a.cos(), a.sin(), neox) for a in angles for neox in (True, False)]
 
 

@@ -143,6 +143,8 @@ class StepRows:
             tasks: blends that begin with this step, by request.
             batch: all requests of a step in which a blend has rows; else empty.
         """
+        # vLLM hands out blocks step by step. A blend whose rows take several steps has no block yet
+        # for its last positions, so what was chosen is kept here and placed as its blocks come.
         for name, scheduled in batch.items():
             if name in tasks:
                 with self.handle.adapters.using(tasks[name].adapter):
@@ -161,6 +163,9 @@ class StepRows:
         self._collect(ours)
 
     def _change(self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]) -> None:
+        # A step that is one CUDA graph replays what was captured. It reads neither the metadata nor
+        # the layers that a context names, and vLLM's V2 runner makes no context for it. Such steps
+        # have one row a request, which may be any row of a blend.
         context = get_forward_context() if is_forward_context_available() else None
         if context is None or context.cudagraph_runtime_mode == CUDAGraphMode.FULL:
             self._compute_before_step(ours, batch)
@@ -181,6 +186,8 @@ class StepRows:
             error, bound = proof.error(), tolerance(self._dtype)[0]
             if error is None:
                 continue
+            # Each rank sees its own heads only, so a vote keeps the ranks alike. "Not below" is
+            # true of NaN too.
             if self.handle.ranks.any([not error <= bound])[0]:
                 detail = f"rows of vLLM's step differ by {error:.3g} ({bound:g} allowed)"
                 self._lose(blend, detail)
@@ -220,6 +227,10 @@ class StepRows:
             behind = f" behind {task.write_from} cached tokens" if task.write_from else ""
             detail = f"blending failed, computed exactly{behind}: {_messages(error)}"
             why_not = Why(Reason.BLEND_FAILED, detail)
+        # From here on the request is a plain one. vLLM will schedule nothing below ``first_row``,
+        # so that is computed here, in blocks that nobody else can find. To report them as not
+        # loaded is no way out: under vLLM's policy "recompute" such blocks stay findable in its
+        # prefix cache, unwritten.
         rows = torch.arange(task.first_row, task.end, device=self.handle.device)
         blend = _Blend(task, outcome, rows, None, task.end, None, why_not, list(task.blocks))
         self._blends[task.request_id] = blend
@@ -237,6 +248,7 @@ class StepRows:
         blend.why_not = Why(Reason.BLEND_FAILED, f"blending failed: {cause}")
         if blend.task.first_row == blend.task.write_from:
             return
+        # The blocks before these hold what other requests may have written, and may be reading.
         own = blend.blocks[blend.task.write_from // self._cache.block_size :]
         self._lost[blend.task.request_id] = set(own)
         self.causes[blend.task.name] = cause
@@ -252,12 +264,16 @@ class StepRows:
         executor, positions, proof = self.blender.choose(task, outcome)
         placed, spare = task.write_from, len(positions) - task.rows
         assert spare >= 0, "a blend never computes fewer tokens than it claimed"
+        # A chunk that went missing leaves more to compute than was claimed, and vLLM's rows cannot
+        # grow. The surplus are the lowest positions, all below ``first_row``. They must be in the
+        # cache when the rows attend, and nothing may be placed over them later: hence ``placed``.
         if spare:  # more than there are rows: the first tokens are computed before the step
             placed = task.first_row
             try:
                 executor.open(task.blocks, task.write_from, placed)
                 self.blender.recompute(executor, positions[:spare])
                 executor.place_through(self.handle.num_layers - 1)
+            # Memory of a transfer under way: nobody else would give it back.
             except BaseException:
                 executor.give_up()
                 raise
@@ -277,6 +293,8 @@ class StepRows:
         self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled], context: Any
     ) -> None:
         """Give this step's rows their tokens, and see that their layers are placed."""
+        # The runner orders the requests of a step in its own way. Where a blend's rows are follows
+        # from it.
         order = self._tensors.order({name: s.rows for name, s in batch.items()})
         counts = np.array([batch[name].rows for name in order])
         ends = counts.cumsum()
@@ -290,12 +308,15 @@ class StepRows:
                 blend.advance(batch[name])
         if not parts:
             return
+        # Ids, positions and slots first: the metadata is built from these tensors as they then are.
         for part in parts:
             ids = part.executor.ids_E[part.positions]
             self._tensors.write(part.place, order.index(part.name), ids, part.positions, context)
         context.attn_metadata = self._metadata(parts, order, batch, context)
         moves = [(part, part.executor.mover(part.positions)) for part in parts]
         layers = self.handle.attention
+        # A copy with other layers, for this step only. The runner makes a new context for the next
+        # one, so nothing has to be undone, whatever happens in the forward.
         context.no_compile_layers = {
             **context.no_compile_layers,
             **{
@@ -317,6 +338,7 @@ class StepRows:
             s = batch[name]
             if name in positions:
                 first, length = _runs(positions[name])
+            # Another request of the step, or one that is computed exactly: one run, as vLLM has it.
             else:
                 first, length = np.array([0]), np.array([s.computed + s.rows])
             sequences.append((at + first, length, number))
@@ -324,6 +346,9 @@ class StepRows:
         bounds = np.concatenate([*(first for first, _, _ in sequences), [at]])
         lengths = np.concatenate([length for _, length, _ in sequences])
         whose = np.concatenate([np.full(len(length), n) for _, length, n in sequences])
+        # All runs of a request have its whole block table. Stock kernels are causal from the end of
+        # a sequence, and a run's sequence ends with its last row: so each row sees what stands
+        # before it.
         table = self._tensors.table(len(order))[upload(whose, self.handle.device)]
         slots = next(iter(context.slot_mapping.values()))
         return self._cache.build(bounds, lengths, table, slots, self._tensors.positions(len(slots)))
@@ -343,7 +368,10 @@ class StepRows:
             if blend.done < blend.task.end:
                 with self.handle.adapters.using(blend.task.adapter):
                     blend.executor.recompute(positions)
+                # Or the graph would put the KV of the token that vLLM takes this row for over what
+                # is placed there.
                 self._tensors.write_nothing(order.index(name))
+            # No layer of a graph asks for its stored KV, so all of it is placed before.
             blend.executor.place_through(self.handle.num_layers - 1)
 
 
@@ -368,6 +396,8 @@ class _StepImpl(ProxyImpl):
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: Any, slots: Any
     ) -> None:
+        # Before, because ``move`` compares fresh K and V with the stored ones at the same slots,
+        # and because a recomputed token has stored KV too: what is written last stays.
         self.before(key, value)
         self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
 
@@ -376,6 +406,7 @@ class _StepImpl(ProxyImpl):
         for part, move in self._moves:
             if part.blend.why_not is not None:
                 continue  # it was lost at a layer below
+            # An exception that left the forward would end the step for all its requests.
             try:
                 part.executor.place_through(self._index)
                 if move is not None:
