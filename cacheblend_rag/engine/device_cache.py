@@ -44,6 +44,8 @@ class DeviceCache:
 
     def whole(self, key: str) -> ChunkKV | None:
         """The chunk under ``key`` if no other needs to be read for it; from any thread."""
+        # Without the lock, which a transfer may hold while it evicts: one look-up in a dictionary
+        # is atomic.
         held = self._held.get(key)
         return held.chunk if held is not None and held.whole else None
 
@@ -54,6 +56,8 @@ class DeviceCache:
         if chunk.nbytes > self.capacity:
             return None
         with self._lock:
+            # Also chunks that a request still reads. Their tensors live as long as that request
+            # holds them, so the memory is over ``capacity`` for a moment, and never wrong.
             while self.nbytes + chunk.nbytes > self.capacity:
                 self.discard(next(iter(self._held)))
             there = torch.empty_like(chunk.kv_L2NHD, device=self._device)

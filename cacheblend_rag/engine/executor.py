@@ -54,6 +54,7 @@ class Region:
         self.ids_E = np.array(task.token_ids, dtype=np.int64)
         self.offset_E = np.zeros(self.end, dtype=np.int64)
         self.stored_E = np.zeros(self.end, dtype=np.bool_)
+        # A token without stored KV turns by nothing.
         self.old_E = np.arange(self.end)
         self.span_E = np.full(self.end, -1, dtype=np.int32)
         for number, (start, end, offset, _, chunk) in enumerate(spans):
@@ -88,6 +89,7 @@ class BlendExecutor(ABC):
         self.device = handle.device
         self._placed = 0  # layers
         self._blocks: Sequence[int] = region.task.blocks
+        # One upload for all three: on a GPU, each small one waits behind what is being copied.
         rows = np.stack([region.ids_E, region.offset_E, region.span_E])
         self.ids_E, self.offset_E, self.span_E = upload(rows, self.device)
 
@@ -173,5 +175,6 @@ class BlendExecutor(ABC):
 
     def _question_positions(self, count: int) -> Array:
         """int64: where the question stands, or just before the RoPE table ends."""
+        # Beyond the table there is no rotation. Only scores come of these positions, no KV.
         start = min(self.region.task.plan.question_start, self.rope.positions - count)
         return np.arange(start, start + count)

@@ -52,6 +52,7 @@ def open_executors(
         return ExecutorFactory(
             handle, rope, cache, f"the kernels need a GPU, the engine is on {handle.device}"
         )
+    # Triton is imported with it, which a machine without a GPU need not have.
     from cacheblend_rag.engine.kernel_executor import KernelExecutorFactory, KernelsUnusableError
 
     try:

@@ -66,6 +66,8 @@ class CapturedPass:
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        # Other threads (transfers, ingestion, the store's) call CUDA meanwhile. In PyTorch's
+        # default mode that would end the capture with an error.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._graphs.append(graph)
         self._last.append(0)
@@ -91,9 +93,12 @@ class QuestionGraphs:
         )
         self._passes: dict[tuple[int, int, tuple[int, ...]], CapturedPass] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # Graphs share one pool and run one after another, so the memory of one pass serves all
+        # sizes.
         self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
         device, most = handle.device, int(config.model_config.max_model_len)
 
+        # A graph reads addresses, not values. So these tensors are never replaced, only written to.
         def rows(fill: int) -> torch.Tensor:
             return torch.full((_MOST_ASKING,), fill, dtype=torch.int64, device=device)
 
@@ -120,7 +125,11 @@ class QuestionGraphs:
         """The attention of the question over all heads, float32 [at.most]; None where there are no
         graphs for it.
         """
+        # Padded, as each size takes a graph of its own: 8 sizes serve all passes of up to 256
+        # tokens.
         size = -(-len(ids_T) // 32) * 32
+        # The number of programs is fixed when a graph is captured, and follows from the longest
+        # context that it serves. Powers of two, so that few are captured.
         context = max(_LEAST_CONTEXT, 1 << (at.most - 1).bit_length())
         if not self.usable or size > _MOST_ASKING:
             return None
@@ -196,6 +205,7 @@ class QuestionGraphs:
         if key not in self._passes:
             try:
                 self._passes[key] = self._capture(key[0], make)
+            # Models, compilers and drivers raise anything here.
             except Exception as error:  # a model that can't be captured is served all the same
                 logger.warning("CUDA graphs are off for questions: %s", error)
                 self.usable = False

@@ -44,6 +44,7 @@ class Ingestor:
 
         ``adapter``: number of the LoRA adapter that the handle is using, 0 for none.
         """
+        # The prefix's KV is the adapter's as well.
         if adapter != self._adapter:
             self._prefix, self._prefix_ids, self._adapter = [], (), adapter
         try:
@@ -130,9 +131,11 @@ class _Host:
             self._split(index, kv)
             return
         own = LayerKV(kv.k_TGD.clone(), kv.v_TGD.clone())  # the model will reuse its memory
+        # The forward goes on while the copies run; they wait for it here, and it never for them.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._split(index, own)
+        # Or PyTorch would hand this memory to the next layer while it is still being read.
         own.k_TGD.record_stream(self._stream)
         own.v_TGD.record_stream(self._stream)
 

@@ -59,8 +59,11 @@ class IsolatedPass(Pass):
         out_THD: torch.Tensor,
     ) -> None:
         self._keep(index, LayerKV(k_TGD, v_TGD))
+        # The last layer's attention goes nowhere: its K and V were all that was wanted.
         if index == self.last:
             self.stop()
+        # Where the paged cache holds eight bits, vLLM has rounded the queries to fit it. Here K and
+        # V are as the model computed them.
         q_THD = compat.plain_query(layer, q_THD, k_TGD)
         flash = compat.flash_attention(layer)
         if flash is not None:
@@ -91,6 +94,8 @@ class IsolatedPass(Pass):
             self._packed = _Packed.of(self._spans, behind, k_TGD.device)
         p = self._packed
         if self._prefix:
+            # The kernel takes one run of keys for each sequence, so every span gets its own copy of
+            # the prefix.
             k_TGD = torch.cat([self._prefix[index].k_TGD, k_TGD])[p.keys]
             v_TGD = torch.cat([self._prefix[index].v_TGD, v_TGD])[p.keys]
         window = compat.sliding_window(layer)
@@ -104,6 +109,7 @@ class IsolatedPass(Pass):
             max_seqlen_q=p.most_queries,
             max_seqlen_k=p.most_keys,
             softmax_scale=layer.impl.scale,
+            # FlashAttention counts keys to the left of a query, without its own.
             window_size=[window - 1, 0] if window is not None else None,
             softcap=compat.softcap(layer),
         )
@@ -147,6 +153,7 @@ def fresh_kv(
     many of them at once.
     """
     known: list[LayerKV] = []
+    # vLLM has reserved the memory for a step of so many tokens, not for more.
     for ids in ids_T.split(most_tokens):
         first = known[0].k_TGD.shape[0] if known else 0
         step = IsolatedPass([(0, len(ids))], layers, prefix=known, first_position=first)

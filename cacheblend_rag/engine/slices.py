@@ -67,9 +67,13 @@ class LayerBudget:
         with self._changed:
             if not self._layers and not self._dropped:
                 self._changed.notify_all()
+                # vLLM keeps its forward context in a global. Left in place, the engine's next step
+                # would run with that of this thread.
                 with override_forward_context(None):  # the engine's steps have their own
                     self._changed.wait_for(lambda: self._layers or self._dropped)
             if self._dropped:
+                # The forward ends by its own unwinding, which leaves the model as it was; a thread
+                # can't be killed.
                 raise _Dropped
             self._layers -= 1
 
@@ -158,6 +162,8 @@ class SlicedIngestor:
         start = time.perf_counter()
         done = self._budget.grant(layers)
         if self._device.type == "cuda":
+            # Or the next step would queue behind the slice's kernels, and the slice's time would be
+            # that of queueing them.
             torch.cuda.current_stream().synchronize()
         self.seconds = time.perf_counter() - start
         return done
@@ -170,6 +176,9 @@ class SlicedIngestor:
 
     def _in_thread(self, work: Callable[[], list[ChunkKV]]) -> Callable[[], list[ChunkKV]]:
         """``work`` for the other thread, with the settings and the stream of this one."""
+        # Both are properties of a thread in PyTorch. With another number of threads, matrix
+        # products on a CPU are summed in another order, and a slice would no longer equal the
+        # whole, bit for bit.
         threads, stream = torch.get_num_threads(), self._stream()
 
         def run() -> list[ChunkKV]:
@@ -179,6 +188,7 @@ class SlicedIngestor:
                 self._budget.await_layers()
                 with _on(stream), torch.inference_mode():
                     return work()
+            # Whatever happened, or the engine's thread would wait for ever.
             finally:
                 self._budget.end()
 

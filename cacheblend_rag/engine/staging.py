@@ -29,6 +29,9 @@ class Buffers:
         self.nbytes = nbytes
         self.memory = torch.empty(_BUFFERS, nbytes, dtype=torch.uint8, device=device)
         self.memory.record_stream(stream)
+        # PyTorch hands out memory in the order of one stream. What it was before may still be read
+        # by what the computing stream has queued, so the copy stream waits for that; and it must
+        # not go back while the copy stream writes.
         stream.wait_stream(torch.cuda.current_stream(device))
         self.free: list[torch.cuda.Event | None] = [None] * _BUFFERS
 
@@ -51,6 +54,7 @@ class Staging:
     def begin(self, sources: Mapping[str, ChunkKV]) -> Transfer:
         """A transfer of all layers of ``sources``, chunks by key, to the GPU."""
         if self._expected is not None:
+            # By identity and order: addresses are laid out for exactly these chunks.
             expected, transfer = self._expected
             if list(expected) == list(sources) and all(
                 expected[key] is chunk for key, chunk in sources.items()
@@ -72,6 +76,7 @@ class Staging:
         there = torch.empty_like(host, device=self.device)
         with torch.cuda.stream(self.stream):
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            # On the copy stream, as transfers are: its speed beside nothing else.
             seconds = gpu_seconds(lambda: there.copy_(host, non_blocking=True))
         return seconds / _GROUP_BYTES
 
@@ -79,6 +84,8 @@ class Staging:
         """Buffers of ``nbytes`` each at least; a transfer under way keeps its own."""
         if self._idle and self._idle[-1].nbytes >= nbytes:
             return self._idle.pop()
+        # Too small ones are freed. At most one set is kept, so that the memory that idles stays
+        # bounded.
         self._idle.clear()
         return Buffers(nbytes, self.device, self.stream)
 
@@ -124,6 +131,8 @@ class Transfer:
                 if cached is not None:
                     cached.kv.record_stream(staging.stream)
                     self._filling.append((key, cached, chunk))
+            # Its KV is on its way for another request, by events that this one does not know. To
+            # copy it a second time costs less than to order the two.
             elif not cached.whole:
                 cached = None  # another request's transfer is not through
             if cached is None:
@@ -135,6 +144,8 @@ class Transfer:
             staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
         moving = [chunk for _, chunk in passing] + [chunk for _, _, chunk in self._filling]
         a_layer = sum(chunk.nbytes for chunk in moving) // num_layers
+        # A copy of few bytes does not reach the bus's speed, and a copy of many keeps the first
+        # layer waiting.
         self._group = max(1, min(_GROUP_BYTES // max(1, a_layer), num_layers))
         self._num_groups = -(-num_layers // self._group) if moving else 0
         offset = 0
@@ -145,6 +156,7 @@ class Transfer:
             offset += step * self._group
         self._buffers = staging.take(offset) if passing else None
         if self._buffers is not None:
+            # Known before anything is copied, so that all addresses go to the GPU in one upload.
             slot = layers // self._group % _BUFFERS
             starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
             self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
@@ -172,10 +184,13 @@ class Transfer:
 
     def used(self, layers: range) -> None:
         """These layers were read, up to the end of what came with them, and all before them."""
+        # The next group that goes into this buffer waits for this event, and not for the whole
+        # stream.
         if self._buffers is not None:
             done = torch.cuda.current_stream(self._staging.device).record_event()
             self._buffers.free[layers.start // self._group % _BUFFERS] = done
         if layers.stop == self._staging.num_layers:
+            # Whole on the computing stream's clock: whoever reads it next is queued behind this.
             for _, cached, _ in self._filling:
                 cached.whole = True
             if self._buffers is not None:
@@ -185,6 +200,8 @@ class Transfer:
     def _arrive(self, index: int) -> int:
         """The number of the group of layer ``index``, which is under way from here on."""
         number = index // self._group
+        # As many groups ahead as there are buffers. More would have to wait for the layers that
+        # read them.
         while self._started < min(number + _BUFFERS, self._num_groups):
             self._start(self._started)
             self._started += 1

@@ -49,6 +49,7 @@ class TorchExecutor(BlendExecutor):
             kept, end = self.handle.layout, self.region.end
             dtype = self.handle.config.model_config.dtype
             nbytes = math.prod(kept.shape(1, end)) * dtype.itemsize
+            # Layers are asked for in ascending order, so the next ones come with this one.
             last = min(index + max(1, _AT_ONCE // nbytes), self.handle.num_layers)
             kv = torch.zeros(kept.shape(last - index, end), dtype=dtype, device=self.device)
             for start, end, offset, _, chunk in self.region.spans:
@@ -62,6 +63,7 @@ class TorchExecutor(BlendExecutor):
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
         self._blocks, self._new, self._placed = blocks, slice(low, high), 0
+        # Anew with every step: more blocks are there, and all layers are placed for the new tokens.
         table = torch.tensor(blocks)
         self._slots = self._cache.slots(table, torch.arange(low, high))
         if self._correction is not None:
@@ -70,6 +72,8 @@ class TorchExecutor(BlendExecutor):
 
     def place_through(self, index: int) -> None:
         while self._placed <= index:
+            # Holes are written as well, as zeros: their tokens are rows of this step or a later
+            # one, which overwrite them before anybody reads there.
             if self._new.start < self._new.stop:
                 k, v = self.layer(self._placed)
                 self.handle.write(self._placed, k[self._new], v[self._new], self._slots)
@@ -97,6 +101,8 @@ class TorchExecutor(BlendExecutor):
 
     def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         assert self._correction is not None
+        # From the stored KV, not from what an earlier step moved: the sums of all steps so far are
+        # in it.
         moved = self._correction.propagate(index, tile, (k, v), self.layer(index))
         count = len(self._moved_slots)  # the others have no blocks yet
         if moved is not None and count:
@@ -142,6 +148,7 @@ class _QuestionPass(Pass):
         q_THD = compat.plain_query(layer, q_THD, k_TGD)
         stored_k, stored_v = self._executor.layer(index)
         k, v = torch.cat([stored_k[:end], k_TGD[n:]]), torch.cat([stored_v[:end], v_TGD[n:]])
+        # The tokens between chunks see one another and the chunks, as in the prompt.
         k[self._fresh_F], v[self._fresh_F] = k_TGD[:n], v_TGD[:n]
         mask = self._mask(compat.sliding_window(layer))
         if index not in self._keep:
