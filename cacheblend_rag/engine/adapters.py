@@ -81,6 +81,8 @@ class Adapters:
             return
         from vllm.lora.layers import LoRAMapping
 
+        # Its last mapping is kept nowhere else. vLLM sets it before a step's forward and not again,
+        # so a forward of ours within that step has to put it back.
         layers = self._manager._adapter_manager
         before, request = layers._last_mapping, self._current
         number = request.lora_int_id if request is not None else 0

@@ -49,6 +49,7 @@ class Correction:
         chosen: torch.Tensor,
         propagation_length: int,
     ) -> None:
+        # Exact tokens are not candidates, so they never move, and nothing is learnt from them.
         reused_E = candidate_E.clone()
         reused_E[chosen] = False
         self._sources_R = chosen[candidate_E[chosen]]
@@ -59,6 +60,7 @@ class Correction:
             if (chunk := self._chunk(start, end, propagation_length)) is not None
         ]
         self._rope, zeros = executor.rope, torch.zeros_like
+        # Once a blend, not once a layer: turns are the same for all layers of a table.
         self._there = executor.rope.delta(zeros(self.moved_N), self.moved_N)
         self._back = executor.rope.delta(self._sources_R, zeros(self._sources_R))
         self._sums: dict[int, list[torch.Tensor]] = {}  # by layer, of earlier passes
@@ -90,6 +92,7 @@ class Correction:
                 are remembered.
             fresh: their K and V [T, G, D]; reused: K and V [E, G, D] as they were placed.
         """
+        # Recomputed tokens ascend over the passes, so those of this one are a run of them.
         low = int(torch.searchsorted(self._sources_R, tile_T[0]))
         high = int(torch.searchsorted(self._sources_R, tile_T[-1], right=True))
         if low == high:

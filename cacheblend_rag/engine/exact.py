@@ -24,6 +24,8 @@ def clear(cache: PagedCache, blocks: Sequence[int], most_tokens: int) -> None:
     sequence's end in its last block by zero, and zero times NaN is NaN.
     """
     handle = cache.handle
+    # Through the backend, whose cache may have any layout. Its own copy of zeros need not be all
+    # bits 0.
     dtype = handle.config.model_config.dtype
     slots = cache.slots(torch.tensor(blocks), torch.arange(len(blocks) * cache.block_size))
     for some in slots.split(most_tokens):
@@ -38,6 +40,7 @@ def _prefill(cache: PagedCache, task: BlendTask, most_tokens: int) -> None:
     clear(cache, task.own_blocks(cache.block_size), most_tokens)
     ids = upload(np.array(task.token_ids, dtype=np.int64), handle.device)
     blocks = torch.tensor(task.blocks)
+    # vLLM has reserved the memory for a step of so many tokens, not for more.
     for tile in torch.arange(task.write_from, task.first_row).split(most_tokens):
         if len(tile):
             at = upload(tile, handle.device)

@@ -21,6 +21,8 @@ _MOST_HASHES = 1 << 20  # kept, exact and blended: 32 bytes each
 def private(hashes: Sequence[bytes], first: int, tag: str) -> list[bytes]:
     """``hashes`` whose blocks from number ``first`` on are found by nobody who lacks ``tag``."""
     end = tag.encode()
+    # Every hash is changed, not only the first one: vLLM compares each by itself, and hashes what
+    # is generated behind the last of them.
     return [*hashes[:first], *(hashlib.sha256(h + end).digest() for h in hashes[first:])]
 
 
@@ -61,6 +63,8 @@ class Prefix(NamedTuple):
 
 def _exact(request: Any, of_prompt: Sequence[bytes]) -> list[bytes]:
     """The hashes a request would have had without a blend, by vLLM's own hasher."""
+    # vLLM's hasher goes on from the last hash that is there. So it computes those of the answer as
+    # if the prompt had not been blended.
     blended, request.block_hashes = request.block_hashes, list(of_prompt)
     try:
         request.update_block_hashes()
@@ -83,6 +87,7 @@ class BlendedPrefixes:
 
     def add(self, prefix: Prefix, settings: str) -> None:
         """Note a prompt, and what was generated behind it."""
+        # A prompt shorter than a block has no hash that it could be found by.
         if not prefix.full:
             return
         key = prefix.exact[prefix.full - 1], settings

@@ -37,6 +37,7 @@ def share(rank: int, size: int, some: int, all_heads: int) -> Heads:
     """Which ``some`` heads rank ``rank`` of ``size`` has, as vLLM deals them out: in order, and
     where there are fewer heads than ranks, each to several ranks that follow one another.
     """
+    # With more ranks than KV heads, vLLM gives the same head to neighbouring ranks.
     copies = some * size // all_heads
     return Heads(rank // copies * some, some, all_heads, leads=rank == 0)
 

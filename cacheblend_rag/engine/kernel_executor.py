@@ -61,15 +61,20 @@ class KernelCache:
                 raise KernelsUnusableError(
                     f"layer {index} has a paged cache of {tuple(cache.shape)} {cache.dtype}"
                 )
+            # vLLM's layout has K and V of a head side by side: [blocks, heads, tokens, 2 * head
+            # size]. It has changed between versions, so what is written through the backend is read
+            # back below.
             k, v = cache.transpose(1, 2).split(dim, -1)
             if k.shape[2] != heads or k.stride(-1) != 1 or self._block_size % k.shape[1]:
                 raise KernelsUnusableError(f"layer {index} has a paged cache of another layout")
             self._views.append((k, v))
             if (k.stride(), v.stride()) != tuple(x.stride() for x in self._views[0]):
                 raise KernelsUnusableError(f"layer {index} has other strides than the first one")
+            # Wrong views would not fail: they would serve other tokens' KV.
             self._check(handle, index)
         k = self._views[0][0]
         self.bytes_per_token = 2 * len(self._views) * k[0, 0].numel() * k.element_size()
+        # Addresses, since kernels take no list of tensors: one launch places many layers.
         self.address_L2 = torch.tensor(
             [[k.data_ptr(), v.data_ptr()] for k, v in self._views], device=handle.device
         )
@@ -77,6 +82,7 @@ class KernelCache:
     def table(self, blocks: Sequence[int], device: torch.device) -> torch.Tensor:
         """int32 block table for the kernels, whose blocks may be smaller than the scheduler's."""
         assert all(blocks), "a blend would write into the null block, which all requests share"
+        # Some backends cut the scheduler's blocks into smaller ones, which follow one another.
         parts = self._block_size // self._views[0][0].shape[1]
         table = np.array(blocks, dtype=np.int32)[:, None] * parts
         return upload((table + np.arange(parts, dtype=np.int32)).ravel(), device)
@@ -89,6 +95,7 @@ class KernelCache:
         """What the backend writes into block 0, which no request uses, must be where we look."""
         k, v = self._views[index]
         size = k.shape[1]
+        # Random numbers, which a cache of zeros, or one of another dtype, does not hold by chance.
         shape = (2, size, *k.shape[2:])
         written = torch.randn(shape, device=handle.device).to(k.dtype)
         slots = torch.arange(size, device=handle.device)
@@ -115,6 +122,8 @@ class KernelExecutor(BlendExecutor):
         self._propagation: Propagation | None = None
         self._computed = 0  # tokens, in earlier forwards
         sources = {s.key: s.chunk for s in region.spans}
+        # First of all, since the copies take longest. The uploads below are small and get in
+        # between.
         self._transfer = staging.begin(sources)
         try:
             self._upload(sources)
@@ -126,6 +135,7 @@ class KernelExecutor(BlendExecutor):
         """What the kernels need to know of this request."""
         region, kernels, rope = self.region, self._kernels, self.rope
         self._table = kernels.table(region.task.blocks, self.device)
+        # What vLLM's prefix cache holds is shared with other requests, and right already.
         new_E = region.stored_E.copy()
         new_E[: region.write_from] = False
         number = {key: i for i, key in enumerate(sources)}
@@ -137,6 +147,7 @@ class KernelExecutor(BlendExecutor):
         self._positions_N, old_N, chunk_N, row_N = upload(rows, self.device)
         self._delta = rope.delta(old_N, self._positions_N)
         self._chunk_N, self._row_N = chunk_N.int(), row_N.int()
+        # Addresses and lengths in one upload; the same below.
         lengths = np.array([[len(chunk.token_ids) for chunk in sources.values()]], dtype=np.int64)
         table = upload(np.concatenate([self._transfer.address_LS, lengths]), self.device)
         self._address_LS, self._length_S = table[:-1], table[-1]
@@ -163,6 +174,8 @@ class KernelExecutor(BlendExecutor):
 
     def place_through(self, index: int) -> None:
         while self._placed <= index:
+            # All layers that came together are placed by one launch: launches cost more than the
+            # layers.
             layers = self._transfer.arrive(self._placed)
             for table in range(self.rope.num_tables):
                 self._place(table, self.rope.layers(table, layers))
@@ -184,6 +197,8 @@ class KernelExecutor(BlendExecutor):
     def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
         region, beyond = self.region, self.region.end - self.region.asked
         glue = region.glue(most_glue)
+        # Shared blocks hold those before. The pass writes K and V of its tokens, so they must not
+        # be among them.
         glue = glue[glue >= region.write_from]
         known = region.stored_E[: region.asked].copy()
         known[: region.write_from] = True
@@ -193,10 +208,14 @@ class KernelExecutor(BlendExecutor):
         rows[0] = np.concatenate([region.ids_E[glue], question])
         rows[1] = np.concatenate([glue, behind])
         rows[2, n:] = rows[3, n:] = behind
+        # A token between chunks is in the paged cache, and must not be seen a second time as an
+        # extra key.
         rows[3, :n] = NEVER
         ids, at, asking, key_position = upload(rows, self.device)
         slots = torch.full_like(at, NOWHERE)
         slots[:n] = self.slots(at[:n])
+        # Graphs are captured without a mask of known tokens. Where a chunk is missing, the pass
+        # runs as it is.
         if known.all():
             here, before = self._question_view(0), self.place_through
             score = self._graphs.ask(ids, at, slots, asking, key_position, keep, here, before)
@@ -219,6 +238,8 @@ class KernelExecutor(BlendExecutor):
     ) -> None:
         chosen_E = torch.zeros_like(candidate_E).index_fill_(0, chosen, True)
         chunk_E = self.span_E.int().masked_fill(~candidate_E, -1)
+        # Prefix sums: by them a kernel finds the recomputed tokens near a position without a
+        # search.
         before = torch.zeros(self.region.end + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(chosen_E, 0, dtype=torch.int32, out=before[1:])
         moving_E = chunk_E.masked_fill(chosen_E, -1)
@@ -234,6 +255,7 @@ class KernelExecutor(BlendExecutor):
         propagation = self._propagation._replace(
             pass_2=torch.full_like(self._propagation.pass_2, len(tile))
         )
+        # Filled on the device, not copied from the host, which would wait.
         propagation.pass_2[:1].fill_(self._computed)
         self._computed += len(tile)
         moving = Moving(propagation, self.rope)
@@ -264,9 +286,11 @@ class KernelExecutorFactory(ExecutorFactory):
         self._device_cache = DeviceCache(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._device_cache)
         self._graphs = QuestionGraphs(handle, self._kernels.view)
+        # With the default selector. Other layers are captured when they are first asked for.
         self._graphs.prepare(QuerySelector().evidence.among(handle.sees_all))
 
     def __call__(self, region: Region) -> BlendExecutor:
+        # Kernels place all tokens of a layer at once, and these have no blocks yet.
         if len(region.task.blocks) * self._cache.block_size < region.end:
             return super().__call__(region)  # its blocks come with later steps
         return KernelExecutor(
@@ -287,6 +311,7 @@ class KernelExecutorFactory(ExecutorFactory):
         ask = self._graphs.seconds(64)
         if ask is None:
             return {}
+        # A recomputed token is a row of a step, so it costs what a prefilled one does.
         prefill = prefill_seconds(self._handle)
         return {
             "prefill_s": prefill,

@@ -86,6 +86,8 @@ class QuestionPass(Pass):
     ) -> None:
         if self._before is not None:
             self._before(index)
+        # Slots of -1 are written by no backend, so the question's own K and V stay out of the
+        # cache: vLLM's step computes them later, over the blended KV.
         self._handle.write(index, k_TGD, v_TGD, self._slots_T)
         view, scored = self._view(index), index in self._keep
         options: dict[str, Any] = {

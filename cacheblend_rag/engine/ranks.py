@@ -68,6 +68,7 @@ class Ranks:
     def _any(self, flags: Sequence[bool]) -> list[bool]:
         if self.alone:
             return list(flags)
+        # Over the CPU's group: one over the GPUs would wait for all that they have queued.
         votes = torch.tensor(flags, dtype=torch.int32)
         group = get_tp_group().cpu_group
         torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group)

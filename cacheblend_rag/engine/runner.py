@@ -62,6 +62,7 @@ class StepTensors(ABC):
         size = self._block_size
         blocks = self.table(number + 1)[number][positions // size].long()
         slots = blocks * size + positions % size
+        # vLLM names a mapping for each layer, and layers share few tensors: each is written once.
         for tensor in {id(s): s for s in context.slot_mapping.values()}.values():
             tensor[place] = slots
 
@@ -106,10 +107,13 @@ class _V1(StepTensors):
         return slots
 
     def _place(self, place: slice, positions: torch.Tensor) -> None:
+        # Text has the same position in all of its dimensions.
         if self._runner.uses_mrope:
             self._runner.mrope_positions.gpu[:, place] = positions
 
     def _embed(self, place: slice, ids: torch.Tensor) -> None:
+        # vLLM embeds the ids of such a model before the forward, so ids that are changed now come
+        # too late.
         if self._runner.supports_mm_inputs:
             self._runner.inputs_embeds.gpu[place] = self._handle.model.embed_input_ids(ids)
 
@@ -125,6 +129,8 @@ class _V2(StepTensors):
             raise UnsupportedModelError(Reason.MROPE, f"{detail} keeps them where we don't write")
 
     def order(self, counts: Mapping[str, int]) -> list[str]:
+        # The V2 runner keeps no batch that could be asked. It sorts by this function before each
+        # step, so the same function on the same numbers gives its order.
         from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
         known = {
@@ -132,6 +138,7 @@ class _V2(StepTensors):
             "draft_tokens": {},
             "decode_query_len": self._runner.decode_query_len,
         }
+        # Its arguments differ by version. One that is not known raises here, and is not guessed.
         wanted = inspect.signature(sort_batch_req_ids).parameters
         return list(sort_batch_req_ids(*(known[name] for name in wanted)))
 
