@@ -47,11 +47,14 @@ class Ahead:
         fetched = self._fetching.get(request_id)
         if fetched is not None and not fetched.is_set():
             return True
+        # Asked once a request: ``consider`` also has chunks brought nearer, and is not for every
+        # step.
         why_not = blender.refusal(request_id) if fetched else blender.consider(plan)[0]
         if why_not:
             raise RefusedError(*why_not)
         if fetched:
             return False
+        # vLLM asks again for this request with every step, and serves others meanwhile.
         if not blender.is_near(plan):
             self._fetching[request_id] = Event()
             self._readers.start(lambda name: self._fetch(name, plan), [request_id])
@@ -80,6 +83,7 @@ class Ahead:
 
     def _announce(self, blender: Blender, request_id: str, plan: Plan) -> None:
         """Have the KV of a step's first blend come while the rest of the step is prepared."""
+        # One transfer is expected at a time. That of a second blend would push out the first one's.
         if self._announced:
             return
         self._announced = True

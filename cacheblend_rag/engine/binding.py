@@ -74,6 +74,8 @@ class _Worker(WorkerExtension):
 
 def model_runner() -> Any:
     """The model runner that registers its KV caches: up the stack of who calls this."""
+    # vLLM gives a connector its KV caches, and never the model. Its own runner calls
+    # ``register_kv_caches``, so it is among the callers; nothing of it is changed.
     frame = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
@@ -93,6 +95,7 @@ def bind(
         linked: the scheduler's side learns from this process what becomes of the store. Else it
             follows a shared store itself: news from here would reach it with the next step only.
     """
+    # Behind a connector of several, others would store blended KV under the names of exact KV.
     if get_kv_transfer_group() is not connector:
         why_not = Why(Reason.OTHER_CONNECTORS, "there are other KV connectors than ours")
         return _refused(connector, why_not)
@@ -101,6 +104,8 @@ def bind(
         ours = {name: value for name, value in given.items() if name != SERVER}
         config = BlendConfig.of(ours, "kv_connector_extra_config")
         return _bind(_Worker(connector, runner, vllm_config), config, linked)
+    # A server that others started must come up. It serves exactly, and every report says why not
+    # more.
     except CacheBlendError as error:
         why_not = Why(Reason.NOT_READY, f"{type(error).__name__}: {error}")
     logger.error("requests are served without blending: %s", why_not.detail)
@@ -116,6 +121,7 @@ def _bind(worker: _Worker, config: BlendConfig, linked: bool) -> RankMessages:
     vllm_config, link = worker.vllm_config, worker._connector().link
     refusal = compat.model_refusal(vllm_config.model_config)
     prepared = EngineSetup(None, refusal, compat.installed_version())
+    # Together, since a model that one rank refuses is refused by all.
     info = make_info(prepared, vllm_config, lambda: _of_all_ranks(worker.cacheblend_inspect()))
     report = model_check.check_layers(info)
     if not report.passed:
@@ -134,10 +140,13 @@ def _bind(worker: _Worker, config: BlendConfig, linked: bool) -> RankMessages:
     worker._send(_space(worker, config, info))
     measured = worker.cacheblend_costs()
     costs = Costs(**measured) if measured else None
+    # Until one has shown that rows are right, every blend that begins is a proof.
     worker._limit(Limits(longest=report.max_tokens, costs=costs, proving=True))
     if follows:
         worker._list_store()
         return RankMessages([] if link.has_scheduler else link.take())
+    # The scheduler's side is in another process, and would hear of this one's store by steps only:
+    # where nobody asks anything, never.
     return RankMessages(link.take(), (config.store, info.fingerprint[:32], config.namespace))
 
 

@@ -24,8 +24,6 @@ def clear(cache: PagedCache, blocks: Sequence[int], most_tokens: int) -> None:
     sequence's end in its last block by zero, and zero times NaN is NaN.
     """
     handle = cache.handle
-    # Through the backend, whose cache may have any layout. Its own copy of zeros need not be all
-    # bits 0.
     dtype = handle.config.model_config.dtype
     slots = cache.slots(torch.tensor(blocks), torch.arange(len(blocks) * cache.block_size))
     for some in slots.split(most_tokens):

@@ -58,8 +58,11 @@ class Observer:
         learning = self._planner.learning
         if learning is None or planned.matches is None:
             return
+        # A text that no request may blend would be computed in vain.
         if isinstance(planned.plan, NoPlan) and planned.plan.reason not in _BLENDABLE:
             return
+        # What comes again comes often. To miss a prompt now and then costs less than a queue that
+        # grows.
         if not self._room.acquire(blocking=False):
             return
         if self._thread is None:
@@ -88,6 +91,8 @@ class Observer:
         try:
             prompt = self._planner.prompt(token_ids, options, salt, matches)
             spans = self._learner.observe(prompt, time.monotonic())
+            # Chunks of a salt are in no listing of the store, so the planner has to be told to
+            # expect them.
             if prompt.is_salted and spans:
                 self._tell([Expected(prompt.owner, [span.key for span in spans])])
             self._link.add_spans(spans)

@@ -30,6 +30,8 @@ class Link:
         has_worker: the only worker is in this process.
     """
 
+    # Weak: vLLM ends its connectors without a call that could be relied on, and an id may come
+    # again.
     _here: ClassVar[WeakValueDictionary[str, Link]] = WeakValueDictionary()
     _making: ClassVar[Lock] = Lock()
 
@@ -79,6 +81,7 @@ class Link:
         """The messages since the call before; waits for nothing."""
         with self._lock:
             messages, self._messages = self._messages, []
+        # After the messages: a space must be known before the chunks that are in it.
         news = self._news.take() if self._news is not None else None
         return messages if news is None else [*messages, news]
 

@@ -95,9 +95,12 @@ class Planning:
         try:
             self._learn()
             planned = self.planner.plan(token_ids, options, adapter, salt)
+            # Before the request is scheduled, and in a thread of its own: it may teach, and never
+            # waits.
             if not adapter:  # its chunks are computed with it, and these are not
                 self.observer.see(token_ids, options, salt, planned)
             return planned
+        # Any fault of ours: the request is computed plainly, and its report has the cause.
         except Exception as error:  # a request is never lost over its plan
             logger.exception("a request can't be planned")
             why_not = f"planning failed: {type(error).__name__}: {error}"
@@ -105,6 +108,7 @@ class Planning:
 
     def _wake(self) -> None:
         """There is something to learn; done before anybody asks."""
+        # One job takes all of the mail, so a second one would find nothing.
         if self._busy is None or self._busy.done():
             with suppress(RuntimeError):  # the engine ends
                 self._busy = self._thread.submit(self._learn)

@@ -25,7 +25,7 @@ class Proof:
 
     def __init__(self, handle: ModelHandle, token_ids: tuple[int, ...], most_tokens: int) -> None:
         ids = upload(torch.tensor(token_ids), handle.device)
-        # Outside of the paged cache: a fault in how we read or write that must not hide itself.
+        # Outside of the paged cache, so that no fault in how that is read or written can hide.
         layers = fresh_kv(handle, ids, handle.num_layers, most_tokens)
         kv = torch.stack([handle.layout.joined(*kv) for kv in layers])
         self.chunk = ChunkKV(token_ids, 0, kv.cpu())

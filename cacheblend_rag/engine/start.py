@@ -69,6 +69,7 @@ def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSe
         if name not in known:
             raise unknown_option(name, {*known, _TOOL_PARSER, _TOOL_PLUGIN}, "vLLM's engine")
     defaults = _defaults()
+    # Before our connector is among the options: some models can't even start with one.
     refusal = _model_refusal(kind, model, {**defaults, **options})
     ours: dict[str, Any] = {} if refusal else _connector_options()
     with naming_failures(model):
@@ -117,6 +118,7 @@ def _defaults() -> dict[str, Any]:
         # compiling needs a C++ compiler that a fresh machine lacks, and half a minute
         options["enforce_eager"] = True
         # vLLM would take half of the machine's memory
+        # Here at the latest: vLLM reads it as the platform is configured.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     else:
         # ingestion waits for page-locked memory, which several threads get sooner

@@ -59,6 +59,8 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         try:
             return method(*args)
+        # Errors of vLLM, torch and the store alike: the caller's process knows no more than what is
+        # returned.
         except Exception as error:  # whatever it is, the caller raises it
             if not isinstance(error, CacheBlendError):
                 logger.exception("%s failed", method.__name__)
@@ -84,6 +86,8 @@ class WorkerExtension(Queries):
             handle.adapters = Adapters(self.model_runner)
             chosen = self.vllm_config.model_config
             max_len = int(chosen.max_model_len)
+            # Not only what this engine serves: chunks are named by the tables, and another engine
+            # of the same model may serve more.
             longest = max(max_len, context_length(chosen))
             tables = tables_of(model, longest, handle.layers[0].head_size)
             self._state().heads = heads_of(handle)
@@ -101,6 +105,7 @@ class WorkerExtension(Queries):
             ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             facts["fingerprint"] = fingerprint(model, self.vllm_config, rope, *ranks)
         except UnsupportedModelError as error:
+            # No failure: the model is served without blending, and all reports say why.
             facts["refusal"] = list(error.why)
         self._state().facts = facts
         return facts
@@ -131,12 +136,15 @@ class WorkerExtension(Queries):
         """``follows``: the scheduler's side learns from this rank what becomes of the store."""
         handle, rope, cache = self._state().parts
         heads = self._state().heads
+        # On each rank: files and remotes hold whole chunks, of which a rank reads its own heads.
         store = open_store(url, namespace=fingerprint[:32], tenant=tenant, heads=heads)
         if learning is not None:
             memory = MemoryStore(learning.options.capacity_bytes, heads=heads)
             store = LearningStore(store, memory, learning.options.ttl_s)
             self._send(learning)
         # of ranks that share a store, one answers for it
+        # In memory, each rank has what it has put, and all must be asked. On a shared store they
+        # would give the same answer several times, and take as many look-ups.
         is_shared = parse_url(url).scheme != "memory"
         self._state().is_replica = heads is not None and is_shared and not heads.leads
         self._state().executors = open_executors(handle, rope, cache, gpu_cache)
@@ -149,10 +157,14 @@ class WorkerExtension(Queries):
         self._state().store = RankStore(store, self._state().executors.forget, leads=leads)
         self._connector().closing = self._state().store.close
         link = self._connector().link
+        # Of several ranks, none may fetch ahead or refuse by itself: all of them have to agree
+        # first.
         link.blender = blender if heads is None else None
         link.has_worker = True
         self._state().sends_changes = not follows
         if self._state().is_replica or not follows:
+            # It drops what others forgot from this rank's memory and GPU. News is another rank's to
+            # tell.
             self._state().store.follower.start(None)
         else:
             link.follow(self._state().store.follower)
@@ -177,6 +189,8 @@ class WorkerExtension(Queries):
         self._limit(Limits(longest=longest, costs=Costs(**costs) if costs else None))
 
     def _limit(self, limits: Limits) -> None:
+        # The worker's first, and the scheduler's with the message: a plan may not be judged by
+        # costs that the worker does not know.
         self._blender().costs = limits.costs
         self._send(limits)
 
@@ -191,6 +205,7 @@ class WorkerExtension(Queries):
     def cacheblend_unbind(self) -> None:
         """Turn blending off and close the store: every request is then a plain prefill."""
         rows = self._rows()
+        # May be called twice: by the front door as it closes, and by whoever closes the engine.
         if rows.blender is not None:
             self._send(Limits(why_not=Why(Reason.NOT_READY, "blending was turned off")))
             self._state().store.close()
@@ -218,6 +233,7 @@ class WorkerExtension(Queries):
         """
         state = self._state()
         with state.parts[0].adapters.using(request_of(adapter)):
+            # Between two steps, as all RPCs: nothing else runs on the model meanwhile.
             computed = state.ingestor.compute(
                 chunks, prefix_ids, contexts, adapter[1] if adapter else 0
             )
@@ -246,6 +262,7 @@ class WorkerExtension(Queries):
         """
         sliced = self._state().sliced
         done = sliced.go_on(name, layers)
+        # Or the pace of slices would be measured by steps that it made longer itself.
         self._connector().step_timer.exclude(sliced.seconds)
         if not done:
             return {"seconds": sliced.seconds, **self._connector().step_timer.to_plain()}
@@ -301,6 +318,8 @@ class WorkerExtension(Queries):
         return done
 
     def _forget(self, store: RankStore, keys: list[str]) -> None:
+        # Before the store: a plan that still counts on these chunks would find them gone, which
+        # costs more than a chunk that is forgotten a moment too early.
         if self._state().sends_changes:
             self._send(News([], keys))
         store.forget(keys)
@@ -312,6 +331,7 @@ class WorkerExtension(Queries):
             state.limits = message
         elif isinstance(message, Space) and message.default:
             state.space = message
+        # All ranks have it; one tells.
         if not get_tensor_model_parallel_rank():
             self._connector().link.send(message)
 

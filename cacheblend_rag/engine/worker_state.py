@@ -76,6 +76,8 @@ class StepTimer:
     def step_begins(self) -> None:
         """Called as a step begins."""
         now = time.perf_counter()
+        # From one step's begin to the next one's. Ends of steps have no hook that both runners
+        # call.
         took = now - self._last - self._between
         if 0 < took < _LONGEST_STEP_S:
             self._took.append(took)
