@@ -41,6 +41,8 @@ class _CallLock:
     """
 
     def __init__(self) -> None:
+        # No ``RLock``: that would let a thread enter a second call while its stream is open, and
+        # the two would step the same engine.
         self._lock, self._holder = threading.Lock(), 0
 
     def __enter__(self) -> None:
@@ -153,6 +155,7 @@ class BatchEngine(Engine):
                         if failed(output):
                             raise failure(self._causes(requests[number]))
                         yield number, to_output(output)
+            # Left early by a reader, an error or an interrupt: the engine must not go on with it.
             finally:
                 if unfinished and self._home.is_here:
                     engine.abort_request(list(unfinished))
@@ -200,6 +203,7 @@ def _fail_when_dead(core: Any) -> None:
 
     while not core.resources.engine_dead:  # also set by an ordinary shutdown
         time.sleep(0.5)
+    # Into the queue that the blocking client reads, which raises what it finds there.
     core.outputs_queue.put_nowait(EngineDeadError())
     for waiting in list(core.utility_results.values()):
         if not waiting.done():

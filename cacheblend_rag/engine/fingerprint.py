@@ -92,12 +92,15 @@ _PIECE, _BUFFER = 64 << 20, 1 << 20  # bytes a thread takes; read at once: a CPU
 def fingerprint(model: Any, config: VllmConfig, rope: Rerotator, rank: int, size: int) -> str:
     """This rank's part of the name, hexadecimal; empty where the first rank's says it all."""
     files = weight_files(model, config.model_config, config.load_config)
+    # All ranks read the same files, so one name is enough, and the number of ranks is no part of
+    # it.
     if files and rank:
         return ""
     digest = xxhash.xxh3_128(json.dumps(facts(model, config, rope), sort_keys=True).encode())
     if files:
         digest.update(bytes_digest(files))
     else:
+        # What a rank holds depends on how the model is split, so the split is part of the name.
         digest.update(f"{rank}of{size}".encode() + _loaded_digest(model))
     for path in _key_position(config.model_config, config.load_config):
         digest.update(path.name.encode() + b"/" + xxhash.xxh3_128_digest(path.read_bytes()))
@@ -108,6 +111,8 @@ def facts(model: Any, config: VllmConfig, rope: Rerotator) -> dict[str, Any]:
     """What counts besides the content of files."""
     chosen, loading = config.model_config, config.load_config
     unknown = {**_unknown(chosen), **_unknown(loading)}
+    # Then the method is in ``config.json`` already, and vLLM's name for it differs by kernel and
+    # machine.
     is_quantized = getattr(chosen.hf_config, "quantization_config", None) is not None
     quantized = "" if is_quantized else f"{chosen.quantization}/{chosen.quantization_config}"
     return {
@@ -194,6 +199,7 @@ def local_folder(name: str, revision: str | None, cache: str | None) -> Path | N
     from huggingface_hub import snapshot_download
     from vllm import envs
 
+    # Its cache is laid out otherwise. Weights are then counted as they were loaded.
     if envs.VLLM_USE_MODELSCOPE:
         return None
     try:
@@ -218,6 +224,7 @@ def _overrides(chosen: ModelConfig) -> Any:
     if not callable(chosen.hf_overrides):
         return json.loads(json.dumps(chosen.hf_overrides, default=str))
     resolved = dict(chosen.hf_config.to_diff_dict())
+    # Where the model lies and who wrote the file: neither changes a key.
     for volatile in ("_name_or_path", "transformers_version"):
         resolved.pop(volatile, None)
     return json.loads(json.dumps(resolved, default=str))

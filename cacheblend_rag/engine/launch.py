@@ -55,6 +55,7 @@ def serve(arguments: Sequence[str]) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    # As the command does before it imports anything else: processes started later see it.
     compat.cli_env_setup()()
     parser = FlexibleArgumentParser(prog="cacheblend")
     command: Any = ServeSubcommand()
@@ -63,6 +64,7 @@ def serve(arguments: Sequence[str]) -> None:
     configure = compat.configure_logging()
     if configure is not None:
         configure(args)
+    # Before our own look at the model: a wrong option should be told at once, not after a download.
     command.validate(args)
     without_what_the_model_refuses(args)
     command.cmd(args)

@@ -73,6 +73,8 @@ class Clock:
     def mark(self, stage: str = "") -> None:
         """The time since the mark before belongs to ``stage``; to none if it has no name."""
         if self._cuda:
+            # A host's clock would tell when work was queued, and to wait for it would cost what is
+            # measured.
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append((stage, event))
@@ -148,6 +150,8 @@ class BlendOutcome:
         seconds = self.clock.seconds()
         chosen = torch.zeros(0, dtype=torch.int64) if self.chosen is None else self.chosen
         bounds = torch.tensor([[s.start, s.end] for s in self.segments])
+        # Chosen positions ascend: how many are within a segment is the distance of its two ends
+        # among them.
         counts = torch.searchsorted(chosen, bounds).diff(dim=1).flatten().tolist()
         reused = [bool(s.key) and i not in self.missing for i, s in enumerate(self.segments)]
         gone = [i for i in self.missing if i not in self.timed_out and i not in self.unavailable]

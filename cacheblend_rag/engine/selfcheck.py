@@ -58,14 +58,20 @@ def measured(
     Writes to the first blocks of ``cache``: no request runs yet.
     """
     far = min(max_len, max(len(table.cos_XP) for table in tables))
+    # A module for another part of the model, such as what sees images, may have fewer positions.
     fitting = [table for table in tables if len(table.cos_XP) >= far]
+    # The same tokens on every rank and at every start.
     generator = torch.Generator().manual_seed(0)
     vocab = handle.config.model_config.get_vocab_size()
     ids = torch.randint(0, vocab, (NUM_TOKENS,), generator=generator).to(handle.device)
     at_home = _Recording(cache)
     handle.run(at_home, ids, torch.arange(NUM_TOKENS, device=handle.device))
     moved = []
+    # One shift that is no multiple of a period, and the farthest: tables that switch with a
+    # sequence's length, or are scaled for long ones, differ there.
     for shift in (_NEAR, far - NUM_TOKENS):
+        # Each layer is given the input that it had at position 0. Without that, a layer whose
+        # output depends on position would make all layers above it look wrong.
         away = _Replaying(handle, at_home.outputs)
         handle.run(away, ids, torch.arange(shift, shift + NUM_TOKENS, device=handle.device))
         moved.append(Moved(shift, away.layers))
@@ -93,6 +99,8 @@ def _explanation(
     mine = {x: [n for n, table in enumerate(tables) if table.layout == x] for x in pairings}
     worst = {x: _worst([errors[n] for n in some]) for x, some in mine.items()}
     one = min(worst, key=worst.__getitem__)
+    # One layout serves all layers of most models, and the kernels need one. So several have to be
+    # far better, not only better by rounding.
     several = worst[one] > _FAR_BETTER * _worst(errors)
     chosen = list(range(len(tables))) if several else mine[one]
     best = [chosen[n] for n in nearest([errors[n] for n in chosen])]
@@ -113,6 +121,8 @@ def _on_host(kv: LayerKV) -> LayerKV:
 def nearest(errors_TL: Sequence[Sequence[float]]) -> list[int]:
     """For each layer the number of the table with the smallest error, of equals the first."""
     by_layer = zip(*errors_TL, strict=True)
+    # Of tables that explain a layer equally well, the first: the same one on every rank and
+    # machine.
     return [min(range(len(column)), key=column.__getitem__) for column in by_layer]
 
 
@@ -140,6 +150,7 @@ class _Recording(IsolatedPass):
         self.outputs: list[torch.Tensor] = []
         self.compared: list[list[Any]] = []
         self._handle, at = cache.handle, torch.arange(NUM_TOKENS)
+        # Not block 0, the null block of vLLM: a slot in it is an error.
         blocks = torch.arange(1, 2 + NUM_TOKENS // cache.block_size)
         self._slots = cache.slots(blocks, at)
         self._metadata = cache.metadata(blocks, at, self._slots)

@@ -66,6 +66,8 @@ class ServingEngine(Engine):
         )
         self._thread.start()
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
+        # Between a check and a submission the engine may be closed by another thread, and a loop
+        # that has stopped never answers. So both happen under this lock.
         self._entry, self._closing = threading.Lock(), False
         self._home = Home()
 
@@ -100,6 +102,8 @@ class ServingEngine(Engine):
                     raise event
                 yield event
         finally:
+            # The reader left: vLLM aborts the request when the task that reads its output is
+            # cancelled.
             task.cancel()
 
     def _next(self, events: queue.SimpleQueue[_Event]) -> _Event:
@@ -130,6 +134,7 @@ class ServingEngine(Engine):
         engine, self._engine = self._engine, None
         if engine is not None:
             self._loop.call_soon_threadsafe(engine.shutdown)
+        # Their callers wait in other threads, and get ``ClosedError``.
         asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -145,6 +150,7 @@ class ServingEngine(Engine):
                 put(None)
             except Exception as error:  # raised again where the stream is read
                 put(error)
+            # By ``close``; a reader that left takes nothing from ``put`` any more.
             except asyncio.CancelledError:
                 put(ClosedError("the engine was closed while this request ran"))
                 raise
@@ -218,6 +224,7 @@ async def rpc(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
     """
     call = asyncio.ensure_future(engine.collective_rpc(method, args=args))
     try:
+        # Asked twice a second, as nothing tells a call that waits.
         while not (await asyncio.wait([call], timeout=0.5))[0]:
             if engine.errored:
                 raise engine.dead_error

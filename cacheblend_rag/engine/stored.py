@@ -69,6 +69,8 @@ class RankStore:
     ) -> None:
         self.store, self._forget, self._leads = store, forget, leads
         # a store that is all remote keeps none, and then they last as long as the engine
+        # On each rank: register and forget come to all, and a rank without notes would answer
+        # otherwise.
         self._registry = store if store.keeps_documents else DocumentRegistry()
         self.follower = Follower(store, forget)
         self.thread = StoreThread()
@@ -96,9 +98,13 @@ class RankStore:
 
     def forget(self, keys: Sequence[str]) -> None:
         """Drop chunks, and the copies of them outside the store."""
+        # The copies go in any case: what must be forgotten may not be served from memory because
+        # the disk refused.
         answers = [ask(self.store.discard, key) for key in keys]  # of all, whichever fails
         for key in keys:
             self._forget(key)
+        # Told at once, and not only with the next look at the store: a plan made now must not count
+        # on them.
         self.follower.note(removed=keys)
         if failed := [answer for answer in answers if answer is not None]:
             raise failed[0]
