@@ -83,6 +83,8 @@ class Catalog:
     def erase(self, key: str) -> None:
         """Remove the file of a chunk, and what was set aside or left unfinished of it."""
         path = self.path(key)
+        # Whoever forgets a text wants it gone, and a damaged or unfinished copy holds its token ids
+        # as well.
         for entry in entries(path.parent):
             if entry.name.startswith((f"{key}.corrupt-", f".{key}.")):
                 is_left = not entry.name.startswith(".") or is_abandoned(entry.path)
@@ -112,6 +114,7 @@ class Catalog:
     def infos(self, after: int) -> Iterator[tuple[int, ChunkInfo]]:
         """The chunks whose file is there, with the numbers of their entries, from ``after`` on."""
         missing = self._reconcile(self._namespace)[0]
+        # Entries tell without opening a file. Only where they are damaged, files are read.
         yield from self._of_contents(missing, after)
         if not after and self._adopt(self._namespace, missing):  # their entries are damaged
             yield from self._of_contents(missing, 0)
@@ -139,8 +142,11 @@ class Catalog:
         """Remove what has to leave for a new chunk: how many, by namespace; None where the new one
         stays out.
         """
+        # Uses that wait come first: what leaves is chosen by them.
         self._settle(soon=False)
         raw, limits = bytes.fromhex(key), self._without_corrupt(limits)
+        # Sizes in the index may be wrong, after damage or another's hand. Nothing may leave for
+        # that.
         if self.index.is_over(limits, self._namespace):  # which it can hardly be
             self.measure()
         victims = self.index.make_room(self._namespace, raw, nbytes, cost, limits, pinned)

@@ -213,6 +213,8 @@ def decode(source: Source, key: str, cipher: Cipher | None = None) -> ChunkKV:
         scales_L2H = torch.frombuffer(scales, dtype=torch.float32).view(header.scales_shape)
         kv_L2NHD = _widened(kv_L2NHD, scales_L2H, getattr(torch, _TORCH_NAMES[header.dtype]))
     chunk = ChunkKV(_token_ids(tokens), header.base, kv_L2NHD)
+    # A checksum shows that these are the bytes that were written, by whomever. One NaN would spoil
+    # every answer that reads it.
     if not chunk.is_finite:
         raise DamagedFileError("KV that is not finite")
     return chunk
@@ -243,8 +245,11 @@ def _read_header(source: Source, key: str, cipher: Cipher | None) -> tuple[Chunk
     text = bytearray(length)
     source.read_into(memoryview(text))
     header = _decode(bytes(text))
+    # A file that was renamed, or put under another key by whoever can write there, is not this
+    # chunk.
     if header.key != key:
         raise DamagedFileError("another chunk's file")
+    # Before anything of its size is allocated: what a header declares must be there.
     if header.file_bytes != source.size:
         raise DamagedFileError("file size")
     return header, source
@@ -299,6 +304,8 @@ def _quantized(kv_L2NHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | No
         if not bool(scale_2H.isfinite().all()):
             return None
         scale_2H = scale_2H.clamp(min=torch.finfo(torch.float32).tiny)
+        # Clamped, since rounding may pass the largest number, which this format has no infinity
+        # for.
         scaled = (wide_2NHD / scale_2H[:, None, :, None]).clamp(-_LARGEST_FP8, _LARGEST_FP8)
         out_2NHD.copy_(scaled)
         scales.append(scale_2H)
@@ -309,6 +316,7 @@ def _widened(
     small_L2NHD: torch.Tensor, scales_L2H: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     kv_L2NHD = empty(small_L2NHD.shape, dtype)
+    # A layer at a time: the whole in float32 would take four times the bytes that were stored.
     for small_2NHD, scale_2H, out_2NHD in zip(small_L2NHD, scales_L2H, kv_L2NHD, strict=True):
         out_2NHD.copy_(small_2NHD.float() * scale_2H[:, None, :, None])
     return kv_L2NHD

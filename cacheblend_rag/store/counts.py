@@ -50,6 +50,8 @@ class Meter:
     def loading(self) -> Iterator[Load]:
         """Measure a load, by what the block sets as ``chunk``."""
         with self._lock:
+            # The clock runs while anything is under way. Loads side by side would each see a part
+            # of the speed, and their sum would be too large if each were timed by itself.
             if not self._loads:
                 self._started, self._bytes = self._clock(), 0
             self._loads += 1
@@ -65,6 +67,8 @@ class Meter:
     def _measure(self) -> None:
         now = self._clock()
         seconds = now - self._started
+        # Misses tell nothing of the speed. With loads that never pause, a measurement ends all the
+        # same.
         if not self._bytes or (self._loads and seconds < _LONGEST_S):
             return
         rate = self._bytes / max(seconds, 1e-9)

@@ -90,6 +90,8 @@ class Database:
         self._rung, self._retry_at = _Rung.FOUND, 0.0
         self.rebuilt = self._is_closed = False
         self._inode: tuple[int, int] | None = None  # of the file in use
+        # By device and inode, not by name: another process may have made the file anew meanwhile,
+        # and that one must not be deleted.
         self._damaged: tuple[int, int] | None = None
         self._schema = 0  # SQLite's own number of it, which every change raises
         self._pid = 0  # that opened what follows
@@ -121,6 +123,8 @@ class Database:
 
         def run(db: sqlite3.Connection) -> Result:
             result = _in_transaction(work, db)
+            # Done in the copy, which goes with this process: what must last is done again in the
+            # file.
             if owed is not None and self._rung >= _Rung.COPY:
                 self._owed.append(owed)
             return result
@@ -197,6 +201,8 @@ class Database:
         while True:
             try:
                 assert self._db is not None
+                # One integer of the file's first page: cheap enough to ask before each piece of
+                # work.
                 if _schema_number(self._db) != self._schema:  # changed by something else
                     self._make_ready(self._db)
                 result = work(self._db)
@@ -215,6 +221,8 @@ class Database:
     def _follow(self) -> None:
         """Open the file again where it is another one by now, or may be used again."""
         left = self._rung if self._rung >= _Rung.COPY else None
+        # A file that was deleted or replaced goes on to work for whoever has it open, unseen by all
+        # others.
         is_same = self._pid == os.getpid() and self._inode == self._found_inode()
         if self._pid == os.getpid():
             if left is None and is_same and self._db is not None:
@@ -224,11 +232,15 @@ class Database:
         self._rung, self._retry_at = _Rung.FOUND, time.monotonic() + _AWAY_S
         try:
             self._take(_Rung.FOUND, _OPENING_S if left is None else _RETURNING_S)
+        # Whatever it is, it came of this file: sqlite3's errors, and Python's own over values of
+        # unexpected types or encodings in it. The next best database is taken, which warns or says
+        # that it was rebuilt.
         except Exception as error:
             if left is not None and _is_refusal(error):
                 self._rung = left
                 return
             self._step_down(error)
+        # Another file may lack what the chunks' files have.
         if not (is_same and left is None and self._rung is _Rung.FOUND):  # else it was paused
             self._fill()
         owed, self._owed = self._owed, []
@@ -261,6 +273,8 @@ class Database:
         if rung >= _Rung.COPY:
             db = _in_memory(self._path if rung is _Rung.COPY else None)
             self._make_ready(db)
+            # Not all at once again: a disk that refused will refuse for a while, and each try costs
+            # time.
             self._retry_at = time.monotonic() + _AWAY_S
         elif rung is _Rung.FOUND and self._found_inode() is not None:
             db = self._opened(patience_s)
@@ -290,8 +304,10 @@ class Database:
 
     def _made_anew(self, patience_s: float) -> sqlite3.Connection:
         claim(self._folder, again=True)
+        # Two processes that find the same damage must not delete one another's new file.
         with _alone_in(self._folder):
             if self._found_inode() in (None, self._damaged):  # else another process was quicker
+                # The log first: left behind, it would be replayed into the new file.
                 for suffix in ("-journal", "-wal", "-shm", ""):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(f"{self._path}{suffix}")
@@ -305,6 +321,8 @@ class Database:
         except BaseException:
             db.close()
             raise
+        # From here on ``_run`` waits. SQLite's own waiting would hold the connection, and all
+        # readers of this process with it.
         db.execute("PRAGMA busy_timeout=0")
 
     def _found_inode(self) -> tuple[int, int] | None:
@@ -329,6 +347,7 @@ _fork = Lock()  # one at a time
 _paused: list[Database] = []
 
 
+# Registered with ``os``, so it runs in whichever thread forks, for code of anybody.
 def _before_fork() -> None:
     _fork.acquire()
     while new := set(_databases).difference(_paused):  # a thread may have opened another meanwhile
@@ -374,6 +393,8 @@ def _connect(name: str, patience_s: float, *, uri: bool = False) -> sqlite3.Conn
     db = sqlite3.connect(
         name, timeout=patience_s, isolation_level=None, check_same_thread=False, uri=uri
     )
+    # The file may be anybody's: a row that claims gigabytes must not take the process's memory, and
+    # no view or trigger in it may run functions.
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST_VALUE)
     for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "secure_delete=ON"):
         db.execute(f"PRAGMA {pragma}")
@@ -398,6 +419,8 @@ def _in_memory(copied: Path | None) -> sqlite3.Connection:
 
 
 def _in_transaction(work: Callable[[sqlite3.Connection], Result], db: sqlite3.Connection) -> Result:
+    # A transaction that begins as a reader cannot become a writer while another one writes: SQLite
+    # refuses at once then, without waiting.
     db.execute("BEGIN IMMEDIATE")
     try:
         result = work(db)

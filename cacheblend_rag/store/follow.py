@@ -33,6 +33,8 @@ class Follower:
         self._cursor: object = None
         self._news: dict[str, Row | None] = {}  # None: it went
         self._whole = False  # the news is all that is stored
+        # Its own changes reach the store's feed too, later. What was asked before them would undo
+        # them.
         self._own: set[str] = set()  # changed by this process while the store is being asked
         self._stale, self._warned = False, False  # stale: only a listing tells what is stored
         self._thread = Thread(target=self._run, name="cacheblend-follow", daemon=True)
@@ -92,9 +94,11 @@ class Follower:
             try:
                 with self._asking:
                     self._ask()
+                    # In this thread, again and again, for as long as the store can't be asked.
                     if self._stale and self._wake is not None:
                         self._list()
                 self._wake_reader()
+            # Expected, and reported by the store itself: the next second asks again.
             except UnavailableError:
                 continue
             except Exception as error:  # one that died would leave the engine behind for good
@@ -113,7 +117,9 @@ class Follower:
             for info in changes.added:
                 if info.key not in self._own:
                     self._keep(info.key, row_of(info))
+            # Not listed here: nobody may want the news, and a listing can take seconds.
             self._stale |= changes.whole
+        # Outside of the lock: it may wait for a GPU's cache or a disk.
         for key in removed:
             self._forget(key)
 
@@ -122,6 +128,8 @@ class Follower:
             self._own.clear()
             self._stale = False
         try:
+            # What comes or goes while it is listed is told by the next changes: the cursor is older
+            # than the listing.
             listed: dict[str, Row | None] = {i.key: row_of(i) for i in self._store.scan()}
         except UnavailableError:
             self._stale = True
@@ -139,6 +147,8 @@ class Follower:
             return
         self._news.pop(key, None)  # the latest comes last
         self._news[key] = row
+        # A scheduler's side that is not asked takes no news. A listing later costs less than a
+        # queue for ever.
         if len(self._news) > _MOST_NEWS and not self._whole:
             self._news.clear()
             self._stale = True

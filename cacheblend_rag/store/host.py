@@ -28,6 +28,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, at: int = 0) -> torch.Tensor
     """
     nbytes, lead = math.prod(shape) * dtype.itemsize, at % PAGE
     raw = _raw(lead + nbytes)
+    # Memory at the same distance from a page as the bytes in the file: direct reading asks for
+    # that.
     start = (lead - raw.data_ptr()) % PAGE
     return raw[start : start + nbytes].view(dtype).view(tuple(shape))
 
@@ -36,6 +38,8 @@ def _raw(nbytes: int) -> torch.Tensor:
     """Bytes, and a page more."""
     import torch
 
+    # Asked at each allocation, and never begun here: a process that only reads a store should not
+    # take a GPU's context.
     if torch.cuda.is_initialized():
         try:
             return torch.empty(nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
@@ -48,6 +52,7 @@ def _raw(nbytes: int) -> torch.Tensor:
     with contextlib.suppress(OSError):  # this kernel has none
         memory.madvise(mmap.MADV_HUGEPAGE)
     raw = torch.frombuffer(memory, dtype=torch.uint8)
+    # Huge pages begin at their own multiples only.
     return raw[-raw.data_ptr() % _HUGE_PAGE :]
 
 

@@ -103,6 +103,7 @@ class Index(Documents):
 
     def __init__(self, folder: Path, policy: Policy | None, fill: Callable[[], object]) -> None:
         self._asked = policy
+        # Not the process's number: containers that share a folder have the same ones.
         self._rows = Rows(policy or GDSF(), secrets.randbelow(1 << 62) + 1)
         self._database = Database(folder, self._prepare, fill)
 
@@ -144,6 +145,8 @@ class Index(Documents):
         """
 
         def put(db: sqlite3.Connection) -> bool:
+            # Within the transaction: a process that forgets erases files within one as well, so
+            # either it sees this entry or we see that the file is gone.
             if gone(content.key):
                 return False
             if is_new or not self._rows.use(db, namespace, content.key):
@@ -328,6 +331,8 @@ class Index(Documents):
 
         def gone(db: sqlite3.Connection) -> set[bytes] | None:
             now, oldest = _mark_of(db), db.execute("SELECT min(id) FROM heats").fetchone()[0]
+            # Only so many of the latest are sure to be remembered. Where more than these came since
+            # the mark, and the oldest that is left came after it, some in between may be cut off.
             is_cut = (oldest or 0) > since.heat + 1 and now.heat - since.heat > FEWEST_REMEMBERED
             if now.birth != since.birth or is_cut:
                 return None
@@ -357,7 +362,9 @@ class Index(Documents):
             for statement in _SCHEMA:
                 db.execute(statement)
             db.execute("INSERT INTO state VALUES (1, ?, 0, 0)", (GDSF.name,))
+            # A cursor of an index that was made anew must not be taken for one of this index.
             db.execute(f"PRAGMA user_version = {new_birth()}")
+        # Compared as text, with all triggers and views: nothing that somebody added may run.
         elif _schema(db) != _our_schema():
             raise sqlite3.DatabaseError("the schema is not ours")
         elif db.execute(_CHECK, _LARGEST).fetchone() != (0, 1):

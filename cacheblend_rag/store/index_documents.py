@@ -21,6 +21,7 @@ class Documents:
 
         def register(db: sqlite3.Connection) -> None:
             db.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", rows)
+            # Registered: from here on it goes with its documents.
             query = "UPDATE chunks SET putter = 0 WHERE namespace = ? AND key = ?"
             db.executemany(query, [(namespace, key) for _, _, key in rows])
 
@@ -72,5 +73,6 @@ class Documents:
             return orphans
 
         dropped = self._database.write(drop, owed=unregister)
+        # Or what was deleted could still be read from free pages and from the log.
         self._database.clean()
         return dropped

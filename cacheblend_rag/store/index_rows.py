@@ -66,6 +66,8 @@ class Rows:
     def is_being_put(self, db: sqlite3.Connection, namespace: str, key: bytes) -> bool:
         query = "SELECT putter, put_at FROM chunks WHERE namespace = ? AND key = ?"
         putter, put_at = db.execute(query, (namespace, key)).fetchone() or (0, 0.0)
+        # Both directions, since clocks jump; one that jumps far only makes a chunk go or stay too
+        # early.
         return putter not in (0, self.putter) and abs(time.time() - put_at) < _PUTTING_S
 
     def use(self, db: sqlite3.Connection, namespace: str, key: bytes) -> bool:
@@ -166,6 +168,7 @@ class Rows:
     def forget(self, db: sqlite3.Connection, namespace: str, keys: Iterable[bytes]) -> None:
         for key in keys:
             where = (namespace, key)
+            # The heat is kept beyond the chunk: one that comes back ranks by all its uses.
             gone = db.execute(
                 "DELETE FROM chunks WHERE namespace = ? AND key = ? RETURNING id, heat", where
             ).fetchone()

@@ -55,6 +55,7 @@ class LearningStore(StoreAround):
             self.learnt.discard(key)
 
     def get(self, key: str) -> ChunkKV | None:
+        # Memory first: a learnt chunk that is also stored is the same KV, and nearer.
         return self._near(key) or self.store.get(key)
 
     def get_many(self, keys: Sequence[str]) -> Found:
@@ -70,6 +71,7 @@ class LearningStore(StoreAround):
         self.store.prefetch([key for key in keys if not self.learnt.in_memory(key)])
 
     def discard(self, key: str) -> None:
+        # The oldest are first, as each use moves a key to the end.
         with self._lock:
             self._used.pop(key, None)
         self.learnt.discard(key)
@@ -112,6 +114,7 @@ class LearningStore(StoreAround):
         for key in there.removed:  # whoever forgot it meant the text
             self.learnt.discard(key)
         here = self.learnt.changes(of_learnt)
+        # A text may be learnt first and ingested later: then it has not gone.
         gone = [key for key in here.removed if ask(self.store.contains, key) is not True]
         return Changes(
             (there.cursor, here.cursor),

@@ -74,11 +74,14 @@ class MemoryStore(KVStore):
             self._counts.add("corrupt")
             return NOT_FINITE
         cost = recompute_cost(len(chunk.token_ids))
+        # Copied before the lock is taken: page-locking takes milliseconds, and readers wait for the
+        # lock.
         if chunk.nbytes <= self._capacity and not self.contains(key):
             chunk = pinned(chunk)
         with self._lock:
             evicted = self._ranking.add(key, chunk.nbytes, cost, self._pins)
             if evicted is not None:
+                # Not replaced: whoever holds the first one's tensor should be the last to need two.
                 self._chunks.setdefault(key, chunk)
                 self._note(key)
                 for victim in evicted:
@@ -137,6 +140,7 @@ class MemoryStore(KVStore):
 
     def changes(self, cursor: object) -> Changes:
         with self._lock:
+            # A number of changes, so the distance to now says how many to look back.
             since = self._changes - cursor if isinstance(cursor, int) else -1
             if not 0 <= since <= len(self._changed):
                 return Changes(self._changes, whole=True)

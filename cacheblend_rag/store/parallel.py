@@ -68,11 +68,14 @@ class Readers:
         hangs.
         """
         items = list(items)
+        # Threads that hang are not given more to do: they would all hang in the end, and memory
+        # with them.
         if self.is_behind:
             return [TIMED_OUT] * len(items)
         until = time.monotonic() + seconds
         futures = [self._submit(work, item) for item in items]
         wait(futures, timeout=until - time.monotonic())
+        # One that had not begun is cancelled, and not overdue: it holds up nobody.
         timed_out = {future for future in futures if not future.done() and not future.cancel()}
         with self._lock:
             self._overdue |= timed_out
@@ -105,12 +108,14 @@ class Readers:
 
     def _submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
         with self._lock:
+            # A fork copies this object and none of its threads.
             if self._pool is None or self._pid != os.getpid():
                 self._pool = DaemonPool(self._count, "cacheblend-read")
                 self._pid = os.getpid()
                 self._under_way, self._overdue = set(), set()
             future = self._pool.submit(work, item)
             self._under_way.add(future)
+        # Outside of the lock: where the future is done already, this calls back at once.
         future.add_done_callback(self._ended)
         return future
 

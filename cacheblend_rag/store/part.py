@@ -31,6 +31,7 @@ class Heads(NamedTuple):
             return None
         if self.some == self.all:
             return chunk
+        # Copied, or a view would hold the whole chunk in memory.
         part = chunk.kv_L2NHD[:, :, :, self.first : self.first + self.some]
         return ChunkKV(chunk.token_ids, chunk.base, empty(part.shape, part.dtype).copy_(part))
 
@@ -58,6 +59,7 @@ class PartStore(StoreAround):
     @property
     def bandwidth(self) -> float | None:
         whole = self.store.bandwidth
+        # Whole chunks are read for some heads of them: so a rank's KV comes at a part of the speed.
         return None if whole is None else whole * self._heads.some / self._heads.all
 
     def put(self, key: str, chunk: ChunkKV) -> str:

@@ -112,6 +112,7 @@ class SealedSource:
         left = source.size - len(start) - length
         if not start.startswith(_MAGIC) or length > _LONGEST_HEAD or left < 0:
             raise DamagedFileError("seal")
+        # From the file's size, since the header with the sizes is sealed as well.
         pieces = -(-left // (PIECE + _OVERHEAD))
         self._left, self._piece = left, 0
         self._open = memoryview(self._read(length, "head"))

@@ -48,6 +48,7 @@ class FileSource:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise DamagedFileError("not a file")
+        # A sparse file may declare terabytes and take one block of the disk.
         if found.st_size > _LARGE and found.st_blocks * 512 * _DENSEST < found.st_size:
             raise DamagedFileError("holes")  # as long as one likes, at no cost
         self.size = found.st_size
@@ -72,10 +73,12 @@ class FileSource:
 
     def _read_quickly(self, target: memoryview) -> memoryview:
         """Read what can be read so; returns what is left of ``target``."""
+        # What is in the page cache comes from there, without asking the disk at all.
         target = self._read_at(target, len(target), os.RWF_NOWAIT)
         at = os.lseek(self._descriptor, 0, os.SEEK_CUR)
         if len(target) < _LARGE or (_address(target) - at) % PAGE:
             return target
+        # To the next page of the file, from where direct reading is possible.
         edge = -at % PAGE
         self._read(target[:edge])
         target = target[edge:]
@@ -86,6 +89,7 @@ class FileSource:
             return target
         try:
             return self._read_at(target, len(target) // PAGE * PAGE, 0)
+        # A flag of the open file, which other code may read as well.
         finally:
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags)
 
@@ -94,6 +98,8 @@ class FileSource:
         at = os.lseek(self._descriptor, 0, os.SEEK_CUR)
         while nbytes > 0:
             try:
+                # ``preadv`` does not move the file's position, so it is set behind what was read
+                # below.
                 count = os.preadv(self._descriptor, [target[: min(nbytes, _STEP)]], at, flags)
             except OSError as error:
                 if error.errno in _UNABLE:

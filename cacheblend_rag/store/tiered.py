@@ -52,6 +52,8 @@ class TieredStore(KVStore):
         if isinstance(near, ChunkKV):
             self.slow.touch(key)  # or the most wanted chunks would be the first to leave it
             return near
+        # A fast tier that could not be asked leaves the answer open only where the slow one has
+        # nothing.
         return self._load(key) or _answered(near)
 
     def get_many(self, keys: Sequence[str]) -> Found:
@@ -135,6 +137,7 @@ class TieredStore(KVStore):
         for info in self.fast.scan():
             seen.add(info.key)
             yield info
+        # A remote is asked for each chunk's head, so those that are known here are left out.
         yield from self.slow.scan_others(seen)
 
     def changes(self, cursor: object) -> Changes:
@@ -200,6 +203,7 @@ class TieredStore(KVStore):
         return load.chunk
 
     def _fetch(self, key: str) -> None:
+        # It may have come meanwhile, by a request or an earlier prefetch.
         if ask(self.fast.contains, key) is not True:
             ask(self._load, key)
 

@@ -48,18 +48,23 @@ class Guard:
             raise PausedError("this store was closed")
         if self.is_paused:
             raise PausedError("the last calls failed")
+        # In a thread, because clients' timeouts are for one packet: a server that sends a byte now
+        # and then would hold up its caller for ever.
         future = self._pool.submit(work)
         try:
             result = future.result(self._timeout_s)
         except FutureTimeoutError as error:
             future.cancel()
+            # Or the thread would hang on, and after some such calls all threads would.
             self._backend.abort()
             self._count_failure()
             raise BackendError(f"no answer within {self._timeout_s:g} s") from error
         except BackendError as error:
+            # A refusal is an answer: the other side is there, and calls for other keys go on.
             if not isinstance(error, AnswerError):
                 self._count_failure()
             raise
+        # One answer is enough, whatever failed before.
         self._in_a_row = 0
         return result
 

@@ -72,7 +72,7 @@ def open_bucket(url: str, timeout_s: float, options: Mapping[str, str]) -> Objec
 
 
 class _Listed(NamedTuple):
-    """The cursor of a feed: when it was listed, and what it message of the last moments."""
+    """The cursor of a feed: when it was listed, and what it told of the last moments."""
 
     at: float
     names: frozenset[str]
@@ -100,6 +100,7 @@ class ObjectBackend(Backend):
     def get(self, name: str, limit: int) -> bytes | None:
         with self._failing():
             try:
+                # Its size comes with the answer's head, before any of the value is read.
                 found = self._obstore.get(self._bucket, name)
                 size = found.meta["size"]
                 if size > limit:
@@ -132,6 +133,7 @@ class ObjectBackend(Backend):
         begins a little before the last one, since clocks of machines differ.
         """
         now = time.time()
+        # Half of what is remembered, so that nothing is cut off between two calls.
         fresh = isinstance(cursor, _Listed) and now - cursor.at < _REMEMBERED_S / 2
         before = cursor if fresh and isinstance(cursor, _Listed) else None
         events = list(self._events(feed, 0.0 if before is None else before.at - _SKEW_S))
@@ -139,6 +141,7 @@ class ObjectBackend(Backend):
         entries = [
             (match[2], match[1] == "put") for name in new if (match := _EVENT.fullmatch(name))
         ]
+        # The next listing begins before this one's end, so these come again and are left out then.
         recent = frozenset(name for name in events if name >= _stamp(now - _SKEW_S))
         return News(_Listed(now, recent), entries, whole=before is None)
 
@@ -154,8 +157,11 @@ class ObjectBackend(Backend):
         if not feed:
             return
         now, key = time.time(), name.rpartition("/")[2]
+        # Object storage has no feed and sorts names. So an event is an empty object whose name
+        # begins with its time, and a number at random for those of one millisecond.
         event = f"{feed}/{_stamp(now)}-{secrets.token_hex(4)}-{what}-{key}"
         self._obstore.put(self._bucket, event, b"", use_multipart=False)
+        # Whoever writes also tidies up, now and then: nobody else is sure to be there.
         if next(self._numbers) % _PRUNE_EVERY == 0:
             old = itertools.takewhile(
                 lambda name: name < _stamp(now - _REMEMBERED_S), self._events(feed, 0.0)

@@ -41,6 +41,7 @@ class RedisBackend(Backend):
                 socket_timeout=seconds,
                 socket_connect_timeout=seconds,
                 retry=Retry(backoff, retries),
+                # What old servers and proxies of Redis speak as well.
                 protocol=2,
             )
 
@@ -54,6 +55,8 @@ class RedisBackend(Backend):
 
     def get(self, name: str, limit: int) -> bytes | None:
         with self._failing():
+            # Asked first: a value of gigabytes that somebody put there must not be fetched to find
+            # out.
             size = int(self._client.strlen(name))
             if size == 0:
                 return None
@@ -81,6 +84,8 @@ class RedisBackend(Backend):
         """``feed`` is a stream of bounded length, the cursor its last entry. Where that is gone, so
         may be others: the stream was cut, or evicted and begun again.
         """
+        # From the last entry on, itself included: whether that is still there shows that nothing
+        # was cut off.
         since = cursor if isinstance(cursor, bytes) else b"-"
         with self._failing():
             found: Any = self._client.xrange(feed, min=since)
@@ -106,6 +111,7 @@ class RedisBackend(Backend):
         while True:
             with self._failing():
                 cursor, found = self._client.scan(cursor, match=f"{prefix}*", count=_PAGE)
+                # Sizes of a page in one round trip.
                 names = [_as_text(name) for name in found]
                 with self._client.pipeline(transaction=False) as pipeline:
                     for name in names:
@@ -132,6 +138,8 @@ class RedisBackend(Backend):
 
     def abort(self) -> None:
         with contextlib.suppress(*self._errors):
+            # Connections of calls that hang: their threads get an error now, and new calls a new
+            # connection.
             self._client.connection_pool.disconnect(inuse_connections=True)
 
     def close(self) -> None:

@@ -111,6 +111,8 @@ class RemoteStore(KVStore):
             self._counts.add("corrupt")
             return NOT_FINITE
         try:
+            # Names are hashes of the content: what is there is the same chunk, and need not be sent
+            # again.
             if not self._asked(lambda: self._backend.exists(name)):
                 value = b"".join(encode(key, chunk, self._encoding))
                 self._asked(lambda: self._backend.put(name, value, self._feed))
@@ -139,6 +141,7 @@ class RemoteStore(KVStore):
 
     def changes(self, cursor: object) -> Changes:
         news = self._asked(lambda: self._backend.news(self._feed, cursor))
+        # The latest of each: a chunk that came, went and came again has come.
         last = {key: is_there for key, is_there in news.entries if is_key(key)}
         removed = [key for key, is_there in last.items() if not is_there]
         there = (
@@ -175,6 +178,7 @@ class RemoteStore(KVStore):
             return None
 
     def _pages(self) -> Iterator[list[tuple[str, int]]]:
+        # Page by page, each with its own deadline: a store of any size can be listed.
         pages = self._backend.pages(self._prefix)
         while (page := self._asked(lambda: next(pages, None))) is not None:
             yield page
@@ -189,6 +193,7 @@ class RemoteStore(KVStore):
         try:
             return decode_info(BytesSource(head.data, head.size), key, self._encoding.cipher)
         except DamagedFileError:
+            # All of it was read, so it is damaged, and not only longer than what was asked for.
             if len(head.data) >= head.size:
                 return None
         chunk = self._get(key, head.name)  # its head is longer than what was read
