@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cacheblend_rag import locate as locate_module
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.locate import MAX_ANCHORS, ChunkIndex, Match
+from cacheblend_rag.locate import ChunkIndex, Match, parts, wholes
+from cacheblend_rag.locate import hashes as hashes_module
+from cacheblend_rag.locate import index as index_module
+from cacheblend_rag.locate.parts import MAX_ANCHORS
 
 Chunks = dict[str, list[int]]
 Span = tuple[int, int, str, int]  # start, end, key, offset
@@ -381,8 +383,8 @@ class Work:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.diagonals = self.tokens = self.places = self.spans = 0
-        equal_spans, resolve_overlaps = locate_module._equal_spans, locate_module._resolve_overlaps
-        widened = locate_module._widened
+        equal_spans, resolve_overlaps = parts._equal_spans, index_module.resolve_overlaps
+        widened = wholes._widened
 
         def counted_equal_spans(view: Any, prompt: Any, overlaps: Any) -> Any:
             self.diagonals += len(overlaps.rows_D)
@@ -397,9 +399,9 @@ class Work:
             self.spans += len(spans.starts_S)
             return resolve_overlaps(view, prompt, spans, min_tokens)
 
-        monkeypatch.setattr(locate_module, "_equal_spans", counted_equal_spans)
-        monkeypatch.setattr(locate_module, "_widened", counted_widened)
-        monkeypatch.setattr(locate_module, "_resolve_overlaps", counted_resolve)
+        monkeypatch.setattr(parts, "_equal_spans", counted_equal_spans)
+        monkeypatch.setattr(wholes, "_widened", counted_widened)
+        monkeypatch.setattr(index_module, "resolve_overlaps", counted_resolve)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -492,7 +494,7 @@ def test_a_key_added_while_its_batch_is_read(chunks: Chunks) -> None:
 
 
 def test_bulk_larger_than_a_batch(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate_module, "_BATCH_TOKENS", 1000)
+    monkeypatch.setattr(index_module, "_BATCH_TOKENS", 1000)
     chunks = {str(i): random_ids(rng, 100) for i in range(300)}
     index = index_of(chunks)
     assert len(index) == 300
@@ -605,7 +607,7 @@ def random_prompt(rng: random.Random, chunks: Chunks) -> tuple[list[int], list[S
 def all_followed() -> Iterator[None]:
     """No limit to the anchors that are followed, as the slow twin has none."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(locate_module, "MAX_ANCHORS", 1_000_000)
+        patch.setattr(parts, "MAX_ANCHORS", 1_000_000)
         yield
 
 
@@ -669,13 +671,14 @@ def test_promised_spans_are_all_spans(all_followed: None, data: st.DataObject) -
 def test_equal_ids_decide_where_hashes_collide(
     rng: random.Random, monkeypatch: pytest.MonkeyPatch, all_followed: None, bits: int
 ) -> None:
-    strong = locate_module._hash_levels
+    strong = hashes_module.hash_levels
     low_bits = np.uint64((1 << 64 - bits) - 1)
 
     def weak(ids: Any, longest: int) -> Any:
         return [hashes & ~low_bits for hashes in strong(ids, longest)]
 
-    monkeypatch.setattr(locate_module, "_hash_levels", weak)
+    for module in (hashes_module, index_module):  # of chunks, and of prompts
+        monkeypatch.setattr(module, "hash_levels", weak)
     chunks = {str(i): random_ids(rng, rng.randrange(32, 120)) for i in range(12)}
     prompt, _ = random_prompt(rng, chunks)
     matches = index_of(chunks).locate(prompt)
