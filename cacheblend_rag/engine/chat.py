@@ -41,6 +41,8 @@ class VllmChat(ChatRenderer):
             self._rendered([{"role": "user", "content": "Hello"}], self._params({}))
         except compat.no_chat_template():
             return False
+        # Templates raise anything, and only whether there is one is asked here. The same error
+        # comes again, and is raised, with the first messages that are rendered.
         except Exception:  # there is one, which takes no message of a user alone
             return True
         return True

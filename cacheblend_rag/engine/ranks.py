@@ -59,6 +59,7 @@ class Ranks:
             result = work()
         except (PeerError, RefusedError):
             raise
+        # Whatever it was, the others are told before it goes on, or they would wait for this rank.
         except Exception:
             self.agree(failed=True)
             raise

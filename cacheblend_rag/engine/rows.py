@@ -222,6 +222,8 @@ class StepRows:
             return
         except RefusedError as refusal:
             why_not = refusal.why
+        # Memory that ran out, a store's fault, a kernel's, one of ours: a request is answered
+        # exactly whatever it was. The log has the cause, and the report says so.
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
             behind = f" behind {task.write_from} cached tokens" if task.write_from else ""
@@ -236,6 +238,7 @@ class StepRows:
         self._blends[task.request_id] = blend
         try:
             prefill(self._cache, task, self._most_rows)
+        # Not even that: ``_lose`` logs and reports it.
         except Exception as error:
             self._lose(blend, f"{_messages(error)} (before that: {why_not.detail})")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.base import TICKET, as_result
+from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import Row, chunks_of
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
@@ -17,6 +19,7 @@ from cacheblend_rag.store.learnt import LearningStore
 from cacheblend_rag.store.registry import DocumentRegistry
 
 Work = Callable[[], Any]
+logger = logging.getLogger("vllm.cacheblend_rag")
 _MOST_RESULTS = 10_000  # that wait to be taken
 
 
@@ -51,7 +54,9 @@ def _reported(work: Work) -> Any:
     """The result of ``work``, or its error as one: raised in a worker, it would arrive nameless."""
     try:
         return work()
-    except Exception as error:
+    except Exception as error:  # whatever it is, the caller raises it
+        if not isinstance(error, CacheBlendError):
+            logger.exception("the store failed")
         return as_result(error, "the store failed")
 
 

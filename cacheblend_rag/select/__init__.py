@@ -54,6 +54,7 @@ def selectors() -> Mapping[str, type[Selector]]:
     for point in entry_points(group=GROUP):
         try:
             kind = point.load()
+        # An import runs another package's code, which may raise anything.
         except Exception as error:
             raise ConfigError(f"the selector {point.value} can't be imported: {error}") from error
         if not (isinstance(kind, type) and issubclass(kind, Selector)) or kind.name != point.name:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 from cacheblend_rag.errors import (
     CacheBlendError,
@@ -16,6 +19,8 @@ from cacheblend_rag.errors import (
     PromptTooLongError,
     StoreError,
 )
+
+logger = logging.getLogger("vllm.cacheblend_rag")
 
 _TYPES = {
     400: "BadRequestError",
@@ -84,6 +89,16 @@ def as_http(error: Exception) -> HttpError:
     if isinstance(error, EngineError):
         return HttpError(500, str(error), code="engine_failed")
     return HttpError(500, f"the server failed: {type(error).__name__}; its log has the cause")
+
+
+def answer(error: Exception) -> JSONResponse:
+    """The answer to a request that failed with ``error``, which is logged where it is no fault of
+    the client's.
+    """
+    known = as_http(error)
+    if known.status == 500:
+        logger.error("a request failed", exc_info=error)
+    return JSONResponse(known.body(), known.status, known.headers())
 
 
 def _code(error: ConfigError | PromptError) -> str:

@@ -50,7 +50,6 @@ class CacheBlendEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """The engine runs."""
-        state.cacheblend_logger = logger
         try:
             state.cacheblend = self._service = await self._made(engine_client, args)
         except CacheBlendError as error:

@@ -14,7 +14,7 @@ from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.options import TOOL_OPTIONS, ToolOptions
 from cacheblend_rag.server import bodies
 from cacheblend_rag.server.bodies import Page
-from cacheblend_rag.server.errors import HttpError, as_http, not_found
+from cacheblend_rag.server.errors import HttpError, answer, not_found
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import Job, shown
 from cacheblend_rag.server.service import Absent, Service
@@ -73,10 +73,10 @@ def _endpoint(method: str, path: str) -> Callable[[Handler], Handler]:
                 service = request.app.state.cacheblend
                 if isinstance(service, Absent):
                     raise HttpError(503, str(service.error), code="not_available")
-                answer = await handler(ServerRequest(request, service))
-            except Exception as error:
-                return _refused(request, error)
-            status, body = answer if isinstance(answer, tuple) else (200, answer)
+                found = await handler(ServerRequest(request, service))
+            except Exception as error:  # whatever it is, the client is told, and the log has it
+                return answer(error)
+            status, body = found if isinstance(found, tuple) else (200, found)
             return JSONResponse(body, status)
 
         del serve.__wrapped__  # FastAPI would read its signature
@@ -87,13 +87,6 @@ def _endpoint(method: str, path: str) -> Callable[[Handler], Handler]:
         return handler
 
     return add
-
-
-def _refused(request: Request, error: Exception) -> Response:
-    known = as_http(error)
-    if known.status == 500:
-        request.app.state.cacheblend_logger.error("a request failed", exc_info=error)
-    return JSONResponse(known.body(), known.status, known.headers())
 
 
 def add_to(app: FastAPI) -> None:
@@ -107,7 +100,7 @@ def add_to(app: FastAPI) -> None:
 
 
 async def _nothing(request: Request) -> Response:
-    return _refused(request, not_found("endpoint", f"{request.method} {request.url.path}"))
+    return answer(not_found("endpoint", f"{request.method} {request.url.path}"))
 
 
 # ---- state -------------------------------------------------------------------------------------

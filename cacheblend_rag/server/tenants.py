@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.plan import PARAMS_KEY
 from cacheblend_rag.salts import tenant_salt
 from cacheblend_rag.server.bodies import parsed
-from cacheblend_rag.server.errors import HttpError, as_http
+from cacheblend_rag.server.errors import HttpError, answer
 from cacheblend_rag.server.page import PAGE
 
 PREFIX = "/v1/cacheblend"
@@ -118,10 +117,8 @@ class TenantMiddleware:
             return await send({"type": "websocket.close", "code": 1008})
         try:
             receive = await self._entered(scope, receive)
-        except Exception as error:
-            known = as_http(error)
-            answer = JSONResponse(known.body(), known.status, known.headers())
-            return await answer(scope, receive, send)
+        except Exception as error:  # whatever it is, the client is told, and the log has it
+            return await answer(error)(scope, receive, send)
         return await self._app(scope, receive, send)
 
     async def _entered(self, scope: Scope, receive: Receive) -> Receive:

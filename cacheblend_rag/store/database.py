@@ -102,6 +102,8 @@ class Database:
         with self._lock:
             try:
                 self._take(_Rung.FOUND)
+            # Whatever opening raises says that this file is of no use now: there is always a next
+            # best database, which warns, or says that it was rebuilt.
             except Exception as error:
                 self._step_down(error)
 
@@ -235,6 +237,8 @@ class Database:
         # Whatever it is, it came of this file: sqlite3's errors, and Python's own over values of
         # unexpected types or encodings in it. The next best database is taken, which warns or says
         # that it was rebuilt.
+        # As when it is opened first. Where it is still refused, the copy in memory goes on to
+        # serve.
         except Exception as error:
             if left is not None and _is_refusal(error):
                 self._rung = left
@@ -256,6 +260,8 @@ class Database:
             self._rung = _below(self._rung, error)
             try:
                 self._take(self._rung)
+            # The next one down. The empty one in memory raises nothing but what no database could
+            # help.
             except Exception as worse:
                 error = worse
                 continue

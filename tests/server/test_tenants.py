@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def keys(tmp_path: Path) -> KeyFile:
 async def ensure(namespace: str) -> str:
     if namespace == "two":
         raise EngineDeadError("the engine has died")
+    if namespace == "three":
+        raise RuntimeError("a fault of ours")
     return f"secret-{namespace}"
 
 
@@ -75,6 +78,15 @@ async def test_an_answer_is_asked_in_the_tenants_space(asked: Any, path: str) ->
         "kv_transfer_params": {"x": 1, "cacheblend": ours},
         "cache_salt": salt("secret-one", None),
     }
+
+
+async def test_what_an_answer_says_is_in_the_log_is_there(
+    asked: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM turns it off
+    answer = await asked.post(ANSWERS[0], json={"model": "m"}, headers=bearer("sk-three"))
+    assert answer.status_code == 500 and "its log has the cause" in answer.text
+    assert "a fault of ours" in caplog.text
 
 
 def test_salts_are_apart() -> None:
