@@ -58,20 +58,26 @@ class Tested(NamedTuple):
     error: str
 
 
-def architecture_of(family: str) -> str:
-    """What the configuration of a tiny model names."""
+def architecture_of(family: str, *, takes_images: bool) -> str:
+    """What the configuration of a tiny model names. A family may have a model that takes images and
+    one that does not.
+    """
     if family in RENAMED:
         return RENAMED[family].architecture
-    if family in SEEING or family in TEXT_OF:
+    if takes_images:
         return str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family])
     kind = {**FAMILIES, **MORE_FAMILIES}[family][0]
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
 
 
-def families() -> dict[str, str]:
-    """All families that the tests blend, and their architectures."""
-    names = [*FAMILIES, *MORE_FAMILIES, *SEEING, *TEXT_OF, *RENAMED]
-    return {family: architecture_of(family) for family in names}
+def families() -> list[tuple[str, str]]:
+    """Architecture and family of all models that the tests blend."""
+    of_text, of_images = [*FAMILIES, *MORE_FAMILIES, *RENAMED], [*SEEING, *TEXT_OF]
+    return sorted(
+        (architecture_of(family, takes_images=sees), family)
+        for sees, names in ((False, of_text), (True, of_images))
+        for family in names
+    )
 
 
 def ran(path: Path) -> Iterator[Tested]:
@@ -80,9 +86,10 @@ def ran(path: Path) -> Iterator[Tested]:
         found = _CASE.fullmatch(case.get("name", ""))
         if found is None or case.find("failure") is not None or case.find("error") is not None:
             continue
-        family = found[2]
+        family, takes_images = found[2], found[1] == "text_blends"
         errors = [p.get("value", "") for p in case.iter("property") if p.get("name") == "ratio 1"]
-        yield Tested(architecture_of(family), family, errors[0])
+        architecture = architecture_of(family, takes_images=takes_images)
+        yield Tested(architecture, family, errors[0])
 
 
 def recipes() -> list[Recipe]:
@@ -119,7 +126,7 @@ def page(tested: Sequence[Tested]) -> Iterator[str]:
     yield "blends if moved keys, our attention and ratio 1 are right on this machine. Multi-head"
     yield "latent attention (MLA) is blended by the CPU engine only.\n"
     yield "| architecture | tested as | ratio 1 |\n| --- | --- | --- |"
-    for one in sorted(tested):
+    for one in sorted(set(tested)):
         yield f"| {one.architecture} | {one.family} | {one.error} |"
     yield "\n## vLLM's recipes\n"
     yield "The text models of vLLM's recipes by architecture (`scripts/recipes.tsv`).\n"

@@ -26,8 +26,9 @@ def script() -> ModuleType:
 
 
 def test_every_family_is_on_the_page_and_no_other(script: ModuleType) -> None:
-    rows = {family: architecture for architecture, family, _ in _ROW.findall(PAGE)}
+    rows = [(architecture, family) for architecture, family, _ in _ROW.findall(PAGE)]
     assert rows == script.families(), "run the two commands at the top of scripts/models.py"
+    assert len(set(rows)) == len(rows), "a model is on the page twice"
 
 
 def test_errors_are_small() -> None:
