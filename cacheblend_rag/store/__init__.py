@@ -82,6 +82,7 @@ def open_store(
         return MemoryStore(capacity, policy=policy, heads=heads)
     namespace = of_tenant(namespace, tenant)
     slow = _slow_tiers(parsed, namespace, policy, may_wait=heads is None)
+    # Outside of the memory tier, which then keeps this rank's heads only.
     if heads is not None:
         slow = PartStore(slow, heads)
     if "memory" not in parsed.sizes:
@@ -118,6 +119,7 @@ def _slow_tiers(
     remote: KVStore = open_remote(
         parsed.path, namespace=namespace, encoding=encoding, timeout_s=timeout_s, options=options
     )
+    # Ranks of one model read what the leading one wrote, at once: nothing may wait in its memory.
     if is_written_later and may_wait:
         remote = WriteBackStore(remote)
     return TieredStore(disk, remote) if disk else remote

@@ -152,6 +152,7 @@ class KVStore(ABC):
 
     def get_many(self, keys: Sequence[str]) -> Found:
         """``get`` of each key, in order; at once where waiting for one need not hold up others."""
+        # One that cannot be asked for does not keep the others from being found.
         return Found.of(keys, [ask(self.get, key) for key in keys])
 
     def get_in_time(self, keys: Sequence[str], within_s: float) -> Found:

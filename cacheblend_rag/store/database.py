@@ -161,6 +161,8 @@ class Database:
         """Close the file once no thread uses it, and let none begin; the next use after ``resume``
         opens it again.
         """
+        # Bounded: a thread may hang in a disk that hangs, and a fork must not wait for that. The
+        # child is then told that it can't use this file.
         self._is_paused = self._lock.acquire(timeout=TIMEOUT_S)
         if self._is_paused and self._inode is not None and self._db is not None:
             self._db.close()
@@ -171,6 +173,7 @@ class Database:
         if self._is_paused:
             self._is_paused = False
             self._lock.release()
+        # The lock was copied as it was held, by a thread that the child does not have.
         elif in_child:  # the thread that hangs in it is not here
             self._lock = RLock()
             _open_at_fork[self._path] = self._db  # kept: closing it might wait for that thread

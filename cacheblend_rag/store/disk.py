@@ -19,7 +19,7 @@ import stat
 import time
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -32,15 +32,14 @@ from cacheblend_rag.store.base import (
     ChunkInfo,
     ChunkKV,
     Found,
-    KVStore,
     StoreStats,
     ask,
     check_key,
-    document_id,
 )
 from cacheblend_rag.store.catalog import Catalog, opened
 from cacheblend_rag.store.chunk_file import Encoding, decode, encode, possible_sizes
 from cacheblend_rag.store.counts import EventCounts, found_within
+from cacheblend_rag.store.disk_documents import DiskDocuments
 from cacheblend_rag.store.evict import Policy, recompute_cost
 from cacheblend_rag.store.files import (
     allow,
@@ -64,7 +63,7 @@ _TRIES = 3
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-class DiskStore(KVStore):
+class DiskStore(DiskDocuments):
     """One file per chunk below ``folder``, safetensors unless encrypted.
 
     Several stores, also of several processes, may share a folder. Where a file stands that has the
@@ -102,6 +101,8 @@ class DiskStore(KVStore):
         self.namespace = namespace + encoding.folder_suffix
         self._limits = Limits(capacity_bytes, quota_bytes)
         self._pins: Counter[bytes] = Counter()
+        # Pins are of this object only, not in the index: a process that dies would leave them there
+        # for ever.
         self._pins_lock, self._setting_aside = Lock(), Lock()
         self._counts, self._readers = EventCounts("disk"), Readers(_READERS)
         with explained(folder):
@@ -110,13 +111,17 @@ class DiskStore(KVStore):
             allow(folder / VERSION, folder)
             is_writable = _is_writable(self._folder, home)
             self._catalog = Catalog(folder, self.namespace, encoding, policy)
+            # Of all namespaces, since their chunks count in the folder's capacity as well.
             self.recovery = self._catalog.recover()
+            # A folder that can only be read, as in an image, is also opened above its capacity.
             if is_writable:
                 self._counts.add("evictions", self._catalog.trim(self._limits)[self.namespace])
 
     def contains(self, key: str) -> bool:
         path = self._path(key)
         try:
+            # By the file, not the index: one call, which waits for no other process and is right
+            # after damage.
             return stat.S_ISREG(os.stat(path).st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -143,6 +148,8 @@ class DiskStore(KVStore):
             return NOT_FINITE
         with explained(self._folder):
             for _ in range(_TRIES):
+                # A file of the right size is trusted here: to read gigabytes at each ingestion that
+                # is repeated would cost more than to find a damaged one when it is read.
                 kept = self._kept_bytes(path, sizes)
                 if kept is None and not self._has_room(key, chunk, max(sizes)):
                     return NO_ROOM
@@ -158,6 +165,8 @@ class DiskStore(KVStore):
     def discard(self, key: str) -> None:
         path = self._path(key)
         with explained(self._folder):
+            # The file goes first. An entry without a file is dropped when it is met; a file without
+            # an entry would be adopted at the next opening, and forgotten text would be back.
             self._catalog.erase(path.stem)
             self._catalog.note_soon(key)
 
@@ -175,36 +184,6 @@ class DiskStore(KVStore):
         finally:
             with self._pins_lock:
                 self._pins -= Counter(raw)  # drops what reaches zero
-
-    @property
-    def keeps_documents(self) -> bool:
-        return True
-
-    def register(self, document: str, keys: Iterable[str]) -> None:
-        with explained(self._folder):
-            raw = [bytes.fromhex(key) for key in keys]
-            self._catalog.index.register(self.namespace, bytes.fromhex(document_id(document)), raw)
-
-    def documents(self) -> set[str]:
-        with explained(self._folder):
-            return {document.hex() for document in self._catalog.index.documents(self.namespace)}
-
-    def document_keys(self, document: str) -> list[str]:
-        with explained(self._folder):
-            raw = bytes.fromhex(document_id(document))
-            return [key.hex() for key in self._catalog.index.document_keys(self.namespace, raw)]
-
-    def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
-    ) -> list[str]:
-        with explained(self._folder):
-            raw = [bytes.fromhex(document) for document in documents]
-            keys = None if only is None else {bytes.fromhex(key) for key in only}
-            return [key.hex() for key in self._catalog.index.unregister(self.namespace, raw, keys)]
-
-    def drop(self, documents: Iterable[str]) -> list[str]:
-        with explained(self._folder):
-            return self._catalog.drop([bytes.fromhex(document) for document in documents])
 
     def scan(self) -> Iterator[ChunkInfo]:
         for _, info in self.scan_after(0):
@@ -245,6 +224,7 @@ class DiskStore(KVStore):
             path = self._path(key)
             try:
                 data = path.read_bytes()
+                # Checked on the way out, or an archive would carry damage to another machine.
                 decode(BytesSource(data), key, self._encoding.cipher)
             except (OSError, DamagedFileError):
                 continue  # gone or damaged: ``verify`` tells and sets aside
@@ -254,6 +234,8 @@ class DiskStore(KVStore):
         """Keep a chunk given as its file; False where that is not intact, or there is no room."""
         path = self._path(key)
         try:
+            # What an archive holds is from elsewhere: it passes every check before it gets a name
+            # here.
             chunk = decode(BytesSource(data), key, self._encoding.cipher)
         except DamagedFileError:
             return False
@@ -388,6 +370,7 @@ def _is_damaged(path: Path) -> bool:
 
 
 def _mark_used(file: int | Path) -> None:
+    # The file's own time, so that an index that is made anew knows which chunks were used last.
     now = time.time_ns()  # the kernel's own stamp is too coarse to order two uses
     with contextlib.suppress(OSError):  # gone, or another user's: it keeps its place
         os.utime(file, ns=(now, now))

@@ -85,7 +85,11 @@ def atomic_file(path: Path) -> Iterator[int]:
         allow(descriptor, path.parent)
         with contextlib.suppress(OSError):  # no locks on this filesystem: age decides there
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Locked for as long as the writer lives: the kernel lets go of a lock with the process,
+        # whatever ends it, so others can tell an unfinished file from an abandoned one.
         yield descriptor
+        # Content before name, name before folder: after a power cut the name stands for all of it
+        # or nothing.
         os.fsync(descriptor)
         os.replace(temporary, path)
     finally:
@@ -155,11 +159,14 @@ def remove_abandoned(folder: str | Path) -> int:
 def is_abandoned(path: str) -> bool:
     """Whether the writer of this temporary is dead."""
     try:
+        # A named pipe in its place must not hang us.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False  # finished meanwhile, or not ours to judge
     try:
         found = os.fstat(descriptor)
+        # In both directions of a clock that jumps: a file from the future is not old, and stays a
+        # while.
         age = time.time() - found.st_mtime
         is_old = stat.S_ISREG(found.st_mode) and age > _GRACE_SECONDS
         return is_old and _is_unlocked(descriptor, age)

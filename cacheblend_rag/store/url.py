@@ -71,6 +71,8 @@ def parse_url(url: str) -> StoreURL:
             raise StoreError(f"{name} is {' or '.join(known)}, not {options[name]!r}.")
     if "timeout" in options:
         parse_seconds(options["timeout"])
+    # What a remote holds is not ours to limit, and an option without effect is a mistake of the
+    # user's.
     if {"capacity", "quota"} & sizes.keys() and scheme in _REMOTES and "disk" not in options:
         raise StoreError(f"capacity and quota are of the disk tier: give {scheme}:// also disk=...")
     if scheme in _REMOTES:

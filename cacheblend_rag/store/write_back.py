@@ -48,6 +48,8 @@ class WriteBackStore(StoreAround):
         if not chunk.is_finite:
             return self.store.put(key, chunk)  # which does not keep it, and counts it
         with self._lock:
+            # Where the remote is slower than ingestion, ``put`` slows down with it instead of
+            # filling memory.
             waiting = sum(other.nbytes for other in self._waiting.values())
             has_room = waiting + chunk.nbytes <= self._most
             if has_room:

@@ -78,6 +78,8 @@ class Ranking:
         self._tick += 1
         self._age += age_step(len(self._members))
         heat = warmed(self._heats.pop(key, None), self._age)
+        # Taken out and put in again: a dictionary keeps the order of insertion, which is that of
+        # uses.
         self._heats[key] = heat  # now the most recent
         if len(self._heats) > _REMEMBERED * len(self._members) + _FEWEST_REMEMBERED:
             self._forget()
@@ -94,11 +96,14 @@ class Ranking:
         passed: list[tuple[float, str]] = []  # pinned, to be put back
         while missing > 0 and self._heap:
             rank, key = heapq.heappop(self._heap)
+            # Outdated: its chunk left, or was used since and has a later pair.
             if key not in self._members or self._members[key].priority != rank:
                 continue
             if key in pinned:
                 passed.append((rank, key))
                 continue
+            # Before the policy is asked, so that what was taken off the heap is put back where it
+            # refuses.
             victims.append((rank, key))
             if self._policy.refuses and rank > priority:
                 break
