@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from cacheblend_rag.store.url import parse_size, parse_url
 
 WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 _OURS_ALONE = ("--kv-transfer-config", "--worker-extension-cls")
+_TEMPLATE, _ARGUMENTS = "--chat-template", "--default-chat-template-kwargs"  # vLLM's
 _SERVER = ("state", "tenants", "tenant_header", "max_body", "max_queued_tokens", "page")
 _EPILOG = (
     "Every other option is one of vLLM's: cacheblend serve --help=vllm lists its groups, "
@@ -103,15 +105,20 @@ def plain(args: argparse.Namespace, theirs: Sequence[str]) -> Command:
         *(["--served-model-name", "smollm2-135m-instruct"] if _unnamed(embedded, rest) else []),
         *([] if len(options) < len(rest) else ["--enable-prompt-tokens-details"]),
         *_on_a_cpu(rest),
+        *_arguments(args, rest),
         *("--worker-extension-cls", WORKER),
-        *("--kv-transfer-config", json.dumps(connector(args))),
+        *("--kv-transfer-config", json.dumps(connector(args, rest))),
     ]
     environment = {"VLLM_PLUGINS": allowed_plugins(), **_environment(embedded)}
     return Command(arguments, environment)
 
 
-def connector(args: argparse.Namespace) -> dict[str, Any]:
+def connector(args: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, Any]:
     """vLLM's ``kv_transfer_config``, our options in it.
+
+    Args:
+        args: our own options.
+        rest: vLLM's. What they say of chat prompts holds for the prefix of chunks too.
 
     Raises:
         ConfigError: one is refused.
@@ -121,8 +128,16 @@ def connector(args: argparse.Namespace) -> dict[str, Any]:
     if "store" in ours and parse_url(ours["store"]).scheme == "file" and "://" not in ours["store"]:
         path, *options = ours["store"].split("?", 1)
         ours["store"] = "?".join([os.path.abspath(os.path.expanduser(path)), *options])
+    if "chat_template_kwargs" not in ours and (theirs := _value(rest, _ARGUMENTS)):
+        try:
+            ours["chat_template_kwargs"] = _table(theirs)
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"{_ARGUMENTS}: {error}") from error
     BlendConfig(**ours)
     server = {name: given[name] for name in _SERVER if name in given}
+    if template := _value(rest, _TEMPLATE):
+        path = os.path.abspath(os.path.expanduser(template))
+        server["chat_template"] = path if os.path.exists(path) else template
     for name in ("state", "tenants"):
         if name in server:
             server[name] = os.path.abspath(os.path.expanduser(server[name]))
@@ -133,6 +148,27 @@ def connector(args: argparse.Namespace) -> dict[str, Any]:
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": extra,
     }
+
+
+def _arguments(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """Arguments of the chat template, for vLLM's own endpoints."""
+    if args.chat_template_kwargs is None:
+        return []
+    if any(word.replace("_", "-").startswith(_ARGUMENTS) for word in rest):
+        raise ConfigError(
+            f"--chat-template-kwargs and {_ARGUMENTS} are the same here; give one of them"
+        )
+    return [_ARGUMENTS, json.dumps(args.chat_template_kwargs)]
+
+
+def _value(words: Sequence[str], option: str) -> str | None:
+    """What vLLM's option is set to among ``words``; None: nothing."""
+    found = None
+    for word, following in itertools.zip_longest(words, words[1:]):
+        name, has_value, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            found = value if has_value else following
+    return found
 
 
 def _means(option: str, ours: str) -> bool:

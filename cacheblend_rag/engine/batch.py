@@ -76,7 +76,7 @@ class BatchEngine(Engine):
         config = self._llm.llm_engine.vllm_config
         skip = config.model_config.skip_tokenizer_init
         self.tokenizer = None if skip else self._llm.get_tokenizer()
-        self.chat = VllmChat(self._llm.llm_engine.renderer, prepared.parsers)
+        self.chat = VllmChat(self._llm.llm_engine.renderer, prepared.parsers, prepared.template)
         self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
 
     def rpc(self, method: str, *args: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.link import Link
-from cacheblend_rag.engine.start import WORKER, EngineSetup, make_info
+from cacheblend_rag.engine.start import WORKER, EngineSetup, chat_template, make_info
 from cacheblend_rag.engine.worker import WorkerExtension
 from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.keys import KeySpace
@@ -31,7 +31,7 @@ from cacheblend_rag.plan import PromptPrefix
 from cacheblend_rag.planner import Learning, Limits, Message, Space
 from cacheblend_rag.prefix import ingest_prefix, prompt_prefix_ids
 from cacheblend_rag.reason import Reason, Why
-from cacheblend_rag.server.options import SERVER
+from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.store import open_store
 from cacheblend_rag.store.follow import Follower
 from cacheblend_rag.store.url import parse_size, parse_url
@@ -103,7 +103,8 @@ def bind(
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
         ours = {name: value for name, value in given.items() if name != SERVER}
         config = BlendConfig.of(ours, "kv_connector_extra_config")
-        return _bind(_Worker(connector, runner, vllm_config), config, linked)
+        server = ServerOptions.of(given.get(SERVER, {}))
+        return _bind(_Worker(connector, runner, vllm_config), config, server, linked)
     # A server that others started must come up. It serves exactly, and every report says why not
     # more.
     except CacheBlendError as error:
@@ -117,7 +118,9 @@ def _refused(connector: CacheBlendConnector, why_not: Why) -> RankMessages:
     return RankMessages([_nothing(), connector.worker_state.limits])
 
 
-def _bind(worker: _Worker, config: BlendConfig, linked: bool) -> RankMessages:
+def _bind(
+    worker: _Worker, config: BlendConfig, server: ServerOptions, linked: bool
+) -> RankMessages:
     vllm_config, link = worker.vllm_config, worker._connector().link
     refusal = compat.model_refusal(vllm_config.model_config)
     prepared = EngineSetup(None, refusal, compat.installed_version())
@@ -137,7 +140,7 @@ def _bind(worker: _Worker, config: BlendConfig, linked: bool) -> RankMessages:
     memory = parse_size(config.gpu_cache) if config.gpu_cache else 0
     where = config.store, info.fingerprint, memory, config.namespace
     worker._open_store(*where, follows=follows, learning=learning)
-    worker._send(_space(worker, config, info))
+    worker._send(_space(worker, config, server, info))
     measured = worker.cacheblend_costs()
     costs = Costs(**measured) if measured else None
     # Until one has shown that rows are right, every blend that begins is a proof.
@@ -190,10 +193,14 @@ def _nothing() -> Space:
     return Space(name=_SPACE, keys=KeySpace("", ()), default=True)
 
 
-def _space(worker: _Worker, config: BlendConfig, info: Any) -> Space:
+def _space(worker: _Worker, config: BlendConfig, server: ServerOptions, info: Any) -> Space:
     """Of all requests; their usual prompt prefix is stored, if it is not there yet."""
     renderer = compat.renderer(worker.vllm_config)
-    tokenizer, chat = renderer.tokenizer, VllmChat(renderer)
+    tokenizer = renderer.tokenizer
+    chat = VllmChat(renderer, template=chat_template(server.chat_template))
+    config = dataclasses.replace(
+        config, chat_template_kwargs=chat.known(config.chat_template_kwargs)
+    )
     prefix = ingest_prefix(config, tokenizer, chat, positions=info.positions)
     by_document = config.ingest_prefix == "document"
     keys = KeySpace(info.fingerprint, prefix, config.namespace, by_document)

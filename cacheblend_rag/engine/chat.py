@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import cache, cached_property
@@ -15,7 +16,7 @@ from vllm.utils.mistral import is_mistral_tokenizer
 
 from cacheblend_rag.engine import compat, parsers
 from cacheblend_rag.engine.base import NO_PARSERS, ChatRenderer, ChatTurn, ParserNames
-from cacheblend_rag.errors import ConfigError, PromptError
+from cacheblend_rag.errors import CacheBlendError, ConfigError, PromptError
 from cacheblend_rag.tools import ToolUse
 
 CLOCK = "strftime_now"  # what templates call to write today's date
@@ -28,10 +29,13 @@ class VllmChat(ChatRenderer):
     Args:
         renderer: vLLM's.
         names: of the parsers that read answers.
+        template: chat template in the place of the model's own; None: that one.
     """
 
-    def __init__(self, renderer: Any, names: ParserNames = NO_PARSERS) -> None:
-        self._renderer, self.parsers = renderer, names
+    def __init__(
+        self, renderer: Any, names: ParserNames = NO_PARSERS, template: str | None = None
+    ) -> None:
+        self._renderer, self.parsers, self._template = renderer, names, template
 
     @cached_property
     def available(self) -> bool:
@@ -84,30 +88,23 @@ class VllmChat(ChatRenderer):
                 )
 
     def _asked_ids(self, asked: Any) -> tuple[int, ...]:
-        return self._ids(asked.messages, parsers.chat_params(self._renderer, asked))
+        params = parsers.chat_params(self._renderer, asked, self._template)
+        return self._ids(asked.messages, params)
 
     def _ids(self, messages: Sequence[Mapping[str, Any]], params: Any) -> tuple[int, ...]:
-        try:
+        with naming_refusals(messages):
             found = self._rendered([dict(message) for message in messages], params)
-        except compat.no_chat_template() as error:
-            raise PromptError(
-                "chat messages need a chat template and this model has none; pass the prompt as "
-                "text instead"
-            ) from error
-        except Exception as error:  # templates, and renderers in Python, raise anything
-            raise _refused(messages, error) from error
-        if found["type"] != "token":
-            raise PromptError("only text can be served here; leave images and sound out")
-        return tuple(found["prompt_token_ids"])
+        return text_ids(found)
 
     def _params(self, arguments: Mapping[str, Any]) -> ChatParams:
         return ChatParams(
+            chat_template=self._template,
             chat_template_kwargs={
                 **arguments,
                 "add_generation_prompt": True,
                 "continue_final_message": False,
                 "tokenize": parsers.tokenizes(self._renderer),
-            }
+            },
         )
 
     def _rendered(self, messages: list[dict[str, Any]], params: ChatParams) -> Mapping[str, Any]:
@@ -118,13 +115,45 @@ class VllmChat(ChatRenderer):
         _, (found,) = renderer.render_chat([messages], params, tokens)
         return found  # type: ignore[no-any-return]
 
+    def known(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ``arguments`` that have an effect: a server's are for any template."""
+        return {name: value for name, value in arguments.items() if self._takes(name)}
+
     def _takes(self, name: str) -> bool:
         """Whether an argument has an effect; vLLM drops others silently."""
         if is_mistral_tokenizer(self._renderer.tokenizer):
             return name in _MISTRAL_TAKES
         if type(self._renderer) is not HfRenderer:  # in Python, for one family: not known
             return name != CLOCK
-        return name == "documents" or name in _words(str(self._renderer.tokenizer.chat_template))
+        template = self._template or self._renderer.tokenizer.chat_template
+        return name == "documents" or name in _words(str(template))
+
+
+@contextmanager
+def naming_refusals(messages: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Turn what is raised while these messages are rendered into ours."""
+    try:
+        yield
+    except CacheBlendError:
+        raise
+    except compat.no_chat_template() as error:
+        raise PromptError(
+            "chat messages need a chat template and this model has none; pass the prompt as "
+            "text instead"
+        ) from error
+    except Exception as error:  # templates, and renderers in Python, raise anything
+        raise _refused(messages, error) from error
+
+
+def text_ids(found: Mapping[str, Any]) -> tuple[int, ...]:
+    """The token ids of a prompt as vLLM's renderer made it.
+
+    Raises:
+        PromptError: it has more than text.
+    """
+    if found["type"] != "token":
+        raise PromptError("only text can be served here; leave images and sound out")
+    return tuple(found["prompt_token_ids"])
 
 
 def _is_of_tools(message: Mapping[str, Any]) -> bool:

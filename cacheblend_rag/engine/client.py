@@ -25,8 +25,8 @@ from cacheblend_rag.engine.base import (
     ParserNames,
     awaited,
 )
-from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.output import to_output, to_prompt
+from cacheblend_rag.engine.served_chat import ServedChat
 from cacheblend_rag.engine.serving import rpc, tokenizer_of
 from cacheblend_rag.engine.start import (
     WORKER,
@@ -49,6 +49,11 @@ _NOT_HERE = "answers are asked of the server's own endpoints, such as /v1/chat/c
 class ClientEngine(Engine):
     """Of one API process. Its methods are for other threads than the event loop's.
 
+    Args:
+        client: vLLM's engine client, on the event loop ``loop``.
+        online: vLLM's ``OnlineRenderer``, which its endpoints share.
+        parsers: vLLM's that read answers.
+
     Attributes:
         state: what the first rank reports of itself, see ``WorkerExtension.cacheblend_state``.
         pace: of ingestions that ``slicing`` is on for.
@@ -61,6 +66,7 @@ class ClientEngine(Engine):
         self,
         client: Any,
         loop: asyncio.AbstractEventLoop,
+        online: Any,
         parsers: ParserNames = NO_PARSERS,
     ) -> None:
         self._client, self._loop = client, loop
@@ -84,7 +90,7 @@ class ClientEngine(Engine):
         self.sampling_names = sampling_names()
         skip = config.model_config.skip_tokenizer_init
         self.tokenizer = None if skip else self._call(tokenizer_of(client))
-        self.chat = VllmChat(client.renderer, parsers)
+        self.chat = ServedChat(online, self._call, parsers)
         prepared = EngineSetup(None, refusal, compat.installed_version())
         facts = [{"fingerprint": "", **state["facts"]} for state in states]
         self.info = make_info(prepared, config, lambda: facts)

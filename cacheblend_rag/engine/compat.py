@@ -70,12 +70,23 @@ def refusals() -> tuple[type[Exception], ...]:
 @functools.cache
 def no_chat_template() -> type[Exception]:
     """What vLLM raises where a model has no chat template."""
+    found: type[Exception] = _chat_utils().ChatTemplateResolutionError
+    return found
+
+
+def load_chat_template(given: str) -> str:
+    """The chat template in a file, or that is given itself.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return str(_chat_utils().load_chat_template(given))
+
+
+def _chat_utils() -> Any:
     moved = importlib.util.find_spec("vllm.renderers.chat_utils")
     where = "vllm.renderers" if moved else "vllm.entrypoints"  # the older ones
-    found: type[Exception] = importlib.import_module(
-        f"{where}.chat_utils"
-    ).ChatTemplateResolutionError
-    return found
+    return importlib.import_module(f"{where}.chat_utils")
 
 
 def fit_to_mistral(request: Any) -> None:

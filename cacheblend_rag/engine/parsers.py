@@ -98,11 +98,15 @@ def chat_request(
     return request
 
 
-def chat_params(renderer: Any, request: Any) -> Any:
-    """How a request's messages are rendered: vLLM's ChatParams."""
+def chat_params(renderer: Any, request: Any, template: str | None = None) -> Any:
+    """How a request's messages are rendered: vLLM's ChatParams.
+
+    Args:
+        template: in the place of the model's own.
+    """
     tools = None if request.tools is None else [tool.model_dump() for tool in request.tools]
     own = {"tools": tools, "tokenize": tokenizes(renderer)}
-    return request.build_chat_params(None, "auto").with_defaults(own)
+    return request.build_chat_params(template, "auto").with_defaults(own)
 
 
 def turn(

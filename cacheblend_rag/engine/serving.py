@@ -53,7 +53,7 @@ class ServingEngine(Engine):
             config = self._engine.vllm_config
             skip = config.model_config.skip_tokenizer_init
             self.tokenizer = None if skip else self._call(tokenizer_of(self._engine))
-            self.chat = VllmChat(self._engine.renderer, prepared.parsers)
+            self.chat = VllmChat(self._engine.renderer, prepared.parsers, prepared.template)
             self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
         except BaseException:
             self.close()

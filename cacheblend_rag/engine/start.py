@@ -32,6 +32,7 @@ _OURS = ("kv_transfer_config", "worker_extension_cls")
 WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 # options of vLLM's server that its engine does not know, and that we take as well
 _TOOL_PARSER, _TOOL_PLUGIN = "tool_call_parser", "tool_parser_plugin"
+_TEMPLATE = "chat_template"
 BY_FRONT_DOOR = {"opened_by": "cacheblend_rag.CacheBlend"}  # extra config of the connector
 _GUARD = 'put what starts an engine under `if __name__ == "__main__":`'
 
@@ -43,6 +44,7 @@ class EngineSetup(NamedTuple):
     refusal: Why | None
     version: str
     parsers: ParserNames = NO_PARSERS
+    template: str | None = None  # chat template in the place of the model's own
 
 
 def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSetup:
@@ -51,8 +53,8 @@ def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSe
     Args:
         args_class: ``EngineArgs`` or ``AsyncEngineArgs``.
         model: hub name or folder.
-        options: vLLM's engine arguments, and its server's ``tool_call_parser`` and
-            ``tool_parser_plugin``.
+        options: vLLM's engine arguments, and its server's ``tool_call_parser``,
+            ``tool_parser_plugin`` and ``chat_template``.
 
     Raises:
         EngineMissingError, ConfigError, ModelError.
@@ -63,18 +65,20 @@ def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSe
     kind = getattr(arg_utils, args_class)
     known = kind.__dataclass_fields__
     parsers, options = _parsers(options)
+    template, options = _template(options)
     for name in options:
         if name in _OURS:
             raise ConfigError(f"{name} is set by cacheblend-rag; leave it out")
         if name not in known:
-            raise unknown_option(name, {*known, _TOOL_PARSER, _TOOL_PLUGIN}, "vLLM's engine")
+            more = {_TOOL_PARSER, _TOOL_PLUGIN, _TEMPLATE}
+            raise unknown_option(name, {*known, *more}, "vLLM's engine")
     defaults = _defaults()
     # Before our connector is among the options: some models can't even start with one.
     refusal = _model_refusal(kind, model, {**defaults, **options})
     ours: dict[str, Any] = {} if refusal else _connector_options()
     with naming_failures(model):
         args = kind(model=model, **{**defaults, **options, **ours})
-    return EngineSetup(args, refusal, version, parsers)
+    return EngineSetup(args, refusal, version, parsers, template)
 
 
 def _parsers(options: Mapping[str, Any]) -> tuple[ParserNames, dict[str, Any]]:
@@ -92,6 +96,29 @@ def _parsers(options: Mapping[str, Any]) -> tuple[ParserNames, dict[str, Any]]:
 
     check_names(names, plugin, rest.get("reasoning_parser_plugin"))
     return names, rest
+
+
+def _template(options: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The chat template that options name, and the options that vLLM's engine knows."""
+    rest = dict(options)
+    return chat_template(rest.pop(_TEMPLATE, None)), rest
+
+
+def chat_template(given: object) -> str | None:
+    """The chat template in a file, or that is given itself; None for none.
+
+    Raises:
+        ConfigError: there is no such file, and it is no template either.
+    """
+    if given is None:
+        return None
+    try:
+        return compat.load_chat_template(str(given))
+    except compat.refusals() as error:
+        raise ConfigError(
+            f"chat_template can't be used: {_first_line(error)}. Pass the path of a Jinja file, or "
+            "the template itself"
+        ) from error
 
 
 def _connector_options() -> dict[str, Any]:

@@ -22,6 +22,7 @@ class ServerOptions:
         max_body: bytes of a request's body.
         max_queued_tokens: tokens of the texts that may wait to be ingested, about.
         page: whether there is a page at ``/`` to try the server with.
+        chat_template: that of vLLM's option, for the prefix that chunks are computed behind.
     """
 
     state: str | None = None
@@ -30,9 +31,10 @@ class ServerOptions:
     max_body: int = 64 * 1024 * 1024
     max_queued_tokens: int = 50_000_000
     page: bool = False
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("state", "tenants", "tenant_header"):
+        for name in ("state", "tenants", "tenant_header", "chat_template"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise ConfigError(f"{name} is {value!r}; it must be a text that is not empty")

@@ -51,19 +51,21 @@ class CacheBlendEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """The engine runs."""
         try:
-            state.cacheblend = self._service = await self._made(engine_client, args)
+            state.cacheblend = self._service = await self._made(engine_client, state, args)
         except CacheBlendError as error:
             logger.error("the endpoints under /v1/cacheblend are not available: %s", error)
             state.cacheblend = Absent(error)
 
-    async def _made(self, client: Any, args: Namespace) -> Service:
+    async def _made(self, client: Any, state: Any, args: Namespace) -> Service:
         if client is None:
             raise EngineError("this server has no engine")
         extra = _extra(client.vllm_config.kv_transfer_config)
         several = (getattr(args, "api_server_count", None) or 1) > 1
         server = os.getppid() if several else os.getpid()
         loop = asyncio.get_running_loop()
-        return await asyncio.to_thread(Service, client, loop, extra, server, _parsers(args))
+        online = getattr(state, "online_renderer", None)
+        parsers = _parsers(args)
+        return await asyncio.to_thread(Service, client, loop, online, extra, server, parsers)
 
     async def _ensure(self, namespace: str) -> str:
         if self._service is None:

@@ -31,6 +31,8 @@ class Service:
     """Made in another thread than the event loop's, whose RPCs it waits for.
 
     Args:
+        client: vLLM's engine client, on the event loop ``loop``.
+        online: vLLM's ``OnlineRenderer``, which its endpoints share.
         extra: the connector's extra config.
         server: process id of the server, which all of its API processes know.
         parsers: those of vLLM that its answers are read by.
@@ -40,15 +42,16 @@ class Service:
         self,
         client: Any,
         loop: asyncio.AbstractEventLoop,
+        online: Any,
         extra: Mapping[str, Any],
         server: int,
         parsers: ParserNames = NO_PARSERS,
     ) -> None:
         self.options = ServerOptions.of(extra.get(SERVER, {}))
-        config = BlendConfig.of(
-            {name: value for name, value in extra.items() if name != SERVER}, "the extra config"
-        )
-        self.engine = ClientEngine(client, loop, parsers)
+        # vLLM's endpoints have their own arguments of the chat template; these are the prefix's
+        passed = {n: v for n, v in extra.items() if n not in (SERVER, "chat_template_kwargs")}
+        config = BlendConfig.of(passed, "the extra config")
+        self.engine = ClientEngine(client, loop, online, parsers)
         self.front = Front.of(self.engine, config)
         self._fronts, self._opening = dict[str, Front](), Lock()
         name = _name(self.front, config)

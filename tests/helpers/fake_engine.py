@@ -18,7 +18,7 @@ from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.engine import Engine, EngineInfo, EngineOutput, EngineRequest
 from cacheblend_rag.engine.chat import VllmChat
-from cacheblend_rag.engine.start import _parsers, sampling_names, sampling_params
+from cacheblend_rag.engine.start import _parsers, _template, sampling_names, sampling_params
 from cacheblend_rag.errors import ClosedError
 from cacheblend_rag.known import News
 from cacheblend_rag.locate import ChunkIndex
@@ -50,6 +50,7 @@ class FakeEngine(Engine):
 
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
         parsers, self.options = _parsers(options)
+        template, self.options = _template(self.options)
         self.answer: Sequence[str] = ANSWER
         self.answers: list[str] = []  # of the next requests, before `answer`
         # of requests, token by token as the model's tokenizer has them, before `answers`
@@ -67,7 +68,8 @@ class FakeEngine(Engine):
         self.closed = False
         self.aborted = 0
         self.sampling_names = sampling_names()
-        self.chat = VllmChat(renderer(model, options.get("tokenizer_mode", "auto")), parsers)
+        vllm = renderer(model, options.get("tokenizer_mode", "auto"))
+        self.chat = VllmChat(vllm, parsers, template)
         self.tokenizer = self.chat._renderer.tokenizer
         self.info = EngineInfo(
             model=model,

@@ -44,6 +44,7 @@ def test_options_of_ours_and_of_vllms(printed: Callable[..., Any], model: str) -
         "--chat-template-kwargs", '{"a": false}', "--max-model-len=512",
     )  # fmt: skip
     assert words[0] == model and words[1:4] == ["--port", "81", "--max-model-len=512"]
+    assert json.loads(words[words.index("--default-chat-template-kwargs") + 1]) == {"a": False}
     assert words[-2:] == ["--worker-extension-cls", "cacheblend_rag.engine.worker.WorkerExtension"]
     assert "--enable-prompt-tokens-details" in words
     extra = config.pop("kv_connector_extra_config")
@@ -68,6 +69,36 @@ def test_nothing_given(printed: Callable[..., Any]) -> None:
     assert printed()[1]["kv_connector_extra_config"] == {}
     words, _ = printed("--no-enable-prompt-tokens-details")
     assert "--enable-prompt-tokens-details" not in words
+
+
+def test_chat_templates_are_for_requests_and_chunks(
+    printed: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    """vLLM's options for the one, ours for the other: they are set together."""
+    file, silent = tmp_path / "t.jinja", '{"enable_thinking": false}'
+    file.write_text("{{ messages }}")
+    for words in (
+        ["--chat-template-kwargs", silent],
+        ["--default-chat-template-kwargs", silent],
+        [f"--default_chat_template_kwargs={silent}"],
+    ):
+        theirs, config = printed(*words, "--chat-template", str(file))
+        args = parsed(*theirs)
+        assert args.default_chat_template_kwargs == {"enable_thinking": False}
+        assert args.chat_template == str(file)
+        extra = config["kv_connector_extra_config"]
+        assert extra["chat_template_kwargs"] == {"enable_thinking": False}
+        assert extra["server"] == {"chat_template": str(file)}
+    _, config = printed("--chat-template={{ messages }}")
+    assert config["kv_connector_extra_config"]["server"] == {"chat_template": "{{ messages }}"}
+    for wrong, says in (
+        (["--chat-template-kwargs", silent, "--default-chat-template-kwargs", silent], "one of"),
+        (["--chat-template-kwargs", silent, "--default-chat-template-kwargs.a", "1"], "one of"),
+        (["--default-chat-template-kwargs", "x"], "no JSON object"),
+        (["--default-chat-template-kwargs", '{"tokenize": false}'], "can't set tokenize"),
+    ):
+        assert main(["serve", model, "--print-command", *wrong]) == 1
+        assert says in capsys.readouterr().err
 
 
 def test_every_field_of_the_configuration_has_an_option() -> None:

@@ -96,6 +96,29 @@ def test_a_model_without_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         blend.tokenize(CONVERSATIONS["one"])
 
 
+def test_another_template_than_the_model_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``vllm.LLM`` and vLLM's server take one: a file, or the template itself."""
+    (tmp_path / "model").mkdir()
+    folder, file = with_template(tmp_path / "model", None), tmp_path / "t.jinja"
+    file.write_text(THINKING_HEAD)
+    (tmp_path / "other").mkdir()
+    other = with_template(tmp_path / "other", THINKING_HEAD)
+    on = {"enable_thinking": True}
+    for template in (file, str(file), THINKING_HEAD):
+        blend = opened(monkeypatch, folder, chat_template=template)
+        assert blend.takes_messages
+        for asked in (CONVERSATIONS["one"], CONVERSATIONS["several"]):
+            assert blend.tokenize(asked) == own_chat(other, asked)
+            found = blend.tokenize(asked, chat_template_kwargs=on)
+            assert found == own_chat(other, asked, **on) != own_chat(other, asked)
+            assert blend.generate(asked).prompt_token_ids == own_chat(other, asked)
+        prompt_prefix = head_of(blend)
+        assert prompt_prefix is not None
+        assert text_of(blend, prompt_prefix.token_ids).startswith("/no_think")
+    with pytest.raises(ConfigError, match="path of a Jinja file"):
+        opened(monkeypatch, folder, chat_template=str(tmp_path / "absent.jinja"))
+
+
 # --- the template's arguments ---------------------------------------------------------------------
 
 
