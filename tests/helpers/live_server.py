@@ -37,8 +37,19 @@ def entry_points(folder: Path) -> Path:
     return folder
 
 
+# vLLM's own command, which its CPU build does not start by its name
+PLAIN = "import sys; from cacheblend_rag.engine.launch import serve; serve(sys.argv[1:])"
+
+
 class LiveServer:
-    """Started with ``start``; ``client`` speaks to it."""
+    """Started with ``start``; ``client`` speaks to it.
+
+    Args:
+        model, options: of the command.
+        folder: for its log, and whatever a test keeps there.
+        environment: more variables of it.
+        plain: vLLM alone, with nothing of ours in it.
+    """
 
     def __init__(
         self,
@@ -46,9 +57,12 @@ class LiveServer:
         folder: Path,
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        *,
+        plain: bool = False,
     ) -> None:
         self.folder, self.port, self._log = folder, free_port(), folder / "server.log"
-        command = [sys.executable, "-m", "cacheblend_rag", "serve", str(model)]
+        program = ["-c", PLAIN] if plain else ["-m", "cacheblend_rag", "serve"]
+        command = [sys.executable, *program, str(model)]
         self._command = [*command, "--port", str(self.port), *options]
         paths = [entry_points(folder / "plugins"), ROOT, ROOT / "kernels", ROOT / "tests/helpers"]
         self._environment = {
