@@ -75,9 +75,11 @@ class KnownChunks:
                 for key in index.keys() - everywhere:
                     index.discard(key)
             self._lose_salted(self._owners.keys() - everywhere)
+        # Removed first, as news has it: a chunk that went and came again is in both.
         held.difference_update(news.removed)
         self.lose(news.removed)
         held.update(row[0] for row in news.added)
+        # A chunk that one rank lacks is missing for all, so prompts are not searched for it.
         there = [row for row in news.added if all(row[0] in held for held in self._held.values())]
         for space, index in self._spaces.values():
             index.add_many(chunks_of(space, there))

@@ -85,6 +85,8 @@ class Repeats:
         self._expire(now)
         hashes = window_hashes(ids)
         places = sampled(hashes)
+        # By owner, so that prompts of others are not even compared: a repeat of theirs would show
+        # in the time to the first token.
         windows = (hashes[places] ^ _hashed(owner)).tolist()
         found = self._search(owner, ids, list(zip(places.tolist(), windows, strict=True)), covered)
         self._remember(_Seen(owner, ids, now), places.tolist(), windows)
@@ -112,11 +114,14 @@ class Repeats:
                 continue
             if prompt not in heads:
                 heads[prompt] = _common(ids, seen.ids)
+            # Both prompts begin alike up to here, which vLLM's prefix cache serves without any of
+            # this.
             if place == there and place < heads[prompt]:
                 done = heads[prompt]
                 continue
             high = starts[number] if number < len(starts) else len(ids)
             right = place + _common(ids[place:high], seen.ids[there:])
+            # Equal tokens decide, as always; the hash has only proposed.
             if right < place + WINDOW:
                 continue  # other tokens with the same hash
             left = place - _common(ids[low:place][::-1], seen.ids[:there][::-1])
@@ -130,9 +135,12 @@ class Repeats:
         self._prompts[self._number] = seen
         self._tokens += len(seen.ids)
         for place, window in zip(places, windows, strict=True):
+            # The latest prompt wins: it lives longest, and only one is compared for each window.
             self._table[window] = self._number << _POSITION_BITS | place
         while self._tokens > self._most_tokens:
             self._forget_oldest()
+        # Windows of prompts that were forgotten stay until then. To look for them at each prompt
+        # would cost more than they take.
         if len(self._table) > 2 * self._swept + 1024:
             held = self._prompts
             table = {w: p for w, p in self._table.items() if p >> _POSITION_BITS in held}
@@ -152,6 +160,8 @@ def sampled(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     if not len(hashes):
         return np.empty(0, np.int64)
     rows = sliding_window_view(hashes, min(OF_WINDOWS, len(hashes)))
+    # By the windows' content and not by their place, so that equal stretches have the same windows
+    # in the table, wherever they stand ("winnowing").
     return np.unique(rows.argmin(axis=1) + np.arange(len(rows)))
 
 

@@ -139,6 +139,7 @@ class Jobs:
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # it has texts, and a secret
         self._db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
+        # A job that was acknowledged survives a power cut: its texts are nowhere else.
         self._db.execute("PRAGMA synchronous = FULL")
         with self._lock:
             self._db.executescript(_SCHEMA)
@@ -146,6 +147,8 @@ class Jobs:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
+            # Several API processes share the file. A transaction that began as a reader could not
+            # become a writer while another one writes.
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -278,6 +281,8 @@ class Jobs:
     def progress(self, job: Job, keys: Sequence[str], waiting: int) -> bool:
         """Note what was done, and the keys of the last batch; returns whether to go on."""
         place = job.done.place - len(keys)
+        # Keys and progress in one transaction: after a crash the next start goes on right behind
+        # them.
         rows = [(job.number, place + i, key) for i, key in enumerate(keys)]
         done = json.dumps(asdict(job.done))
         with self._writing() as db:
@@ -326,6 +331,8 @@ class Jobs:
     def _check_room(self, db: sqlite3.Connection, tokens: int) -> None:
         query = "SELECT COALESCE(SUM(waiting), 0) FROM jobs WHERE status IN (?, ?)"
         (waiting,) = db.execute(query, (QUEUED, RUNNING)).fetchone()
+        # One that is larger than all that may wait is taken where nothing waits, or it never could
+        # be.
         if waiting and waiting + tokens > self._most_waiting:
             raise HttpError(
                 429,
