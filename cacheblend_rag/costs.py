@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from cacheblend_rag.plan import Plan
 from cacheblend_rag.reason import Reason, Why
-
-if TYPE_CHECKING:
-    from cacheblend_rag.plan import Plan
 
 _MARGIN = 0.85  # of the plain prefill's time; predictions of short prompts are off by as much
 _ALL_NEAR: Mapping[str, float] = MappingProxyType({})

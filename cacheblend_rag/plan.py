@@ -16,13 +16,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cacheblend_rag.config import BlendConfig
-from cacheblend_rag.costs import Costs
 from cacheblend_rag.locate import Match
 from cacheblend_rag.options import BlendIf
-from cacheblend_rag.reason import Reason
+from cacheblend_rag.reason import Reason, Why
 
 PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params
 BOUNDARY_TOKENS = 8  # a chunk that lacks no more than these at its start was cut by the tokeniser
@@ -36,9 +35,7 @@ class Kind(IntEnum):
     FRESH = 0  # no stored KV: always computed
     REUSE = 1  # stored KV, re-rotated; a share of its tokens is recomputed
     EXACT = 2  # stored KV at its own place behind its own prefix: equal to a full prefill's
-    LEFT_TRUNCATED = (
-        3  # stored KV that attended to a prompt prefix the prompt lacks: twice the ratio
-    )
+    LEFT_TRUNCATED = 3  # a chunk without its beginning, which its KV attended to: twice the ratio
 
 
 class Segment(NamedTuple):
@@ -135,6 +132,13 @@ class NoPlan(NamedTuple):
     detail: str
 
 
+class Prediction(Protocol):
+    """What predicts how long plans take: ``costs.Costs``."""
+
+    def refusal(self, plan: Plan) -> Why | None:
+        """Why a plain prefill is as quick; None if it is not."""
+
+
 def make_plan(
     token_ids: Sequence[int],
     matches: Sequence[Match],
@@ -143,7 +147,7 @@ def make_plan(
     prefix_ids: Sequence[int] | None,
     block_size: int,
     prompt_prefix: PromptPrefix | None = None,
-    costs: Costs | None = None,
+    costs: Prediction | None = None,
     longest: int | None = None,
 ) -> Plan | NoPlan:
     """Decide what of a prompt is reused.

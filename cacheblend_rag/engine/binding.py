@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
@@ -24,6 +24,7 @@ from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.start import WORKER, EngineSetup, chat_template, make_info
 from cacheblend_rag.engine.worker import WorkerExtension
+from cacheblend_rag.engine.worker_state import WorkerSide
 from cacheblend_rag.errors import CacheBlendError, ConfigError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.learn import LearnOptions
@@ -35,9 +36,6 @@ from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.store import open_store
 from cacheblend_rag.store.follow import Follower
 from cacheblend_rag.store.url import parse_size, parse_url
-
-if TYPE_CHECKING:
-    from cacheblend_rag.engine.connector import CacheBlendConnector
 
 _SPACE = "default"
 
@@ -60,7 +58,7 @@ class RankMessages(KVConnectorHandshakeMetadata):
 class _Worker(WorkerExtension):
     """What vLLM mixes into its worker where our front door starts it."""
 
-    def __init__(self, connector: CacheBlendConnector, runner: Any, config: Any) -> None:
+    def __init__(self, connector: WorkerSide, runner: Any, config: Any) -> None:
         self._own, self.model_runner, self.vllm_config = connector, runner, config
         self.device = runner.device
 
@@ -68,7 +66,7 @@ class _Worker(WorkerExtension):
         """The loaded model."""
         return self.model_runner.get_model()
 
-    def _connector(self) -> CacheBlendConnector:
+    def _connector(self) -> WorkerSide:
         return self._own
 
 
@@ -85,9 +83,7 @@ def model_runner() -> Any:
     raise RuntimeError("no model runner of vLLM's registers these KV caches")
 
 
-def bind(
-    connector: CacheBlendConnector, runner: Any, vllm_config: Any, *, linked: bool
-) -> RankMessages:
+def bind(connector: WorkerSide, runner: Any, vllm_config: Any, *, linked: bool) -> RankMessages:
     """Check the model, open the store, and say how requests are planned. All ranks do it together.
     What can't be blended is served without.
 
@@ -113,7 +109,7 @@ def bind(
     return _refused(connector, why_not)
 
 
-def _refused(connector: CacheBlendConnector, why_not: Why) -> RankMessages:
+def _refused(connector: WorkerSide, why_not: Why) -> RankMessages:
     connector.worker_state.limits = Limits(why_not=why_not)
     return RankMessages([_nothing(), connector.worker_state.limits])
 

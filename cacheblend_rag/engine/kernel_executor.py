@@ -17,8 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cacheblend_kernels.paged import PagedKV
-from cacheblend_kernels.propagate import Propagation
+from cacheblend_kernels.paged import PagedKV, Propagation
 from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache, upload

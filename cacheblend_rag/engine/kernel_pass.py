@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
-from cacheblend_kernels.paged import PagedKV
-from cacheblend_kernels.propagate import Propagation, propagate
+from cacheblend_kernels.paged import PagedKV, Propagation
+from cacheblend_kernels.propagate import propagate
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.rope import Rerotator

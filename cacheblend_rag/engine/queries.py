@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.stored import RankStore
-from cacheblend_rag.engine.worker_state import WorkerState
+from cacheblend_rag.engine.worker_state import WorkerSide, WorkerState
 from cacheblend_rag.keys import KeySpace
-
-if TYPE_CHECKING:
-    from cacheblend_rag.engine.connector import CacheBlendConnector
 
 
 class Queries:
@@ -122,7 +119,7 @@ class Queries:
         store = self._state().store
         return store.thread.start(lambda: work(store))
 
-    def _connector(self) -> CacheBlendConnector:
+    def _connector(self) -> WorkerSide:
         connector: Any = get_kv_transfer_group()
         return connector  # type: ignore[no-any-return]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import statistics
 import time
 import uuid
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cacheblend_rag.planner import Limits, Space
 from cacheblend_rag.reason import Reason, Why
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from cacheblend_rag.engine.executors import ExecutorFactory
     from cacheblend_rag.engine.forward import ModelHandle
     from cacheblend_rag.engine.ingest import Ingestor
+    from cacheblend_rag.engine.link import Link
+    from cacheblend_rag.engine.outcome import BlendOutcome
     from cacheblend_rag.engine.rope import Rerotator
+    from cacheblend_rag.engine.rows import StepRows
     from cacheblend_rag.engine.slices import SlicedIngestor
     from cacheblend_rag.engine.stored import RankStore
     from cacheblend_rag.store.part import Heads
@@ -62,6 +66,20 @@ class WorkerState:
     limits: Limits = field(default_factory=lambda: Limits(_NOT_OPEN))
     space: Space | None = None
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class WorkerSide(Protocol):
+    """What whoever stands for a worker uses of the connector, which has the attributes' meaning."""
+
+    link: Link
+    rows: StepRows | None
+    recent: OrderedDict[str, BlendOutcome | dict[str, Any]]
+    worker_state: WorkerState
+    step_timer: StepTimer
+    closing: Callable[[], None] | None
+
+    def reports(self, request: str) -> list[BlendOutcome | dict[str, Any]]:
+        """See ``CacheBlendConnector``."""
 
 
 class StepTimer:

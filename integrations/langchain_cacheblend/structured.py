@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from langchain_core.exceptions import OutputParserException
-from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
@@ -16,14 +16,11 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from cacheblend_rag import ConfigError
 
-if TYPE_CHECKING:
-    from langchain_cacheblend.chat_models import ChatCacheBlend
-
 METHODS = ("json_schema", "function_calling", "json_mode")
 
 
 def structured(
-    model: ChatCacheBlend,
+    model: BaseChatModel,
     schema: dict[str, Any] | type,
     *,
     include_raw: bool,

@@ -37,3 +37,25 @@ class PagedKV(NamedTuple):
         """K and V [N, G, D] at these positions: the plain way, for twins and tests."""
         block, place = self.slots(positions_N)
         return self.k_BSGD[block, place], self.v_BSGD[block, place]
+
+
+class Propagation(NamedTuple):
+    """Which tokens move, and by whom.
+
+    All are tensors on the device, so that a CUDA graph can read other values there.
+
+    Attributes:
+        chunk_N: int32 number of the chunk of each context token that moves; -1 for the others.
+        position_R: int64, ascending; chunk_R: int32 chunk of each recomputed token, -1 for those
+            that no stored KV is known of.
+        before_N: int32 [N + 1], how many recomputed tokens come before each position.
+        pass_2: int32, the first recomputed token of this pass and how many there are.
+        propagation_length_1: float32, tokens at which a weight has fallen to 1/e.
+    """
+
+    chunk_N: torch.Tensor
+    position_R: torch.Tensor
+    chunk_R: torch.Tensor
+    before_N: torch.Tensor
+    pass_2: torch.Tensor
+    propagation_length_1: torch.Tensor

@@ -7,39 +7,15 @@ size, P rotated pairs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from cacheblend_kernels.paged import PagedKV
+from cacheblend_kernels.paged import PagedKV, Propagation
 from cacheblend_kernels.reference import FAR
 
 _TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
-
-
-class Propagation(NamedTuple):
-    """Which tokens move, and by whom.
-
-    All are tensors on the device, so that a CUDA graph can read other values there.
-
-    Attributes:
-        chunk_N: int32 number of the chunk of each context token that moves; -1 for the others.
-        position_R: int64, ascending; chunk_R: int32 chunk of each recomputed token, -1 for those
-            that no stored KV is known of.
-        before_N: int32 [N + 1], how many recomputed tokens come before each position.
-        pass_2: int32, the first recomputed token of this pass and how many there are.
-        propagation_length_1: float32, tokens at which a weight has fallen to 1/e.
-    """
-
-    chunk_N: torch.Tensor
-    position_R: torch.Tensor
-    chunk_R: torch.Tensor
-    before_N: torch.Tensor
-    pass_2: torch.Tensor
-    propagation_length_1: torch.Tensor
 
 
 def propagate(

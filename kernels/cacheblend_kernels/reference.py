@@ -6,15 +6,10 @@ P rotated pairs (half of the rotary dimension).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
-from cacheblend_kernels.paged import PagedKV
-
-if TYPE_CHECKING:
-    from cacheblend_kernels.propagate import Propagation
+from cacheblend_kernels.paged import PagedKV, Propagation
 
 FAR = 4  # propagation lengths: a token's weight would be below 1/50 there, and is nothing
 _LOGITS = 1 << 26  # attention logits held at once, float32

@@ -6,6 +6,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,37 @@ def test_no_import_crosses_a_boundary() -> None:
 
 
 # --- distribution ------------------------------------------------------------------------------
+
+
+def our_modules() -> dict[str, Path]:
+    """Every module by its import name."""
+    found = dict[str, Path]()
+    for package in packages():
+        for file in package.rglob("*.py"):
+            parts = file.relative_to(package.parent).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = file
+    return found
+
+
+def imported_at_the_top(file: Path) -> Iterator[str]:
+    """What a module imports for good, for its types alone too; not what a function imports."""
+    waiting: list[ast.AST] = [ast.parse(file.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_no_modules_import_one_another() -> None:
+    """Through others or directly: what depends on what is then a matter of reading once."""
+    modules, graph = our_modules(), dict[str, set[str]]()
+    for name, file in modules.items():
+        wanted = {w if w in modules else w.rpartition(".")[0] for w in imported_at_the_top(file)}
+        graph[name] = wanted & modules.keys() - {name}
+    assert len(graph) > 200
+    TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
 
 
 @pytest.mark.parametrize("folder", PROJECT_FOLDERS)
