@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cacheblend_kernels.paged import PagedKV
+from cacheblend_kernels.paged import PagedKV, check_cache, has_whole_rows
 
 _LOG2E = 1.4426950408889634
 _KEYS = 64  # a step
@@ -67,6 +67,7 @@ def scattered_attention(
     """
     rows, heads, dim = q_RHD.shape
     _, size, groups, _ = cache.k_BSGD.shape
+    _check(q_RHD, position_R, cache, out_RHD, extra)
     share = heads // groups
     num_extra = len(extra.position_X) if extra is not None else 0
     empty = q_RHD  # a pointer that is never followed
@@ -78,12 +79,10 @@ def scattered_attention(
     for part in _parts(rows, share, cache, split=count_1 is not None and window is None):
         some = min(_LAST, rows) if part == _ONLY_LAST else rows
         tiles, block_m, splits = _grid(some, share, cache)
-        if splits > 1:
-            partial = torch.empty(splits, some, heads, dim, dtype=lse.dtype, device=lse.device)
-            partial_lse = torch.empty(splits, some, heads, dtype=lse.dtype, device=lse.device)
-        else:
-            # The partial result of a single split is the result, so it is written in place.
-            partial, partial_lse = out_RHD, lse
+        # The partial result of a single split is the result, so it is written in place.
+        partial, partial_lse = (
+            _partials(splits, some, out_RHD, lse) if splits > 1 else (out_RHD, lse)
+        )
         _attention_kernel[(tiles, groups, splits)](
             q_RHD, position_R, k, v, cache.table, partial, partial_lse,
             known_N if known_N is not None else empty, ek, ev,
@@ -99,12 +98,54 @@ def scattered_attention(
             num_warps=8 if block_m == 128 else 4, num_stages=3,
         )  # fmt: skip
         if splits > 1:
-            _combine_kernel[(some * heads,)](
-                partial, partial_lse, out_RHD, lse, count, some * heads, out_RHD.stride(0),
-                HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), SPLITS=splits,
-                ONLY_LAST=part == _ONLY_LAST, LAST=_LAST, num_warps=2,
-            )  # fmt: skip
+            _combine(partial, partial_lse, out_RHD, lse, count, only_last=part == _ONLY_LAST)
     return lse if want_lse else None
+
+
+def _check(
+    q_RHD: torch.Tensor,
+    position_R: torch.Tensor,
+    cache: PagedKV,
+    out_RHD: torch.Tensor,
+    extra: Extra | None,
+) -> None:
+    """Assert what ``scattered_attention`` says of its arguments."""
+    rows, heads, dim = q_RHD.shape
+    groups = cache.k_BSGD.shape[2]
+    check_cache(cache)
+    assert q_RHD.shape == out_RHD.shape and cache.k_BSGD.shape[-1] == dim and heads % groups == 0
+    assert has_whole_rows(q_RHD) and has_whole_rows(out_RHD)
+    assert position_R.shape == (rows,) and position_R.is_contiguous()
+    if extra is not None:
+        assert extra.k_XGD.shape == extra.v_XGD.shape == (len(extra.position_X), groups, dim)
+        assert has_whole_rows(extra.k_XGD) and has_whole_rows(extra.v_XGD)
+
+
+def _partials(
+    splits: int, rows: int, out_RHD: torch.Tensor, lse_RH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the result of each split, and its log-sum."""
+    shape, device = (splits, rows, *out_RHD.shape[1:]), out_RHD.device
+    partial = torch.empty(shape, dtype=lse_RH.dtype, device=device)
+    return partial, torch.empty(shape[:-1], dtype=lse_RH.dtype, device=device)
+
+
+def _combine(
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    out_RHD: torch.Tensor,
+    lse_RH: torch.Tensor,
+    count_1: torch.Tensor,
+    *,
+    only_last: bool,
+) -> None:
+    """Join the results of the splits."""
+    splits, rows, heads, dim = partial.shape
+    _combine_kernel[(rows * heads,)](
+        partial, partial_lse, out_RHD, lse_RH, count_1, rows * heads, out_RHD.stride(0),
+        HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), SPLITS=splits,
+        ONLY_LAST=only_last, LAST=_LAST, num_warps=2,
+    )  # fmt: skip
 
 
 def _parts(rows: int, share: int, cache: PagedKV, *, split: bool) -> tuple[int, ...]:
@@ -142,6 +183,11 @@ def question_scores(
     """
     rows, heads, dim = q_RHD.shape
     _, size, groups, _ = cache.k_BSGD.shape
+    check_cache(cache)
+    assert has_whole_rows(q_RHD) and position_R.shape == (rows,) and position_R.is_contiguous()
+    assert lse_RH.shape == (rows, heads) and lse_RH.stride(-1) == 1
+    assert score_GN.dtype == torch.float32 and score_GN.stride(-1) == 1
+    assert len(score_GN) == groups and score_GN.shape[1] >= cache.most
     k = cache.k_BSGD
     _score_kernel[(triton.cdiv(cache.most, _KEYS), groups)](
         q_RHD, position_R, lse_RH, k, cache.table,

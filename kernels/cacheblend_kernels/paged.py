@@ -39,6 +39,22 @@ class PagedKV(NamedTuple):
         return self.k_BSGD[block, place], self.v_BSGD[block, place]
 
 
+def check_cache(cache: PagedKV) -> None:
+    """Assert what every kernel assumes of a cache. A kernel has addresses and strides only, and
+    would read and write elsewhere without a sign.
+    """
+    k, v = cache.k_BSGD, cache.v_BSGD
+    assert k.dtype == v.dtype and k.shape == v.shape, "K and V are not alike"
+    assert k.stride(-1) == v.stride(-1) == 1, "a head's numbers are apart"
+    assert cache.table.is_contiguous() and cache.table.dtype == torch.int32, "no block table"
+
+
+def has_whole_rows(x_NGD: torch.Tensor) -> bool:
+    """Whether each row of [G, D] is in one piece; rows may be apart."""
+    _, heads, dim = x_NGD.shape
+    return x_NGD.stride(-1) == 1 and (heads == 1 or x_NGD.stride(-2) == dim)
+
+
 class Propagation(NamedTuple):
     """Which tokens move, and by whom.
 

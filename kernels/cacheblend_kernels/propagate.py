@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cacheblend_kernels.paged import PagedKV, Propagation
+from cacheblend_kernels.paged import PagedKV, Propagation, check_cache, has_whole_rows
 from cacheblend_kernels.reference import FAR
 
 _TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
@@ -43,6 +43,12 @@ def propagate(
     rows, groups, dim = k_TGD.shape
     pairs = cos_XP.shape[1]
     _, size, _, _ = cache.k_BSGD.shape
+    check_cache(cache)
+    assert k_TGD.shape == v_TGD.shape and cache.k_BSGD.shape[2:] == (groups, dim)
+    assert has_whole_rows(k_TGD) and has_whole_rows(v_TGD)
+    assert cos_XP.shape == sin_XP.shape and 2 * pairs <= dim
+    for each in (*propagation, cos_XP, sin_XP):
+        assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
     off_TX = torch.empty(rows, 2, groups, dim, dtype=k.dtype, device=k.device)
     strides = (k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2))

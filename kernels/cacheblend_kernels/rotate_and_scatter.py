@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cacheblend_kernels.paged import PagedKV
+from cacheblend_kernels.paged import PagedKV, check_cache
 
 _TOKENS = 16  # a program
 
@@ -59,6 +59,14 @@ def rotate_and_scatter(
     if n == 0 or layers == 0:
         return
     _, size, groups, dim = cache.k_BSGD.shape
+    check_cache(cache)
+    assert 2 * pairs <= dim and cos_NP.shape == sin_NP.shape
+    assert cos_NP.dtype == sin_NP.dtype == torch.float32
+    assert sources.address_KC.dtype == address_K2.dtype == torch.int64
+    assert sources.address_KC.shape == (layers, len(sources.length_C))
+    assert len(positions_N) == len(sources.chunk_N) == len(sources.row_N) == n
+    for each in (*sources, cos_NP, sin_NP, positions_N, address_K2):
+        assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
     grid = (triton.cdiv(n, _TOKENS), groups, layers)
     _rotate_and_scatter_kernel[grid](

@@ -284,3 +284,60 @@ def test_rows_without_a_position_and_a_bound_beyond_the_context() -> None:
     assert torch.equal(large[3:], torch.zeros_like(large[3:]))
     torch.testing.assert_close(scores[1], scores[0], atol=1e-5, rtol=0)
     assert not scores[1][:, 200:].any() and scores[1][:, :200].any()
+
+
+# --- what launchers assume -----------------------------------------------------------------------
+
+
+def across(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, with the last dimension no longer in one piece."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def test_attention_asserts_the_layout_of_rows() -> None:
+    cache = paged(40, 16, 2, 16, torch.float32)
+    q = torch.randn(3, 4, 16, device=DEVICE)
+    at = torch.arange(3, device=DEVICE)
+    for queries, out in ((across(q), q.clone()), (q, across(q)), (q, torch.empty(3, 4, 8))):
+        with pytest.raises(AssertionError):
+            scattered_attention(queries, at, cache, out, scale=1.0)
+    scores = torch.zeros(40, 2, device=DEVICE).t()
+    with pytest.raises(AssertionError):
+        question_scores(q, at, torch.zeros(3, 4, device=DEVICE), cache, scores, scale=1.0)
+
+
+def test_placing_asserts_what_addresses_and_angles_are() -> None:
+    cache = paged(40, 16, 2, 16, torch.float32)
+    kv = torch.randn(1, 2, 5, 2, 16, device=DEVICE)
+    five = torch.arange(5, device=DEVICE)
+    address = torch.tensor([[kv.data_ptr()]], device=DEVICE)
+    sources = Sources(address, torch.tensor([5], device=DEVICE), five * 0, five)
+    to = torch.tensor([[cache.k_BSGD.data_ptr(), cache.v_BSGD.data_ptr()]], device=DEVICE)
+    angle = torch.ones(5, 8, device=DEVICE)
+    for given, angles, targets in (
+        (sources._replace(address_KC=address.int()), angle, to),
+        (sources._replace(row_N=five[:4]), angle, to),
+        (sources, across(angle), to),
+        (sources, angle.half(), to),
+        (sources, angle, to.int()),
+        (sources, angle, to.repeat(2, 1)),
+    ):
+        with pytest.raises(AssertionError):
+            rotate_and_scatter(given, angles, angles, five, cache, targets, is_neox=True)
+
+
+def test_propagation_asserts_the_layout_of_rows() -> None:
+    cache = paged(40, 16, 2, 16, torch.float32)
+    fresh = torch.randn(2, 2, 16, device=DEVICE)
+    chunk = torch.zeros(40, dtype=torch.int32, device=DEVICE)
+    two, before = torch.arange(2, device=DEVICE), torch.zeros(41, dtype=torch.int32, device=DEVICE)
+    length = torch.ones(1, device=DEVICE)
+    how = Propagation(chunk, two, chunk[:2], before, chunk[:2], length)
+    angle = torch.ones(40, 8, device=DEVICE)
+    for k, v, cos in (
+        (across(fresh), fresh, angle),
+        (fresh, fresh[:1], angle),
+        (fresh, fresh, across(angle)),
+    ):
+        with pytest.raises(AssertionError):
+            propagate(how, k, v, cache, cos, angle, is_neox=True)
