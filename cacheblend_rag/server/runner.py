@@ -102,7 +102,7 @@ class Runner:
         except (Interrupted, ClosedError, EngineDeadError):
             self._jobs.put_back(job)
             raise
-        except Exception as error:
+        except Exception as error:  # of one job: it fails with its cause, and the others go on
             if front.is_over:
                 self._jobs.put_back(job)
                 raise Interrupted from error

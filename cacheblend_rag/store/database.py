@@ -213,6 +213,9 @@ class Database:
                 result = work(self._db)
             except (OSError, StoreError):
                 raise  # of a chunk's file
+            # Whatever else it is came of this file: sqlite3's errors, and Python's own over values
+            # of unexpected types or encodings in it. A fault of ours comes again in the next best
+            # database, and is raised from the last one.
             except Exception as error:
                 if _code(error) == sqlite3.SQLITE_BUSY and not gives_up:
                     raise BusyError from error
@@ -237,9 +240,6 @@ class Database:
         self._rung, self._retry_at = _Rung.FOUND, time.monotonic() + _AWAY_S
         try:
             self._take(_Rung.FOUND, _OPENING_S if left is None else _RETURNING_S)
-        # Whatever it is, it came of this file: sqlite3's errors, and Python's own over values of
-        # unexpected types or encodings in it. The next best database is taken, which warns or says
-        # that it was rebuilt.
         # As when it is opened first. Where it is still refused, the copy in memory goes on to
         # serve.
         except Exception as error:
