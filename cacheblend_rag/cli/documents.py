@@ -133,11 +133,11 @@ def store_kv(blend: CacheBlend, passages: Sequence[Passage], screen: Screen) -> 
     if report.reason:
         line = f"[red]No KV was stored: {escape(report.detail)}.[/red] Answers stay exact."
     elif report.computed == 0:
-        line = f"Nothing new to compute: {report.present} of {report.chunks} passages were stored."
+        line = f"Nothing new to compute: {report.present} of {report.chunks} passages were there."
     else:
         line = (
-            f"Computed {report.computed} of {report.chunks} passages ({report.present} were "
-            f"stored): {report.tokens} tokens in {report.seconds:.1f} s, {rate(report):.0f} "
+            f"Computed {report.computed} of {report.chunks} passages ({report.present} were there "
+            f"before): {report.tokens} tokens in {report.seconds:.1f} s, {rate(report):.0f} "
             f"tokens/s, {megabytes(report.bytes)} of KV."
         )
     screen.out.print(line, highlight=False, soft_wrap=True)
