@@ -61,9 +61,9 @@ class HttpError(CacheBlendError):
     def body(self) -> dict[str, Any]:
         """What is sent."""
         error = {
-            "message": str(self),
+            "message": _encodable(str(self)),
             "type": _TYPES.get(self.status, "APIError"),
-            "param": self.param,
+            "param": None if self.param is None else _encodable(self.param),
             "code": self.code or self.status,
         }
         return {"error": error}
@@ -71,6 +71,11 @@ class HttpError(CacheBlendError):
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+def _encodable(text: str) -> str:
+    """``text`` with half characters written out: an error quotes what a client sent."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def as_http(error: Exception) -> HttpError:

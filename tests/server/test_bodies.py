@@ -17,7 +17,7 @@ from cacheblend_rag.errors import (
 )
 from cacheblend_rag.server import bodies
 from cacheblend_rag.server.bodies import Given, Page
-from cacheblend_rag.server.errors import HttpError, as_http, not_found
+from cacheblend_rag.server.errors import HttpError, answer, as_http, not_found
 
 KEY = "ab" * 32
 
@@ -77,6 +77,24 @@ def test_chunks() -> None:
 
 def test_a_field_that_is_unknown_is_told_with_one_that_is_near() -> None:
     assert "Did you mean 'wait'" in told(lambda: bodies.only({"wiat": 1}, ("wait",)))[1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: bodies.only(bodies.parsed(b'{"\\ud800": 1}'), ("wait",)),
+        lambda: bodies.chunks({"chunks": [{"text": "a", "\udfff": 1}]}, documents=True),
+        lambda: bodies.keys(["\udfff"], "ids"),
+        lambda: bodies.registrations({"documents": {"\udfff": [KEY]}}),
+    ],
+)
+def test_half_a_character_is_told_as_it_was_written(wrong: Any) -> None:
+    """An answer that quotes it can't be sent."""
+    with pytest.raises(HttpError) as error:
+        wrong()
+    sent = answer(error.value)
+    assert sent.status_code == 400
+    assert any(half in bytes(sent.body).decode() for half in ("\\ud800", "\\udfff"))
 
 
 def test_flags_keys_documents() -> None:
