@@ -256,9 +256,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
         return {get_tensor_model_parallel_rank(): messages} if messages else {}
 
     def reports(self, request: str) -> list[BlendOutcome | dict[str, Any]]:
-        """Of ``recent``, what belongs to a request by the id that its client saw, in order."""
-        named = [(answers_to(name, request), name) for name in list(self.recent)]
-        return [self.recent[name] for place, name in sorted(n for n in named if n[0])]
+        """Of ``recent``, what belongs to a request by the id that its client saw, in order. Those
+        of one place, the tokens of a beam search, stay as they came.
+        """
+        places = {name: answers_to(name, request) for name in list(self.recent)}
+        own = [name for name, place in places.items() if place]
+        return [self.recent[name] for name in sorted(own, key=lambda name: places[name])]
 
     def _remember(self, name: str, done: BlendOutcome | dict[str, Any]) -> None:
         self.recent[name] = done

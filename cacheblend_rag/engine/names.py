@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 
-# one of n answers, one of several prompts or turns, and what vLLM adds to make it unique
-_NAME = r"(?:(?P<answer>\d+)_)?{id}(?:[-_](?P<prompt>\d{{1,7}}))?(?:-[0-9a-f]{{8}})?"
+# one of n answers, one of several prompts or turns, one of the beams at a token of a beam search,
+# and what vLLM adds to make it unique
+_NAME = (
+    r"(?:(?P<answer>\d+)_)?{id}(?:[-_](?P<prompt>\d{{1,7}}))?"
+    r"(?:-[0-9a-f]{{16,32}}-beam-(?P<beam>\d+))?(?:-[0-9a-f]{{8}})?"
+)
 
 
 def answers_to(name: str, request: str) -> tuple[int, int] | tuple[()]:
@@ -13,4 +17,6 @@ def answers_to(name: str, request: str) -> tuple[int, int] | tuple[()]:
     of its prompt and of its answer, from 1; empty where it is of another request.
     """
     found = re.fullmatch(_NAME.format(id=re.escape(request)), name)
-    return (int(found["prompt"] or 0) + 1, int(found["answer"] or 0) + 1) if found else ()
+    if found is None:
+        return ()
+    return int(found["prompt"] or 0) + 1, int(found["answer"] or found["beam"] or 0) + 1

@@ -68,6 +68,6 @@ def numbered(count: int, orders: Sequence[Sequence[int]]) -> list[str]:
     """Prompts of chunks in these orders, no two alike."""
     places = (orders[i % len(orders)] for i in range(count))
     return [
-        "\n\n".join([*(CHUNKS[at] for at in place), f"{i}. Which year is named last?"])
+        "\n\n".join([f"{i + 1}.", *(CHUNKS[at] for at in place), "Which year is named last?"])
         for i, place in enumerate(places)
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ import openai
 import pytest
 from chat_models import TOOLS
 from live_server import LiveServer
-from pair import CHUNKS, Pair, numbered, pair
+from pair import CHUNKS, Pair, ask, numbered, pair
 
 from cacheblend_rag import CacheBlend
 
@@ -28,7 +30,8 @@ def servers(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (folder / "template.jinja").write_text(TOOLS)
     template = ["--chat-template", str(folder / "template.jinja")]
     silent = ["--default-chat-template-kwargs", '{"enable_thinking": false}']
-    with pair(embedded, folder, *template, *silent) as both:
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with pair(embedded, folder, *template, *silent, *tools) as both:
         body = {"chunks": CHUNKS, "wait": True}
         assert both.ours.ask("POST", "/ingestions", json=body)["counts"]["computed"] == 6
         yield both
@@ -85,10 +88,15 @@ def test_cached_tokens(servers: Pair) -> None:
     stored = servers.ours.ask("POST", "/chunks/keys", json={"texts": CHUNKS})["data"]
     tokens = sum(row["tokens"] for row in stored)
     assert all(row["stored"] for row in stored)
-    for prompt in (ASKED, "\n\n".join([*reversed(CHUNKS), "When was the bell cast?"])):
-        usage = chat(servers.ours, prompt).usage
-        assert usage.prompt_tokens > usage.prompt_tokens_details.cached_tokens >= 0.99 * tokens
-        off = chat(servers.ours, f"x {prompt}", mode="off").usage
+    for prompt in numbered(2, [range(6), range(5, -1, -1)]):
+        answer = chat(servers.ours, prompt)
+        report = servers.ours.ask("GET", f"/requests/{answer.id}")
+        assert report["tokens_reused"] + report["tokens_recomputed"] >= 0.99 * tokens
+        cached = answer.usage.prompt_tokens_details.cached_tokens
+        assert answer.usage.prompt_tokens > cached == report["tokens_reused"] > 0.8 * tokens
+        whole = chat(servers.ours, f"All of it. {prompt}", mode="reuse").usage
+        assert whole.prompt_tokens > whole.prompt_tokens_details.cached_tokens >= 0.99 * tokens
+        off = chat(servers.ours, f"None of it. {prompt}", mode="off").usage
         assert not off.prompt_tokens_details or not off.prompt_tokens_details.cached_tokens
 
 
@@ -134,3 +142,155 @@ def test_exact_answers_are_those_of_vllm_alone(servers: Pair) -> None:
         found = [told for told in pool.map(wrong, asked) if told]
     assert not found, "\n".join(found)
     assert len(blended) == PROMPTS and min(blended) > 100
+
+
+# ---- every kind of request -----------------------------------------------------------------------
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+TEXT = {"prompt": ASKED, "max_tokens": 6, "temperature": 0}
+TALK = {"messages": [{"role": "user", "content": ASKED}], "max_tokens": 6, "temperature": 0}
+SCHEMA = {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]}
+IN_JSON = {"type": "json_schema", "json_schema": {"name": "year", "schema": SCHEMA}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+SAMPLED = {"n": 2, "temperature": 1, "seed": 7, "min_tokens": 6}
+MESSAGES = {"model": "m", "messages": TALK["messages"], "max_tokens": 6, "temperature": 0}
+RESPONSES = {"input": ASKED, "max_output_tokens": 6, "temperature": 0}
+# by name: the path, the body, and why there is no blend in it; None: there is one
+KINDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "text": (COMPLETIONS, TEXT, None),
+    "chat": (CHAT, TALK, None),
+    "n of text": (COMPLETIONS, {**TEXT, **SAMPLED}, None),
+    "n of chat": (CHAT, {**TALK, **SAMPLED}, None),
+    "echo": (COMPLETIONS, {**TEXT, "echo": True}, None),
+    "echo in chat": (CHAT, {**TALK, "echo": True}, "prompt_logprobs"),  # it asks for them
+    "echo with logprobs": (COMPLETIONS, {**TEXT, "echo": True, "logprobs": 1}, "prompt_logprobs"),
+    "logprobs": (COMPLETIONS, {**TEXT, "logprobs": 2}, None),
+    "logprobs in chat": (CHAT, {**TALK, "logprobs": True, "top_logprobs": 2}, None),
+    "prompt_logprobs": (COMPLETIONS, {**TEXT, "prompt_logprobs": 1}, "prompt_logprobs"),
+    "prompt_logprobs in chat": (CHAT, {**TALK, "prompt_logprobs": 1}, "prompt_logprobs"),
+    "beams": (COMPLETIONS, {**TEXT, "use_beam_search": True, "n": 2}, None),
+    "token ids": (COMPLETIONS, {**TEXT, "prompt": [5, 6, 7, 8]}, "no_chunk_found"),
+    "schema": (CHAT, {**TALK, "response_format": IN_JSON, "max_tokens": 30}, None),
+    "choice": (COMPLETIONS, {**TEXT, "structured_outputs": {"choice": ["1874", "1875"]}}, None),
+    "tools": (CHAT, {**TALK, "tools": [WEATHER], "tool_choice": "auto"}, None),
+    "tools that are not to be called": (
+        CHAT,
+        {**TALK, "tools": [WEATHER], "tool_choice": "none"},
+        None,
+    ),
+    "a tool by name": (
+        CHAT,
+        {**TALK, "tools": [WEATHER], "tool_choice": NAMED, "max_tokens": 30},
+        None,
+    ),
+    "responses": ("/v1/responses", RESPONSES, None),
+    "messages": ("/v1/messages", MESSAGES, None),
+}
+
+
+def shape(value: Any) -> Any:
+    """Its names and kinds, without what is said."""
+    if isinstance(value, dict):
+        return {name: shape(v) for name, v in value.items() if name not in _OURS_ALONE}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return type(value).__name__
+
+
+# what is the connector's to say; vLLM counts with its cache, which other requests filled
+_OURS_ALONE = ("kv_transfer_params", "prompt_tokens_details", "input_tokens_details")
+
+
+def content(value: Any) -> Any:
+    """What is said, without what two answers never share."""
+    if isinstance(value, dict):
+        return {name: content(v) for name, v in value.items() if name not in _OF_ONE}
+    return [content(v) for v in value] if isinstance(value, list) else value
+
+
+_OF_ONE = (*_OURS_ALONE, "id", "created", "created_at", "completed_at", "system_fingerprint")
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    lines = (line[6:] for line in text.splitlines() if line.startswith("data: {"))
+    return [json.loads(line) for line in lines]
+
+
+def id_of(body: dict[str, Any]) -> str:
+    """Of the answer that a body, or the first event of a stream, is of."""
+    about: dict[str, Any] = body.get("response") or body.get("message") or body
+    return str(about["id"])
+
+
+def unasked(body: dict[str, Any]) -> dict[str, Any]:
+    """With a prompt that nobody asked yet: vLLM's prefix cache serves others."""
+    old, new = (json.dumps(text) for text in (ASKED, f"Answer {next(_numbers)}.\n\n{ASKED}"))
+    found: dict[str, Any] = json.loads(json.dumps(body).replace(old, new))
+    return found
+
+
+_numbers = itertools.count()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_are_those_of_vllm_alone(servers: Pair, kind: str) -> None:
+    path, body, reason = KINDS[kind]
+    body = unasked(body)
+    plain = ask(servers.plain, path, body)
+    assert plain.status_code == 200, plain.text
+    for options in ({}, {"recompute_ratio": 1.0}, {"mode": "off"}):
+        ours = ask(servers.ours, path, body, **options)
+        assert ours.status_code == 200, ours.text
+        assert shape(ours.json()) == shape(plain.json())
+        if options and "seed" not in body:  # another batch, another sample
+            assert content(ours.json()) == content(plain.json())
+        report = servers.ours.ask("GET", f"/requests/{id_of(ours.json())}")
+        expected = "mode" if options == {"mode": "off"} else reason
+        assert report["reason"] == expected
+        assert report["reports"] >= body.get("n", 1)  # a beam search has one a token
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_are_those_of_vllm_alone(servers: Pair, kind: str) -> None:
+    path, body, reason = KINDS[kind]
+    body = unasked({**body, "stream": True})
+    plain, ours = ask(servers.plain, path, body), ask(servers.ours, path, body)
+    assert ours.status_code == plain.status_code
+    assert ours.headers["content-type"] == plain.headers["content-type"]
+    if plain.status_code != 200:
+        assert shape(ours.json()) == shape(plain.json())
+        return
+    exact = ask(servers.ours, path, body, recompute_ratio=1.0)
+    if "seed" not in body:
+        assert content(events(exact.text)) == content(events(plain.text))
+    known = [shape(event) for event in events(plain.text)]
+    assert all(shape(event) in known for event in events(ours.text)), ours.text
+    report = servers.ours.ask("GET", f"/requests/{id_of(events(ours.text)[0])}")
+    assert report["reason"] == reason
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {**TALK, "model": "no such"}),
+        (CHAT, {**TALK, "temperature": -1}),
+        (CHAT, {**TALK, "messages": []}),
+        (CHAT, {**TALK, "messages": [{"role": "user"}]}),
+        (CHAT, {**TALK, "max_tokens": 5000}),
+        (CHAT, {**TALK, "chat_template": "{{ messages }}"}),
+        (CHAT, {**TALK, "tools": [WEATHER], "tool_choice": {"type": "x"}}),
+        (COMPLETIONS, {**TEXT, "prompt": "word " * 5000}),
+        (COMPLETIONS, {**TEXT, "prompt": []}),
+        (COMPLETIONS, {**TEXT, "logprobs": 500}),
+        (COMPLETIONS, {**TEXT, "use_beam_search": True, "n": 2, "stream": True}),
+        ("/v1/responses", {**RESPONSES, "previous_response_id": "resp_none"}),
+        ("/v1/messages", {"model": "m", "messages": []}),
+        ("/v1/embeddings", {"input": "x"}),
+    ],
+    ids=str,
+)
+def test_refusals_are_those_of_vllm_alone(servers: Pair, path: str, body: dict[str, Any]) -> None:
+    plain, ours = ask(servers.plain, path, body), ask(servers.ours, path, body)
+    assert ours.status_code == plain.status_code >= 400
+    assert shape(ours.json()) == shape(plain.json())

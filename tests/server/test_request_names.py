@@ -1,0 +1,32 @@
+"""Which of vLLM's requests answer a client's, by the names that it gives them."""
+
+from __future__ import annotations
+
+import pytest
+
+from cacheblend_rag.engine.names import answers_to
+
+MINE, OTHER = "cmpl-9aa1b78f52a81f8b", "cmpl-1aa1b78f52a81f8b"
+TOKEN = "0123456789abcdef"  # of a beam search
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        (MINE, (1, 1)),
+        (f"{MINE}-b1b2b3b4", (1, 1)),
+        (f"{MINE}-0-b1b2b3b4", (1, 1)),
+        (f"{MINE}-3-b1b2b3b4", (4, 1)),
+        (f"{MINE}_3-b1b2b3b4", (4, 1)),
+        (f"1_{MINE}-0-b1b2b3b4", (1, 2)),
+        (f"{MINE}-{TOKEN}-beam-0-b1b2b3b4", (1, 1)),
+        (f"{MINE}-2-{TOKEN}-beam-1-b1b2b3b4", (3, 2)),
+        (OTHER, ()),
+        (f"x{MINE}", ()),
+        (f"{MINE}x-b1b2b3b4", ()),
+        (f"{MINE}-{TOKEN}-b1b2b3b4", ()),
+        (f"{MINE}-beam-1-b1b2b3b4", ()),
+    ],
+)
+def test_places(name: str, place: tuple[int, ...]) -> None:
+    assert answers_to(name, MINE) == place
