@@ -161,7 +161,7 @@ async def _ingest(request: ServerRequest, body: Mapping[str, Any], document: str
     request.service.runner.wake()
     if wait:
         job = await _ended(request, job)
-    return (200 if wait else 202), await _shown(request, job)
+    return (200 if wait and job.has_ended else 202), await _shown(request, job)
 
 
 def _idempotency(request: ServerRequest) -> str | None:
@@ -173,7 +173,10 @@ def _idempotency(request: ServerRequest) -> str | None:
 
 
 async def _ended(request: ServerRequest, job: Job) -> Job:
-    while not job.has_ended:
+    """The job at its end; as it is where the server ends first, or the client has left."""
+    while not (
+        job.has_ended or request.service.engine.is_dead or await request.http.is_disconnected()
+    ):
         await asyncio.sleep(_WAITS_S)
         job = await asyncio.to_thread(request.service.jobs.get, request.owner, job.id)
     return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ class Runner:
         lock: Path,
         learnt: LearntIngestion | None = None,
     ) -> None:
-        self._learnt, self._warned = learnt, False
+        self._learnt, self._warned, self._file_warned = learnt, False, False
         self._jobs, self._front_of, self._base = jobs, front_of, front_of("")
         self._lock: IO[bytes] = lock.open("wb")
         self._wanted, self._stopped = threading.Event(), threading.Event()
@@ -70,17 +71,28 @@ class Runner:
             if self._stopped.wait(_LOOKS_EVERY_S):
                 return
         try:
-            self._jobs.resume()
             while not self._stopped.is_set():
-                if not self._run_one() and not self._learn():
-                    self._wanted.wait(_LOOKS_EVERY_S)
-                    self._wanted.clear()
+                self._serve_while_written()
         except (Interrupted, ClosedError, EngineDeadError):
             logger.info("ingestions stop with the server; those that did not end are kept")
         except Exception:  # the jobs are kept: another process, or the next start, goes on
             logger.exception("ingestions stop")
         finally:
             self._lock.close()
+
+    def _serve_while_written(self) -> None:
+        """Run jobs until their file can't be written. A full disk may have room again."""
+        try:
+            self._jobs.resume()
+            while not self._stopped.is_set():
+                if not self._run_one() and not self._learn():
+                    self._wanted.wait(_LOOKS_EVERY_S)
+                    self._wanted.clear()
+        except sqlite3.Error as error:
+            if not self._file_warned:
+                logger.warning("ingestions wait until their file can be written: %s", error)
+            self._file_warned = True
+            self._stopped.wait(_PAUSE_S)
 
     def _owns(self) -> bool:
         try:
@@ -101,6 +113,8 @@ class Runner:
             self._finish(job, self._run(job, front, chunks))
         except (Interrupted, ClosedError, EngineDeadError):
             self._jobs.put_back(job)
+            raise
+        except sqlite3.Error:  # of the jobs' own file: what is noted of this one is what it was
             raise
         except Exception as error:  # of one job: it fails with its cause, and the others go on
             if front.is_over:
@@ -155,6 +169,7 @@ class Runner:
 
     def _finish(self, job: Job, whole: bool) -> None:
         self._jobs.end(job, COMPLETED if whole else CANCELLED)
+        self._file_warned = False
 
     def _fail(self, job: Job, error: Exception) -> None:
         ours = isinstance(error, CacheBlendError)

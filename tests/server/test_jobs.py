@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -334,6 +335,64 @@ def test_whatever_fails_while_the_engine_ends_leaves_the_job(
     start(jobs)
     until(lambda: front.calls == 1)
     until(lambda: look(jobs, job)["status"] == "queued")
+
+
+class Full:
+    """The connection of a file on a disk that is full where a statement has one of these words."""
+
+    def __init__(self, jobs: Jobs, *words: str) -> None:
+        self.own: Any = jobs._db
+        self.words, self.refused = words, 0
+        jobs._db = self  # type: ignore[assignment]
+
+    def execute(self, statement: str, *values: Any) -> Any:
+        if any(word in statement for word in self.words):
+            self.refused += 1
+            raise sqlite3.OperationalError("database or disk is full")
+        return self.own.execute(statement, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+
+@pytest.mark.parametrize("word", ["BEGIN", "INSERT", "COMMIT"])
+def test_a_full_disk_loses_and_blocks_nothing(make: Callable[..., Jobs], word: str) -> None:
+    """Nor is anything acknowledged that is not there."""
+    jobs = make()
+    before = jobs.create("", [A])
+    disk = Full(jobs, word)
+    for _ in range(2):
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            jobs.create("", [B])
+    assert [job.id for job in jobs.page("", None, 9, "asc")] == [before.id]
+    disk.words = ()
+    after = jobs.create("", [C])
+    found = [before.id, after.id]
+    assert [job.id for job in jobs.page("", None, 9, "asc")] == found
+    assert [job.id for job in make().page("", None, 9, "asc")] == found
+
+
+@pytest.mark.parametrize("words", [["BEGIN"], ["COMMIT"], ["status = ?, completed_at"]], ids=str)
+def test_jobs_go_on_when_their_disk_has_room_again(
+    jobs: Jobs,
+    front: FakeFront,
+    start: Callable[..., Any],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner, "_PAUSE_S", 0.01)
+    front.hold.clear()
+    job = jobs.create("", [A, B])
+    start(jobs)
+    until(lambda: front.calls == 1)
+    disk = Full(jobs, *words)
+    front.hold.set()
+    until(lambda: disk.refused > 2)
+    assert jobs.get("", job.id).status in ("queued", "in_progress")
+    disk.words = ()
+    told = ended(jobs, job)
+    assert told["status"] == "completed" and told["error"] is None
+    assert told["keys"] == ["key of text a", "key of text b"]
 
 
 def test_one_process_runs_them_and_another_takes_over(
