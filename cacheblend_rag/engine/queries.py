@@ -35,32 +35,27 @@ class Queries:
         """The keys that are noted for a document."""
         return self._later(lambda store: store.document_keys(document))
 
-    def cacheblend_page(self, keys: list[Any], after: str, limit: int, document: str | None) -> Any:
+    def cacheblend_page(
+        self, keys: list[Any], after: str, limit: int, document: str | None, fresh: bool
+    ) -> Any:
         """Keys of stored chunks of a key space (``KeySpace.to_plain``) in order, at most ``limit``
         behind ``after``, or those of a document; None where another rank speaks for the store.
+        ``fresh``: the store is listed anew.
         """
         space = KeySpace.from_plain(keys)
-        return self._from_answering_rank(lambda store: store.page(space, after, limit, document))
+        return self._listed(lambda store: store.page(space, after, limit, document, fresh=fresh))
 
     def cacheblend_owned(self, space: list[Any], keys: list[str]) -> Any:
         """Those of ``keys`` that are chunks of this key space; None where another rank speaks."""
-        return self._from_answering_rank(
-            lambda store: store.owned(KeySpace.from_plain(space), keys)
-        )
+        return self._listed(lambda store: store.owned(KeySpace.from_plain(space), keys))
 
     def cacheblend_count(self, space: list[Any]) -> Any:
         """How many chunks of this key space are stored; None where another rank speaks."""
-        return self._from_answering_rank(lambda store: len(store.keys(KeySpace.from_plain(space))))
+        return self._listed(lambda store: store.count(KeySpace.from_plain(space)))
 
     def cacheblend_store_stats(self) -> Any:
         """Counts of this rank's store; None where another speaks for it."""
-        return self._from_answering_rank(lambda store: store.stats())
-
-    def cacheblend_list(self) -> Any:
-        """All that is stored: rows of key, token ids (int32 bytes), base; None where another rank
-        speaks for the store.
-        """
-        return self._from_answering_rank(lambda store: store.list())
+        return self._listed(lambda store: store.stats())
 
     def cacheblend_taken(self, tickets: list[int | None]) -> list[Any]:
         """The result that this rank's ticket of ``tickets`` stands for, in a list, once; an empty
@@ -110,14 +105,22 @@ class Queries:
             return done
         return {**done.report(), **({"selected": done.positions()} if positions else {})}
 
-    def _from_answering_rank(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
+    def _from_answering_rank(
+        self, work: Callable[[RankStore], Any], *, aside: bool = False
+    ) -> dict[str, int] | None:
         """As ``_later``; None where another rank speaks for the store."""
-        return None if self._state().is_replica else self._later(work)
+        return None if self._state().is_replica else self._later(work, aside=aside)
 
-    def _later(self, work: Callable[[RankStore], Any]) -> dict[str, int]:
-        """Have the store's thread do ``work``: no step waits for a disk or a network."""
+    def _listed(self, work: Callable[[RankStore], Any]) -> dict[str, int] | None:
+        """As ``_from_answering_rank``, for what may go through all that is stored: no ingestion
+        waits for it.
+        """
+        return self._from_answering_rank(work, aside=True)
+
+    def _later(self, work: Callable[[RankStore], Any], *, aside: bool = False) -> dict[str, int]:
+        """Have a thread of the store do ``work``: no step waits for a disk or a network."""
         store = self._state().store
-        return store.thread.start(lambda: work(store))
+        return store.thread.start(lambda: work(store), aside=aside)
 
     def _connector(self) -> WorkerSide:
         connector: Any = get_kv_transfer_group()

@@ -12,9 +12,8 @@ from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.base import TICKET, as_result
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.keys import KeySpace
-from cacheblend_rag.known import Row, chunks_of
 from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
-from cacheblend_rag.store.follow import Follower, row_of
+from cacheblend_rag.store.follow import Follower
 from cacheblend_rag.store.learnt import LearningStore
 from cacheblend_rag.store.registry import DocumentRegistry
 
@@ -24,16 +23,19 @@ _MOST_RESULTS = 10_000  # that wait to be taken
 
 
 class StoreThread:
-    """One thread that does what it is given, in order; results wait until they are taken."""
+    """One thread that does what it is given, in order, and one for what may take long and changes
+    nothing; results wait until they are taken.
+    """
 
     def __init__(self) -> None:
         self._numbers, self._results = itertools.count(), dict[int, Future[Any]]()
-        self._pool = DaemonPool(1, "cacheblend-store")
+        self._pool, self._aside = (DaemonPool(1, f"cacheblend-{n}") for n in ("store", "list"))
 
-    def start(self, work: Work) -> dict[str, int]:
-        """Have ``work`` done; returns the ticket for its result."""
+    def start(self, work: Work, *, aside: bool = False) -> dict[str, int]:
+        """Have ``work`` done; returns the ticket for its result. ``aside``: by the other thread."""
         number = next(self._numbers)
-        self._results[number] = self._pool.submit(_reported, work)
+        pool = self._aside if aside else self._pool
+        self._results[number] = pool.submit(_reported, work)
         if len(self._results) > _MOST_RESULTS:  # of callers that were interrupted
             self._results.pop(next(iter(self._results)))
         return {TICKET: number}
@@ -48,6 +50,7 @@ class StoreThread:
     def close(self) -> None:
         """End the thread when it is done with what it was given; waits for nothing."""
         self._pool.close(drop=False)
+        self._aside.close(drop=False)
 
 
 def _reported(work: Work) -> Any:
@@ -78,6 +81,7 @@ class RankStore:
         # otherwise.
         self._registry = store if store.keeps_documents else DocumentRegistry()
         self.follower = Follower(store, forget)
+        self._listing = self.follower.listing
         self.thread = StoreThread()
 
     def missing(self, keys: Sequence[str]) -> list[str]:
@@ -121,8 +125,7 @@ class RankStore:
 
     def registered(self, documents: Sequence[str]) -> list[str]:
         """Those that something is noted for."""
-        noted = self._registry.documents()
-        return [document for document in documents if document_id(document) in noted]
+        return [document for document in documents if self._registry.document_keys(document)]
 
     def document_keys(self, document: str) -> list[str]:
         """As ``KVStore.document_keys``."""
@@ -140,24 +143,30 @@ class RankStore:
             found |= {"learnt_chunks": learnt.chunks, "learnt_bytes": learnt.nbytes}
         return found
 
-    def keys(self, space: KeySpace) -> list[str]:
-        """Those of a key space that are stored, in order."""
-        return sorted(key for key, _ in chunks_of(space, map(row_of, self.store.scan())))
-
-    def page(self, space: KeySpace, after: str, limit: int, document: str | None) -> list[str]:
-        """Of ``keys``, or of those of a document, at most ``limit`` that come behind ``after``."""
-        keys = self.keys(space)
-        if document is not None:
-            keys = sorted(set(keys).intersection(self.document_keys(document)))
-        return [key for key in keys if key > after][:limit]
+    def page(
+        self,
+        space: KeySpace,
+        after: str,
+        limit: int,
+        document: str | None = None,
+        *,
+        fresh: bool = False,
+    ) -> list[str]:
+        """Keys of stored chunks of a key space in order, or those of a document, at most ``limit``
+        that come behind ``after``. ``fresh``: as the store says now, else as far as is known.
+        """
+        if fresh:
+            self._listing.void()
+        among = None if document is None else self.document_keys(document)
+        return self._listing.page(space, after, limit, among)
 
     def owned(self, space: KeySpace, keys: Sequence[str]) -> list[str]:
         """Those of ``keys`` that are of a key space."""
-        return sorted(set(self.keys(space)).intersection(keys))
+        return self._listing.among(space, keys)
 
-    def list(self) -> list[Row]:
-        """What is stored."""
-        return [row_of(info) for info in self.store.scan()]
+    def count(self, space: KeySpace) -> int:
+        """How many chunks of a key space are stored."""
+        return self._listing.count(space)
 
     def close(self) -> None:
         """End the threads and close the store."""

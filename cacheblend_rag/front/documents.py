@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cacheblend_rag import ingest
 from cacheblend_rag.front.base import Front
-from cacheblend_rag.known import chunks_of
+
+_PAGE = 10_000  # keys in one answer of a store
 
 
 class Documents(Front):
@@ -97,7 +98,28 @@ class Documents(Front):
         self._check_open()
         if not self.model_check.passed:
             return set()
-        ranks = self._ask_stores("cacheblend_list")
-        return set.intersection(
-            *({key for key, _ in chunks_of(self._space, rows)} for rows in ranks)
-        )
+        return set(itertools.chain.from_iterable(self._stored_pages(fresh=True)))
+
+    def _stored_pages(
+        self,
+        after: str = "",
+        size: int = _PAGE,
+        document: str | None = None,
+        *,
+        fresh: bool = False,
+    ) -> Iterator[list[str]]:
+        """Keys of stored chunks in order, behind ``after``, or those of a document. Where ranks
+        have stores of their own, those that all have.
+
+        Args:
+            fresh: have stores listed anew, which takes a while where they are large.
+        """
+        space = self._space.to_plain()
+        while True:
+            ranks = self._ask_stores("cacheblend_page", space, after, size, document, fresh)
+            last = min((keys[-1] for keys in ranks if len(keys) == size), default=None)
+            common = set.intersection(*map(set, ranks))
+            yield sorted(key for key in common if last is None or key <= last)
+            if last is None:
+                return
+            after, fresh = last, False

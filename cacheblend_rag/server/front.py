@@ -103,8 +103,8 @@ class Front(CacheBlend):
         if not self.model_check.passed:
             return []
         name = None if document is None else self.document(document)
-        pages = self._ask_stores("cacheblend_page", self._space.to_plain(), after, limit, name)
-        return sorted(set.intersection(*map(set, pages)))[:limit]
+        pages = self._stored_pages(after, limit, name)
+        return list(itertools.islice(itertools.chain.from_iterable(pages), limit))
 
     def count(self) -> int | None:
         """How many chunks are stored; None where that isn't known."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from threading import Event, Lock, Thread
 
 from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.known import News, Row
 from cacheblend_rag.store.base import ChunkInfo, KVStore
+from cacheblend_rag.store.listing import Listing
 
 _EVERY_S = 1.0
 _MOST_NEWS = 10_000  # chunks that wait to be taken; more are listed anew
@@ -23,10 +24,14 @@ class Follower:
     Args:
         store: is asked, never closed.
         forget: drops copies of a chunk outside the store; called in the thread.
+
+    Attributes:
+        listing: what the store has, told of every change.
     """
 
     def __init__(self, store: KVStore, forget: Callable[[str], object]) -> None:
         self._store, self._forget = store, forget
+        self.listing = Listing(lambda: map(row_of, store.scan()))
         self._wake: Callable[[], object] | None = None
         self._asking = Lock()  # held while the store is asked
         self._lock, self._closed = Lock(), Event()
@@ -63,10 +68,11 @@ class Follower:
 
     def note(self, infos: Iterable[ChunkInfo] = (), removed: Iterable[str] = ()) -> None:
         """This process put or discarded chunks just now: older news of them is void."""
+        added, removed = list(map(row_of, infos)), list(removed)
         with self._lock:
-            for key, row in [*((i.key, row_of(i)) for i in infos), *((k, None) for k in removed)]:
-                self._own.add(key)
-                self._keep(key, row)
+            self._own.update(row[0] for row in added)
+            self._own.update(removed)
+            self._see(added, removed)
         self._wake_reader()
 
     @property
@@ -112,13 +118,11 @@ class Follower:
         self._cursor = changes.cursor
         with self._lock:
             removed = [key for key in changes.removed if key not in self._own]
-            for key in removed:
-                self._keep(key, None)
-            for info in changes.added:
-                if info.key not in self._own:
-                    self._keep(info.key, row_of(info))
-            # Not listed here: nobody may want the news, and a listing can take seconds.
+            added = [row_of(info) for info in changes.added if info.key not in self._own]
+            self._see(added, removed)
             self._stale |= changes.whole
+            if changes.whole:
+                self.listing.void()
         # Outside of the lock: it may wait for a GPU's cache or a disk.
         for key in removed:
             self._forget(key)
@@ -141,6 +145,13 @@ class Follower:
     def _wake_reader(self) -> None:
         if self._wake is not None and self.has_news:
             self._wake()
+
+    def _see(self, added: Sequence[Row], removed: Sequence[str]) -> None:
+        for key in removed:
+            self._keep(key, None)
+        for row in added:
+            self._keep(row[0], row)
+        self.listing.see(added, removed)
 
     def _keep(self, key: str, row: Row | None) -> None:
         if self._wake is None:

@@ -20,7 +20,8 @@ from cacheblend_rag.engine import Engine, EngineInfo, EngineOutput, EngineReques
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.start import _parsers, _template, sampling_names, sampling_params
 from cacheblend_rag.errors import ClosedError
-from cacheblend_rag.known import News
+from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.known import News, chunks_of
 from cacheblend_rag.locate import ChunkIndex
 from cacheblend_rag.models import cache_home
 from cacheblend_rag.plan import PARAMS_KEY, Plan, PromptPrefix
@@ -103,8 +104,9 @@ class FakeEngine(Engine):
             case "ingest", [keys, chunks, prefix, contexts]:
                 self._ingest(keys, chunks, prefix, contexts)
                 return [(sum(map(len, chunks)), {})]
-            case "list", _:
-                return [self._rows()]
+            case "page", [space, after, limit, None, _]:
+                of_space = chunks_of(KeySpace.from_plain(space), self._rows())
+                return [sorted(key for key, _ in of_space if key > after)[:limit]]
             case "forget", [keys]:
                 self.stored.difference_update(keys)
                 self.planner.learn(0, News([], keys))

@@ -13,10 +13,11 @@ from cacheblend_rag.engine import EngineRequest
 from cacheblend_rag.engine.base import awaited
 from cacheblend_rag.engine.start import unwrap
 from cacheblend_rag.engine.stored import RankStore
+from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.planner import Space
 from cacheblend_rag.store import ChunkKV, open_store
 
-_OF_STORE = ("missing", "forget", "register", "registered", "unregister", "list")
+_OF_STORE = ("missing", "forget", "register", "registered", "unregister")
 
 
 class StoringEngine(FakeEngine):
@@ -64,6 +65,11 @@ class StoringEngine(FakeEngine):
                 return self._later(lambda rank: rank.put(keys, computed))
             case name, _ if name in _OF_STORE:
                 return self._later(lambda rank: getattr(rank, name)(*args))
+            case "page", [space, after, limit, document, fresh]:
+                keys = KeySpace.from_plain(space)
+                return self._later(
+                    lambda rank: rank.page(keys, after, limit, document, fresh=fresh)
+                )
             case "store_stats", _:
                 return self._later(lambda rank: rank.stats())
         return super().rpc(method, *args)
