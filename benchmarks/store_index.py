@@ -68,7 +68,7 @@ def ask(folder: Path) -> dict[str, float]:
     pages = list[float]()
     for _ in range(PAGES):
         started = time.perf_counter()
-        after = rank.page(SPACE, after, 100)[-1]
+        after = (rank.page(SPACE, after, 100) or [""])[-1]
         pages.append(1e3 * (time.perf_counter() - started))
     count = rank.count(SPACE)
     rank.close()

@@ -1,4 +1,5 @@
-"""Prints how much storage the KV of chunks takes, by model: the README's table.
+"""Prints how much storage the KV of chunks takes, by model: the README's table, and behind it that
+of docs/serving.md: of a text, and how fast a store has to be.
 
     python scripts/kv_sizes.py                       # the usual models
     python scripts/kv_sizes.py path/to/config.json   # yours
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CHUNK, CORPUS = 512, 100_000  # tokens a chunk, chunks
+TEXT_BYTES = 4  # of English text a token, about
+PREFILL = 10_000  # tokens a second
 
 
 class Shape(NamedTuple):
@@ -69,12 +72,30 @@ def table(models: dict[str, Shape]) -> str:
     return "\n".join(lines)
 
 
+def serving_table(models: dict[str, Shape]) -> str:
+    """Markdown, a row a model."""
+    lines = [
+        f"| model | KV of 1 MB of text | in FP8 | as quick to load as a prefill of {PREFILL:,} tokens "
+        "a second |",
+        "|---|---|---|---|",
+    ]
+    for name, shape in models.items():
+        of_text = shape.token_bytes * 1e6 / TEXT_BYTES / 1e9
+        lines.append(
+            f"| {name} | {of_text:.2g} GB | {of_text / shape.element_bytes:.2g} GB | "
+            f"{shape.token_bytes * PREFILL / 1e9:.2g} GB/s |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("configs", nargs="*", type=Path, metavar="config.json")
     configs = parser.parse_args().configs
     given = {str(path): from_config(json.loads(path.read_text())) for path in configs}
     print(table(given or MODELS))
+    print()
+    print(serving_table(given or MODELS))
 
 
 if __name__ == "__main__":
