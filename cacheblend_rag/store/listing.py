@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import islice
 from threading import Lock
 
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import Row, chunks_of
 
 _AT_ONCE, _REST_S = 16, 0.0005  # rows, and how long other threads are let in behind them
+_RUN = 4096  # keys sorted at once: sorting lets no other thread in
 _LONGEST_S = 600.0  # a store that is remote does not say what it evicts
 
 
@@ -83,7 +86,7 @@ class Listing:
             self._meanwhile, self._is_void = [], False
         try:
             made_at = self._clock()
-            keys = sorted(key for key, _ in chunks_of(space, _gently(self._scan())))
+            keys = _sorted(key for key, _ in chunks_of(space, _gently(self._scan())))
             with self._lock:
                 for change in self._meanwhile:
                     _change(space, keys, *change)
@@ -106,6 +109,10 @@ def _change(space: KeySpace, keys: list[str], added: Iterable[Row], removed: Ite
 def _has(keys: Sequence[str], key: str) -> bool:
     at = bisect_left(keys, key)
     return at < len(keys) and keys[at] == key
+
+
+def _sorted(keys: Iterator[str]) -> list[str]:
+    return list(merge(*iter(lambda: sorted(islice(keys, _RUN)), [])))
 
 
 def _gently(rows: Iterable[Row]) -> Iterator[Row]:

@@ -54,7 +54,8 @@ def ranked(store: MemoryStore | DiskStore, numbers: range) -> RankStore:
     return rank
 
 
-def test_pages_and_counts_are_those_of_a_scan() -> None:
+def test_pages_and_counts_are_those_of_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacheblend_rag.store.listing._RUN", 7)
     rank = ranked(Counted(), range(50))
     wanted = sorted(key(n) for n in range(50))
     assert rank.count(SPACE) == 50 and rank.count(OTHER) == 3
