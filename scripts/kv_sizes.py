@@ -75,8 +75,8 @@ def table(models: dict[str, Shape]) -> str:
 def serving_table(models: dict[str, Shape]) -> str:
     """Markdown, a row a model."""
     lines = [
-        f"| model | KV of 1 MB of text | in FP8 | as quick to load as a prefill of {PREFILL:,} tokens "
-        "a second |",
+        "| model | KV of 1 MB of text | in FP8 | as quick to load as a prefill of "
+        f"{PREFILL:,} tokens a second |",
         "|---|---|---|---|",
     ]
     for name, shape in models.items():
