@@ -1,4 +1,7 @@
-"""How much of an ingestion is computed at once, so that answers do not wait for it. Pure."""
+"""How much of an ingestion is computed at once, so that answers do not wait for it. Pure.
+
+A batch is computed in parts: each layer is two, see ``engine/slices.py``.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ class Pace:
     """The sizes of slices and of batches, by what slices took before.
 
     Attributes:
-        token_layer_s: seconds that one layer takes for one token; 0: not known.
+        token_part_s: seconds that one part takes for one token; 0: not known.
         step_s: seconds that a step of the engine takes; 0: not known.
         own_steps: of the engine's, those that ingestions made themselves since its start.
         busy_s: seconds that ingestions took while somebody asked.
     """
 
-    token_layer_s: float = 0.0
+    token_part_s: float = 0.0
     step_s: float = 0.0
     own_steps: int = 0
     busy_s: float = 0.0
@@ -47,33 +50,33 @@ class Pace:
         """Whether somebody asks: the engine made steps that were not the ingestion's own."""
         return now < self._asked_at + _BUSY_S
 
-    def layers(self, tokens: int, now: float, idle_s: float = IDLE_S) -> int:
-        """How many layers of a batch of so many tokens come next.
+    def parts(self, tokens: int, now: float, idle_s: float = IDLE_S) -> int:
+        """How many parts of a batch of so many tokens come next.
 
         ``idle_s``: seconds of a slice while nobody asks.
         """
-        if not self.token_layer_s:
+        if not self.token_part_s:
             return 1
         wanted = _SHARE * self.step_s if self.is_busy(now) and self.step_s else idle_s
-        return max(1, int(wanted / (self.token_layer_s * tokens)))
+        return max(1, int(wanted / (self.token_part_s * tokens)))
 
     def tokens(self, most: int) -> int:
-        """Of a batch one layer of which takes no longer than a slice may."""
-        if not (self.token_layer_s and self.step_s):
+        """Of a batch one part of which takes no longer than a slice may."""
+        if not (self.token_part_s and self.step_s):
             return min(most, 2 * _LEAST_TOKENS)
-        wanted = int(_SHARE * self.step_s / self.token_layer_s)
+        wanted = int(_SHARE * self.step_s / self.token_part_s)
         return min(most, max(_LEAST_TOKENS, wanted))
 
-    def learn(self, progress: Progress, layers: int, tokens: int, now: float) -> None:
-        """A slice of so many layers and tokens was computed."""
-        took = progress.seconds / (layers * tokens)
-        self.token_layer_s = 0.7 * self.token_layer_s + 0.3 * took if self.token_layer_s else took
+    def learn(self, progress: Progress, parts: int, tokens: int, now: float) -> None:
+        """A slice of so many parts and tokens was computed."""
+        took = progress.seconds / (parts * tokens)
+        self.token_part_s = 0.7 * self.token_part_s + 0.3 * took if self.token_part_s else took
         self.see(progress.steps, progress.step_s, now)
         self._took(progress.seconds, now)
 
-    def ended(self, layers: int, tokens: int, now: float) -> None:
-        """The last slice of a batch was computed, of so many layers at the most."""
-        self._took(self.token_layer_s * layers * tokens, now)
+    def ended(self, parts: int, tokens: int, now: float) -> None:
+        """The last slice of a batch was computed, of so many parts at the most."""
+        self._took(self.token_part_s * parts * tokens, now)
 
     def _took(self, seconds: float, now: float) -> None:
         if self.is_busy(now):

@@ -151,13 +151,13 @@ class ClientEngine(Engine):
         what = (name, keys, chunks, prefix_ids, contexts, learnt)
         unwrap(self._ranks("cacheblend_ingest_begin", *what))
         while True:
-            layers = self.pace.layers(tokens, time.monotonic(), self._slicing.idle_s)
-            results = unwrap(awaited(self._ranks, "cacheblend_ingest_go_on", name, layers))
+            parts = self.pace.parts(tokens, time.monotonic(), self._slicing.idle_s)
+            results = unwrap(awaited(self._ranks, "cacheblend_ingest_go_on", name, parts))
             if not isinstance(results[0], dict):
-                self.pace.ended(layers, tokens, time.monotonic())
+                self.pace.ended(parts, tokens, time.monotonic())
                 return results
             progress = Progress(**results[0])
-            self.pace.learn(progress, layers, tokens, time.monotonic())
+            self.pace.learn(progress, parts, tokens, time.monotonic())
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         self.pace.own_steps += len(requests)

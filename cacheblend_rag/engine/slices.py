@@ -1,9 +1,9 @@
-"""Ingestion in slices: a forward that computes some layers between two steps of the engine.
+"""Ingestion in slices: a forward of which some is computed between two steps of the engine.
 
 vLLM's ``model.forward`` is one call. So it runs in a thread of its own, which waits where its
-budget of layers is spent. Only one of this thread and the engine's runs at a time. All ranks get
-the same budgets, so collectives keep their order. The result is that of ``Ingestor.compute``, bit
-for bit.
+budget of parts is spent. A layer has two: its attention, and all from there to the next one's. Only
+one of this thread and the engine's runs at a time. All ranks get the same budgets, so collectives
+keep their order. The result is that of ``Ingestor.compute``, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class _Dropped(BaseException):
     """Nobody wants what is being computed. Not an Exception: a guarded pass would keep it."""
 
 
-class LayerBudget:
-    """How many layers the forward may compute; the engine's thread waits meanwhile."""
+class PartBudget:
+    """How many parts the forward may compute; the engine's thread waits meanwhile."""
 
     def __init__(self) -> None:
         self._changed = Condition()
-        self._layers = 0  # that the forward may still compute
+        self._parts = 0  # that the forward may still compute
         self._ended, self._dropped = True, False
 
     def begin(self) -> None:
-        """There is a forward, which waits for its first layers."""
+        """There is a forward, which waits for its first parts."""
         self._ended = self._dropped = False
 
-    def grant(self, layers: int) -> bool:
-        """Let the forward compute so many layers, and wait for it; returns whether it ended."""
+    def grant(self, parts: int) -> bool:
+        """Let the forward compute so many parts, and wait for it; returns whether it ended."""
         with self._changed:
-            self._layers = layers
+            self._parts = parts
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._layers or self._ended)
+            self._changed.wait_for(lambda: not self._parts or self._ended)
             return self._ended
 
     def cancel(self) -> None:
@@ -57,37 +57,37 @@ class LayerBudget:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._ended)
 
-    def await_layers(self) -> None:
-        """In the forward's thread: wait until there are layers to compute."""
+    def await_parts(self) -> None:
+        """In the forward's thread: wait until there are parts to compute."""
         with self._changed:
-            self._changed.wait_for(lambda: self._layers or self._dropped)
+            self._changed.wait_for(lambda: self._parts or self._dropped)
 
     def spend(self) -> None:
-        """In the forward's thread, before each layer: waits where the budget is spent."""
+        """In the forward's thread, before each part: waits where the budget is spent."""
         with self._changed:
-            if not self._layers and not self._dropped:
+            if not self._parts and not self._dropped:
                 self._changed.notify_all()
                 # vLLM keeps its forward context in a global. Left in place, the engine's next step
                 # would run with that of this thread.
                 with override_forward_context(None):  # the engine's steps have their own
-                    self._changed.wait_for(lambda: self._layers or self._dropped)
+                    self._changed.wait_for(lambda: self._parts or self._dropped)
             if self._dropped:
                 # The forward ends by its own unwinding, which leaves the model as it was; a thread
                 # can't be killed.
                 raise _Dropped
-            self._layers -= 1
+            self._parts -= 1
 
     def end(self) -> None:
         """In the forward's thread: it is over."""
         with self._changed:
-            self._ended, self._layers = True, 0
+            self._ended, self._parts = True, 0
             self._changed.notify_all()
 
 
 class _BudgetedPass(Pass):
-    """A pass that asks its budget before every layer."""
+    """A pass that asks its budget before and behind every attention."""
 
-    def __init__(self, step: Pass, budget: LayerBudget) -> None:
+    def __init__(self, step: Pass, budget: PartBudget) -> None:
         self._step, self._budget, self.last = step, budget, step.last
 
     def attend(
@@ -101,12 +101,13 @@ class _BudgetedPass(Pass):
     ) -> None:
         self._budget.spend()
         self._step.attend(index, layer, q_THD, k_TGD, v_TGD, out_THD)
+        self._budget.spend()
 
 
 class _BudgetedIngestor(Ingestor):
-    """Whose every layer asks the budget."""
+    """Whose every part asks the budget."""
 
-    def __init__(self, handle: ModelHandle, heads: Heads | None, budget: LayerBudget) -> None:
+    def __init__(self, handle: ModelHandle, heads: Heads | None, budget: PartBudget) -> None:
         super().__init__(handle, heads)
         self._budget = budget
 
@@ -123,7 +124,7 @@ class SlicedIngestor:
     """
 
     def __init__(self, handle: ModelHandle, heads: Heads | None = None) -> None:
-        self._budget = LayerBudget()
+        self._budget = PartBudget()
         self._ingestor = _BudgetedIngestor(handle, heads, self._budget)
         self._device = handle.device
         self._thread = DaemonPool(1, "cacheblend-ingest")
@@ -151,8 +152,8 @@ class SlicedIngestor:
         work = self._in_thread(lambda: self._ingestor.compute(chunks, prefix_ids, contexts))
         self._computed = self._thread.submit(work)
 
-    def go_on(self, name: str, layers: int) -> bool:
-        """Compute so many layers; returns whether all is done.
+    def go_on(self, name: str, parts: int) -> bool:
+        """Compute so many parts; returns whether all is done.
 
         Raises:
             EngineError: nothing of that name is under way.
@@ -160,7 +161,7 @@ class SlicedIngestor:
         if self._computed is None or name != self._name:
             raise EngineError("another ingestion took the place of this one; begin it again")
         start = time.perf_counter()
-        done = self._budget.grant(layers)
+        done = self._budget.grant(parts)
         if self._device.type == "cuda":
             # Or the next step would queue behind the slice's kernels, and the slice's time would be
             # that of queueing them.
@@ -185,7 +186,7 @@ class SlicedIngestor:
             try:
                 if torch.get_num_threads() != threads:
                     torch.set_num_threads(threads)
-                self._budget.await_layers()
+                self._budget.await_parts()
                 with _on(stream), torch.inference_mode():
                     return work()
             # Whatever happened, or the engine's thread would wait for ever.

@@ -256,12 +256,12 @@ class WorkerExtension(Queries):
         self._state().sliced.begin(name, keys, chunks, prefix_ids, contexts, learnt=learnt)
 
     @_reporting
-    def cacheblend_ingest_go_on(self, name: str, layers: int) -> Any:
-        """Compute so many layers, the same number on every rank; returns how far it is (see
+    def cacheblend_ingest_go_on(self, name: str, parts: int) -> Any:
+        """Compute so many parts, the same number on every rank; returns how far it is (see
         ``pacing.Progress``), or what ``cacheblend_ingest`` returns.
         """
         sliced = self._state().sliced
-        done = sliced.go_on(name, layers)
+        done = sliced.go_on(name, parts)
         # Or the pace of slices would be measured by steps that it made longer itself.
         self._connector().step_timer.exclude(sliced.seconds)
         if not done:

@@ -6,56 +6,56 @@ import pytest
 
 from cacheblend_rag.pacing import IDLE_S, Pace, Progress
 
-LAYER_S = 0.004  # of 100 tokens
+PART_S = 0.004  # of 100 tokens
 STEP_S = 0.030
 
 
 def paced(*steps: int, own: int = 0) -> Pace:
-    """One that saw these counts of steps, a slice of two layers and 100 tokens each time."""
+    """One that saw these counts of steps, a slice of two parts and 100 tokens each time."""
     pace = Pace(own_steps=own)
     for now, count in enumerate(steps):
-        pace.learn(Progress(2 * LAYER_S, count, STEP_S), 2, 100, now / 100)
+        pace.learn(Progress(2 * PART_S, count, STEP_S), 2, 100, now / 100)
     return pace
 
 
 def test_the_first_slice_is_the_smallest() -> None:
-    assert Pace().layers(2000, 0.0) == 1 and Pace().tokens(8192) == 512
+    assert Pace().parts(2000, 0.0) == 1 and Pace().tokens(8192) == 512
 
 
 def test_while_nobody_asks_a_slice_takes_as_long_as_one_may_wait() -> None:
-    assert paced(7, 7, 7).layers(100, 0.03) == int(IDLE_S / LAYER_S)
+    assert paced(7, 7, 7).parts(100, 0.03) == int(IDLE_S / PART_S)
 
 
 def test_beside_answers_it_takes_half_a_step() -> None:
     busy = paced(7, 8, 9)
-    assert busy.is_busy(0.03) and busy.layers(100, 0.03) == 3  # 12 ms of 15
-    assert busy.layers(10_000, 0.03) == 1
-    assert busy.layers(100, 1.0) == int(IDLE_S / LAYER_S), "they ended"
+    assert busy.is_busy(0.03) and busy.parts(100, 0.03) == 3  # 12 ms of 15
+    assert busy.parts(10_000, 0.03) == 1
+    assert busy.parts(100, 1.0) == int(IDLE_S / PART_S), "they ended"
 
 
 def test_its_own_steps_are_no_answers() -> None:
     pace = Pace()
     for count in range(5):
         pace.own_steps = count
-        pace.learn(Progress(LAYER_S, 7 + count, STEP_S), 1, 100, 0.0)
+        pace.learn(Progress(PART_S, 7 + count, STEP_S), 1, 100, 0.0)
     assert not pace.is_busy(0.0)
 
 
-def test_a_layer_of_a_batch_takes_no_longer_than_a_slice() -> None:
+def test_a_part_of_a_batch_takes_no_longer_than_a_slice() -> None:
     assert 373 <= paced(1).tokens(8192) <= 375
     assert paced(1).tokens(300) == 300
-    slow = Pace(token_layer_s=1.0, step_s=STEP_S)
+    slow = Pace(token_part_s=1.0, step_s=STEP_S)
     assert slow.tokens(8192) == 256
 
 
 def test_what_is_taken_beside_answers_is_counted() -> None:
     assert paced(7, 7, 7).busy_s == 0
     busy = paced(7, 8, 9)
-    assert busy.busy_s == pytest.approx(2 * 2 * LAYER_S)
+    assert busy.busy_s == pytest.approx(2 * 2 * PART_S)
     busy.ended(3, 100, 0.03)
-    assert busy.busy_s == pytest.approx(7 * LAYER_S)
+    assert busy.busy_s == pytest.approx(7 * PART_S)
     busy.ended(3, 100, 1.0)
-    assert busy.busy_s == pytest.approx(7 * LAYER_S), "they ended"
+    assert busy.busy_s == pytest.approx(7 * PART_S), "they ended"
 
 
 def test_steps_are_seen_between_slices() -> None:
