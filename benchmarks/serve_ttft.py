@@ -79,7 +79,7 @@ def from_server(server: LiveServer, messages: Messages, mode: str) -> float:
         took = time.perf_counter() - start
         for _ in lines:
             pass
-    report = server.ask("GET", f"/requests/{json.loads(first)['id']}")
+    report = server.ask("GET", f"/requests/{json.loads(first[6:])['id']}")
     assert report["blended"] is (mode == "blend"), report
     return took
 
