@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from cacheblend_rag.errors import PromptError
 from cacheblend_rag.options import unknown_option
 from cacheblend_rag.prompt import checked
+from cacheblend_rag.server import pieces
 from cacheblend_rag.server.errors import HttpError
 from cacheblend_rag.store.base import is_key
 
@@ -42,7 +42,7 @@ def parsed(raw: bytes) -> dict[str, Any]:
         HttpError: it is not.
     """
     try:
-        found = json.loads(raw)
+        found = pieces.loads(raw)
     except (ValueError, RecursionError) as error:
         raise HttpError(400, f"the body is not JSON: {error}") from error
     if not isinstance(found, dict):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.server import pieces
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.errors import HttpError
 
@@ -198,7 +199,7 @@ class Jobs:
         Raises:
             HttpError: 409 where the key was used for something else; 429 where too much waits.
         """
-        texts = json.dumps([asdict(chunk) for chunk in chunks])
+        texts = pieces.dumps(map(asdict, chunks))
         content = f"{document!r}/{replaces}/{texts}"
         digest = hashlib.sha256(content.encode()).hexdigest()
         tokens = sum(chunk.tokens for chunk in chunks)
@@ -276,7 +277,7 @@ class Jobs:
             row = db.execute(query, (QUEUED,)).fetchone()
             if row is None:
                 return None
-            job, chunks = _job(row[:-1]), json.loads(row[-1])
+            job, chunks = _job(row[:-1]), pieces.loads(str(row[-1]).encode())
             db.execute("UPDATE jobs SET status = ? WHERE number = ?", (RUNNING, job.number))
             job.status = RUNNING
         return job, [Given(**chunk) for chunk in chunks]
