@@ -36,7 +36,7 @@ class Queries:
         return self._later(lambda store: store.document_keys(document))
 
     def cacheblend_page(
-        self, keys: list[Any], after: str, limit: int, document: str | None, fresh: bool
+        self, keys: list[Any], after: str, limit: int, document: str | None, fresh: bool = False
     ) -> Any:
         """Keys of stored chunks of a key space (``KeySpace.to_plain``) in order, at most ``limit``
         behind ``after``, or those of a document; None where another rank speaks for the store.
