@@ -13,7 +13,7 @@ _COMPUTED = ("fresh", "missing", "timed_out")
 _DETAILS = {
     Kind.FRESH: "no stored chunk covers these tokens",
     Kind.REUSE: "stored KV, keys re-rotated",
-    Kind.EXACT: "stored KV at its own position behind its own prefix: exact",
+    Kind.EXACT: "stored KV at its own position, after its own prefix: exact",
     Kind.LEFT_TRUNCATED: "stored KV of a chunk whose head is not in the prompt: twice the ratio",
 }
 

@@ -175,7 +175,7 @@ def check_can_call(names: ParserNames, tools: ToolUse | None, model_type: str) -
     usual = f" (for models of type {model_type}, usually {name!r})" if name else ""
     raise ConfigError(
         "models write calls of tools differently, and no parser was named that reads this one's. "
-        f"Name one of vLLM's{usual} as tool_call_parser, beside the engine's arguments "
+        f"Name one of vLLM's{usual} as tool_call_parser, among the engine's arguments "
         '(LlamaIndex and LangChain: engine_args={"tool_call_parser": ...}); for a server: '
         "cacheblend serve MODEL --enable-auto-tool-choice --tool-call-parser ... vLLM has "
         f"{', '.join(_managers()[0].list_registered())}"

@@ -226,7 +226,7 @@ class StepRows:
         # exactly whatever it was. The log has the cause, and the report says so.
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
-            behind = f" behind {task.write_from} cached tokens" if task.write_from else ""
+            behind = f" after {task.write_from} cached tokens" if task.write_from else ""
             detail = f"blending failed, computed exactly{behind}: {_messages(error)}"
             why_not = Why(Reason.BLEND_FAILED, detail)
         # From here on the request is a plain one. vLLM will schedule nothing below ``first_row``,

@@ -72,7 +72,7 @@ def _digest(key: str, path: str) -> bytes:
     except ValueError:
         digest = b""
     if len(digest) != 32:
-        raise ConfigError(f"{path!r}: behind sha256: stand 64 hexadecimal digits")
+        raise ConfigError(f"{path!r}: write 64 hexadecimal digits after sha256:")
     return digest
 
 

@@ -31,7 +31,7 @@ DONE: dict[str, Any] = {
     "bytes": 7,
 }
 REUSED = "stored KV, keys re-rotated"
-EXACT = "stored KV at its own position behind its own prefix: exact"
+EXACT = "stored KV at its own position, after its own prefix: exact"
 CUT = "stored KV of a chunk whose head is not in the prompt: twice the ratio"
 FRESH = "no stored chunk covers these tokens"
 QUESTION = "the question, and less than a block before it"
