@@ -94,7 +94,8 @@ def for_each(
     if ingest_prefix != "document":
         raise ConfigError(
             f"left_context was given, but with ingest_prefix={ingest_prefix!r} no chunk is "
-            "computed after its document: set BlendConfig(ingest_prefix='document'), or leave it out"
+            "computed after its document: set BlendConfig(ingest_prefix='document'), or leave it "
+            "out"
         )
     return one_for_each(texts, left_context, "left_context")
 
