@@ -13,7 +13,7 @@ from cacheblend_rag.client.chunks import RemoteChunks
 from cacheblend_rag.client.http import Connection
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine import Engine, ModelCheck
-from cacheblend_rag.errors import ConfigError, EngineError
+from cacheblend_rag.errors import ConfigError, EngineError, UnavailableError
 from cacheblend_rag.keys import KeySpace
 
 
@@ -89,6 +89,8 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
 
     def stats(self) -> list[dict[str, int]]:
         state = self._state()
+        if error := state.get("store_error"):
+            raise UnavailableError(f"{self.url}: {error}")
         return [dict(state["store"])] if state["blending"]["on"] else []
 
     @property

@@ -13,6 +13,7 @@ from cacheblend_rag import __version__
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine.client import ClientEngine
+from cacheblend_rag.errors import StoreError
 from cacheblend_rag.front.learning import LearntIngestion
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.learn import LearnOptions
@@ -149,11 +150,7 @@ class Front(CacheBlend):
     def state(self) -> dict[str, Any]:
         """What there is to know of the engine, the model and the store."""
         self.look()
-        info, model_check, stats = (
-            self.info,
-            self.model_check,
-            [] if self.is_tenant else self._stats(),
-        )
+        info, model_check = self.info, self.model_check
         blending = {
             "on": model_check.passed,
             "reason": model_check.reason,
@@ -172,9 +169,16 @@ class Front(CacheBlend):
             "blending": blending,
             "parsers": self.parsers._asdict(),
             "config": self._shown_config(),
-            "chunks": self.count(),
-            "store": stats[0] if stats else {},
+            **self._stored(),
         }
+
+    def _stored(self) -> dict[str, Any]:
+        """Counts of the store. Answers are given, and clients connect, where it can't be asked."""
+        try:
+            chunks, stats = self.count(), [] if self.is_tenant else self._stats()
+        except StoreError as error:
+            return {"chunks": None, "store": {}, "store_error": str(error)}
+        return {"chunks": chunks, "store": stats[0] if stats else {}, "store_error": None}
 
     def _stats(self) -> list[dict[str, int]]:
         return self._ask_stores("cacheblend_store_stats") if self.model_check.passed else []

@@ -138,6 +138,7 @@ class Jobs:
     def __init__(self, file: Path, most_waiting: int) -> None:
         self._most_waiting, self._lock = most_waiting, threading.RLock()
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # it has texts, and a secret
+        self._file, self._inode = file, file.stat().st_ino
         self._db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
         # A job that was acknowledged survives a power cut: its texts are nowhere else.
@@ -148,6 +149,7 @@ class Jobs:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
+            self._check_file()
             # Several API processes share the file. A transaction that began as a reader could not
             # become a writer while another one writes.
             self._db.execute("BEGIN IMMEDIATE")
@@ -160,6 +162,20 @@ class Jobs:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    def _check_file(self) -> None:
+        """SQLite goes on writing to a file that has no name any more. No later start would find
+        what was acknowledged.
+        """
+        try:
+            there = self._file.stat().st_ino == self._inode
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise sqlite3.OperationalError(
+                f"{self._file} was removed or replaced while the server ran. Put it back, or start "
+                "the server anew"
+            )
 
     def _rows(self, query: str, *values: object) -> list[Any]:
         with self._lock:

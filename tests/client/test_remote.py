@@ -34,6 +34,7 @@ from cacheblend_rag import (
 )
 from cacheblend_rag.client import RemoteCacheBlend
 from cacheblend_rag.client import chunks as client_chunks
+from cacheblend_rag.errors import UnavailableError
 
 TEXTS = [f"Passage {i}. " + f"The ship of number {i} sailed to harbour {i}. " * 8 for i in range(4)]
 PROMPT = "\n\n".join([*TEXTS, "Where did ship 2 sail?"])
@@ -466,6 +467,12 @@ def test_facts_of_the_server(remote: CacheBlend, behind: CacheBlend, server: Fak
     assert remote.takes_messages
     remote.ingest(TEXTS, progress=False)
     assert remote.stats() == behind.stats()
+    with pytest.MonkeyPatch.context() as patch:
+        state = {**remote._state(), "store": {}, "store_error": "it does not answer"}  # type: ignore[attr-defined]
+        patch.setattr(remote, "_state", lambda: state)
+        assert remote.model_check.passed
+        with pytest.raises(UnavailableError, match="it does not answer"):
+            remote.stats()
     with pytest.raises(EngineError, match="runs in the server"):
         remote.engine  # noqa: B018
     with pytest.raises(EngineError, match="made by the server"):

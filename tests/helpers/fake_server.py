@@ -156,6 +156,7 @@ def _add_state(app: FastAPI, server: FakeServer) -> None:
             "config": config,
             "chunks": len(blend.stored()),
             "store": stats[0] if stats else {},
+            "store_error": None,
         }
 
     @app.get("/v1/models")

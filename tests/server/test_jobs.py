@@ -22,7 +22,7 @@ from cacheblend_rag.reason import Reason
 from cacheblend_rag.server import jobs as module
 from cacheblend_rag.server import runner
 from cacheblend_rag.server.bodies import Given
-from cacheblend_rag.server.errors import HttpError
+from cacheblend_rag.server.errors import HttpError, as_http
 from cacheblend_rag.server.jobs import Job, Jobs, shown
 from cacheblend_rag.server.runner import Runner, batches
 
@@ -370,6 +370,23 @@ def test_a_full_disk_loses_and_blocks_nothing(make: Callable[..., Jobs], word: s
     found = [before.id, after.id]
     assert [job.id for job in jobs.page("", None, 9, "asc")] == found
     assert [job.id for job in make().page("", None, 9, "asc")] == found
+
+
+def test_nothing_is_acknowledged_that_no_later_start_would_find(
+    make: Callable[..., Jobs], tmp_path: Path
+) -> None:
+    jobs, file = make(), tmp_path / "jobs.sqlite"
+    before = jobs.create("", [A])
+    file.rename(tmp_path / "away")
+    with pytest.raises(sqlite3.OperationalError, match="start the server anew"):
+        jobs.create("", [B])
+    file.touch()
+    with pytest.raises(sqlite3.OperationalError, match="removed or replaced"):
+        jobs.create("", [B])
+    assert as_http(sqlite3.OperationalError("it")).status == 503
+    (tmp_path / "away").rename(file)
+    after = jobs.create("", [C])
+    assert [job.id for job in make().page("", None, 9, "asc")] == [before.id, after.id]
 
 
 @pytest.mark.parametrize("words", [["BEGIN"], ["COMMIT"], ["status = ?, completed_at"]], ids=str)
