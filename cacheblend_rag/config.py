@@ -109,7 +109,7 @@ class BlendConfig:
         if (
             isinstance(self.propagation_length, bool)
             or not isinstance(self.propagation_length, int)
-            or self.propagation_length < 0
+            or not 0 <= self.propagation_length < 1 << 31
         ):
             raise ConfigError(
                 f"propagation_length is {self.propagation_length!r}; it must be a number of "

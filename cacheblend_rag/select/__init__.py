@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_type_hints
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.select.all import AllSelector
@@ -40,6 +40,7 @@ SELECTORS: dict[str, type[Selector]] = {
 }
 
 
+_MOST = 1 << 31
 GROUP = "cacheblend_rag.selectors"  # entry points of other packages: a selector's name and class
 
 
@@ -83,9 +84,26 @@ def create_selector(name: str, options: Mapping[str, Any] | None = None) -> Sele
             f"it has {', '.join(sorted(known)) or 'none'}"
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    selector = kind(**values)
     try:
+        _check_numbers(kind, values)
+        selector = kind(**values)
         selector.validate()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"selector {name!r}: {error}") from error
     return selector
+
+
+def _check_numbers(kind: type[Selector], values: Mapping[str, Any]) -> None:
+    """Numbers are of the kind that their fields have: a worker would find that out in the middle
+    of a blend.
+    """
+    for option, wanted in get_type_hints(kind).items():
+        value = values.get(option)
+        if option not in values or wanted not in (int, float):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{option} must be a number, got {value!r}")
+        if wanted is int and not isinstance(value, int):
+            raise TypeError(f"{option} must be a whole number, got {value!r}")
+        if isinstance(value, int) and abs(value) >= _MOST:
+            raise ValueError(f"{option} must be below 2**31, got {value}")

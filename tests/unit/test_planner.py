@@ -118,6 +118,7 @@ REFUSED: list[Any] = [
     {"space": "here", "selector_options": {"colour": 1}},
     {"space": "here", "selector_options": None},
     {"space": "here", "propagation_length": -1},
+    {"space": "here", "propagation_length": 2**40},
     {"space": "here", "blend_if": "sometimes"},
     {"space": "here", "mode": 3},
     {},

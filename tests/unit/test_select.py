@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -35,6 +36,29 @@ def chosen(name: str, count: int, found: Evidence, **options: object) -> set[int
     selector = create_selector(name, options)
     found = replace(found, budget=found.budget or count)
     return set(selector.choose(found, selector.score(found)).tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("query", {"window": 9.0}, "whole number"),
+        ("query", {"window": True}, "must be a number"),
+        ("query", {"window": "9"}, "must be a number"),
+        ("query", {"window": math.inf}, "whole number"),
+        ("query", {"window": 2**61 + 1}, "below"),
+        ("query", {"first_share": True}, "must be a number"),
+        ("query", {"coverage": math.nan}, "share"),
+        ("query", {"coverage": None}, "must be a number"),
+        ("query", {"layers": "ab"}, "layers|not supported"),
+        ("query", {"layers": [0.5]}, "unpack"),
+        ("random", {"seed": 2**64}, "below"),
+        ("random", {"seed": "x"}, "must be a number"),
+        ("hkvd", {"check_layer": 1.5}, "whole number"),
+    ],
+)
+def test_options_that_a_worker_could_not_use(name: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        create_selector(name, options)
 
 
 def test_query_takes_neighbours_and_ignores_fresh_tokens() -> None:
