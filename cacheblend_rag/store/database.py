@@ -271,6 +271,8 @@ class Database:
             self.rebuilt |= self._rung is not _Rung.COPY
             if self._rung >= _Rung.COPY:
                 self._warn(reason)
+            else:
+                self._warn_of_damage(reason)
             return
         raise error
 
@@ -345,6 +347,15 @@ class Database:
         warnings.warn(
             f"The index of the chunk store {self._folder} cannot be used: {error}. The "
             f"store works without it and keeps notes on documents in memory. {fix_of(error)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _warn_of_damage(self, error: Exception) -> None:
+        warnings.warn(
+            f"The index of the chunk store {self._folder} was damaged ({error}) and is made anew "
+            "from the chunks' files. Lost are how often chunks were used, and which documents they "
+            "belong to: ingest these again before you forget them.",
             RuntimeWarning,
             stacklevel=2,
         )

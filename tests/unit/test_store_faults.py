@@ -56,6 +56,7 @@ def test_a_disk_full_to_the_last_byte_serves_and_is_pruned(faults: ModuleType) -
     assert counts["bytes_after_prune_to_1MiB"] <= 1 << 20
 
 
+@pytest.mark.filterwarnings("ignore:The index of the chunk store .* was damaged:RuntimeWarning")
 def test_a_trigger_made_under_an_open_store_hides_no_chunk(tmp_path: Path) -> None:
     with disk(tmp_path) as store:
         db = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
@@ -79,6 +80,7 @@ def test_pruning_goes_by_the_files(tmp_path: Path, nbytes: int) -> None:
         assert 3 * 780 < sum(left) <= 5 * 780
 
 
+@pytest.mark.filterwarnings("ignore:The index of the chunk store .* was damaged:RuntimeWarning")
 @pytest.mark.parametrize("noted", [2**62, 1 << 40])
 @pytest.mark.parametrize("when", ["closed", "open", "put", "while it prunes"])
 def test_nothing_leaves_for_a_size_that_is_only_noted(
