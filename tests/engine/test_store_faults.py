@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.filterwarnings("ignore:The remote store fails"),
     pytest.mark.filterwarnings("ignore:Chunks in"),
+    pytest.mark.filterwarnings("ignore:The index of the chunk store"),  # its follower meets it too
 ]
 
 words = Words(11)
