@@ -123,8 +123,8 @@ class Correction:
             self._sums[index] = sums
         moves = self._rope.apply(sums[0], self._there, index), sums[1]
         k, v = (
-            (r[self.moved_N].float() + propagate).to(r.dtype)
-            for r, propagate in zip(reused, moves, strict=True)
+            (r[self.moved_N].float() + move).to(r.dtype)
+            for r, move in zip(reused, moves, strict=True)
         )
         return k, v
 

@@ -102,7 +102,7 @@ def fingerprint(model: Any, config: VllmConfig, rope: Rerotator, rank: int, size
     else:
         # What a rank holds depends on how the model is split, so the split is part of the name.
         digest.update(f"{rank}of{size}".encode() + _loaded_digest(model))
-    for path in _key_position(config.model_config, config.load_config):
+    for path in _other_files(config.model_config, config.load_config):
         digest.update(path.name.encode() + b"/" + xxhash.xxh3_128_digest(path.read_bytes()))
     return digest.hexdigest()
 
@@ -184,7 +184,7 @@ def _loaded_digest(model: Any) -> bytes:
     return digest.digest()
 
 
-def _key_position(chosen: ModelConfig, loading: LoadConfig) -> list[Path]:
+def _other_files(chosen: ModelConfig, loading: LoadConfig) -> list[Path]:
     """Small files of the model's folder, and of that which its configuration is taken from."""
     places = (chosen.model, chosen.hf_config_path)
     folders = [local_folder(p, chosen.revision, loading.download_dir) for p in places if p]
