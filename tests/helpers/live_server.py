@@ -132,8 +132,10 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def live_server(*args: Any, **options: Any) -> Iterator[LiveServer]:
-    server = LiveServer(*args, **options)
+def live_server(
+    *args: Any, kind: type[LiveServer] = LiveServer, **options: Any
+) -> Iterator[LiveServer]:
+    server = kind(*args, **options)
     try:
         server.start()
         yield server
