@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import random
@@ -15,6 +16,7 @@ import pytest
 from chat_models import TOOLS
 from live_server import LiveServer
 from pair import CHUNKS, Pair, ask, numbered, pair
+from stock_clients import ASK, MODULES
 
 from cacheblend_rag import CacheBlend
 
@@ -100,6 +102,32 @@ def test_cached_tokens(servers: Pair) -> None:
         assert not off.prompt_tokens_details or not off.prompt_tokens_details.cached_tokens
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ASK)
+def test_frameworks_openai_classes(
+    servers: Pair, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unchanged: their answers are vLLM's own at ratio 1 and without blending."""
+    monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
+    if importlib.util.find_spec(MODULES[name].partition(".")[0]) is None:
+        pytest.skip(f"needs the dependency group clients: {MODULES[name]}")
+    pytest.importorskip(MODULES[name], reason="needs the dependency group clients")
+    stored = servers.ours.ask("POST", "/chunks/keys", json={"texts": CHUNKS})["data"]
+    tokens = sum(row["tokens"] for row in stored)
+    ask_it, prompt = ASK[name], f"{name}.\n\n{ASKED}"
+    expected, _ = ask_it(f"{servers.plain.url}/v1", prompt, {})
+
+    def asked(**options: Any) -> tuple[str, int]:
+        extra = {"kv_transfer_params": {"cacheblend": options}} if options else {}
+        return ask_it(f"{servers.ours.url}/v1", prompt, extra)
+
+    assert asked(mode="off") == (expected, 0)
+    assert asked()[1] > 0.8 * tokens
+    assert asked(mode="reuse")[1] >= 0.99 * tokens
+    assert asked(recompute_ratio=1.0)[0] == expected
+    assert asked(mode="off")[0] == expected
+
+
 def test_streams_say_what_was_cached(servers: Pair) -> None:
     with client(servers.ours) as asking:
         pieces = list(
@@ -121,7 +149,7 @@ def test_streams_say_what_was_cached(servers: Pair) -> None:
 def test_exact_answers_are_those_of_vllm_alone(servers: Pair) -> None:
     """Before, between and after blends, whoever asks beside."""
     chosen = random.Random(24)
-    orders = [chosen.sample(range(6), chosen.randint(2, 4)) for _ in range(PROMPTS)]
+    orders = [chosen.sample(range(6), chosen.randint(2, 3)) for _ in range(PROMPTS)]
     prompts = numbered(PROMPTS, orders)
     with ThreadPoolExecutor(2) as pool:
         expected = [said(answer) for answer in pool.map(lambda p: chat(servers.plain, p), prompts)]
@@ -141,21 +169,22 @@ def test_exact_answers_are_those_of_vllm_alone(servers: Pair) -> None:
     with ThreadPoolExecutor(3) as pool:
         found = [told for told in pool.map(wrong, asked) if told]
     assert not found, "\n".join(found)
-    assert len(blended) == PROMPTS and min(blended) > 100
+    assert len(blended) == PROMPTS and min(blended) > 90
 
 
 # ---- every kind of request -----------------------------------------------------------------------
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-TEXT = {"prompt": ASKED, "max_tokens": 6, "temperature": 0}
-TALK = {"messages": [{"role": "user", "content": ASKED}], "max_tokens": 6, "temperature": 0}
+SHORT = "\n\n".join([*CHUNKS[:3], "When was the bell cast?"])
+TEXT = {"prompt": SHORT, "max_tokens": 6, "temperature": 0}
+TALK = {"messages": [{"role": "user", "content": SHORT}], "max_tokens": 6, "temperature": 0}
 SCHEMA = {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]}
 IN_JSON = {"type": "json_schema", "json_schema": {"name": "year", "schema": SCHEMA}}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 SAMPLED = {"n": 2, "temperature": 1, "seed": 7, "min_tokens": 6}
 MESSAGES = {"model": "m", "messages": TALK["messages"], "max_tokens": 6, "temperature": 0}
-RESPONSES = {"input": ASKED, "max_output_tokens": 6, "temperature": 0}
+RESPONSES = {"input": SHORT, "max_output_tokens": 6, "temperature": 0}
 # by name: the path, the body, and why there is no blend in it; None: there is one
 KINDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "text": (COMPLETIONS, TEXT, None),
@@ -225,7 +254,7 @@ def id_of(body: dict[str, Any]) -> str:
 
 def unasked(body: dict[str, Any]) -> dict[str, Any]:
     """With a prompt that nobody asked yet: vLLM's prefix cache serves others."""
-    old, new = (json.dumps(text) for text in (ASKED, f"Answer {next(_numbers)}.\n\n{ASKED}"))
+    old, new = (json.dumps(text) for text in (SHORT, f"Answer {next(_numbers)}.\n\n{SHORT}"))
     found: dict[str, Any] = json.loads(json.dumps(body).replace(old, new))
     return found
 
