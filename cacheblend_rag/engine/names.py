@@ -6,17 +6,21 @@ import re
 
 # one of n answers, one of several prompts or turns, one of the beams at a token of a beam search,
 # and what vLLM adds to make it unique
-_NAME = (
-    r"(?:(?P<answer>\d+)_)?{id}(?:[-_](?P<prompt>\d{{1,7}}))?"
-    r"(?:-[0-9a-f]{{16,32}}-beam-(?P<beam>\d+))?(?:-[0-9a-f]{{8}})?"
-)
+_BEAM = r"-[0-9a-f]{16,32}-beam-(?P<beam>\d+)"
+_UNIQUE = r"(?:-[0-9a-f]{8})?"
 
 
 def answers_to(name: str, request: str) -> tuple[int, int] | tuple[()]:
     """The place of vLLM's request ``name`` among those that answer a client's ``request``: number
     of its prompt and of its answer, from 1; empty where it is of another request.
     """
-    found = re.fullmatch(_NAME.format(id=re.escape(request)), name)
+    own = rf"(?:(?P<answer>\d+)_)?{re.escape(request)}(?:[-_](?P<prompt>\d{{1,7}}))?"
+    found = re.fullmatch(rf"{own}(?:{_BEAM})?{_UNIQUE}", name)
     if found is None:
         return ()
     return int(found["prompt"] or 0) + 1, int(found["answer"] or found["beam"] or 0) + 1
+
+
+def is_beam(name: str) -> bool:
+    """Whether vLLM's request ``name`` is one beam at one token of a beam search."""
+    return re.search(rf"{_BEAM}{_UNIQUE}$", name) is not None

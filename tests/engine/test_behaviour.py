@@ -638,6 +638,7 @@ def test_prompt_logprobs_are_served_without_blending(blend: CacheBlend, count: i
 def admitted(blend: CacheBlend, ids: tuple[int, ...], **changes: Any) -> Any:
     """What the scheduler's side says to a request like this."""
     fields: dict[str, Any] = {
+        "request_id": "cmpl-0-b1b2b3b4",
         "prompt_token_ids": list(ids),
         "lora_request": None,
         "has_encoder_inputs": False,
@@ -653,6 +654,7 @@ def admitted(blend: CacheBlend, ids: tuple[int, ...], **changes: Any) -> Any:
         ({"lora_request": SimpleNamespace(load_inplace=True)}, Reason.LORA),
         ({"lora_request": SimpleNamespace(load_inplace=False)}, None),
         ({"sampling_params": None}, Reason.NOT_GENERATIVE),
+        ({"request_id": "cmpl-0-0123456789abcdef-beam-1-b1b2b3b4"}, Reason.BEAM_SEARCH),
         ({"prompt_token_ids": None}, Reason.PROMPT_EMBEDS),
         ({}, None),
     ],

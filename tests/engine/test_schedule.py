@@ -100,6 +100,15 @@ def test_as_many_rows_are_scheduled_as_a_blend_computes(claims: Claims) -> None:
     assert not step(claims, new={}, rows={"r": 1}).batch, "it decodes"
 
 
+def test_beams_are_computed_exactly(claims: Claims) -> None:
+    """vLLM's server makes requests of its own for them, and leaves the client's options out."""
+    beam = request(name="cmpl-a-0123456789abcdef-beam-0-b1b2b3b4")
+    before = list(beam.block_hashes)
+    claims.begin(beam)
+    assert claims.there(beam, 0) == 0
+    assert beam.block_hashes == before
+
+
 def test_another_engine_of_this_process_is_not_asked(claims: Claims) -> None:
     class Others:
         """Its chunks are far, and it never gets them."""

@@ -176,8 +176,10 @@ def test_exact_answers_are_those_of_vllm_alone(servers: Pair) -> None:
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SHORT = "\n\n".join([*CHUNKS[:3], "When was the bell cast?"])
-TEXT = {"prompt": SHORT, "max_tokens": 6, "temperature": 0}
-TALK = {"messages": [{"role": "user", "content": SHORT}], "max_tokens": 6, "temperature": 0}
+TEXT: dict[str, Any] = {"prompt": SHORT, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+TALK: dict[str, Any] = {**TEXT, "messages": [{"role": "user", "content": SHORT}]}
+del TALK["prompt"]
+HELD = {"ignore_eos": False, "max_tokens": 30}  # to a form, which ends it
 SCHEMA = {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]}
 IN_JSON = {"type": "json_schema", "json_schema": {"name": "year", "schema": SCHEMA}}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
@@ -198,10 +200,14 @@ KINDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "logprobs in chat": (CHAT, {**TALK, "logprobs": True, "top_logprobs": 2}, None),
     "prompt_logprobs": (COMPLETIONS, {**TEXT, "prompt_logprobs": 1}, "prompt_logprobs"),
     "prompt_logprobs in chat": (CHAT, {**TALK, "prompt_logprobs": 1}, "prompt_logprobs"),
-    "beams": (COMPLETIONS, {**TEXT, "use_beam_search": True, "n": 2}, None),
+    "beams": (COMPLETIONS, {**TEXT, "use_beam_search": True, "n": 2}, "beam_search"),
     "token ids": (COMPLETIONS, {**TEXT, "prompt": [5, 6, 7, 8]}, "no_chunk_found"),
-    "schema": (CHAT, {**TALK, "response_format": IN_JSON, "max_tokens": 30}, None),
-    "choice": (COMPLETIONS, {**TEXT, "structured_outputs": {"choice": ["1874", "1875"]}}, None),
+    "schema": (CHAT, {**TALK, **HELD, "response_format": IN_JSON}, None),
+    "choice": (
+        COMPLETIONS,
+        {**TEXT, **HELD, "structured_outputs": {"choice": ["1874", "1875"]}},
+        None,
+    ),
     "tools": (CHAT, {**TALK, "tools": [WEATHER], "tool_choice": "auto"}, None),
     "tools that are not to be called": (
         CHAT,
@@ -210,7 +216,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     ),
     "a tool by name": (
         CHAT,
-        {**TALK, "tools": [WEATHER], "tool_choice": NAMED, "max_tokens": 30},
+        {**TALK, **HELD, "tools": [WEATHER], "tool_choice": NAMED},
         None,
     ),
     "responses": ("/v1/responses", RESPONSES, None),
@@ -218,27 +224,48 @@ KINDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
 }
 
 
+# what is the connector's to say; vLLM counts with its cache, which other requests filled
+_OURS_ALONE = ("kv_transfer_params", "prompt_tokens_details", "input_tokens_details")
+_OF_ONE = (*_OURS_ALONE, "usage", "id", "item_id", "created", "created_at", "completed_at")
+_OF_ONE += ("system_fingerprint",)
+_SAID = ("text", "content", "reasoning", "arguments", "delta")
+
+
 def shape(value: Any) -> Any:
     """Its names and kinds, without what is said."""
     if isinstance(value, dict):
-        return {name: shape(v) for name, v in value.items() if name not in _OURS_ALONE}
+        return {name: _shape_of(name, v) for name, v in value.items() if name not in _OURS_ALONE}
     if isinstance(value, list):
         return [shape(value[0])] if value else []
     return type(value).__name__
 
 
-# what is the connector's to say; vLLM counts with its cache, which other requests filled
-_OURS_ALONE = ("kv_transfer_params", "prompt_tokens_details", "input_tokens_details")
+def _shape_of(name: str, value: Any) -> Any:
+    by_token = name == "top_logprobs" and value and "logprob" not in value[0]
+    return "numbers by token" if by_token else shape(value)
 
 
-def content(value: Any) -> Any:
-    """What is said, without what two answers never share."""
-    if isinstance(value, dict):
-        return {name: content(v) for name, v in value.items() if name not in _OF_ONE}
-    return [content(v) for v in value] if isinstance(value, list) else value
+def alike(one: Any, other: Any) -> bool:
+    """Whether they say the same, but for rounding and for what two answers never share."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = [name for name in one if name not in _OF_ONE]
+        same = names == [name for name in other if name not in _OF_ONE]
+        return same and all(alike(one[name], other[name]) for name in names)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) < 1e-2
+    return bool(one == other)
 
 
-_OF_ONE = (*_OURS_ALONE, "id", "created", "created_at", "completed_at", "system_fingerprint")
+def said_in(value: Any) -> str:
+    """All text of a stream's events: how many tokens come with one is a matter of moments."""
+    if isinstance(value, list):
+        return "".join(map(said_in, value))
+    if not isinstance(value, dict):
+        return ""
+    parts = (v if name in _SAID and isinstance(v, str) else said_in(v) for name, v in value.items())
+    return "".join(parts)
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -273,9 +300,9 @@ def test_shapes_are_those_of_vllm_alone(servers: Pair, kind: str) -> None:
         assert ours.status_code == 200, ours.text
         assert shape(ours.json()) == shape(plain.json())
         if options and "seed" not in body:  # another batch, another sample
-            assert content(ours.json()) == content(plain.json())
+            assert alike(ours.json(), plain.json()), (ours.text, plain.text)
         report = servers.ours.ask("GET", f"/requests/{id_of(ours.json())}")
-        expected = "mode" if options == {"mode": "off"} else reason
+        expected = "mode" if options == {"mode": "off"} and kind != "beams" else reason
         assert report["reason"] == expected
         assert report["reports"] >= body.get("n", 1)  # a beam search has one a token
 
@@ -292,7 +319,7 @@ def test_streams_are_those_of_vllm_alone(servers: Pair, kind: str) -> None:
         return
     exact = ask(servers.ours, path, body, recompute_ratio=1.0)
     if "seed" not in body:
-        assert content(events(exact.text)) == content(events(plain.text))
+        assert said_in(events(exact.text)) == said_in(events(plain.text))
     known = [shape(event) for event in events(plain.text)]
     assert all(shape(event) in known for event in events(ours.text)), ours.text
     report = servers.ours.ask("GET", f"/requests/{id_of(events(ours.text)[0])}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cacheblend_rag.engine.names import answers_to
+from cacheblend_rag.engine.names import answers_to, is_beam
 
 MINE, OTHER = "cmpl-9aa1b78f52a81f8b", "cmpl-1aa1b78f52a81f8b"
 TOKEN = "0123456789abcdef"  # of a beam search
@@ -30,3 +30,9 @@ TOKEN = "0123456789abcdef"  # of a beam search
 )
 def test_places(name: str, place: tuple[int, ...]) -> None:
     assert answers_to(name, MINE) == place
+
+
+def test_beams() -> None:
+    beams = (f"{MINE}-{TOKEN}-beam-0", f"{MINE}-2-{TOKEN}-beam-13-b1b2b3b4")
+    others = (MINE, f"1_{MINE}-0-b1b2b3b4", "cmpl-my-beam-1-b1b2b3b4", f"{beams[0]}-x")
+    assert [is_beam(name) for name in (*beams, *others)] == [True] * 2 + [False] * 4

@@ -41,6 +41,7 @@ WORDS = {
     Reason.ENCODER_INPUTS: ("images", "take images"),
     Reason.PROMPT_LOGPROBS: ("`prompt_logprobs`",),
     Reason.PROMPT_EMBEDS: ("embeddings",),
+    Reason.BEAM_SEARCH: ("beam search",),
     Reason.OTHER_CONNECTORS: ("other KV connectors",),
     Reason.ROWS_DIFFER: ("ratio 1 must equal a plain prefill",),
 }
