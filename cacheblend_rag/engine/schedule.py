@@ -20,6 +20,7 @@ from cacheblend_rag.engine.base import adapter_name
 from cacheblend_rag.engine.blend import rows_of
 from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, private, tokens_per_hash
 from cacheblend_rag.engine.link import Link
+from cacheblend_rag.engine.names import is_beam
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.planning import Planning
 from cacheblend_rag.engine.rows import Scheduled
@@ -141,6 +142,8 @@ class Claims:
         self._names = names
         cache = vllm_config.cache_config
         self._block_size = int(cache.block_size)
+        # Both sides of one process find the same link by the engine's id: vLLM makes them apart and
+        # gives them nothing else in common.
         link = Link.of(str(vllm_config.kv_transfer_config.engine_id))
         self.planning = Planning(
             link, Planner(self._block_size, compat.longest_blend(kv_cache_config))
@@ -153,6 +156,7 @@ class Claims:
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
         self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
         self._ahead = Ahead(link)
+        # Plain requests too: a blend may be given blocks that one of them is still writing.
         self._live: dict[str, Any] = {}  # all requests that did not end, planned or not
 
     def begin(self, request: Any) -> None:
@@ -166,6 +170,8 @@ class Claims:
         tracked = self._requests[request.request_id] = _Tracked(request, name)
         tracked.space = self.planning.planner.space_id(options)
         tracked.why_not = self._refusal(request) or self._forged(options)
+        # Begun before vLLM's first look-up: the plan decides by which hashes the request's blocks
+        # are looked for.
         if tracked.why_not is None:
             adapter = adapter_name(request.lora_request)
             tracked.planning = self.planning.begin(
@@ -192,6 +198,8 @@ class Claims:
             tracked.why_not = Why(*plan)
             return
         tracked.plan, request = plan, tracked.request
+        # A prompt shorter than a block, or no prefix caching: there is nothing to look up and
+        # nothing to hide.
         if not request.block_hashes:
             return
         exact = tracked.exact = list(request.block_hashes)
@@ -202,6 +210,8 @@ class Claims:
         if known is not None:
             request.block_hashes = known
         elif plan.blend_if == "always":  # exact KV is no reason not to
+            # What comes before the first approximate token is exact, so plain requests may share
+            # those blocks.
             first = _first_approximate(plan) // per
             request.block_hashes = private(exact, first, uuid.uuid4().hex)
 
@@ -212,6 +222,8 @@ class Claims:
             return 0
         if tracked.planning is not None:  # what vLLM found, it found by other hashes
             self._take_plan(tracked)
+            # vLLM leaves a request out of this step where it gets no number, and asks again with
+            # the next one.
             return None
         # After a preemption vLLM asks again, and then finds blocks of this very request. Only what
         # it found at first is known to be written, and of use to others.
@@ -223,6 +235,8 @@ class Claims:
         if not self._is_written(request, hit // tracked.per_hash, tracked.per_hash):
             return None
         try:
+            # After a preemption the chunks are in memory, or were seen to be missing: no waiting
+            # for them again.
             if not tracked.begun and self._ahead.waits(request.request_id, plan):
                 return None
         except RefusedError as refusal:
@@ -230,6 +244,7 @@ class Claims:
             return self._not_blended(tracked)
         # To vLLM, a claim is tokens that are there already: it schedules rows for the others only.
         # Which tokens these rows compute is decided by the worker.
+        # Not the prompt's length: after a preemption, what was generated is prompt as well.
         total = int(request.num_tokens)
         computes = rows_of(plan, total, write_from)
         tracked.claim = _Claim(write_from, total, computes, min(computes, total - hit))
@@ -245,6 +260,8 @@ class Claims:
         as soon as they are allocated, which may be for another request of this very step, whose
         own rows come in time then. A blend, or what stands in for one, reads them before the step.
         """
+        # ``num_computed_tokens`` counts a running request's tokens before this step's rows, so the
+        # blocks after it are being written now or later.
         wanted = set(request.block_hashes[:found])
         return not any(
             wanted.intersection(other.block_hashes[other.num_computed_tokens // per_hash :])
@@ -264,10 +281,12 @@ class Claims:
         if tracked is None or tracked.claim is None or tracked.plan is None:
             return
         claim, plan = tracked.claim, tracked.plan
+        # Here and not in ``there``: vLLM asks there for requests that then find no room.
         tracked.begun, tracked.complete, tracked.outcome_known = True, False, False
         self._tasks[request.request_id] = BlendTask(
             request_id=request.request_id,
             name=tracked.name,
+            # Of this moment: the request goes on to grow while its task is on the way.
             token_ids=tuple(request.all_token_ids[: claim.total]),
             question=plan.question_ids(request.prompt_token_ids),
             plan=plan,
@@ -291,11 +310,15 @@ class Claims:
         if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
             return Step(tasks, {}, gone, plain, self.planning.observer.take())
         # Where the rows of a claim stand in the step depends on the rows of all other requests.
+        # All requests of the step, not only blends: so workers need no lengths from their runner,
+        # which keeps them in other places in each of vLLM's versions.
         batch = _batch(scheduled)
         for name, part in batch.items():
             tracked = self._requests.get(name)
             claim = tracked.claim if tracked is not None else None
-            if tracked is not None and claim and part.computed + part.known >= claim.total:
+            # With asynchronous scheduling the rows have not run yet. Complete means that all were
+            # scheduled: the request's own next look-up comes after them.
+            if tracked is not None and claim and part.computed + part.rows >= claim.total:
                 tracked.claim, tracked.complete = None, True
         return Step(tasks, batch, gone, plain, self.planning.observer.take())
 
@@ -315,7 +338,11 @@ class Claims:
             if tracked is not None:
                 tracked.outcome_known = True
                 tracked.outcome = tracked.outcome or outcome
+            # Only what the store knows to be gone. What it could not be asked for stays in the
+            # index, or a short outage of a remote store would end all reuse.
             self.planning.lose(outcome.get("lost", ()))
+            # A short answer may end before its outcome comes: until then nobody may share its
+            # blocks.
             if (ended := self._ended.pop(name, None)) is not None:
                 ended.share(self._prefixes)
         for name, why_not in failed.items():
@@ -340,6 +367,8 @@ class Claims:
         if tracked is None:
             return None
         if tracked.complete and not tracked.why_not and tracked.plan is not None:
+            # Not before the end: with the answer's blocks, the next turn of a chat finds this one
+            # whole.
             tracked.prefix = Prefix.of(request, tracked.exact, tracked.per_hash)
             if tracked.outcome:
                 tracked.share(self._prefixes)
@@ -347,6 +376,7 @@ class Claims:
                 self._ended[request.request_id] = tracked
                 while len(self._ended) > _MOST_ENDED:
                     self._ended.popitem(last=False)
+        # vLLM hands this on with the request's last output, as ``kv_transfer_params``.
         return {PARAMS_KEY: tracked.report()}
 
     def _has_claim(self, name: str) -> bool:
@@ -367,10 +397,17 @@ def _why(request: Any) -> Why | None:
         return Why(Reason.PROMPT_EMBEDS, "the prompt is given as embeddings")
     if sampling is None:
         return Why(Reason.NOT_GENERATIVE, "the request generates no text")
+    # Its name and number stay, its weights change: chunks computed before would be another
+    # adapter's.
     if request.lora_request is not None and request.lora_request.load_inplace:
         return Why(Reason.LORA, "the request loads its LoRA adapter anew, in another one's place")
     if request.has_encoder_inputs:
         return Why(Reason.ENCODER_INPUTS, "the prompt contains images or other encoder inputs")
+    # Its options and its tenant's space do not come with it: neither mode="off" nor a namespace
+    # would hold.
+    if is_beam(request.request_id):
+        return Why(Reason.BEAM_SEARCH, "vLLM hands on no options to the beams of a beam search")
+    # Newer vLLMs do not let a connector claim anything for such a request; older ones ask.
     if sampling.prompt_logprobs is not None:
         return Why(Reason.PROMPT_LOGPROBS, "prompt_logprobs needs every prompt token computed")
     return None
@@ -387,12 +424,11 @@ def _batch(scheduled: Any) -> dict[str, Scheduled]:
     cached = scheduled.scheduled_cached_reqs
     computed = {r.req_id: r.num_computed_tokens for r in scheduled.scheduled_new_reqs}
     computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    # Of one KV cache group: models with several are refused.
     blocks = dict(zip(cached.req_ids, cached.new_block_ids, strict=True))
-    new = {name: tuple(b[0]) for name, b in blocks.items() if b}
-    drafts = scheduled.scheduled_spec_decode_tokens
     return {
-        name: Scheduled(computed[name], rows, new.get(name, ()), len(drafts.get(name, ())))
-        for name, rows in scheduled.num_scheduled_tokens.items()
+        name: Scheduled(computed[name], count, tuple(b[0]) if (b := blocks.get(name)) else ())
+        for name, count in scheduled.num_scheduled_tokens.items()
     }
 
 
