@@ -179,10 +179,14 @@ SHORT = "\n\n".join([*CHUNKS[:3], "When was the bell cast?"])
 TEXT: dict[str, Any] = {"prompt": SHORT, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 TALK: dict[str, Any] = {**TEXT, "messages": [{"role": "user", "content": SHORT}]}
 del TALK["prompt"]
-HELD = {"ignore_eos": False, "max_tokens": 30}  # to a form, which ends it
-SCHEMA = {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]}
+HELD = {"ignore_eos": False, "max_tokens": 60}  # to a form, which ends it
+YEAR = {"type": "integer", "enum": [1874, 1875]}
+SCHEMA = {"type": "object", "properties": {"year": YEAR}, "required": ["year"]}
 IN_JSON = {"type": "json_schema", "json_schema": {"name": "year", "schema": SCHEMA}}
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": SCHEMA, "strict": True},
+}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 SAMPLED = {"n": 2, "temperature": 1, "seed": 7, "min_tokens": 6}
 MESSAGES = {"model": "m", "messages": TALK["messages"], "max_tokens": 6, "temperature": 0}
@@ -219,6 +223,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {**TALK, **HELD, "tools": [WEATHER], "tool_choice": NAMED},
         None,
     ),
+    "chats": (f"{CHAT}/batch", {**TALK, "messages": [TALK["messages"]]}, None),
     "responses": ("/v1/responses", RESPONSES, None),
     "messages": ("/v1/messages", MESSAGES, None),
 }
