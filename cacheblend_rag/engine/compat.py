@@ -131,6 +131,13 @@ def end_streams(client: Any) -> None:
         processor.propagate_error(EngineDeadError())
 
 
+def messages_have_salts() -> bool:
+    """Whether ``/v1/messages`` takes a ``cache_salt``: those of 0.26 pass it over."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+
+    return "cache_salt" in AnthropicMessagesRequest.model_fields
+
+
 def cli_env_setup() -> Callable[[], None]:
     """What vLLM's command does to the environment before anything else."""
     # It has moved between versions; the newer place is tried first.

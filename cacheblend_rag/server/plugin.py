@@ -11,13 +11,14 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import ParserNames
 from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.server.page import page_router
 from cacheblend_rag.server.routes import add_to
 from cacheblend_rag.server.service import Absent, Service
-from cacheblend_rag.server.tenants import KeyFile, TenantMiddleware, Who
+from cacheblend_rag.server.tenants import ANSWERS, MESSAGES, KeyFile, TenantMiddleware, Who
 
 NAME = "cacheblend"
 
@@ -46,6 +47,7 @@ class CacheBlendEndpoints:
                 who=Who(keys, options.tenant_header),
                 ensure=self._ensure,
                 max_body=options.max_body,
+                answers=ANSWERS if compat.messages_have_salts() else ANSWERS - {MESSAGES},
             )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

@@ -28,7 +28,8 @@ from cacheblend_rag.server.page import PAGE
 PREFIX = "/v1/cacheblend"
 OPEN = {"/health", "/ping", "/metrics", "/version", "/load", "/docs", "/openapi.json", *PAGE}
 _PLAIN = {("GET", "/v1/models"), ("POST", "/tokenize"), ("POST", "/detokenize")}
-_ANSWERS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+MESSAGES = "/v1/messages"
+ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES})
 _STORED = ("previous_response_id", "background")  # answers that vLLM keeps, for whoever asks
 
 Ensure = Callable[[str], Awaitable[str]]  # opens a namespace's space and returns its secret name
@@ -105,10 +106,19 @@ class TenantMiddleware:
     Args:
         ensure: see ``Ensure``.
         max_body: bytes of a body that is read here.
+        answers: paths that answer prompts, and keep the prefix caches of salts apart.
     """
 
-    def __init__(self, app: ASGIApp, who: Who, ensure: Ensure, max_body: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        who: Who,
+        ensure: Ensure,
+        max_body: int,
+        answers: frozenset[str] = ANSWERS,
+    ) -> None:
         self._app, self._who, self._ensure, self._max_body = app, who, ensure, max_body
+        self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or _is_open(scope):
@@ -127,7 +137,7 @@ class TenantMiddleware:
         scope.setdefault("state", {})["cacheblend_namespace"] = namespace
         if path == PREFIX or path.startswith(f"{PREFIX}/") or (scope["method"], path) in _PLAIN:
             return receive
-        if scope["method"] != "POST" or path not in _ANSWERS:
+        if scope["method"] != "POST" or path not in self._answers:
             raise HttpError(403, f"{scope['method']} {path} is not served to tenants")
         given = await read(receive, Headers(scope=scope), self._max_body)
         body = await asyncio.to_thread(parsed, given)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from cacheblend_rag.engine import compat
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.server.plugin import CacheBlendEndpoints
 
@@ -57,6 +58,19 @@ async def test_unknown_paths() -> None:
     for method, path in (("GET", "/x"), ("PATCH", "/chunks"), ("DELETE", "")):
         answer = await asked.request(method, f"/v1/cacheblend{path}")
         assert answer.status_code == 404 and path in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("has_salts", [True, False])
+async def test_tenants_have_no_messages_where_vllm_passes_their_salt_over(
+    has_salts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would find one another's blocks in the prefix cache."""
+    monkeypatch.setattr(compat, "messages_have_salts", lambda: has_salts)
+    asked = await app(None, {"server": {"tenant_header": "X-Tenant"}})
+    answer = await asked.post("/v1/messages", json={}, headers={"X-Tenant": "one"})
+    assert answer.status_code == (500 if has_salts else 403)
+    if not has_salts:
+        assert "not served to tenants" in answer.json()["error"]["message"]
 
 
 async def test_wrong_options_of_the_server_end_its_start() -> None:
