@@ -1,6 +1,6 @@
 """What is done for a blend before its step, where scheduler and worker share a process, as vLLM has
-it for one GPU: slow chunks are fetched while other requests run, and those in memory are on their
-way to the GPU while vLLM prepares the step.
+it for one GPU: slow chunks are fetched while other requests run; those in memory are on their way
+to the GPU, and what chooses the rows runs, while vLLM prepares the step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cacheblend_rag.store.parallel import Readers
 
 if TYPE_CHECKING:
     from cacheblend_rag.engine.blend import Blender
+    from cacheblend_rag.engine.outcome import BlendTask
 
 logger = init_logger("vllm.cacheblend_rag")
 _AT_ONCE = 8  # requests whose chunks are fetched
@@ -26,7 +27,7 @@ class Ahead:
     """One for an engine.
 
     Args:
-        link: has the only worker's blender, where that is in this process.
+        link: has the only worker's rows, where that is in this process.
     """
 
     def __init__(self, link: Link) -> None:
@@ -41,7 +42,7 @@ class Ahead:
         Raises:
             RefusedError: it is not worth it.
         """
-        blender = self._link.blender
+        blender = self._blender
         if blender is None:
             return False
         fetched = self._fetching.get(request_id)
@@ -66,23 +67,33 @@ class Ahead:
         """The step was built."""
         self._announced = False
 
+    def begin(self, task: BlendTask) -> None:
+        """A blend got its blocks: it begins while the rest of its step is prepared."""
+        if (rows := self._link.rows) is not None:
+            rows.begin_ahead(task)
+
     def forget(self, request_id: str) -> None:
         """A request ended."""
         self._fetching.pop(request_id, None)
-        if (blender := self._link.blender) is not None:
+        if (blender := self._blender) is not None:
             blender.forget(request_id)
+
+    @property
+    def _blender(self) -> Blender | None:
+        rows = self._link.rows
+        return rows.blender if rows is not None else None
 
     def _fetch(self, request_id: str, plan: Plan) -> None:
         there = self._fetching.get(request_id)
         try:
-            if (blender := self._link.blender) is not None and there is not None:
+            if (blender := self._blender) is not None and there is not None:
                 blender.fetch(request_id, plan)
         finally:  # what could not be fetched is asked for again by the worker, which reports why
             if there is not None:
                 there.set()
 
     def _announce(self, blender: Blender, request_id: str, plan: Plan) -> None:
-        """Have the KV of a step's first blend come while the rest of the step is prepared."""
+        """Have the KV of a step's first blend come before the blend has blocks."""
         # One transfer is expected at a time. That of a second blend would push out the first one's.
         if self._announced:
             return

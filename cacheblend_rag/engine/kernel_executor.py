@@ -44,6 +44,7 @@ class KernelCache:
     Attributes:
         address_L2: int64 device addresses of each layer's K and V view.
         bytes_per_token: of KV over all layers, on this rank.
+        is_aligned: each token's K and V of a head begin at multiples of 16 bytes.
 
     Raises:
         KernelsUnusableError: a cache of another layout or dtype than the kernels know.
@@ -72,7 +73,11 @@ class KernelCache:
             # Wrong views would not fail: they would serve other tokens' KV.
             self._check(handle, index)
         k = self._views[0][0]
-        self.bytes_per_token = 2 * len(self._views) * k[0, 0].numel() * k.element_size()
+        size = k.element_size()
+        rows = [n * size for view in self._views[0] for n in (*view.stride()[:-1], view.shape[-1])]
+        starts = [view.data_ptr() for views in self._views for view in views]
+        self.is_aligned = not any(n % 16 for n in (*rows, *starts))
+        self.bytes_per_token = 2 * len(self._views) * k[0, 0].numel() * size
         # Addresses, since kernels take no list of tensors: one launch places many layers.
         self.address_L2 = torch.tensor(
             [[k.data_ptr(), v.data_ptr()] for k, v in self._views], device=handle.device
@@ -191,6 +196,7 @@ class KernelExecutor(BlendExecutor):
             self.view(0),
             self._kernels.address_L2[layers],
             is_neox=self.rope.is_neox,
+            is_aligned=self._kernels.is_aligned and self._transfer.is_aligned,
         )
 
     def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from cacheblend_rag.planner import Message
 _MOST_SPANS = 1000  # that wait to be computed
 
 if TYPE_CHECKING:
-    from cacheblend_rag.engine.blend import Blender
+    from cacheblend_rag.engine.rows import StepRows
     from cacheblend_rag.store.follow import Follower
 
 
@@ -26,7 +26,7 @@ class Link:
     """One for an engine in each of its processes; ``of`` makes it.
 
     Attributes:
-        blender: the only worker's; None where there are several, or it is in another process.
+        rows: the only worker's; None where there are several, or it is in another process.
         has_worker: the only worker is in this process.
     """
 
@@ -36,7 +36,7 @@ class Link:
     _making: ClassVar[Lock] = Lock()
 
     def __init__(self) -> None:
-        self.blender: Blender | None = None
+        self.rows: StepRows | None = None
         self.has_worker = False
         self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
         self._messages: list[Message] = []
@@ -98,7 +98,7 @@ class Link:
 
     def end(self) -> None:
         """The worker blends no more."""
-        self.blender = self._news = None
+        self.rows = self._news = None
 
     def _wake(self) -> None:
         if self._on_message is not None:

@@ -128,6 +128,8 @@ class StepRows:
         self.handle, self._cache, self._tensors = handle, cache, tensors
         self.blender: Blender | None = None
         self._blends: dict[str, _Blend] = {}
+        self._begun_ahead: dict[str, _Blend] = {}  # of the step that is being built
+        self._stream: torch.cuda.Stream | None = None  # on which steps run; None before the first
         self._finished: list[_Blend] = []
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._lost: dict[str, set[int]] = {}  # not yet reported
@@ -136,6 +138,20 @@ class StepRows:
         self._is_disproved = False
         self.causes: OrderedDict[str, str] = OrderedDict()
 
+    def begin_ahead(self, task: BlendTask) -> None:
+        """Begin a blend of the step that the scheduler is still building, in this very process. All
+        earlier steps were queued, so this comes behind them, as the step does. What fails here is
+        begun again with the step, which says why it can't.
+        """
+        clock = Clock(self.handle.device)
+        outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached, task.planned)
+        on_stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
+        try:
+            with on_stream, torch.inference_mode(), self.handle.adapters.using(task.adapter):
+                self._begun_ahead[task.request_id] = self._chosen(task, outcome)
+        except Exception as error:
+            logger.debug("%s was not begun ahead: %s", task.request_id, error)
+
     def begin_step(self, tasks: Mapping[str, BlendTask], batch: Mapping[str, Scheduled]) -> None:
         """Called before the model runs.
 
@@ -143,6 +159,8 @@ class StepRows:
             tasks: blends that begin with this step, by request.
             batch: all requests of a step in which a blend has rows; else empty.
         """
+        if self.handle.device.type == "cuda":
+            self._stream = torch.cuda.current_stream(self.handle.device)
         # vLLM hands out blocks step by step. A blend whose rows take several steps has no block yet
         # for its last positions, so what was chosen is kept here and placed as its blocks come.
         for name, scheduled in batch.items():
@@ -204,9 +222,10 @@ class StepRows:
     def forget(self, names: Iterable[str]) -> None:
         """Requests that ended, or were preempted."""
         for name in names:
-            blend = self._blends.pop(name, None)
-            if blend is not None and blend.executor is not None:
-                blend.executor.give_up()
+            for blends in (self._blends, self._begun_ahead):
+                blend = blends.pop(name, None)
+                if blend is not None and blend.executor is not None:
+                    blend.executor.give_up()
 
     # ---- a blend -------------------------------------------------------------------------------
 
@@ -214,6 +233,10 @@ class StepRows:
         """Load and choose. Whatever fails, on any rank, ends in an exact answer: what vLLM takes
         for computed is then computed here, and the rows are left as they are.
         """
+        begun = self._begun_ahead.pop(task.request_id, None)
+        if begun is not None:
+            self._blends[task.request_id] = begun
+            return
         clock = Clock(self.handle.device)
         outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached, task.planned)
         try:

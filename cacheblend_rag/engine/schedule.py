@@ -283,7 +283,7 @@ class Claims:
         claim, plan = tracked.claim, tracked.plan
         # Here and not in ``there``: vLLM asks there for requests that then find no room.
         tracked.begun, tracked.complete, tracked.outcome_known = True, False, False
-        self._tasks[request.request_id] = BlendTask(
+        task = BlendTask(
             request_id=request.request_id,
             name=tracked.name,
             # Of this moment: the request goes on to grow while its task is on the way.
@@ -299,6 +299,8 @@ class Claims:
             proves=tracked.proves,
             adapter=request.lora_request,
         )
+        self._tasks[request.request_id] = task
+        self._ahead.begin(task)
 
     def step(self, scheduled: Any) -> Step:
         """What the workers have to know of the step that was built."""

@@ -16,6 +16,7 @@ from cacheblend_rag.store.base import ChunkKV
 
 _BUFFERS = 4  # a transfer
 _GROUP_BYTES = 96 << 20  # aimed at: small enough to start soon, large enough to run at full speed
+_ALIGNMENT = 16  # bytes that the kernel moves at once
 
 
 class Buffers:
@@ -42,6 +43,7 @@ class Staging:
     def __init__(self, device: torch.device, num_layers: int, device_cache: DeviceCache) -> None:
         self.device, self.num_layers, self.device_cache = device, num_layers, device_cache
         self.stream = torch.cuda.Stream(device)
+        self._pause = torch.zeros(1, dtype=torch.uint8, device=device)
         self._idle: list[Buffers] = []
         self._expected: tuple[dict[str, ChunkKV], Transfer] | None = None
 
@@ -80,6 +82,14 @@ class Staging:
             seconds = gpu_seconds(lambda: there.copy_(host, non_blocking=True))
         return seconds / _GROUP_BYTES
 
+    def pause(self) -> None:
+        """Called on the copy stream between two groups. A GPU has one engine for copies from the
+        host, which takes all copies that one stream has ready before it turns to another: a small
+        upload, vLLM's own ones too, would wait for the whole transfer. A stream that waits for a
+        kernel has none ready.
+        """
+        self._pause.add_(1)
+
     def take(self, nbytes: int) -> Buffers:
         """Buffers of ``nbytes`` each at least; a transfer under way keeps its own."""
         if self._idle and self._idle[-1].nbytes >= nbytes:
@@ -102,6 +112,7 @@ class Transfer:
 
     Attributes:
         address_LS: int64, where each layer of each source is, or will be once ``arrive`` returned.
+        is_aligned: all of them are multiples of 16.
     """
 
     def __init__(self, staging: Staging, sources: Mapping[str, ChunkKV]) -> None:
@@ -118,6 +129,7 @@ class Transfer:
         except BaseException:  # no memory
             self.give_up()
             raise
+        self.is_aligned = not (self.address_LS % _ALIGNMENT).any()
 
     def _lay_out(self, sources: Mapping[str, ChunkKV]) -> None:
         """Find room for every source."""
@@ -212,6 +224,8 @@ class Transfer:
         first = number * self._group
         last = min(first + self._group, self._staging.num_layers)
         with torch.cuda.stream(stream):
+            if number:
+                self._staging.pause()
             for _, cached, chunk in self._filling:
                 cached.kv[first:last].copy_(chunk.kv_L2NHD[first:last], non_blocking=True)
             if self._buffers is not None:

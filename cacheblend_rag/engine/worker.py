@@ -159,7 +159,7 @@ class WorkerExtension(Queries):
         link = self._connector().link
         # Of several ranks, none may fetch ahead or refuse by itself: all of them have to agree
         # first.
-        link.blender = blender if heads is None else None
+        link.rows = self._rows() if heads is None else None
         link.has_worker = True
         self._state().sends_changes = not follows
         if self._state().is_replica or not follows:

@@ -416,7 +416,7 @@ def break_blending(blend: CacheBlend, patch: pytest.MonkeyPatch, place: str) -> 
         patch.setattr(connector(blend).rows, "blender", None)
     elif place == "refused":
         patch.setattr(Blender, "_load", lambda *args: FromStore(TOO_SLOW, {}))
-        patch.setattr(connector(blend).link, "blender", None)  # it is the worker that refuses
+        patch.setattr(connector(blend).link, "rows", None)  # it is the worker that refuses
     elif place == "selector":
         patch.setattr(QuerySelector, "score", raises)
     else:

@@ -238,8 +238,9 @@ def test_a_disk_that_hangs_or_crawls_costs_a_recompute(
         monkeypatch.setattr(type(blender.store), "bandwidth", 1e5)
         begun, choose = [], blender.choose
         monkeypatch.setattr(blender, "choose", lambda *a: begun.append(a) or choose(*a))
-        for beside, starts, extra in ((blender, 0, 8), (None, 1, 11)):  # None: it is elsewhere
-            monkeypatch.setattr(get_kv_transfer_group().link, "blender", beside)
+        rows = get_kv_transfer_group().rows
+        for beside, starts, extra in ((rows, 0, 8), (None, 1, 11)):  # None: it is elsewhere
+            monkeypatch.setattr(get_kv_transfer_group().link, "rows", beside)
             _forget_memory(blender.store)
             refused = asked(blend, (extra, *ids[1:]))
             assert not refused.report.blended and len(begun) == starts

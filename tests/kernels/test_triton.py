@@ -54,9 +54,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_aligned", [True, False])
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize(("dim", "rotary"), [(16, 16), (64, 32), (80, 80), (128, 128), (96, 24)])
-def test_place(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
+def test_place(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype, is_aligned: bool) -> None:
     torch.manual_seed(dim)
     groups, lengths, layers = 3, (21, 50, 7), 2
     chunks = [
@@ -86,7 +87,9 @@ def test_place(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None
     addresses = torch.tensor(
         [[c.k_BSGD.data_ptr(), c.v_BSGD.data_ptr()] for c in caches], device=DEVICE
     )
-    rotate_and_scatter(sources, cos, sin, positions, caches[0], addresses, is_neox=is_neox)
+    rotate_and_scatter(
+        sources, cos, sin, positions, caches[0], addresses, is_neox=is_neox, is_aligned=is_aligned
+    )
     for cache, twin in zip(caches, twins, strict=True):
         torch.testing.assert_close(cache.v_BSGD, twin.v_BSGD, atol=0, rtol=0)
         torch.testing.assert_close(cache.k_BSGD, twin.k_BSGD, atol=TOLERANCE[dtype], rtol=1e-2)
