@@ -101,6 +101,11 @@ class _Stream:
         return self._result
 
     @property
+    def _ended(self) -> bool:
+        """Whether the last piece came."""
+        return bool(self._pieces) and self._pieces[-1].finish_reason is not None
+
+    @property
     def pieces(self) -> Sequence[EngineOutput]:
         """What came so far, with token ids, log-probabilities, reasoning and calls of tools."""
         return self._pieces
@@ -117,13 +122,12 @@ class BlendStream(_Stream, Iterator[str]):
     def __next__(self) -> str:
         piece = next(self._source, None)
         if piece is None:
+            # Now, and not with the last piece: the engine may have to be asked for the report.
+            if self._ended and self._result is None:
+                self._result = self._finish(self._pieces, self._start)
             raise StopIteration
         piece = self._read(piece)
         self._pieces.append(piece)
-        if piece.finish_reason is not None:
-            for _ in self._source:  # lets the source end, and with it its hold on the engine
-                pass
-            self._result = self._finish(self._pieces, self._start)
         return piece.text
 
     def close(self) -> None:
@@ -166,15 +170,13 @@ class AsyncBlendStream(_Stream, AsyncIterator[str]):
         pieces = self._begun.pieces
         piece = await anext(pieces, None)
         if piece is None:
+            if self._ended and self._result is None:
+                # may ask the engine once more, so not on this loop, and not with the last piece
+                finish = self._begun.finish
+                self._result = await asyncio.to_thread(finish, self._pieces, self._start)
             raise StopAsyncIteration
         piece = self._begun.read(piece)
         self._pieces.append(piece)
-        if piece.finish_reason is not None:
-            async for _ in pieces:
-                pass
-            # may ask the engine once more, so not on this loop
-            finish = self._begun.finish
-            self._result = await asyncio.to_thread(finish, self._pieces, self._start)
         return piece.text
 
     async def aclose(self) -> None:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from cacheblend_rag.locate.arrays import Bools, Hashes, Ids, Ints
+from cacheblend_rag.locate.arrays import Hashes, Ids, Ints
 from cacheblend_rag.locate.hashes import ANCHOR_MARGIN, ANCHOR_WIDTH, SECRET, mix
 from cacheblend_rag.locate.runs import Found, Snapshot, find
 from cacheblend_rag.locate.spans import Spans, best_of_each_stretch, joined
+
+_MOST_BESIDE = (
+    ANCHOR_MARGIN + ANCHOR_WIDTH + ANCHOR_MARGIN
+)  # tokens from a chunk's end to its rungs
 
 
 def whole_chunks(
@@ -75,17 +79,10 @@ def _equal_tokens(
     view: Snapshot, prompt: Ids, at_S: Ints, begins_S: Ints, limits_S: Ints, step: int
 ) -> Ints:
     """How many tokens are equal from here on in one direction, up to 32 and the given limits."""
-    count_S = np.zeros_like(at_S)
-    going: tuple[Ints, ...] = (np.arange(len(at_S)), at_S, begins_S, limits_S)
-    for count in range(ANCHOR_MARGIN + ANCHOR_WIDTH + ANCHOR_MARGIN):
-        going = _only(going, going[3] > count)
-        _, at, begins, _ = going
-        equal = prompt.take(at) == view.tokens.take(begins)
-        places, at, begins, limits = _only(going, equal)
-        count_S[places] = count + 1
-        going = (places, at + step, begins + step, limits)
+    # all at once: a loop over the tokens costs more than what it saves by ending early
+    ahead = np.arange(_MOST_BESIDE)
+    in_prompt, in_chunks = (x[:, None] + step * ahead for x in (at_S, begins_S))
+    equal = prompt.take(in_prompt, mode="clip") == view.tokens.take(in_chunks, mode="clip")
+    equal &= ahead < limits_S[:, None]
+    count_S: Ints = np.where(equal.all(axis=1), _MOST_BESIDE, equal.argmin(axis=1))
     return count_S
-
-
-def _only(columns: tuple[Ints, ...], chosen: Bools) -> tuple[Ints, ...]:
-    return columns if chosen.all() else tuple(column[chosen] for column in columns)

@@ -40,7 +40,7 @@ def propagate(
         cos_XP, sin_XP: float32 tables of a turn from position 0 to each position.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
     """
-    rows, groups, dim = k_TGD.shape
+    groups, dim = k_TGD.shape[1:]
     pairs = cos_XP.shape[1]
     _, size, _, _ = cache.k_BSGD.shape
     check_cache(cache)
@@ -50,74 +50,22 @@ def propagate(
     for each in (*propagation, cos_XP, sin_XP):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
-    off_TX = torch.empty(rows, 2, groups, dim, dtype=k.dtype, device=k.device)
     strides = (k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2))
-    shape = {
-        "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
-        "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-    }  # fmt: skip
-    _off_kernel[(rows, groups)](
-        k_TGD, v_TGD, propagation.position_R, propagation.chunk_R, propagation.pass_2,
-        cache.table, k, v, cos_XP, sin_XP, off_TX, k_TGD.stride(0), v_TGD.stride(0), *strides,
-        **shape, num_warps=1,
-    )  # fmt: skip
     _propagate_kernel[(_PROGRAMS, groups)](
-        off_TX, propagation.chunk_N, propagation.position_R, propagation.chunk_R,
+        k_TGD, v_TGD, propagation.chunk_N, propagation.position_R, propagation.chunk_R,
         propagation.before_N, propagation.pass_2, propagation.propagation_length_1, cache.table, k,
-        v, cos_XP, sin_XP, cache.length, *strides, **shape, REST=2 * pairs < dim, BLOCK_N=_TOKENS,
+        v, cos_XP, sin_XP, cache.length, k_TGD.stride(0), v_TGD.stride(0), *strides,
+        SIZE=size, GROUPS=groups, DIM=dim, PAIRS=pairs, NEOX=is_neox,
+        BLOCK_P=max(16, triton.next_power_of_2(pairs)),
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), REST=2 * pairs < dim, BLOCK_N=_TOKENS,
         BLOCK_R=_ROWS, FAR=FAR, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["k_row", "v_row"])
-def _off_kernel(
-    fresh_k, fresh_v, position, chunk, pass_2, table, k, v, cos, sin, off,
-    k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
-    SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
-    NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """How far one row is off the stored one, its key turned back to position 0."""
-    t, g = tl.program_id(0), tl.program_id(1)
-    first, rows = tl.load(pass_2), tl.load(pass_2 + 1)
-    if t >= rows:
-        return
-    # a token between chunks: nothing is stored that it could be off
-    if tl.load(chunk + first + t) < 0:
-        return
-    at = tl.load(position + first + t)
-    block = tl.load(table + at // SIZE).to(tl.int64)
-    old_k = k + block * k_block + at % SIZE * k_place + g * k_head
-    old_v = v + block * v_block + at % SIZE * v_place + g * v_head
-    new_k, new_v = fresh_k + t * k_row + g * DIM, fresh_v + t * v_row + g * DIM
-    to = off + (t * 2 * GROUPS + g) * DIM
-    kind: tl.constexpr = off.dtype.element_ty
-    d = tl.arange(0, BLOCK_D)
-    whole = d < DIM
-    # Fresh K and V are compared with what lies in the cache: this runs before they are written.
-    gone = tl.load(new_v + d, mask=whole).to(tl.float32) - tl.load(old_v + d, mask=whole)
-    tl.store(to + GROUPS * DIM + d, gone.to(kind), whole)
-    if 2 * PAIRS < DIM:
-        rest = whole & (d >= 2 * PAIRS)
-        gone = tl.load(new_k + d, mask=rest).to(tl.float32) - tl.load(old_k + d, mask=rest)
-        tl.store(to + d, gone.to(kind), rest)
-    p = tl.arange(0, BLOCK_P)
-    some = p < PAIRS
-    one = p if NEOX else 2 * p
-    two = p + PAIRS if NEOX else 2 * p + 1
-    a = tl.load(new_k + one, mask=some).to(tl.float32) - tl.load(old_k + one, mask=some)
-    b = tl.load(new_k + two, mask=some).to(tl.float32) - tl.load(old_k + two, mask=some)
-    co = tl.load(cos + at * PAIRS + p, mask=some)
-    si = tl.load(sin + at * PAIRS + p, mask=some)
-    # Turned back by the token's own angle, so that differences at unlike positions can be added.
-    tl.store(to + one, (a * co + b * si).to(kind), some)
-    tl.store(to + two, (b * co - a * si).to(kind), some)
-
-
-@triton.jit
 def _propagate_kernel(
-    off, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table, k, v, cos, sin,
-    length, k_block, k_place, k_head, v_block, v_place, v_head,
+    fresh_k, fresh_v, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table, k,
+    v, cos, sin, length, k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
@@ -129,7 +77,7 @@ def _propagate_kernel(
         (FAR * propagation_length).to(tl.int32),
         1.4426950408889634 / propagation_length,
     )  # log2(e): exp2 below
-    kind: tl.constexpr = off.dtype.element_ty
+    kind: tl.constexpr = k.dtype.element_ty
     d, p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
     in_d, in_p = d < DIM, p < PAIRS
     one = p if NEOX else 2 * p
@@ -169,21 +117,27 @@ def _propagate_kernel(
             # Of this pass: only its differences are known.
             now = there & (t >= 0) & (t < rows) & (theirs >= 0)
             weight = weight.to(kind)
-            row = off + (t * 2 * GROUPS + g) * DIM
-            a = tl.load(row[:, None] + one[None], mask=now[:, None] & in_p[None], other=0.0)
-            b = tl.load(row[:, None] + two[None], mask=now[:, None] & in_p[None], other=0.0)
-            values = tl.load(
-                row[:, None] + GROUPS * DIM + d[None], mask=now[:, None] & in_d[None], other=0.0
-            )
-            sum_a = tl.dot(weight, a, sum_a, input_precision="ieee")
-            sum_b = tl.dot(weight, b, sum_b, input_precision="ieee")
-            sum_v = tl.dot(weight, values, sum_v, input_precision="ieee")
+            # Fresh K and V are compared with what lies in the cache: this runs before they are
+            # written, and a recomputed token is moved by none of the programs.
+            there_d, there_p = now[:, None] & in_d[None], now[:, None] & in_p[None]
+            block = tl.load(table + at // SIZE, mask=now, other=0).to(tl.int64)
+            old_k = k + block * k_block + at % SIZE * k_place + g * k_head
+            old_v = v + block * v_block + at % SIZE * v_place + g * v_head
+            new_k, new_v = fresh_k + t * k_row + g * DIM, fresh_v + t * v_row + g * DIM
+            values = _difference(new_v, old_v, d, there_d)
+            a = _difference(new_k, old_k, one, there_p)
+            b = _difference(new_k, old_k, two, there_p)
+            turn = at[:, None] * PAIRS + p[None]
+            co = tl.load(cos + turn, mask=there_p, other=0.0)
+            si = tl.load(sin + turn, mask=there_p, other=0.0)
+            # Turned back by the token's own angle, so that differences at unlike positions can be
+            # added.
+            sum_a = tl.dot(weight, (a * co + b * si).to(kind), sum_a, input_precision="ieee")
+            sum_b = tl.dot(weight, (b * co - a * si).to(kind), sum_b, input_precision="ieee")
+            sum_v = tl.dot(weight, values.to(kind), sum_v, input_precision="ieee")
             if REST:
-                rest = tl.load(
-                    row[:, None] + d[None], mask=now[:, None] & (in_d & (d >= 2 * PAIRS))[None],
-                    other=0.0,
-                )  # fmt: skip
-                sum_rest = tl.dot(weight, rest, sum_rest, input_precision="ieee")
+                rest = _difference(new_k, old_k, d, there_d & (d >= 2 * PAIRS)[None])
+                sum_rest = tl.dot(weight, rest.to(kind), sum_rest, input_precision="ieee")
         # 1 + total, not total: a token whose neighbours are far or few hardly moves.
         share = 1.0 / (1.0 + total)
         block = tl.load(table + n // SIZE, mask=moves, other=0).to(tl.int64)
@@ -209,3 +163,11 @@ def _propagate_kernel(
         where = to_k[:, None] + two[None]
         was = tl.load(where, mask=some).to(tl.float32)
         tl.store(where, (was + b * co + a * si).to(kind), some)
+
+
+@triton.jit
+def _difference(new, old, column, mask):
+    """[R, C] float32: rows at ``new`` less those at ``old``, at these columns."""
+    return tl.load(new[:, None] + column[None], mask=mask, other=0.0).to(tl.float32) - tl.load(
+        old[:, None] + column[None], mask=mask, other=0.0
+    )
