@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -82,7 +83,7 @@ def make_result(
     )
 
 
-class _Stream:
+class _Stream(ABC):
     """What both kinds of stream share: the pieces so far, and the result at the end."""
 
     def __init__(self) -> None:
@@ -96,14 +97,22 @@ class _Stream:
         Raises:
             CacheBlendError: the stream was not read to its end.
         """
-        if self._result is None:
+        if not self._ended:
             raise CacheBlendError("the result is there once the stream was read to its end")
+        if self._result is None:
+            self._result = self._make_result()
         return self._result
 
     @property
     def _ended(self) -> bool:
-        """Whether the last piece came."""
+        """Whether the last piece came. The result is made when it is asked for, or with the call
+        after: the engine may have to be asked for the report, for which the piece would wait.
+        """
         return bool(self._pieces) and self._pieces[-1].finish_reason is not None
+
+    @abstractmethod
+    def _make_result(self) -> BlendResult:
+        """Of all pieces."""
 
     @property
     def pieces(self) -> Sequence[EngineOutput]:
@@ -122,13 +131,15 @@ class BlendStream(_Stream, Iterator[str]):
     def __next__(self) -> str:
         piece = next(self._source, None)
         if piece is None:
-            # Now, and not with the last piece: the engine may have to be asked for the report.
-            if self._ended and self._result is None:
-                self._result = self._finish(self._pieces, self._start)
+            if self._ended:
+                _ = self.result
             raise StopIteration
         piece = self._read(piece)
         self._pieces.append(piece)
         return piece.text
+
+    def _make_result(self) -> BlendResult:
+        return self._finish(self._pieces, self._start)
 
     def close(self) -> None:
         """Abort the request if it still runs."""
@@ -170,14 +181,16 @@ class AsyncBlendStream(_Stream, AsyncIterator[str]):
         pieces = self._begun.pieces
         piece = await anext(pieces, None)
         if piece is None:
-            if self._ended and self._result is None:
-                # may ask the engine once more, so not on this loop, and not with the last piece
-                finish = self._begun.finish
-                self._result = await asyncio.to_thread(finish, self._pieces, self._start)
+            if self._ended:  # may ask the engine once more, so not on this loop
+                await asyncio.to_thread(lambda: self.result)
             raise StopAsyncIteration
         piece = self._begun.read(piece)
         self._pieces.append(piece)
         return piece.text
+
+    def _make_result(self) -> BlendResult:
+        assert self._begun is not None
+        return self._begun.finish(self._pieces, self._start)
 
     async def aclose(self) -> None:
         """Abort the request if it still runs."""
