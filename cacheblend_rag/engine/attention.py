@@ -14,15 +14,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from cacheblend_kernels import masked_attention
 from cacheblend_rag.engine import compat, layout
 from cacheblend_rag.engine.forward import ModelHandle, Pass, UnsupportedModelError
+from cacheblend_rag.engine.upload import Array, upload
 from cacheblend_rag.reason import Reason
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def upload(host: Array | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``host`` on ``device``; without waiting for what a GPU is doing."""
-    tensor = torch.from_numpy(host) if isinstance(host, np.ndarray) else host
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def visible(q_pos_R: torch.Tensor, k_pos_N: torch.Tensor, window: int | None) -> torch.Tensor:

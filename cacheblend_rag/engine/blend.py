@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.engine.attention import Array, upload
 from cacheblend_rag.engine.executor import BlendExecutor, Loaded, Region
 from cacheblend_rag.engine.executors import ExecutorFactory
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask
 from cacheblend_rag.engine.proof import Proof
 from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.upload import Array, upload
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, RefusedError, Why
 from cacheblend_rag.select import Evidence, KVDeviation, QuestionAttention, create_selector

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from cacheblend_kernels import nearness
-from cacheblend_rag.engine.attention import upload
 from cacheblend_rag.engine.executor import BlendExecutor
 from cacheblend_rag.engine.rope import RotationDelta
+from cacheblend_rag.engine.upload import upload
 
 
 class _Chunk(NamedTuple):

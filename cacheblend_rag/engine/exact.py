@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from cacheblend_rag.engine.attention import PagedCache, PagedPass, upload
+from cacheblend_rag.engine.attention import PagedCache, PagedPass
 from cacheblend_rag.engine.outcome import BlendTask
+from cacheblend_rag.engine.upload import upload
 
 
 def prefill(cache: PagedCache, task: BlendTask, most_tokens: int) -> None:

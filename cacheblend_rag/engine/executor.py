@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from cacheblend_kernels import key_deviation
-from cacheblend_rag.engine.attention import Array, PagedCache, PagedPass, upload
+from cacheblend_rag.engine.attention import PagedCache, PagedPass
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.isolated import fresh_kv
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.upload import Array, upload
 from cacheblend_rag.store.base import ChunkKV
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-from cacheblend_rag.engine.attention import upload
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.heads import gather
 from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV, Span
+from cacheblend_rag.engine.upload import upload
 from cacheblend_rag.store.base import ChunkKV
 from cacheblend_rag.store.part import Heads
 

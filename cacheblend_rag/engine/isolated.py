@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.attention import dense_causal, upload, visible
+from cacheblend_rag.engine.attention import dense_causal, visible
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.outcome import gpu_seconds
+from cacheblend_rag.engine.upload import upload
 
 Span = tuple[int, int]
 

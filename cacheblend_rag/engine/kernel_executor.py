@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from cacheblend_kernels.paged import PagedKV, Propagation
 from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
 from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.attention import PagedCache, upload
+from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.device_cache import DeviceCache
 from cacheblend_rag.engine.executor import BlendExecutor, Region
 from cacheblend_rag.engine.executors import ExecutorFactory
@@ -30,6 +30,7 @@ from cacheblend_rag.engine.isolated import prefill_seconds
 from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, Moving, QuestionPass
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
+from cacheblend_rag.engine.upload import upload
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV
 

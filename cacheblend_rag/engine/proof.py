@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from cacheblend_rag.engine.attention import upload
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.isolated import LayerKV, fresh_kv
+from cacheblend_rag.engine.upload import upload
 from cacheblend_rag.store.base import ChunkKV
 
 

@@ -29,7 +29,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.logger import init_logger
 
 from cacheblend_rag.engine import layout
-from cacheblend_rag.engine.attention import Array, PagedCache, upload
+from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.exact import clear, prefill
 from cacheblend_rag.engine.executor import BlendExecutor
@@ -37,6 +37,7 @@ from cacheblend_rag.engine.forward import LatentProxy, ModelHandle, ProxyImpl, P
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.proof import Proof
 from cacheblend_rag.engine.runner import StepTensors
+from cacheblend_rag.engine.upload import Array, upload
 from cacheblend_rag.model_check import tolerance
 from cacheblend_rag.reason import Reason, RefusedError, Why
 

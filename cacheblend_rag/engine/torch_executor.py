@@ -17,11 +17,12 @@ import torch.nn.functional as F
 
 from cacheblend_kernels import question_attention
 from cacheblend_rag.engine import compat, layout
-from cacheblend_rag.engine.attention import PagedCache, dense_causal, own_options, upload, visible
+from cacheblend_rag.engine.attention import PagedCache, dense_causal, own_options, visible
 from cacheblend_rag.engine.correction import Correction
 from cacheblend_rag.engine.executor import BlendExecutor, Region
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.upload import upload
 
 # Bytes of layers taken together: operations have fixed costs, and a CPU's cache still holds these.
 _AT_ONCE = 4 << 20
