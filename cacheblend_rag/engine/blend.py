@@ -38,13 +38,45 @@ class FromStore(NamedTuple):
     unavailable: AbstractSet[str] = frozenset()  # keys for which the store could not be asked
 
 
+class Positions:
+    """int64 positions on the device, and a copy on the host that is on its way from the start: the
+    step needs both, and what is queued behind them meanwhile may take a while.
+    """
+
+    def __init__(
+        self,
+        device: torch.Tensor,
+        host: torch.Tensor | None = None,
+        arrived: torch.cuda.Event | None = None,
+    ) -> None:
+        self.device, self.host, self._arrived = device, device, arrived
+        if host is not None:
+            self.host = host
+        elif device.is_cuda:
+            self.host = torch.empty(device.shape, dtype=device.dtype, pin_memory=True)
+            self.host.copy_(device, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(device.device).record_event()
+
+    def __len__(self) -> int:
+        return len(self.device)
+
+    def __getitem__(self, some: slice) -> Positions:
+        return Positions(self.device[some], self.host[some], self._arrived)
+
+    def numpy(self) -> Array:
+        """On the host; waits for them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self.host.numpy()
+
+
 class Choice(NamedTuple):
-    """The executor of a request, and the positions that are computed: int64 on the device,
-    ascending, the last tokens of the request among them.
+    """The executor of a request, and the positions that are computed, ascending, the last tokens of
+    the request among them.
     """
 
     executor: BlendExecutor
-    positions: torch.Tensor
+    positions: Positions
     proof: Proof | None = None
 
 
@@ -129,9 +161,7 @@ class Blender:
             executor.give_up()
             raise
 
-    def _choose(
-        self, executor: BlendExecutor, task: BlendTask, outcome: BlendOutcome
-    ) -> torch.Tensor:
+    def _choose(self, executor: BlendExecutor, task: BlendTask, outcome: BlendOutcome) -> Positions:
         clock, plan, device = outcome.clock, task.plan, self.handle.device
         must_E, candidate_E = _duties(task, executor.region.stored_E, outcome.missing)
         num_must, num_candidates = int(must_E.sum()), int(candidate_E.sum())
@@ -150,11 +180,12 @@ class Blender:
             positions = upload((must_E | candidate_E).nonzero()[0], device)
         else:
             positions = must
+        chosen = Positions(positions)
         clock.mark("select")
         # These come after the last segment: the report counts by segments.
         behind = task.end - max(plan.end, task.write_from)  # of no segment
-        outcome.chosen = _to_host(positions[: len(positions) - behind])
-        return positions
+        outcome.chosen = chosen[: len(chosen) - behind].host
+        return chosen
 
     def recompute(self, executor: BlendExecutor, positions: torch.Tensor) -> None:
         """Compute tokens in forwards of our own, whatever becomes of the others."""
@@ -306,14 +337,6 @@ def rows_of(plan: Plan, num_tokens: int, write_from: int) -> int:
     # afterwards. So the worker fills what a selector leaves of its budget with other candidates.
     selector = create_selector(plan.selector, plan.selector_options)
     return must + min(selector.budget(plan.ratio, weighted), candidates)
-
-
-def _to_host(positions: torch.Tensor) -> torch.Tensor:
-    """A copy on the host that nothing waits for; it is there when the stream has come so far."""
-    if not positions.is_cuda:
-        return positions
-    host = torch.empty(positions.shape, dtype=positions.dtype, pin_memory=True)
-    return host.copy_(positions, non_blocking=True)
 
 
 def _duties(task: BlendTask, stored_E: Array, missing: Sequence[int]) -> tuple[Array, Array]:

@@ -202,6 +202,7 @@ class KernelExecutor(BlendExecutor):
 
     def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
         region, beyond = self.region, self.region.end - self.region.asked
+        self._transfer.hold(keep[-1])
         glue = region.glue(most_glue)
         # Shared blocks hold those before. The pass writes K and V of its tokens, so they must not
         # be among them.
@@ -256,6 +257,7 @@ class KernelExecutor(BlendExecutor):
         )
 
     def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
+        self._transfer.resume(self._placed)  # nothing of the step waits for an upload any more
         if self._propagation is None:
             return None
         propagation = self._propagation._replace(

@@ -30,7 +30,7 @@ from vllm.logger import init_logger
 
 from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import PagedCache
-from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.blend import Blender, Positions
 from cacheblend_rag.engine.exact import clear, prefill
 from cacheblend_rag.engine.executor import BlendExecutor
 from cacheblend_rag.engine.forward import LatentProxy, ModelHandle, ProxyImpl, ProxyLayer
@@ -78,7 +78,7 @@ class _Blend:
     """One request's blend on this rank, from its first row to its last.
 
     Attributes:
-        positions: int64 on the device, of each row in order.
+        positions: of each row in order.
         executor: None where the rows are the tokens that vLLM takes them for.
         blocks: those allocated so far.
         placed: the first position whose stored KV may be wanting in the cache.
@@ -88,7 +88,7 @@ class _Blend:
 
     task: BlendTask
     outcome: BlendOutcome
-    positions: torch.Tensor
+    positions: Positions
     executor: BlendExecutor | None
     placed: int
     proof: Proof | None = None
@@ -96,7 +96,7 @@ class _Blend:
     blocks: list[int] = field(default_factory=list)
     done: int = 0
 
-    def advance(self, scheduled: Scheduled) -> torch.Tensor:
+    def advance(self, scheduled: Scheduled) -> Positions:
         """Go on by this step's rows: open their blocks, and return their positions."""
         first = scheduled.computed - self.task.first_row
         self.done = scheduled.computed + scheduled.rows
@@ -113,7 +113,7 @@ class _Part(NamedTuple):
     blend: _Blend
     executor: BlendExecutor
     place: slice
-    positions: torch.Tensor
+    positions: Positions
 
 
 class StepRows:
@@ -257,7 +257,7 @@ class StepRows:
         # so that is computed here, in blocks that nobody else can find. To report them as not
         # loaded is no way out: under vLLM's policy "recompute" such blocks stay findable in its
         # prefix cache, unwritten.
-        rows = torch.arange(task.first_row, task.end, device=self.handle.device)
+        rows = Positions(torch.arange(task.first_row, task.end, device=self.handle.device))
         blend = _Blend(task, outcome, rows, None, task.end, None, why_not, list(task.blocks))
         self._blends[task.request_id] = blend
         try:
@@ -298,7 +298,7 @@ class StepRows:
             placed = task.first_row
             try:
                 executor.open(task.blocks, task.write_from, placed)
-                self.blender.recompute(executor, positions[:spare])
+                self.blender.recompute(executor, positions[:spare].device)
                 executor.place_through(self.handle.num_layers - 1)
             # Memory of a transfer under way: nobody else would give it back.
             except BaseException:
@@ -337,10 +337,12 @@ class StepRows:
             return
         # Ids, positions and slots first: the metadata is built from these tensors as they then are.
         for part in parts:
-            ids = part.executor.ids_E[part.positions]
-            self._tensors.write(part.place, order.index(part.name), ids, part.positions, context)
+            ids = part.executor.ids_E[part.positions.device]
+            self._tensors.write(
+                part.place, order.index(part.name), ids, part.positions.device, context
+            )
         context.attn_metadata = self._metadata(parts, order, batch, context)
-        moves = [(part, part.executor.mover(part.positions)) for part in parts]
+        moves = [(part, part.executor.mover(part.positions.device)) for part in parts]
         layers = self.handle.attention
         # A copy with other layers, for this step only. The runner makes a new context for the next
         # one, so nothing has to be undone, whatever happens in the forward.
@@ -358,7 +360,7 @@ class StepRows:
         """Attention metadata of the step, each run of a blend's rows a sequence. The host has to
         know the rows: this waits for them.
         """
-        positions = {part.name: part.positions.cpu().numpy() for part in parts}
+        positions = {part.name: part.positions.numpy() for part in parts}
         sequences: list[tuple[Array, Array, int]] = []  # first rows, lengths, number of the request
         at = 0
         for number, name in enumerate(order):
@@ -394,7 +396,7 @@ class StepRows:
                 continue
             if blend.done < blend.task.end:
                 with self.handle.adapters.using(blend.task.adapter):
-                    blend.executor.recompute(positions)
+                    blend.executor.recompute(positions.device)
                 # Or the graph would put the KV of the token that vLLM takes this row for over what
                 # is placed there.
                 self._tensors.write_nothing(order.index(name))
@@ -441,7 +443,7 @@ class _StepImpl(ProxyImpl):
             except Exception as error:  # the other requests of the step go on
                 self._lose(part.blend, _messages(error))
             if part.blend.proof is not None and self._is_last:
-                part.blend.proof.note(part.positions, key[part.place], value[part.place])
+                part.blend.proof.note(part.positions.device, key[part.place], value[part.place])
 
 
 class _LatentStepLayer(LatentProxy):

@@ -123,6 +123,7 @@ class Transfer:
         self._passing: list[tuple[int, ChunkKV]] = []  # byte offset in a buffer
         self._buffers: Buffers | None = None
         self._started = 0
+        self._most: int | None = None  # groups that may be started, where not all
         self.address_LS = np.empty((staging.num_layers, len(sources)), dtype=np.int64)
         try:
             self._lay_out(sources)
@@ -178,6 +179,18 @@ class Transfer:
         if self._num_groups:
             self._arrive(0)
 
+    def hold(self, index: int) -> None:
+        """Start nothing behind the group of layer ``index`` by itself, until ``resume``: what the
+        step uploads meanwhile would wait for it.
+        """
+        self._most = min(index // self._group + 1, self._num_groups)
+
+    def resume(self, index: int) -> None:
+        """Layer ``index`` is the next one to be read. Bring as much as there are buffers for."""
+        self._most = None
+        if self._num_groups and index < self._staging.num_layers:
+            self._arrive(index)
+
     def give_up(self) -> None:
         """Nothing more will be read: what is half filled would be held for ever."""
         for key, cached, _ in self._filling:
@@ -214,7 +227,8 @@ class Transfer:
         number = index // self._group
         # As many groups ahead as there are buffers. More would have to wait for the layers that
         # read them.
-        while self._started < min(number + _BUFFERS, self._num_groups):
+        most = self._num_groups if self._most is None else max(self._most, number + 1)
+        while self._started < min(number + _BUFFERS, most):
             self._start(self._started)
             self._started += 1
         return number

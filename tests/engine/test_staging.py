@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cacheblend_rag.engine import staging as module
 from cacheblend_rag.engine.device_cache import DeviceCache
 from cacheblend_rag.engine.staging import Staging, Transfer
 from cacheblend_rag.store.base import ChunkKV
@@ -46,6 +47,22 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
         staging.expect({"a": a})
         staging.expect({"b": b})
         assert device_cache.get("a") is None, "what was given up does not stay half filled"
+
+
+def test_a_transfer_held_starts_no_more_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_GROUP_BYTES", 1)  # a layer each
+    device, a = torch.device("cuda"), chunk(300)
+    transfer = Staging(device, LAYERS, DeviceCache(0, device)).begin({"a": a})
+    transfer.hold(1)
+    transfer.start()
+    assert transfer._started == 2
+    transfer.arrive(1)
+    assert transfer._started == 2
+    transfer.resume(2)
+    assert transfer._started == LAYERS
+    other = Staging(device, LAYERS, DeviceCache(0, device)).begin({"a": a})
+    other.hold(1)
+    assert arrived(other, {"a": a}), "what is needed comes all the same"
 
 
 def arrived(transfer: Transfer, wanted: dict[str, ChunkKV]) -> bool:
