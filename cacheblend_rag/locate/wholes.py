@@ -12,9 +12,7 @@ from cacheblend_rag.locate.hashes import ANCHOR_MARGIN, ANCHOR_WIDTH, SECRET, mi
 from cacheblend_rag.locate.runs import Found, Snapshot, find
 from cacheblend_rag.locate.spans import Spans, best_of_each_stretch, joined
 
-_MOST_BESIDE = (
-    ANCHOR_MARGIN + ANCHOR_WIDTH + ANCHOR_MARGIN
-)  # tokens from a chunk's end to its rungs
+_MOST_EQUAL = ANCHOR_MARGIN + ANCHOR_WIDTH + ANCHOR_MARGIN  # tokens from a chunk's end to its rungs
 
 
 def whole_chunks(
@@ -80,9 +78,9 @@ def _equal_tokens(
 ) -> Ints:
     """How many tokens are equal from here on in one direction, up to 32 and the given limits."""
     # all at once: a loop over the tokens costs more than what it saves by ending early
-    ahead = np.arange(_MOST_BESIDE)
+    ahead = np.arange(_MOST_EQUAL)
     in_prompt, in_chunks = (x[:, None] + step * ahead for x in (at_S, begins_S))
     equal = prompt.take(in_prompt, mode="clip") == view.tokens.take(in_chunks, mode="clip")
     equal &= ahead < limits_S[:, None]
-    count_S: Ints = np.where(equal.all(axis=1), _MOST_BESIDE, equal.argmin(axis=1))
+    count_S: Ints = np.where(equal.all(axis=1), _MOST_EQUAL, equal.argmin(axis=1))
     return count_S
