@@ -149,7 +149,7 @@ def test_streams_say_what_was_cached(servers: Pair) -> None:
 def test_exact_answers_are_those_of_vllm_alone(servers: Pair) -> None:
     """Before, between and after blends, whoever asks beside."""
     chosen = random.Random(24)
-    orders = [chosen.sample(range(6), chosen.randint(2, 3)) for _ in range(PROMPTS)]
+    orders = [chosen.sample(range(6), chosen.randint(1, 3)) for _ in range(PROMPTS)]
     prompts = numbered(PROMPTS, orders)
     with ThreadPoolExecutor(2) as pool:
         expected = [said(answer) for answer in pool.map(lambda p: chat(servers.plain, p), prompts)]
@@ -169,7 +169,7 @@ def test_exact_answers_are_those_of_vllm_alone(servers: Pair) -> None:
     with ThreadPoolExecutor(3) as pool:
         found = [told for told in pool.map(wrong, asked) if told]
     assert not found, "\n".join(found)
-    assert len(blended) == PROMPTS and min(blended) > 90
+    assert len(blended) == PROMPTS and min(blended) > 40
 
 
 # ---- every kind of request -----------------------------------------------------------------------
