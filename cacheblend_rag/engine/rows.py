@@ -236,6 +236,7 @@ class StepRows:
         """
         begun = self._begun_ahead.pop(task.request_id, None)
         if begun is not None:
+            begun.outcome.clock.mark()  # what came between is no stage of the blend's
             self._blends[task.request_id] = begun
             return
         clock = Clock(self.handle.device)
