@@ -12,6 +12,10 @@ adds is what nobody can spare.
 A forward takes tenths of a second on a CPU, and varies by more than what is measured. `--layers`
 makes a model of that many layers, with random weights and the same tokenizer, so that the time is
 the rest: parsing, tokenising, locating, planning and handing over.
+
+On a machine that does other work, too, times say little: what is short waits for its turn. So the
+table also has the times of the quickest tenth of the prompts, and what processors worked for one
+request outside of the engine: in this process, and in the server's.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shapes import size
 
@@ -57,26 +61,40 @@ def prompt(chunks: Sequence[str], draw: random.Random) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def from_embedded(blend: CacheBlend, messages: Messages, mode: str) -> float:
-    start = time.perf_counter()
+class Took(NamedTuple):
+    """Seconds until the first token, and those that processors worked for it outside the engine."""
+
+    ttft: float
+    work: float
+
+
+def worked(process: int | None = None) -> float:
+    """Seconds that processors worked for this process, and for another one."""
+    tasks = Path(f"/proc/{process}/task").glob("*/schedstat") if process else ()
+    return time.process_time() + sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
+def from_embedded(blend: CacheBlend, messages: Messages, mode: str) -> Took:
+    before, start = worked(), time.perf_counter()
     with blend.stream(messages, mode=mode, max_tokens=2, temperature=0.0, ignore_eos=True) as found:
         next(found)
-        took = time.perf_counter() - start
+        took = Took(time.perf_counter() - start, worked() - before)
         for _ in found:
             pass
     assert found.result.report.blended is (mode == "blend"), found.result.report
     return took
 
 
-def from_server(server: LiveServer, messages: Messages, mode: str) -> float:
+def from_server(server: LiveServer, messages: Messages, mode: str) -> Took:
     body: dict[str, Any] = {"model": "m", "messages": messages, "max_tokens": 2, "stream": True}
     body |= {"temperature": 0.0, "ignore_eos": True}
     body["kv_transfer_params"] = {"cacheblend": {"mode": mode}}
-    start = time.perf_counter()
+    assert server.process is not None
+    before, start = worked(server.process.pid), time.perf_counter()
     with server.client.stream("POST", "/v1/chat/completions", json=body) as answer:
         lines = (line for line in answer.iter_lines() if line.startswith("data: {"))
         first = next(lines)  # vLLM sends it with the first token
-        took = time.perf_counter() - start
+        took = Took(time.perf_counter() - start, worked(server.process.pid) - before)
         for _ in lines:
             pass
     report = server.ask("GET", f"/requests/{json.loads(first[6:])['id']}")
@@ -116,24 +134,24 @@ def both(args: argparse.Namespace, folder: Path) -> Iterator[tuple[CacheBlend, L
 
 def measure(
     blend: CacheBlend, server: LiveServer, args: argparse.Namespace
-) -> dict[tuple[str, str], list[float]]:
-    """Seconds, by mode and side."""
+) -> dict[tuple[str, str], list[Took]]:
+    """By mode and side."""
     number, tokens = args.size
     chunks, draw = [passage(n, tokens) for n in range(number)], random.Random(0)
     blend.ingest(chunks, progress=False)
     server.ask("POST", "/ingestions", json={"chunks": chunks, "wait": True}, timeout=300)
     print(f"{len(blend.tokenize(prompt(chunks, draw)))} tokens a prompt, {number} chunks")
-    took: dict[tuple[str, str], list[float]] = {(m, s): [] for m in MODES for s in SIDES}
+    took: dict[tuple[str, str], list[Took]] = {(m, s): [] for m in MODES for s in SIDES}
     for turn in range(args.prompts + WARM_UP):
         for mode in MODES:
             messages = prompt(chunks, draw)
             for side in SIDES if turn % 2 else SIDES[::-1]:
                 if side == "server":
-                    seconds = from_server(server, messages, mode)
+                    found = from_server(server, messages, mode)
                 else:
-                    seconds = from_embedded(blend, messages, mode)
+                    found = from_embedded(blend, messages, mode)
                 if turn >= WARM_UP:
-                    took[mode, side].append(seconds)
+                    took[mode, side].append(found)
                 time.sleep(args.rest)  # what follows an answer must not meet the next prompt
     return took
 
@@ -147,17 +165,35 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return medians[50], medians[-51]
 
 
-def show(took: dict[tuple[str, str], list[float]]) -> None:
-    print(f"{'ms, median':12}{'embedded':>10}{'server':>10}{'difference':>12}   95 % interval")
+def show(took: dict[tuple[str, str], list[Took]]) -> None:
+    print(f"{'ms':28}{'embedded':>10}{'server':>10}{'difference':>12}   95 % interval")
     for mode in MODES:
-        embedded, server = (took[mode, side] for side in SIDES)
-        pairs = [b - a for a, b in zip(embedded, server, strict=True)]
-        low, high = interval(pairs)
-        row = [statistics.median(some) for some in (embedded, server, pairs)]
-        print(
-            f"{mode:12}{1e3 * row[0]:10.1f}{1e3 * row[1]:10.1f}{1e3 * row[2]:+12.2f}   "
-            f"[{1e3 * low:+.2f}, {1e3 * high:+.2f}]"
+        embedded, server = ([found.ttft for found in took[mode, side]] for side in SIDES)
+        row(
+            f"{mode}, median",
+            statistics.median(embedded),
+            statistics.median(server),
+            paired(took, mode),
         )
+        tenth = [statistics.quantiles(some, n=10)[0] for some in (embedded, server)]
+        row(f"{mode}, quickest tenth", *tenth)
+        work = [statistics.median(found.work for found in took[mode, side]) for side in SIDES]
+        row(f"{mode}, work, median", *work)
+
+
+def paired(took: dict[tuple[str, str], list[Took]], mode: str) -> list[float]:
+    both = zip(*(took[mode, side] for side in SIDES), strict=True)
+    return [server.ttft - embedded.ttft for embedded, server in both]
+
+
+def row(name: str, embedded: float, server: float, pairs: Sequence[float] = ()) -> None:
+    """One line; the difference is the median of ``pairs`` where these are given."""
+    difference, told = server - embedded, ""
+    if pairs:
+        low, high = interval(pairs)
+        difference, told = statistics.median(pairs), f"   [{1e3 * low:+.1f}, {1e3 * high:+.1f}]"
+    numbers = f"{1e3 * embedded:10.1f}{1e3 * server:10.1f}{1e3 * difference:+12.1f}"
+    print(f"{name:28}{numbers}{told}")
 
 
 def main() -> None:
