@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="of each mode")
     parser.add_argument("--rest", type=float, default=0.05, help="seconds behind each answer")
     args = parser.parse_args()
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # as the server's: its threads may move
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server ends with this
     with tempfile.TemporaryDirectory() as name, both(args, Path(name)) as (blend, server):
         layers = f"{args.layers} layers" if args.layers else "all layers"
