@@ -19,7 +19,7 @@ from cacheblend_rag.store.base import Changes, ChunkInfo
 from cacheblend_rag.store.chunk_file import Encoding, decode_info
 from cacheblend_rag.store.database import BusyError
 from cacheblend_rag.store.evict import Policy, recompute_cost
-from cacheblend_rag.store.files import entries, is_abandoned, remove_abandoned
+from cacheblend_rag.store.files import entries, is_abandoned, is_no_file, remove_abandoned
 from cacheblend_rag.store.index import Index, Limits, Mark
 from cacheblend_rag.store.index_rows import Content, Victim
 from cacheblend_rag.store.marker import VERSION
@@ -91,7 +91,8 @@ class Catalog:
                 with contextlib.suppress(FileNotFoundError):
                     if is_left:
                         os.unlink(entry.path)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a folder is no chunk
+            path.unlink()
 
     def note_later(self, key: str) -> None:
         """Count a use, or that the file is gone. Waits for no one: who reads has no time."""
@@ -294,7 +295,7 @@ class Catalog:
             for entry in entries(shard.path)
             if entry.name.endswith(suffix)
             and (match := _CHUNK_NAME.fullmatch(entry.name))
-            and entry.is_file()
+            and _is_file(entry)
         }
 
     def _place(self, namespace: str, key: str) -> Path:
@@ -335,6 +336,15 @@ def opened(path: str | Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if is_no_file(error):
+            return False
+        raise
 
 
 def _drop_corrupt(namespace: str | Path, keep: int, most: int = _UNLIMITED) -> tuple[int, int]:

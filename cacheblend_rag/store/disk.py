@@ -46,6 +46,7 @@ from cacheblend_rag.store.files import (
     atomic_file,
     explained,
     fix_of,
+    is_no_file,
     make_folder,
     write_all,
 )
@@ -123,9 +124,9 @@ class DiskStore(DiskDocuments):
             # By the file, not the index: one call, which waits for no other process and is right
             # after damage.
             return stat.S_ISREG(os.stat(path).st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
         except OSError as error:
+            if is_no_file(error):
+                return False
             raise self._unreadable(error) from error
 
     def get(self, key: str) -> ChunkKV | None:
@@ -275,9 +276,9 @@ class DiskStore(DiskDocuments):
                 chunk = self._read_open(key, path, descriptor)
                 if chunk is not None and is_use:
                     _mark_used(descriptor)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
         except OSError as error:
+            if is_no_file(error):
+                return None
             raise self._unreadable(error) from error
         if chunk is not None and is_use:
             self._catalog.note_later(key)
@@ -323,8 +324,9 @@ class DiskStore(DiskDocuments):
                     _mark_used(descriptor)
                     return found.st_size
                 self._set_aside(path, found)
-        except FileNotFoundError:
-            pass
+        except OSError as error:
+            if not is_no_file(error):
+                raise
         return None
 
     def _has_room(self, key: str, chunk: ChunkKV, nbytes: int) -> bool:

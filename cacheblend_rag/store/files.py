@@ -39,6 +39,10 @@ _ERRNO_OF_SQLITE = {
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
 
+# What stands there, if anything, can't be opened and never held a chunk: nothing, a socket, a
+# device, a link to itself.
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV}
+
 # modes of a file and of a folder; a shared folder hands its group on
 _OF_OWNER = (0o600, 0o700)
 _OF_GROUP = (0o660, 0o2770)
@@ -69,6 +73,11 @@ def fix_of(error: Exception) -> str:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     number = error.errno if isinstance(error, OSError) else _ERRNO_OF_SQLITE.get(code)
     return _FIXES.get(number or 0, f"Check the disk, {_OTHER_FOLDER}.")
+
+
+def is_no_file(error: OSError) -> bool:
+    """Whether what could not be opened is no file, rather than one that cannot be had just now."""
+    return error.errno in _NO_FILE
 
 
 @contextlib.contextmanager
@@ -141,8 +150,12 @@ def entries(folder: str | Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as found:
             return list(found)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except PermissionError:
         return []
+    except OSError as error:
+        if is_no_file(error):
+            return []
+        raise
 
 
 def remove_abandoned(folder: str | Path) -> int:

@@ -8,9 +8,11 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import socket
 import sqlite3
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -189,6 +191,48 @@ def test_a_file_that_declares_more_than_it_holds(tmp_path: Path, tokens: int) ->
         assert store.get(key_of(1)) is None
         store.put(key_of(1), chunk_of(1))
         assert same(store.get(key_of(1)), chunk_of(1))
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("/nowhere/at/all")
+
+
+def listener(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)  # a whole path may be too long for it
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("odd", [loop, dangling, listener, folder])
+def test_what_is_no_file_is_no_chunk_and_hides_none(
+    tmp_path: Path, odd: Callable[[Path], None]
+) -> None:
+    with disk(tmp_path) as store:
+        for seed in range(3):
+            store.put(key_of(seed), chunk_of(seed))
+        path = tmp_path / "v3" / "tiny-r0" / key_of(1)[:2] / f"{key_of(1)}.safetensors"
+        path.unlink()
+        odd(path)
+        assert not store.contains(key_of(1))
+        assert set(store.verify()) == {(key_of(0), True), (key_of(2), True)}
+        assert store.trim(1 << 30) == 0
+        store.discard(key_of(1))
+    if not os.path.lexists(path):
+        odd(path)
+    odd(tmp_path / "v3" / "tiny-r0" / "zz")  # where folders of chunks are
+    odd(tmp_path / "v3" / "other-r0")
+    with disk(tmp_path) as store:
+        assert {info.key for info in store.scan()} == {key_of(0), key_of(2)}
+        assert store.get(key_of(1)) is None
+        assert store.put(key_of(1), chunk_of(1)) == ""
+        assert all(same(store.get(key_of(seed)), chunk_of(seed)) for seed in range(3))
 
 
 def test_what_is_set_aside_is_bounded_and_counts_as_held(tmp_path: Path) -> None:
