@@ -523,6 +523,36 @@ def test_one_foreign_value_hides_no_chunk(redis_server: RedisServer) -> None:
         assert same(store.get(key_of(1)), chunk_of(1))
 
 
+@pytest.mark.parametrize("kind", ["lpush", "sadd", "xadd"])
+def test_a_value_of_another_type_is_no_chunk(redis_server: RedisServer, kind: str) -> None:
+    with open_store(f"{redis_server.url}?timeout=20s", namespace=f"other-{kind}") as store:
+        assert isinstance(store, RemoteStore)
+        client = store._backend._client  # type: ignore[attr-defined]
+        value: Any = {"a": "b"} if kind == "xadd" else "x"
+        getattr(client, kind)(store._name(key_of(1)), value)
+        assert not store.contains(key_of(1))
+        assert store.get(key_of(1)) is None
+        assert store.put(key_of(1), chunk_of(1)) == ""
+        assert same(store.get(key_of(1)), chunk_of(1))
+
+
+def test_changes_begin_anew_where_something_else_has_their_name(redis_server: RedisServer) -> None:
+    with open_store(f"{redis_server.url}?timeout=20s", namespace="feed") as store:
+        assert isinstance(store, RemoteStore)
+        store.put(key_of(1), chunk_of(1))
+        cursor = store.changes(None).cursor
+        store._backend._client.set(store._feed, "x")  # type: ignore[attr-defined]
+        changes = store.changes(cursor)
+        assert changes.whole
+        store.put(key_of(2), chunk_of(2))
+        store.discard(key_of(1))
+        told = store.changes(changes.cursor)
+        assert told.whole  # an empty stream has no entry to go on from
+        assert [info.key for info in store.scan()] == [key_of(2)]
+        store.put(key_of(3), chunk_of(3))
+        assert [info.key for info in store.changes(told.cursor).added] == [key_of(3)]
+
+
 def test_clients_that_are_not_installed_say_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -57,7 +57,7 @@ class RedisBackend(Backend):
         with self._failing():
             # Asked first: a value of gigabytes that somebody put there must not be fetched to find
             # out.
-            size = int(self._client.strlen(name))
+            size = self._size(name)
             if size == 0:
                 return None
             if size > limit:
@@ -72,7 +72,7 @@ class RedisBackend(Backend):
 
     def exists(self, name: str) -> bool:
         with self._failing():
-            return bool(self._client.exists(name))
+            return self._size(name) > 0
 
     def delete(self, name: str, feed: str = "") -> None:
         with self._failing(), self._client.pipeline(transaction=bool(feed)) as pipeline:
@@ -88,7 +88,14 @@ class RedisBackend(Backend):
         # was cut off.
         since = cursor if isinstance(cursor, bytes) else b"-"
         with self._failing():
-            found: Any = self._client.xrange(feed, min=since)
+            try:
+                found: Any = self._client.xrange(feed, min=since)
+            except self._refusals as error:
+                if not _is_of_another_type(error):
+                    raise
+                # It only says what to list anew, and nobody could be told of changes otherwise.
+                self._client.unlink(feed)
+                return News(_EMPTY, [], whole=True)
             entries = [
                 (_as_text(key), _as_text(what) == "put")
                 for _, fields in found
@@ -99,6 +106,15 @@ class RedisBackend(Backend):
         if cursor == _EMPTY and not found:
             return News(_EMPTY, [])
         return News(found[-1][0] if found else _EMPTY, entries, whole=True)
+
+    def _size(self, name: str) -> int:
+        """Bytes of a value; 0 where there is none, or what is no text: ``put`` replaces that."""
+        try:
+            return int(self._client.strlen(name))
+        except self._refusals as error:
+            if _is_of_another_type(error):
+                return 0
+            raise
 
     def _record_event(self, pipeline: Any, feed: str, what: str, name: str) -> None:
         if feed:
@@ -155,6 +171,10 @@ class RedisBackend(Backend):
             raise AnswerError(f"{type(error).__name__}: {error}") from error
         except self._errors as error:  # garbage for an answer ends in the last three
             raise BackendError(f"{type(error).__name__}: {error}") from error
+
+
+def _is_of_another_type(error: Exception) -> bool:
+    return str(error).startswith("WRONGTYPE")
 
 
 def _as_text(name: bytes | str) -> str:
