@@ -16,6 +16,10 @@ SUPPORTED = (
 )
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>//)?(?P<rest>.*)", re.DOTALL)
+_SHOWN = re.compile(  # of whatever somebody takes for one
+    r"(?P<scheme_and_slashes>\s*(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/*)(?P<rest>.*)", re.DOTALL
+)
+_VALUE = re.compile(r"(?<=[?&])(?P<name>[^=&]*)=[^&]*")
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[KMGT]?B|[KMGT]iB)?", re.IGNORECASE)
 _SECONDS = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>ms|s)?", re.IGNORECASE)
 
@@ -82,8 +86,15 @@ def parse_url(url: str) -> StoreURL:
 
 def redacted(url: str) -> str:
     """``url`` for messages, logs and names: without user and password."""
-    scheme = url.partition(":")[0].lower()
-    return re.sub(r"(?<=://).*@", "***@", url, flags=re.DOTALL) if scheme in _REMOTES else url
+    match = _SHOWN.fullmatch(url)
+    if match is None or match["scheme"].lower() in _OPTIONS.keys() - _REMOTES:
+        return url
+    # Of what is no option of a store, a value may be a secret as well: Redis clients know some.
+    rest = _VALUE.sub(
+        lambda m: m[0] if m["name"] in _BUCKET else f"{m['name']}=***",
+        re.sub(r".*@", "***@", match["rest"], flags=re.DOTALL),
+    )
+    return f"{match['scheme_and_slashes']}{rest}"
 
 
 def parse_seconds(text: str) -> float:
