@@ -106,17 +106,81 @@ def one_for_each(
     """What was given as ``name``, one for each of ``texts``.
 
     Raises:
-        PromptError: it is not one for each.
+        PromptError: it is not one for each, or no list.
     """
     if given is None:
         return [None] * len(texts)
-    rows: list[Any] = [given] if isinstance(given, str) else list(given)
+    rows = _several(given, name)
     if len(rows) != len(texts):
         raise PromptError(
             f"{name} has {len(rows)} texts for {len(texts)} chunks; give one for each, None where "
             "nothing is known"
         )
     return rows
+
+
+def document_for_each(
+    texts: Sequence[object], documents: str | Sequence[str | None] | None
+) -> Sequence[str | None]:
+    """``documents`` as given to ``CacheBlend.ingest``, one for each of ``texts``.
+
+    Raises:
+        PromptError: they are not one for each, or one is no text.
+    """
+    names: Sequence[str | None] = one_for_each(texts, documents, "documents")
+    for name in names:
+        if name is not None:
+            _check_document(name)
+    return names
+
+
+def document_names(documents: object) -> list[str]:
+    """Documents as named by a caller: one, or several.
+
+    Raises:
+        PromptError: something that is no text.
+    """
+    names = _several(documents, "documents")
+    for name in names:
+        _check_document(name)
+    return names
+
+
+def keys_by_document(documents: object) -> list[tuple[str, list[str]]]:
+    """Documents as given to ``CacheBlend.register_documents``.
+
+    Raises:
+        PromptError: something else than lists of keys by texts.
+    """
+    if not isinstance(documents, Mapping):
+        raise PromptError(
+            f"documents are a dict of keys by document, not {type(documents).__name__}"
+        )
+    rows = []
+    for name, keys in documents.items():
+        _check_document(name)
+        if isinstance(keys, str) or not isinstance(keys, Iterable):
+            raise PromptError(f"documents[{name!r}] is {keys!r}; it must be a list of keys")
+        rows.append((name, list(keys)))
+        if wrong := [key for key in rows[-1][1] if not isinstance(key, str)]:
+            raise PromptError(
+                f"documents[{name!r}] has {wrong[0]!r}; keys are texts, as IngestReport.keys has"
+            )
+    return rows
+
+
+def _check_document(name: object) -> None:
+    if not isinstance(name, str):
+        raise PromptError(f"documents has {name!r}; the name of a document is a text, str(name)")
+
+
+def _several(given: object, name: str) -> list[Any]:
+    """One text as a list of it, and several things as a list of them."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, bytes | bytearray | Mapping) or not isinstance(given, Iterable):
+        raise PromptError(f"{name} is a list with one for each text, not {type(given).__name__}")
+    return list(given)
 
 
 def batches(chunks: Sequence[Chunk], max_tokens: int) -> Iterator[list[Chunk]]:

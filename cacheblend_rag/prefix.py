@@ -16,6 +16,7 @@ from typing import Any
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine.base import ChatRenderer
 from cacheblend_rag.errors import ConfigError, PromptError
+from cacheblend_rag.prompt import checked
 from cacheblend_rag.token_ids import token_ids
 
 BEFORE_CHARS = 4096  # of what stands before a chunk; the neutral text, as many tokens, has 1,175
@@ -96,16 +97,14 @@ def document_context(
     A text ends in a blank line here, whatever it ends in: a chunk's own tokens are those of a text
     at the beginning of a line.
     """
-    if (
-        left_context is None
-        or not len(left_context)
-        or (isinstance(left_context, str) and not left_context.strip())
-    ):
-        return ()
+    ids: Sequence[int] = ()
     if isinstance(left_context, str):
-        text = left_context.rstrip()[-BEFORE_CHARS:] + "\n\n"
-        left_context = tokenizer.encode(text, add_special_tokens=False)
-    ids = token_ids(left_context)
+        if text := checked(left_context).rstrip()[-BEFORE_CHARS:]:
+            ids = tokenizer.encode(text + "\n\n", add_special_tokens=False)
+    elif left_context is not None:
+        ids = token_ids(left_context)
+    if not ids:
+        return ()
     return (*neutral_ids[len(ids) :], *ids)[-len(neutral_ids) :]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Number
 from typing import Any
 
@@ -34,7 +34,7 @@ def token_ids(value: Any) -> tuple[int, ...]:
             "bytes are no token ids: decode them to text, data.decode('utf-8'), or tokenise them"
         )
     items = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(items, str | Mapping) or not hasattr(items, "__iter__"):
+    if isinstance(items, str | Mapping | Set) or not hasattr(items, "__iter__"):
         raise PromptError(f"token ids are a list of whole numbers, not {type(value).__name__}")
     items = tuple(items)
     if set(map(type, items)) <= {int}:

@@ -146,20 +146,21 @@ class RemoteChunks:
     # ---- documents -----------------------------------------------------------------------------
 
     def register_documents(self, documents: Mapping[str, Iterable[str]]) -> None:
-        rows = [[name, list(keys)] for name, keys in documents.items()]
-        for batch in batches(rows, MOST_BYTES):
+        for batch in batches(ingest.keys_by_document(documents), MOST_BYTES):
             self._call("POST", "/documents", {"documents": dict(batch)}, safe=True)
 
-    def registered_documents(self, documents: Iterable[str]) -> set[str]:
+    def registered_documents(self, documents: str | Iterable[str]) -> set[str]:
         found: set[str] = set()
-        for batch in batches(list(documents), MOST_BYTES):
+        for batch in batches(ingest.document_names(documents), MOST_BYTES):
             reply = self._call("POST", "/documents/registered", {"documents": batch}, safe=True)
             found.update(reply["data"])
         return found
 
-    def forget_documents(self, documents: Iterable[str], only: Iterable[str] | None = None) -> int:
+    def forget_documents(
+        self, documents: str | Iterable[str], only: Iterable[str] | None = None
+    ) -> int:
         keys = None if only is None else list(only)
-        named = batches(list(documents), MOST_BYTES)
+        named = batches(ingest.document_names(documents), MOST_BYTES)
         return self._deleted("/documents/delete", ({"documents": b, "only": keys} for b in named))
 
 
@@ -177,9 +178,13 @@ def _chunks(
     """What is sent for an ingestion, checked before anything is."""
     given = ingest.as_list(texts)
     known = ingest.for_each(given, left_context, prefix)
-    names = ingest.one_for_each(given, documents, "documents")
+    names = ingest.document_for_each(given, documents)
     rows = zip(_numbered(given), known, names, strict=True)
-    return [_chunk(text, context, name) for text, context, name in rows]
+    found = []
+    for number, (text, context, name) in enumerate(rows, 1):
+        with ingest.naming(f"left_context, text {number} of {len(given)}"):
+            found.append(_chunk(text, context, name))
+    return found
 
 
 def _chunk(text: Text, context: LeftContext, document: str | None) -> Any:

@@ -55,25 +55,27 @@ class Documents(Front):
         hash of the document's name; a store that is all remote keeps it until this one is closed.
         """
         self._check_open()
-        rows = [(name, list(keys)) for name, keys in documents.items()]
+        rows = ingest.keys_by_document(documents)
         if self.model_check.passed and rows:
             self._engine.rpc("cacheblend_register", rows)
 
-    def registered_documents(self, documents: Iterable[str]) -> set[str]:
+    def registered_documents(self, documents: str | Iterable[str]) -> set[str]:
         """Those of ``documents`` that chunks are noted for."""
         self._check_open()
-        names = list(documents)
+        names = ingest.document_names(documents)
         if not (self.model_check.passed and names):
             return set()
         found = self._engine.rpc("cacheblend_registered", names)
         return set(itertools.chain.from_iterable(found))
 
-    def forget_documents(self, documents: Iterable[str], only: Iterable[str] | None = None) -> int:
+    def forget_documents(
+        self, documents: str | Iterable[str], only: Iterable[str] | None = None
+    ) -> int:
         """Forget the chunks that these documents consist of, or those of them whose keys are in
         ``only``, but for what other documents consist of; returns how many were there.
         """
         self._check_open()
-        names = list(documents)
+        names = ingest.document_names(documents)
         if not (self.model_check.passed and names):
             return 0
         keys = None if only is None else list(only)

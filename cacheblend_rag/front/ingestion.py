@@ -53,7 +53,7 @@ class Ingestion(Documents):
         start = time.perf_counter()
         given = ingest.as_list(texts)
         contexts = ingest.for_each(given, left_context, self.config.ingest_prefix)
-        names = ingest.one_for_each(given, documents, "documents")
+        names = ingest.document_for_each(given, documents)
         if not self.model_check.passed:
             return IngestReport(
                 chunks=len(given), reason=self.model_check.reason, detail=self.model_check.detail

@@ -300,7 +300,8 @@ def ask(question: Callable[[str], _Answer], key: str) -> _Answer | UnavailableEr
 
 def document_id(document: str) -> str:
     """What stores call a document: its name may be private."""
-    return hashlib.sha256(document.encode()).hexdigest()
+    # with lone surrogates too: the name may be that of a file
+    return hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest()
 
 
 def is_key(text: str) -> bool:

@@ -138,6 +138,52 @@ def test_what_stands_before_a_bad_text_is_named_too(monkeypatch: pytest.MonkeyPa
     assert len(blend.stored()) == 0
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [7, [7], [True], [1.5], b"a", [b"a"], [{"a": "b"}], {"a": "b"}, [[1.5]], ["\udce9"]],
+    ids=repr,
+)
+def test_what_stands_before_a_text_is_text_or_token_ids(
+    monkeypatch: pytest.MonkeyPatch, bad: Any
+) -> None:
+    blend = fake_blend(monkeypatch, config=BlendConfig(ingest_prefix="document"))
+    with pytest.raises(PromptError, match="left_context"):
+        blend.ingest(TEXTS[:1], left_context=bad, progress=False)
+    assert len(blend.stored()) == 0
+
+
+@pytest.mark.parametrize(
+    "bad", [7, [7], [True], b"a", [b"a"], [("a", "b")], [["a"]], {"a": "b"}], ids=repr
+)
+def test_a_documents_name_is_a_text(blend: CacheBlend, bad: Any) -> None:
+    with pytest.raises(PromptError, match="documents"):
+        blend.ingest(TEXTS[:1], documents=bad, progress=False)
+    assert not sent(blend) and len(blend.stored()) == 0
+    uses: list[Callable[[], object]] = [
+        lambda: blend.registered_documents(bad),
+        lambda: blend.forget_documents(bad),
+    ]
+    for use in uses if not isinstance(bad, dict) else ():
+        with pytest.raises(PromptError, match="documents"):
+            use()
+
+
+def test_what_is_registered_is_keys_by_documents(blend: CacheBlend) -> None:
+    key = blend.key(TEXTS[0])
+    for bad in ("a", ["a"], None, {7: [key]}, {"a": key}, {"a": [7]}, {"a": 7}):
+        with pytest.raises(PromptError, match="documents"):
+            blend.register_documents(bad)  # type: ignore[arg-type]
+
+
+def test_any_text_names_a_document(blend: CacheBlend) -> None:
+    """A file's name, which need not be UTF-8."""
+    names = ["caf\udce9.pdf", "", "\0", "x" * 10_000]
+    blend.ingest(TEXTS[:4], documents=names, progress=False)
+    assert blend.registered_documents(names) == set(names)
+    assert blend.forget_documents("caf\udce9.pdf") == 1
+    assert blend.forget_documents(names) == 3
+
+
 def test_adapters_warn_of_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = SharedEngine.from_running(fake_blend(monkeypatch))
     with pytest.warns(UserWarning, match=r"1 of 2 texts .* smaller chunks"):

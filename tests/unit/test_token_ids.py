@@ -75,6 +75,8 @@ def test_whole_numbers_of_any_kind(blend: CacheBlend, make: Callable[..., Any]) 
         (np.array([[1, 2], [3, 4]]), "row"),
         ([1, "x"], "'x'"),
         ([1, None], "None"),
+        ({1, 2}, "set|list of such prompts"),
+        (frozenset(IDS), "set|list of such prompts"),
     ],
     ids=lambda value: type(value).__name__,  # not repr: it holds addresses
 )
