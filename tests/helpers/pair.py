@@ -19,7 +19,7 @@ FACTS = [
     "The last wolf of the island was seen in {} near the northern cliffs. ",
     "The market hall got its glass roof in {}, after a fire. ",
 ]
-CHUNKS = [fact.format(1874 + i) * 4 for i, fact in enumerate(FACTS)]
+CHUNKS = [(fact.format(1874 + i) * 4).strip() for i, fact in enumerate(FACTS)]
 # what the command sets by itself on a CPU
 _OURS = ("--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details")
 
