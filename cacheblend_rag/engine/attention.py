@@ -18,11 +18,15 @@ from cacheblend_rag.engine.upload import Array, upload
 from cacheblend_rag.reason import Reason
 
 
-def visible(q_pos_R: torch.Tensor, k_pos_N: torch.Tensor, window: int | None) -> torch.Tensor:
-    """bool [R, N]: a query sees keys at its own and earlier positions, ``window`` back at most."""
+def visible(q_pos_R: torch.Tensor, k_pos_N: torch.Tensor, sight: compat.Sight) -> torch.Tensor:
+    """bool [R, N]: a query sees keys at its own and earlier positions, as far as its layer does."""
     distance = q_pos_R[:, None] - k_pos_N[None]
     mask = distance >= 0
-    return mask & (distance < window) if window is not None else mask
+    if sight.window is not None:
+        mask &= distance < sight.window
+    if sight.chunk is not None:
+        mask &= q_pos_R[:, None] // sight.chunk == k_pos_N[None] // sight.chunk
+    return mask
 
 
 def dense_causal(
@@ -83,7 +87,7 @@ class PagedCache:
         table = blocks.to(torch.int32)[None].expand(len(lengths), -1).contiguous()
         device = self.handle.device
         built = self.build(bounds, lengths, table.to(device), slots, positions.to(device))
-        return list(built.values())
+        return [built[name] for name in self.handle.attention]
 
     def build(
         self,
@@ -115,12 +119,10 @@ class PagedCache:
             positions=positions,
             seq_lens_cpu_upper_bound=lengths,
         )
-        layers: list[Any] = [None] * self.handle.num_layers
-        for builder, indices in self._builders:
-            built = builder.build(0, common)
-            for index in indices:
-                layers[index] = built
-        return dict(zip(self.handle.attention, layers, strict=True))
+        layers = {}
+        for builder, names in self._builders:
+            layers.update(dict.fromkeys(names, builder.build(0, common)))
+        return layers
 
 
 class PagedPass(Pass):
@@ -180,8 +182,9 @@ def _one_by_one(
     return rows, lengths_S[whose] - behind, table_SB[torch.from_numpy(whose).to(table_SB.device)]
 
 
-def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list[int]]]:
-    """A metadata builder for each kind of attention (sliding windows are another), and its layers.
+def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list[str]]]:
+    """A metadata builder for each kind of attention (sliding windows are another), and the names of
+    its layers.
 
     Never the runner's own builders: on a GPU they fill static CUDA graph buffers that the step
     about to run has already prepared.
@@ -198,12 +201,11 @@ def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list
     # builders may size buffers by it, and every run of a blend's rows is a sequence
     own.scheduler_config = copy.copy(own.scheduler_config)
     own.scheduler_config.max_num_seqs = own.scheduler_config.max_num_batched_tokens
-    builders = []
+    builders, known = [], {*handle.attention, *handle.sharing}
     with set_current_vllm_config(own):
         for group in attn_groups[0]:
-            builder = group.backend.get_builder_cls()
-            layers = [handle.index(name) for name in group.layer_names]
-            builders.append(
-                (builder(group.kv_cache_spec, group.layer_names, own, handle.device), layers)
-            )
+            names = [name for name in group.layer_names if name in known]
+            if names:  # the others are a draft model's
+                builder = group.backend.get_builder_cls()
+                builders.append((builder(group.kv_cache_spec, names, own, handle.device), names))
     return builders

@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cacheblend_rag.errors import EngineMissingError
 from cacheblend_rag.reason import Reason, Why
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
-SPECULATIVE = Why(
-    Reason.SPECULATIVE_DECODING,
-    "speculative decoding is on: the draft model would not see the blended KV",
-)
+TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
     "'cacheblend-rag[cuda]' (NVIDIA)."
@@ -181,6 +178,12 @@ def model_refusal(model: ModelConfig) -> Why | None:
         )
     if getattr(model, "use_mla", False) and (refused := _mla_refusal(model)):
         return Why(Reason.MLA, f"the model uses multi-head latent attention (MLA) {refused}")
+    if _shares_unlike_kv(model.hf_text_config):
+        return Why(
+            Reason.SHARED_KV,
+            "layers share KV and have heads of different size: beside our connector vLLM turns its "
+            "hybrid KV cache manager off, and without that it can't start such a model",
+        )
     if getattr(model, "is_encoder_decoder", False):
         return Why(Reason.ENCODER_DECODER, "the model is an encoder-decoder")
     if getattr(model, "runner_type", "generate") != "generate":
@@ -190,6 +193,20 @@ def model_refusal(model: ModelConfig) -> Why | None:
             Reason.MROPE, "the model's positions have dimensions that differ for text (XD-RoPE)"
         )
     return None
+
+
+def _shares_unlike_kv(config: Any) -> bool:
+    """Whether layers read the KV of others, and not all layers have heads of one size. vLLM keeps
+    the sizes by layer then, but not of those that have no KV of their own: its runner raises
+    KeyError (vllm-project/vllm#43533).
+    """
+    if not getattr(config, "num_kv_shared_layers", 0):
+        return False
+    each = getattr(config, "per_layer_config", None)
+    if each:
+        return len({each[n].head_dim for n in range(len(each))}) > 1
+    # of older versions of transformers
+    return getattr(config, "global_head_dim", None) not in (None, getattr(config, "head_dim", None))
 
 
 def _mla_refusal(model: ModelConfig) -> str:
@@ -210,8 +227,8 @@ def engine_refusal(config: VllmConfig) -> Why | None:
     parallel = config.parallel_config
     if config.lora_config is not None and not _is_cpu():
         return Why(Reason.LORA, "LoRA is on, and was tested with the CPU engine only")
-    if config.speculative_config is not None:
-        return SPECULATIVE
+    if config.speculative_config is not None and (refused := _speculation_refusal(config)):
+        return Why(Reason.SPECULATIVE_DECODING, f"speculative decoding {refused}")
     if parallel.pipeline_parallel_size > 1:
         return Why(
             Reason.PIPELINE_PARALLEL,
@@ -230,6 +247,21 @@ def engine_refusal(config: VllmConfig) -> Why | None:
     return None
 
 
+def _speculation_refusal(config: VllmConfig) -> str:
+    """What of speculative decoding was not tested; empty if it was."""
+    method = str(config.speculative_config.method)
+    if method not in TESTED_DRAFTS:
+        return f"by the method {method} was not tested; tested were {', '.join(TESTED_DRAFTS)}"
+    return "" if _is_cpu() else "was tested with the CPU engine only"
+
+
+def draft_layers(runner: Any) -> frozenset[str]:
+    """Names of the attention layers of the model that drafts tokens, if there is one."""
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    of_v2 = getattr(drafter, "draft_attn_layer_names", ())
+    return frozenset(getattr(drafter, "_draft_attn_layer_names", of_v2))
+
+
 def sliding_window(layer: Any) -> int | None:
     """How many tokens back a layer sees, itself included; None for all."""
     window = getattr(layer, "sliding_window", None)
@@ -239,6 +271,24 @@ def sliding_window(layer: Any) -> int | None:
     if isinstance(window, tuple):  # FlashAttention's (left, right), without the token itself
         window = window[0] + 1 if window[0] >= 0 else None
     return int(window) if window is not None and int(window) > 0 else None
+
+
+class Sight(NamedTuple):
+    """Which earlier tokens a layer sees: those ``window`` tokens back at most, itself included, in
+    the same chunk of ``chunk`` positions; None for all.
+    """
+
+    window: int | None
+    chunk: int | None
+
+    def least(self) -> int | None:
+        """Tokens back that it sees for sure where it does not see all."""
+        return min((n for n in self if n is not None), default=None)
+
+
+def sight(layer: Any) -> Sight:
+    """That of a layer."""
+    return Sight(sliding_window(layer), getattr(layer, "attention_chunk_size", None))
 
 
 def drop_output_in_flight(request: Any) -> None:
@@ -258,13 +308,16 @@ def longest_blend(kv_cache_config: Any) -> int | None:
 
     Where all layers have the same sliding window, vLLM's ``SlidingWindowManager`` keeps no block
     that lies before the window of the first token behind what we claim: in its place stands the
-    null block, which all requests share. (Where windows differ, all layers keep everything.)
+    null block, which all requests share. (Where windows differ, all layers keep everything.) The
+    same holds of chunks that all layers attend within.
     """
-    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, SlidingWindowSpec
 
     # Several kinds of layers that share a group come as one spec with a table of theirs.
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     one = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
+    if isinstance(one, ChunkedLocalAttentionSpec):
+        return int(one.attention_chunk_size) - 1
     if not isinstance(one, SlidingWindowSpec):
         return None
     # vLLM frees whole blocks. One is gone when all of it lies before the window of the next token.
@@ -292,9 +345,11 @@ def plain_query(layer: Any, query: torch.Tensor, like: torch.Tensor) -> torch.Te
 
 def flash_attention(layer: Any) -> Callable[..., Any] | None:
     """vLLM's FlashAttention over packed sequences, where this layer's backend is built on it. Not
-    of all its versions take sinks: such layers do without.
+    of all its versions take sinks, and none takes chunks: such layers do without.
     """
     if type(layer.impl).__name__ != "FlashAttentionImpl" or sinks(layer) is not None:
+        return None
+    if sight(layer).chunk is not None:
         return None
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 

@@ -29,8 +29,9 @@ def clear(cache: PagedCache, blocks: Sequence[int], most_tokens: int) -> None:
     slots = cache.slots(torch.tensor(blocks), torch.arange(len(blocks) * cache.block_size))
     for some in slots.split(most_tokens):
         shape = handle.layout.shape(1, len(some))[1:]
-        k, v = handle.layout.split(torch.zeros(shape, dtype=dtype, device=handle.device))
+        zeros = torch.zeros(shape, dtype=dtype, device=handle.device)
         for index in range(handle.num_layers):
+            k, v = handle.layout.split(zeros, index)
             handle.write(index, k, v, some)
 
 

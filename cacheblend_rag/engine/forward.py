@@ -10,11 +10,16 @@ patched, and every decoder-only model works without a line of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import create_forward_context, override_forward_context
-from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention import (
+    Attention,
+    ChunkedLocalAttention,
+    MLAAttention,
+)
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from cacheblend_rag.engine import compat, layout
@@ -187,9 +192,19 @@ def _proxy(layer: Any, index: int, run: Pass) -> ProxyLayer:
 
 
 class ModelHandle:
-    """The loaded model, its attention layers in forward order, and the one way to run it."""
+    """The loaded model, its attention layers in forward order, and the one way to run it.
 
-    def __init__(self, model: Any, config: VllmConfig, device: torch.device) -> None:
+    Args:
+        others: names of attention layers that are not the model's but a draft model's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: VllmConfig,
+        device: torch.device,
+        others: Collection[str] = (),
+    ) -> None:
         self.model, self.config, self.device = model, config, device
         # Compiled only where it saves launches; vLLM compiles for the tokens of one step at most. A
         # model that takes images is compiled for embeddings, among which those of a step's images
@@ -198,19 +213,28 @@ class ModelHandle:
         self._compiled = device.type == "cuda" and not takes_images
         self._most_compiled = int(config.scheduler_config.max_num_batched_tokens)
         self._context_layers = config.compilation_config.static_forward_context  # experts too
-        self.attention = {
+        found = {
             name: layer
             for name, layer in self._context_layers.items()
-            if isinstance(layer, AttentionLayerBase)
+            if isinstance(layer, AttentionLayerBase) and name not in others
         }
-        for layer in self.attention.values():
+        for layer in found.values():
             _check_layer(layer)
+        if getattr(model, "per_layer_embeddings", None) is not None:  # by row of vLLM's step
+            detail = "the model takes images, and keeps more of each token than its embedding"
+            raise UnsupportedModelError(Reason.ENCODER_INPUTS, detail)
+        self.attention = {name: layer for name, layer in found.items() if not _shares(layer)}
         if not self.attention:
             raise UnsupportedModelError(Reason.NO_ATTENTION, "the model has no attention layers")
+        # those that read what another layer keeps: no pass of ours goes as far as these
+        self.sharing = list(found)[len(self.attention) :]
+        if not all(_shares(found[name]) for name in self.sharing):
+            detail = "layers share KV with one another that have others with KV behind them"
+            raise UnsupportedModelError(Reason.SHARED_KV, detail)
+        if self.sharing and config.cache_config.kv_sharing_fast_prefill:
+            detail = "kv_sharing_fast_prefill is on: layers that share KV do without most rows"
+            raise UnsupportedModelError(Reason.SHARED_KV, detail)
         self.layers = list(self.attention.values())
-        if len({(layer.num_kv_heads, layer.head_size) for layer in self.layers}) > 1:
-            detail = "layers have KV heads of different number or size"
-            raise UnsupportedModelError(Reason.KV_HEADS, detail)
         all_heads = int(config.model_config.get_total_num_kv_heads())
         self.layout = layout.layout_of(self.layers, all_heads)
         self.ranks = Ranks()
@@ -225,7 +249,7 @@ class ModelHandle:
     def sees_all(self) -> list[bool]:
         """Of each layer, whether it sees all of any prompt, and not only a window."""
         longest = int(self.config.model_config.max_model_len)
-        windows = [compat.sliding_window(layer) for layer in self.layers]
+        windows = [compat.sight(layer).least() for layer in self.layers]
         return [window is None or window >= longest for window in windows]
 
     def index(self, name: str) -> int:
@@ -285,18 +309,21 @@ class ModelHandle:
         layout.write(self.layers[index], k_TGD, v_TGD, slots_T)
 
 
+def _shares(layer: Any) -> bool:
+    """Whether a layer keeps no KV, but reads another one's."""
+    return getattr(layer, "kv_sharing_target_layer_name", None) is not None
+
+
 def _check_layer(layer: Any) -> None:
-    # The exact class, not a subclass: one that overrides ``forward`` (chunked attention, for
-    # instance) attends in a way that proxies of ``impl`` would pass over.
-    if type(layer) not in (Attention, MLAAttention):
+    # The exact class, not a subclass: one that overrides ``forward`` attends in a way that proxies
+    # of ``impl`` would pass over. Attention within chunks is a matter of metadata only.
+    if type(layer) not in (Attention, ChunkedLocalAttention, MLAAttention):
         detail = f"attention layers of type {type(layer).__name__}"
         raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
     if type(layer) is MLAAttention:
         _check_latent(layer)
     elif getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
         raise UnsupportedModelError(Reason.KV_HEADS, "values are of another size than keys")
-    if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
-        raise UnsupportedModelError(Reason.SHARED_KV, "layers share KV with one another")
     impl = layer.impl
     if getattr(impl, "alibi_slopes", None) is not None:
         raise UnsupportedModelError(

@@ -26,6 +26,9 @@ def heads_of(handle: ModelHandle) -> Heads | None:
     size = get_tensor_model_parallel_world_size()
     if size == 1:
         return None
+    if handle.layout.by_layer:
+        detail = "layers have KV heads of different number or size, which ranks can't share"
+        raise UnsupportedModelError(Reason.KV_HEADS, detail)
     some, all_heads = handle.layout.heads, handle.layout.all_heads
     if some * size < all_heads or some * size % all_heads:
         detail = f"{size} ranks of {some} KV heads each do not make up the model's {all_heads}"

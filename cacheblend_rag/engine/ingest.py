@@ -117,8 +117,9 @@ class _Host:
         kept = self._layout
         if heads is not None and heads.leads:
             kept = kept._replace(heads=heads.all)
+        new = torch.zeros if kept.by_layer else torch.empty  # there, some numbers mean nothing
         self._kv = [
-            torch.empty(kept.shape(handle.num_layers, b - a), dtype=dtype, pin_memory=on_gpu)
+            new(kept.shape(handle.num_layers, b - a), dtype=dtype, pin_memory=on_gpu)
             for a, b in spans
         ]
 
@@ -126,7 +127,7 @@ class _Host:
         """Take one layer's K and V of all spans."""
         if self._heads is not None:
             whole_2THD = gather(self._layout.joined(*kv), self._heads)
-            kv = LayerKV(*self._layout.split(whole_2THD)) if self._heads.leads else kv
+            kv = LayerKV(*self._layout.split(whole_2THD, index)) if self._heads.leads else kv
         if self._stream is None:
             self._split(index, kv)
             return
@@ -141,7 +142,7 @@ class _Host:
 
     def _split(self, index: int, kv: LayerKV) -> None:
         for host, (a, b) in zip(self._kv, self._spans, strict=True):
-            for there, here in zip(self._layout.split(host[index]), kv, strict=True):
+            for there, here in zip(self._layout.split(host[index], index), kv, strict=True):
                 there.copy_(here[a:b], non_blocking=True)
 
     def arrived(self) -> list[torch.Tensor]:

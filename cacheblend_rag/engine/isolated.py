@@ -46,7 +46,7 @@ class IsolatedPass(Pass):
         self._spans, self.last, self._prefix = spans, num_layers - 1, prefix
         self._first = first_position
         self._keep = keep or self._collect
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[int, compat.Sight], torch.Tensor] = {}
         self._packed: _Packed | None = None
         self.layers: list[LayerKV] = []
 
@@ -70,13 +70,13 @@ class IsolatedPass(Pass):
         if flash is not None:
             self._attend_packed(flash, index, layer, q_THD, k_TGD, v_TGD, out_THD)
             return
-        window = compat.sliding_window(layer)
+        sight = compat.sight(layer)
         for a, b in self._spans:
             k, v = k_TGD[a:b], v_TGD[a:b]
             if self._prefix:
                 k = torch.cat([self._prefix[index].k_TGD, k])
                 v = torch.cat([self._prefix[index].v_TGD, v])
-            mask = self._mask(b - a, window, k.device)
+            mask = self._mask(b - a, sight, k.device)
             out_THD[a:b] = dense_causal(layer, q_THD[a:b], k, v, mask)
 
     def _attend_packed(
@@ -118,12 +118,12 @@ class IsolatedPass(Pass):
     def _collect(self, index: int, kv: LayerKV) -> None:
         self.layers.append(LayerKV(kv.k_TGD.clone(), kv.v_TGD.clone()))
 
-    def _mask(self, num_tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
-        key = (num_tokens, window)
+    def _mask(self, num_tokens: int, sight: compat.Sight, device: torch.device) -> torch.Tensor:
+        key = (num_tokens, sight)
         if key not in self._masks:
             behind = self._prefix[0].k_TGD.shape[0] if self._prefix else 0
             keys = torch.arange(self._first - behind, self._first + num_tokens, device=device)
-            self._masks[key] = visible(keys[behind:], keys, window)
+            self._masks[key] = visible(keys[behind:], keys, sight)
         return self._masks[key]
 
 

@@ -2,7 +2,8 @@
 
 Most models keep a key and a value of each KV head. Multi-head latent attention (MLA) keeps one row
 a token: a latent, which has no position, and behind it the rotated part of all heads' keys. Here
-such a row is the key of a single head whose value has no dimensions.
+such a row is the key of a single head whose value has no dimensions. Where heads differ in number
+or size by layer (Gemma 4), all layers are stored as large as the largest.
 
 Shape legend: T or N tokens, K layers, G KV heads, D head size, H query heads, C latent dimensions,
 R rotated dimensions, P others of a head's key, V dimensions of its value.
@@ -10,10 +11,12 @@ R rotated dimensions, P others of a head's key, V dimensions of its value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class KVLayout(NamedTuple):
@@ -24,12 +27,16 @@ class KVLayout(NamedTuple):
         heads: KV heads of this rank.
         all_heads: those of the model. Ranks hold the same latents, so of these there is one.
         dim: numbers of a head in one part.
+        by_layer: KV heads and head size of each layer, where they differ. Then ``dim`` divides all
+            head sizes, ``heads`` is how many of such parts the largest layer has, and the ends of
+            the others mean nothing.
     """
 
     parts: int
     heads: int
     all_heads: int
     dim: int
+    by_layer: tuple[tuple[int, int], ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -42,20 +49,33 @@ class KVLayout(NamedTuple):
 
     def joined(self, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
         """[parts, T, G, D], a new tensor."""
-        return torch.stack((k_TGD, v_TGD)[: self.parts])
+        kv: torch.Tensor = torch.stack((k_TGD, v_TGD)[: self.parts])
+        if not self.by_layer:
+            return kv
+        size = self.heads * self.dim
+        kv = F.pad(kv.flatten(2), (0, size - kv[0, 0].numel()))
+        return kv.view(*kv.shape[:2], self.heads, self.dim)
 
-    def split(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [..., N, G, D] of [..., parts, N, G, D]; views."""
+    def split(self, kv: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [..., N, G, D] of a layer's [..., parts, N, G, D]; views."""
+        if self.by_layer:
+            shape = self.by_layer[layer]
+            kv = kv.flatten(-2)[..., : math.prod(shape)].unflatten(-1, shape)
         k = kv[..., 0, :, :, :]
         return k, kv[..., 1, :, :, :] if self.parts == 2 else no_values(k)
 
 
 def layout_of(layers: Sequence[Any], all_heads: int) -> KVLayout:
-    """That of these attention layers, which are alike."""
+    """That of these attention layers."""
     first = layers[0]
     if is_latent(first):
         return KVLayout(1, 1, 1, int(first.head_size))
-    return KVLayout(2, int(first.num_kv_heads), all_heads, int(first.head_size))
+    shapes = tuple((int(layer.num_kv_heads), int(layer.head_size)) for layer in layers)
+    if len(set(shapes)) == 1:
+        return KVLayout(2, shapes[0][0], all_heads, shapes[0][1])
+    dim = math.gcd(*(size for _, size in shapes))
+    heads = max(map(math.prod, shapes)) // dim
+    return KVLayout(2, heads, heads, dim, shapes)
 
 
 def no_values(k: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,10 @@ class Table(NamedTuple):
         """Which dimensions are rotated with one another."""
         return self.cos_XP.shape[1], self.is_neox, self.first
 
+    def fits(self, head_size: int) -> bool:
+        """Whether a key of this size has the dimensions that it rotates."""
+        return self.first + 2 * self.cos_XP.shape[1] <= head_size
+
     def same(self, other: Table) -> bool:
         """Whether keys turn alike by both."""
         return (
@@ -196,8 +200,8 @@ def context_length(chosen: Any) -> int:
     return int(getattr(chosen.hf_text_config, "max_position_embeddings", 0) or 0)
 
 
-def tables_of(model: Any, max_positions: int, head_size: int) -> list[Table]:
-    """All tables by which layers of ``model`` may rotate keys of ``head_size``, each of them once.
+def tables_of(model: Any, max_positions: int, *head_sizes: int) -> list[Table]:
+    """All tables by which layers of ``model`` may rotate keys of these sizes, each of them once.
 
     A module that a model has says neither that a layer uses it (what sees images has its own), nor
     which dimensions of a key it gets. So each table is there twice, at a key's start and at its
@@ -206,12 +210,12 @@ def tables_of(model: Any, max_positions: int, head_size: int) -> list[Table]:
     found: list[Table] = []
     for module in filter(_is_rope, model.modules()):
         for table in _tables(module, max_positions):
-            if 2 * table.cos_XP.shape[1] <= head_size and not any(map(table.same, found)):
+            if table.fits(max(head_sizes)) and not any(map(table.same, found)):
                 found.append(table)
     if not found:
         raise UnsupportedModelError(Reason.NO_ROPE, "no rotary position embedding (RoPE) found")
-    rest = [(table, head_size - 2 * table.cos_XP.shape[1]) for table in found]
-    tables = found + [table._replace(first=first) for table, first in rest if first]
+    rest = [(table, size - 2 * table.cos_XP.shape[1]) for table in found for size in head_sizes]
+    tables = found + [table._replace(first=first) for table, first in rest if first > 0]
     layouts = {table.layout: table.still() for table in tables}
     return tables + list(layouts.values())
 

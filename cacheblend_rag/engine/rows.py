@@ -48,11 +48,23 @@ Mover = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class Scheduled(NamedTuple):
-    """A request of a step: tokens computed before, rows in the step, blocks that are new."""
+    """A request of a step.
+
+    Attributes:
+        computed: tokens computed before; rows: in the step; blocks: that are new.
+        drafts: how many of the last rows are guesses of what comes behind the request's tokens.
+            vLLM adds such rows to a request of which all but one token are there, too.
+    """
 
     computed: int
     rows: int
     blocks: tuple[int, ...] = ()
+    drafts: int = 0
+
+    @property
+    def known(self) -> int:
+        """Rows that are tokens of the request."""
+        return self.rows - self.drafts
 
 
 class Finished(NamedTuple):
@@ -99,11 +111,11 @@ class _Blend:
     def advance(self, scheduled: Scheduled) -> Positions:
         """Go on by this step's rows: open their blocks, and return their positions."""
         first = scheduled.computed - self.task.first_row
-        self.done = scheduled.computed + scheduled.rows
+        self.done = scheduled.computed + scheduled.known
         if self.executor is not None:
             self.executor.open(self.blocks, self.placed, self.done)
         self.placed = max(self.placed, self.done)
-        return self.positions[first : first + scheduled.rows]
+        return self.positions[first : first + scheduled.known]
 
 
 class _Part(NamedTuple):
@@ -330,7 +342,7 @@ class StepRows:
         for name, first, end in zip(order, ends - counts, ends, strict=True):
             blend = ours.get(name)
             if blend is not None and blend.executor is not None:
-                place = slice(int(first), int(end))
+                place = slice(int(first), int(end) - batch[name].drafts)
                 parts.append(_Part(name, blend, blend.executor, place, blend.advance(batch[name])))
             elif blend is not None:
                 blend.advance(batch[name])
@@ -367,7 +379,8 @@ class StepRows:
         for number, name in enumerate(order):
             s = batch[name]
             if name in positions:
-                first, length = _runs(positions[name])
+                drafts = s.computed + s.known + np.arange(s.drafts)
+                first, length = _runs(np.concatenate([positions[name], drafts]))
             # Another request of the step, or one that is computed exactly: one run, as vLLM has it.
             else:
                 first, length = np.array([0]), np.array([s.computed + s.rows])

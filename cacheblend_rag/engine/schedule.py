@@ -320,7 +320,7 @@ class Claims:
             claim = tracked.claim if tracked is not None else None
             # With asynchronous scheduling the rows have not run yet. Complete means that all were
             # scheduled: the request's own next look-up comes after them.
-            if tracked is not None and claim and part.computed + part.rows >= claim.total:
+            if tracked is not None and claim and part.computed + part.known >= claim.total:
                 tracked.claim, tracked.complete = None, True
         return Step(tasks, batch, gone, plain, self.planning.observer.take())
 
@@ -428,9 +428,11 @@ def _batch(scheduled: Any) -> dict[str, Scheduled]:
     computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     # Of one KV cache group: models with several are refused.
     blocks = dict(zip(cached.req_ids, cached.new_block_ids, strict=True))
+    new = {name: tuple(b[0]) for name, b in blocks.items() if b}
+    drafts = scheduled.scheduled_spec_decode_tokens
     return {
-        name: Scheduled(computed[name], count, tuple(b[0]) if (b := blocks.get(name)) else ())
-        for name, count in scheduled.num_scheduled_tokens.items()
+        name: Scheduled(computed[name], rows, new.get(name, ()), len(drafts.get(name, ())))
+        for name, rows in scheduled.num_scheduled_tokens.items()
     }
 
 

@@ -6,6 +6,7 @@ Shape legend: T tokens, G KV heads, H query heads, D head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ import torch
 
 from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import PagedCache
-from cacheblend_rag.engine.forward import ModelHandle
+from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV
 from cacheblend_rag.engine.rope import Rerotator, Table
+from cacheblend_rag.reason import Reason
 
 NUM_TOKENS = 40
 _NEAR = 37  # tokens further on
@@ -95,6 +97,9 @@ def _explanation(
     home = [_on_host(kv) for kv in home]
     moved = [Moved(m.shift, [_on_host(kv) for kv in m.layers]) for m in moved]
     errors = [_errors(table, home, moved) for table in tables]
+    if math.isinf(_worst(errors)):
+        detail = "no RoPE table of the model's is as small as a key of some layer"
+        raise UnsupportedModelError(Reason.MOVED_KEYS_DIFFER, detail)
     pairings = {table.layout for table in tables}
     mine = {x: [n for n, table in enumerate(tables) if table.layout == x] for x in pairings}
     worst = {x: _worst([errors[n] for n in some]) for x, some in mine.items()}
@@ -130,8 +135,10 @@ def _errors(table: Table, home: list[LayerKV], moved: list[Moved]) -> list[float
     """Each layer's larger error of the shifts, if it turned by ``table``."""
     rope = Rerotator([table], [0] * len(home), torch.device("cpu"))
     return [
-        max(_key_error(rope, layer, home[layer], m.layers[layer], m.shift) for m in moved)
-        for layer in range(len(home))
+        max(_key_error(rope, layer, here, m.layers[layer], m.shift) for m in moved)
+        if table.fits(here.k_TGD.shape[-1])
+        else math.inf
+        for layer, here in enumerate(home)
     ]
 
 

@@ -157,8 +157,6 @@ def _defaults() -> dict[str, Any]:
 
 
 def _model_refusal(kind: Any, model: str, options: Mapping[str, Any]) -> Why | None:
-    if options.get("speculative_config") is not None:
-        return compat.SPECULATIVE
     with naming_failures(model):
         return compat.model_refusal(kind(model=model, **options).create_model_config())
 

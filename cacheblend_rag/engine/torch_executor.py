@@ -51,14 +51,15 @@ class TorchExecutor(BlendExecutor):
             dtype = self.handle.config.model_config.dtype
             nbytes = math.prod(kept.shape(1, end)) * dtype.itemsize
             # Layers are asked for in ascending order, so the next ones come with this one.
-            last = min(index + max(1, _AT_ONCE // nbytes), self.handle.num_layers)
+            at_once = 1 if kept.by_layer else max(1, _AT_ONCE // nbytes)
+            last = min(index + at_once, self.handle.num_layers)
             kv = torch.zeros(kept.shape(last - index, end), dtype=dtype, device=self.device)
             for start, end, offset, _, chunk in self.region.spans:
                 stored = chunk.kv_L2NHD[index:last, :, offset : offset + end - start]
                 kv[:, :, start:end].copy_(stored, non_blocking=True)
             self._first = index
             some = slice(index, last)
-            k, self._v_KEGD = kept.split(kv)
+            k, self._v_KEGD = kept.split(kv, index)
             self._k_KEGD = self.rope.apply(k, self._delta, some)
         return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
 
@@ -132,7 +133,7 @@ class _QuestionPass(Pass):
         self._known = torch.ones(len(self._key_pos), dtype=torch.bool, device=device)
         self._known[:end] = upload(executor.region.stored_E[:end], device)
         self._known[fresh_F] = True
-        self._masks: dict[int | None, torch.Tensor] = {}  # by sliding window
+        self._masks: dict[compat.Sight, torch.Tensor] = {}
         self.score_A = torch.zeros(end, device=device)
 
     def attend(
@@ -151,7 +152,7 @@ class _QuestionPass(Pass):
         k, v = torch.cat([stored_k[:end], k_TGD[n:]]), torch.cat([stored_v[:end], v_TGD[n:]])
         # The tokens between chunks see one another and the chunks, as in the prompt.
         k[self._fresh_F], v[self._fresh_F] = k_TGD[:n], v_TGD[:n]
-        mask = self._mask(compat.sliding_window(layer))
+        mask = self._mask(compat.sight(layer))
         if index not in self._keep:
             out_THD.copy_(dense_causal(layer, q_THD, k, v, mask))
             return
@@ -163,7 +164,7 @@ class _QuestionPass(Pass):
         if index == self.last:
             self.stop()
 
-    def _mask(self, window: int | None) -> torch.Tensor:
-        if window not in self._masks:
-            self._masks[window] = visible(self._query_pos, self._key_pos, window) & self._known
-        return self._masks[window]
+    def _mask(self, sight: compat.Sight) -> torch.Tensor:
+        if sight not in self._masks:
+            self._masks[sight] = visible(self._query_pos, self._key_pos, sight) & self._known
+        return self._masks[sight]

@@ -82,14 +82,16 @@ class WorkerExtension(Queries):
         """Fingerprint of what was loaded on this rank, or why it can't be blended."""
         model, facts = self.get_model(), dict[str, Any](fingerprint="")
         try:
-            handle = ModelHandle(model, self.vllm_config, self.device)
+            others = compat.draft_layers(self.model_runner)
+            handle = ModelHandle(model, self.vllm_config, self.device, others)
             handle.adapters = Adapters(self.model_runner)
             chosen = self.vllm_config.model_config
             max_len = int(chosen.max_model_len)
             # Not only what this engine serves: chunks are named by the tables, and another engine
             # of the same model may serve more.
             longest = max(max_len, context_length(chosen))
-            tables = tables_of(model, longest, handle.layers[0].head_size)
+            sizes = sorted({int(layer.head_size) for layer in handle.layers})
+            tables = tables_of(model, longest, *sizes)
             self._state().heads = heads_of(handle)
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
@@ -98,7 +100,7 @@ class WorkerExtension(Queries):
             self._connector().rows = StepRows(handle, cache, tensors)
             a_layer = handle.layout.numbers * chosen.dtype.itemsize
             facts["kv_bytes_per_token"] = handle.num_layers * a_layer
-            windows = [w for layer in handle.layers if (w := compat.sliding_window(layer))]
+            windows = [w for layer in handle.layers if (w := compat.sight(layer).least())]
             facts["window"] = max(windows, default=None)
             facts["longest_blend"] = compat.longest_blend(self.model_runner.kv_cache_config)
             facts["positions"] = rope.positions

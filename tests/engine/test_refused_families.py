@@ -12,8 +12,9 @@ from engines import FULL_LOGPROBS, logprobs, plain_engine, start
 from tiny import REFUSED, Words, make
 
 from cacheblend_rag.engine import compat
+from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.errors import CacheBlendError
-from cacheblend_rag.reason import Reason
+from cacheblend_rag.reason import Reason, RefusedError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("in_process")]
 
@@ -23,7 +24,10 @@ CHUNKS = [words(size) for size in (37, 50, 130, 38)]
 PROMPT = words(9) + CHUNKS[2] + CHUNKS[0] + words(3) + CHUNKS[1] + CHUNKS[3] + words(40)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "gemma4-shared" else []) for n in REFUSED],
+)
 def test_refused_family_answers_exactly(name: str, tiny_models: Path) -> None:
     path = make(name, tiny_models)
     dtype = "bfloat16"  # all that vLLM's CPU kernels take
@@ -66,3 +70,41 @@ def test_latent_attention_is_refused_where_it_was_not_tested(
     adapters = compat.engine_refusal(options)
     assert (adapters is None) is is_cpu
     assert adapters is None or adapters.reason is Reason.LORA
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+@pytest.mark.parametrize("method", [*compat.TESTED_DRAFTS, "dflash"])
+def test_speculation_is_refused_where_it_was_not_tested(
+    method: str, is_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "_is_cpu", lambda: is_cpu)
+    options: Any = SimpleNamespace(
+        lora_config=None,
+        speculative_config=SimpleNamespace(method=method),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
+    )
+    refused = compat.engine_refusal(options)
+    assert (refused is None) is (is_cpu and method in compat.TESTED_DRAFTS)
+    assert refused is None or refused.reason is Reason.SPECULATIVE_DECODING
+
+
+def test_layers_of_a_draft_model_are_none_of_the_models() -> None:
+    names = {"model.layers.4.self_attn.attn"}
+    v1 = SimpleNamespace(drafter=SimpleNamespace(_draft_attn_layer_names=names))
+    v2 = SimpleNamespace(speculator=SimpleNamespace(draft_attn_layer_names=names))
+    by_ids = SimpleNamespace(drafter=object())  # as n-grams are
+    assert compat.draft_layers(v1) == compat.draft_layers(v2) == names
+    assert compat.draft_layers(by_ids) == compat.draft_layers(SimpleNamespace()) == set()
+
+
+def test_a_model_that_keeps_more_of_each_row_than_an_embedding_is_refused() -> None:
+    """Gemma 3n with images: our forwards have other rows than vLLM's step."""
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(is_multimodal_model=True),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
+    model = SimpleNamespace(per_layer_embeddings=torch.zeros(64, 4, 8))
+    with pytest.raises(RefusedError) as refused:
+        ModelHandle(model, config, torch.device("cpu"))
+    assert refused.value.why.reason is Reason.ENCODER_INPUTS

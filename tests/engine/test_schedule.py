@@ -81,6 +81,7 @@ def step(claims: Claims, *, new: dict[str, int], rows: dict[str, int]) -> schedu
     return claims.step(
         SimpleNamespace(
             num_scheduled_tokens=rows,
+            scheduled_spec_decode_tokens={},
             scheduled_new_reqs=first,
             scheduled_cached_reqs=cached,
             preempted_req_ids=None,

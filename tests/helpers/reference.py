@@ -17,15 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 _INTERLEAVED = (
     "cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "glm", "glm4",
-    "ernie4_5_vl_moe_text", "glm4v_text",
+    "ernie4_5_vl_moe_text", "glm4v_text", "llama4_text",
 )  # fmt: skip
 _LATENT = ("deepseek_v2", "deepseek_v3", "minicpm3", "mistral4")
-_GLOBAL_STILL = (
+_GLOBAL_STILL = (  # only layers with a window rotate
     "afmoe",
     "cohere2",
     "exaone4",
     "muse_glimmer_text",
-)  # only layers with a window rotate
+    "llama4_text",
+)
 
 
 class Part(NamedTuple):
@@ -87,7 +88,8 @@ class Reference:
         for module in self.model.modules():
             # vLLM's Transformers backend decorates some of these classes in this very process
             module.do_not_compile = True
-        self._text = self.model.model.language_model if takes_images else self.model
+        inner = getattr(self.model, "model", self.model)
+        self._text = inner.language_model if takes_images else self.model
         self.prefix = list(prefix)
         self.config = self.model.config.get_text_config()
         # its cache has latents, without position, in place of keys, and the rotated part as values
@@ -218,7 +220,10 @@ class Reference:
     def sees_all(self) -> list[bool]:
         """Of each layer, whether it has no window that is shorter than a test's prompt."""
         kinds = getattr(self.config, "layer_types", None)
-        window = getattr(self.config, "sliding_window", None) or 1 << 20
+        windows = (
+            getattr(self.config, n, None) for n in ("sliding_window", "attention_chunk_size")
+        )
+        window = min(filter(None, windows), default=1 << 20)
         is_wide = window > 1024
         count = self.config.num_hidden_layers
         return [is_wide or (bool(kinds) and kinds[i] == "full_attention") for i in range(count)]
@@ -228,6 +233,11 @@ class Reference:
         config = self.config
         full = _mask(at, count, count)
         kinds = set(getattr(config, "layer_types", None) or ())
+        if "chunked_attention" in kinds:
+            chunk = config.attention_chunk_size
+            other = at[:, None] // chunk != torch.arange(count)[None] // chunk
+            least = torch.finfo(torch.float32).min
+            return {"full_attention": full, "chunked_attention": full.masked_fill(other, least)}
         if not getattr(config, "sliding_window", None):
             return full
         sliding = _mask(at, count, config.sliding_window)

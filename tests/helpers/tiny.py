@@ -74,6 +74,10 @@ _LATENT: dict[str, Any] = {
         "mscale_all_dim": 0.707,
     },
 }
+_GEMMA4: dict[str, Any] = {
+    "head_dim": 32, "global_head_dim": 64, "sliding_window": 64, "pad_token_id": 0,
+    "vocab_size_per_layer_input": VOCAB,
+}  # fmt: skip
 # name: (model type, what differs)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -162,6 +166,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # one latent row a token
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "q_lora_rank": None}),
+    # layers have KV heads of different number and size, keys that are values before rotation
+    "gemma4": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 2,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    # attention within chunks of positions; some layers do not rotate, and see all
+    "llama4": (
+        "llama4_text",
+        {
+            "head_dim": 32,
+            "attention_chunk_size": 64,
+            "no_rope_layers": [1, 1, 0, 1],
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 512,
+            "attn_temperature_tuning": False,
+            "pad_token_id": 0,
+        },
+    ),
     # queries are scaled by position
     "ministral3": (
         "ministral3",
@@ -188,6 +217,29 @@ _NO_ROUTING = {
 }  # fmt: skip
 # more of them, whose parts the others have: tested where time does not count
 MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    # the last layers keep no KV, but read that of others
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            "head_dim": 32,
+            "sliding_window": 64,
+            "num_hidden_layers": 6,
+            "pad_token_id": 0,
+            "layer_types": [_LOCAL, _GLOBAL] * 3,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": VOCAB,
+            "laurel_rank": 16,
+            "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
+        },
+    ),
+    "gemma4-moe": (
+        "gemma4_text",
+        {
+            **FAMILIES["gemma4"][1], "enable_moe_block": True, "num_experts": 4,
+            "top_k_experts": 2, "moe_intermediate_size": 128,
+        },
+    ),
     "seed_oss": ("seed_oss", {"head_dim": 32}),
     "nemotron": ("nemotron", {}),
     "phi": ("phi", {"num_key_value_heads": 8}),
@@ -319,6 +371,27 @@ TEXT_OF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**_SEES, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
         _TOKENS,
     ),
+    "gemma4": (
+        {**FAMILIES["gemma4"][1], "model_type": "gemma4_text"},
+        {
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "patch_size": 14,
+            "position_embedding_size": 64,
+        },
+        {
+            "image_token_id": 508, "video_token_id": 509, "boi_token_id": 494,
+            "eoi_token_id": 495, "audio_token_id": 506, "boa_token_id": 507, "eoa_token_index": 507,
+        },
+    ),
+    "llama4": (
+        {**FAMILIES["llama4"][1], "model_type": "llama4_text"},
+        {
+            "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 56, "patch_size": 14,
+            "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
+        },
+        {"image_token_index": 508, "boi_token_index": 494, "eoi_token_index": 495},
+    ),
     "internvl": (
         {"model_type": "qwen3", "head_dim": 64},
         {
@@ -380,8 +453,21 @@ _PROCESSORS = {
     "glm4v_moe": ("Glm4vImageProcessor", "Glm4vVideoProcessor"),
     "qwen3_vl_moe": ("Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
     "internvl": ("GotOcr2ImageProcessor", "InternVLVideoProcessor"),
+    "gemma4": ("Gemma4ImageProcessor", "Gemma4VideoProcessor"),
+    "llama4": ("Llama4ImageProcessor", ""),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    # layers that read the KV of others, and heads of two sizes
+    "gemma4-shared": (
+        "gemma4_text",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 32,
+            "layer_types": [_LOCAL, _GLOBAL] * 3,
+        },
+    ),
     # the hybrid whose recurrent layers vLLM can compute on a CPU
     "mamba-hybrid": (
         "qwen3_next",
