@@ -123,7 +123,7 @@ class EngineInfo:
     positions: int = 0  # of the model's RoPE table: as far as chunks can be moved
     refusal: Why | None = None  # why this model can't be blended; None: it can, so far
     kv_bytes_per_token: int = 0  # of all heads
-    window: int | None = None  # the largest sliding window of a layer
+    window: int | None = None  # the largest of a layer, or chunk that it attends within
     longest_blend: int | None = None  # tokens; None: no limit
     extra: Mapping[str, Any] = field(default_factory=dict)
 
