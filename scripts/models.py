@@ -125,7 +125,7 @@ def page(tested: Sequence[Tested]) -> Iterator[str]:
     yield "Any other model is judged by its own check at the start: `cacheblend check MODEL`. It"
     yield "blends if moved keys, our attention and ratio 1 are right on this machine. Multi-head"
     yield "latent attention (MLA) is blended by the CPU engine only. Gemma 3n, Gemma 4 and Llama 4"
-    yield "were not run on a GPU; plain torch takes the place of our kernels for the last two there.\n"
+    yield "were not run on a GPU. There, plain torch takes our kernels' place for the last two.\n"
     yield "Speculative decoding: [what is blended beside it](serving.md#speculative-decoding).\n"
     yield "| architecture | tested as | ratio 1 |\n| --- | --- | --- |"
     for one in sorted(set(tested)):
