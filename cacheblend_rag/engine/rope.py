@@ -238,10 +238,13 @@ def _tables(module: Any, max_positions: int) -> list[Table]:
     # far positions, that alone would turn keys by a wrong angle.
     if hasattr(module, "_compute_cos_sin_cache"):
         try:
-            table = module._compute_cos_sin_cache().float().cpu()
+            raw = module._compute_cos_sin_cache()
         except TypeError as error:
             detail = f"{type(module).__name__} has more than one table"
             raise UnsupportedModelError(Reason.ROPE_TABLES, detail) from error
+        if raw.is_complex():  # of what sees images, in two dimensions (Llama 4)
+            return []
+        table = raw.float().cpu()
         if hasattr(module, "mrope_section"):
             table = table[:max_positions]  # for the times of videos, it has four times as many
         cos, sin = table.chunk(2, dim=-1)
