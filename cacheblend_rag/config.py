@@ -115,6 +115,10 @@ class BlendConfig:
                 f"propagation_length is {self.propagation_length!r}; it must be a number of "
                 "tokens, 0 for none"
             )
+        if isinstance(self.min_chunk_tokens, bool) or not isinstance(self.min_chunk_tokens, int):
+            raise ConfigError(
+                f"min_chunk_tokens is {self.min_chunk_tokens!r}; it must be a number of tokens"
+            )
         if self.min_chunk_tokens < 32:
             raise ConfigError("min_chunk_tokens must be at least 32: anchors need that many")
         if isinstance(self.ingest_prefix, str):
@@ -131,6 +135,12 @@ class BlendConfig:
         for name in ("store", "namespace"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a text")
+        for name in ("system_prompt", "likely_system_prompt", "namespace"):
+            _check_characters(name, getattr(self, name) or "")
+        if not isinstance(self.selector_options, Mapping):
+            raise ConfigError(
+                f"selector_options is {self.selector_options!r}; it must be a dict of options"
+            )
         arguments = MappingProxyType(template_arguments(self.chat_template_kwargs))
         object.__setattr__(self, "chat_template_kwargs", arguments)
         object.__setattr__(self, "selector_options", MappingProxyType(dict(self.selector_options)))
@@ -219,6 +229,16 @@ def _check_ratio(ratio: object) -> None:
 def _check_text(name: str, value: object) -> None:
     if value is not None and not isinstance(value, str):
         raise ConfigError(f"{name} is {value!r}; it must be a text, or None for none")
+
+
+def _check_characters(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} has a lone surrogate ({text[error.start]!a}), which is half of a character; "
+            "replace it: text.encode(errors='replace').decode()"
+        ) from error
 
 
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:

@@ -310,9 +310,29 @@ def sampling_params(options: Mapping[str, Any], params: Mapping[str, Any] | None
     try:
         if isinstance(values.get("structured_outputs"), Mapping):  # plain data: no vLLM to import
             values["structured_outputs"] = StructuredOutputsParams(**values["structured_outputs"])
-        return SamplingParams(output_kind=RequestOutputKind.DELTA, **values)
+        made = SamplingParams(output_kind=RequestOutputKind.DELTA, **values)
+        _check_sent(values, made)
+        return made
     except compat.refusals() as error:
         raise ConfigError(f"vLLM refused a sampling parameter: {_first_line(error)}") from error
+
+
+def _check_sent(values: Mapping[str, Any], params: Any) -> None:
+    """Refuse what can't be sent to vLLM's core. Its front end takes values of any type, but a
+    wrong one ends the thread of the core that reads requests: no later one would be answered.
+    """
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    encoder = MsgpackEncoder()
+    for name, value in values.items():
+        try:
+            encoder.encode(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{name} can't be sent to vLLM: {_first_line(error)}. Pass plain numbers, texts, "
+                "lists and dicts"
+            ) from error
+    MsgpackDecoder(type(params)).decode(encoder.encode(params))
 
 
 def sampling_names() -> frozenset[str]:
