@@ -161,9 +161,9 @@ def _is_of_tools(message: Mapping[str, Any]) -> bool:
     return message.get("role") == "tool" or bool(message.get("tool_calls"))
 
 
-def _some_day(form: str) -> str:
+def _some_day(format: str) -> str:  # templates may name the argument
     """In place of today's date, one that never changes."""
-    return datetime(2024, 7, 26).strftime(form)  # the one that Llama's templates fall back to
+    return datetime(2024, 7, 26).strftime(format)  # the one that Llama's templates fall back to
 
 
 @cache

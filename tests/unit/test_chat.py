@@ -258,6 +258,19 @@ def test_chunks_outlive_the_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ] == [1, 1]
 
 
+def test_a_template_may_name_the_clock_s_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = DATED.replace('strftime_now("', 'strftime_now(format="')
+    assert named != DATED
+    folder, keys = with_template(tmp_path, named), set()
+    for day in (6, 7):
+        on_day(monkeypatch, day)
+        blend = opened(monkeypatch, folder, config=BlendConfig(system_prompt="Be brief."))
+        keys.update(ingested(blend).keys)
+    assert len(keys) == 1
+
+
 def test_only_the_newest_head_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_day(monkeypatch, 6)
     blend = opened(monkeypatch, with_template(tmp_path, DATED))
