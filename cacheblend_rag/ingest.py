@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from cacheblend_rag.errors import ConfigError, PromptError
 from cacheblend_rag.reason import Reason
+from cacheblend_rag.store.base import is_key
 
 Owners = Mapping[str, Sequence[str]]  # documents by the key of a chunk of theirs
 LeftContext = str | Sequence[int] | None  # what stands before a chunk: text, token ids, or unknown
@@ -159,14 +160,26 @@ def keys_by_document(documents: object) -> list[tuple[str, list[str]]]:
     rows = []
     for name, keys in documents.items():
         _check_document(name)
-        if isinstance(keys, str) or not isinstance(keys, Iterable):
-            raise PromptError(f"documents[{name!r}] is {keys!r}; it must be a list of keys")
-        rows.append((name, list(keys)))
-        if wrong := [key for key in rows[-1][1] if not isinstance(key, str)]:
-            raise PromptError(
-                f"documents[{name!r}] has {wrong[0]!r}; keys are texts, as IngestReport.keys has"
-            )
+        rows.append((name, chunk_keys(keys, f"documents[{name!r}]")))
     return rows
+
+
+def chunk_keys(keys: object, name: str) -> list[str]:
+    """Keys as ``IngestReport`` has them, each once; without the empty ones of what is not stored.
+
+    Raises:
+        PromptError: something that is no key.
+    """
+    if isinstance(keys, str | bytes) or not isinstance(keys, Iterable):
+        raise PromptError(f"{name} must be a list of keys, not {type(keys).__name__}")
+    found = [key for key in dict.fromkeys(keys) if key != ""]
+    for key in found:
+        if not isinstance(key, str) or not is_key(key):
+            raise PromptError(
+                f"{name} has {key!r}, which is no key of a chunk; IngestReport.keys and reports "
+                "have them"
+            )
+    return found
 
 
 def _check_document(name: object) -> None:

@@ -130,7 +130,7 @@ class RemoteChunks:
             self._call("POST", "/chunks/delete", {"texts": batch})
 
     def forget_keys(self, keys: Iterable[str]) -> int:
-        rows = list(dict.fromkeys(keys))
+        rows = ingest.chunk_keys(keys, "keys")
         return self._deleted("/chunks/delete", ({"ids": b} for b in batches(rows, MOST_BYTES)))
 
     def delete_except(self, texts: Iterable[str | Sequence[int]]) -> int:

@@ -33,7 +33,7 @@ class Documents(Front):
         of them were there.
         """
         self._check_open()
-        keys = list(dict.fromkeys(keys))
+        keys = ingest.chunk_keys(keys, "keys")
         if not (self.model_check.passed and keys):
             return 0
         absent = set.union(*map(set, self._ask_stores("cacheblend_missing", keys)))

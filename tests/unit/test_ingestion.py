@@ -175,6 +175,21 @@ def test_what_is_registered_is_keys_by_documents(blend: CacheBlend) -> None:
             blend.register_documents(bad)  # type: ignore[arg-type]
 
 
+def test_keys_as_reports_have_them(blend: CacheBlend) -> None:
+    """That of a text too short to be stored is empty."""
+    report = blend.ingest([TEXTS[0], "short", TEXTS[1]], progress=False)
+    assert report.keys[1] == ""
+    blend.register_documents({"a": report.keys})
+    assert blend.forget_keys(report.keys) == 2
+    for bad in ("zz", "A" * 64, report.keys[0] + "0", 7, None):
+        with pytest.raises(PromptError, match="no key of a chunk"):
+            blend.forget_keys([bad])  # type: ignore[list-item]
+        with pytest.raises(PromptError, match="no key of a chunk"):
+            blend.register_documents({"a": [bad]})  # type: ignore[list-item]
+    with pytest.raises(PromptError, match="list"):
+        blend.forget_keys(report.keys[0])
+
+
 def test_any_text_names_a_document(blend: CacheBlend) -> None:
     """A file's name, which need not be UTF-8."""
     names = ["caf\udce9.pdf", "", "\0", "x" * 10_000]
