@@ -4,6 +4,7 @@ outlives a ``kill -9``. A job's texts are kept until it ends.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cacheblend_rag.server.errors import HttpError
 QUEUED, RUNNING = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 KEPT = 10_000  # jobs that ended
+_SET_ASIDE = 1 << 18  # bytes of disk, in which the end of a job can be noted
 _COUNTED = ("computed", "present", "repeated", "too_short", "too_long")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -119,6 +120,11 @@ _FIELDS = (
 )
 
 
+def is_full(error: sqlite3.Error) -> bool:
+    """Whether it is the disk that has no room."""
+    return "full" in str(error)
+
+
 def _job(row: Sequence[Any]) -> Job:
     job = Job(*row)
     job.replaces, job.cancel = bool(job.replaces), bool(job.cancel)
@@ -145,8 +151,10 @@ class Jobs:
         self._db.execute("PRAGMA synchronous = FULL")
         with self._lock:
             self._db.executescript(_SCHEMA)
+        self._aside = file.with_name(f"{file.name}.aside")
+        self._set_aside()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             self._check_file()
@@ -313,9 +321,18 @@ class Jobs:
             return not db.execute(query, (job.number,)).fetchone()[0]
 
     def end(self, job: Job, status: str, error: Mapping[str, str] | None = None) -> None:
-        """A job has ended."""
-        with self._writing() as db:
-            self._end(db, job, status, error)
+        """A job has ended. This is noted on a full disk as well, where clients wait for it."""
+        try:
+            with self._writing() as db:
+                self._end(db, job, status, error)
+        except sqlite3.OperationalError as full:
+            if not is_full(full) or not self._aside.exists():
+                raise
+            self._aside.unlink(missing_ok=True)
+            with self._writing() as db:
+                self._end(db, job, status, error)
+        finally:
+            self._set_aside()
 
     def put_back(self, job: Job) -> None:
         """A job was interrupted: it goes on another time."""
@@ -328,6 +345,19 @@ class Jobs:
             self._db.close()
 
     # ---- inside --------------------------------------------------------------------------------
+
+    def _set_aside(self) -> None:
+        """Take as much disk as there is, up to what the end of a job needs by far."""
+        size = _SET_ASIDE
+        if self._aside.exists():
+            return
+        with contextlib.suppress(OSError), self._aside.open("wb") as file:
+            while size >= 1 << 12:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                    return
+                except OSError:  # full but for less
+                    size //= 2
 
     def _one(self, db: sqlite3.Connection, tenant: str, name: str) -> Job:
         query = f"SELECT {_FIELDS} FROM jobs WHERE tenant = ? AND id = ?"

@@ -15,16 +15,20 @@ from cacheblend_rag.errors import (
     ClosedError,
     EngineDeadError,
     PromptError,
+    StoreError,
     UnavailableError,
 )
 from cacheblend_rag.front.learning import LearntIngestion
 from cacheblend_rag.ingest import IngestReport, grouped
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.front import Front
-from cacheblend_rag.server.jobs import CANCELLED, COMPLETED, FAILED, Job, Jobs
+from cacheblend_rag.server.jobs import CANCELLED, COMPLETED, FAILED, Job, Jobs, is_full
 
 _LOOKS_EVERY_S = 0.5
 _TRIES, _PAUSE_S = 5, 1.0  # of a batch whose store can't be asked
+_FULL = (
+    "the disk of the ingestions' own file is full. Free disk space, or start with another --state"
+)
 
 logger = logging.getLogger("vllm.cacheblend_rag")
 
@@ -114,8 +118,10 @@ class Runner:
         except (Interrupted, ClosedError, EngineDeadError):
             self._jobs.put_back(job)
             raise
-        except sqlite3.Error:  # of the jobs' own file: what is noted of this one is what it was
-            raise
+        except sqlite3.Error as error:  # of the jobs' own file
+            if not is_full(error):
+                raise  # what is noted of this job is what it was: it goes on another time
+            self._fail(job, StoreError(f"{_FULL}: {error}"))
         except Exception as error:  # of one job: it fails with its cause, and the others go on
             if front.is_over:
                 self._jobs.put_back(job)

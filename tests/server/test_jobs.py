@@ -372,6 +372,42 @@ def test_a_full_disk_loses_and_blocks_nothing(make: Callable[..., Jobs], word: s
     assert [job.id for job in make().page("", None, 9, "asc")] == found
 
 
+class FullWithReserve(Full):
+    """It has room as soon as what was set aside is given up."""
+
+    def __init__(self, jobs: Jobs, aside: Path) -> None:
+        super().__init__(jobs)
+        self._aside = aside
+
+    def execute(self, statement: str, *values: Any) -> Any:
+        self.words = ("SET done", "SET status") if self._aside.exists() else ()
+        return super().execute(statement, *values)
+
+
+def test_a_job_on_a_full_disk_fails_and_its_client_is_told(jobs: Jobs, tmp_path: Path) -> None:
+    aside = tmp_path / "jobs.sqlite.aside"
+    assert aside.stat().st_size >= 1 << 12 and aside.stat().st_blocks
+    job = jobs.create("", [A])
+    number, chunks = jobs.begin() or (job, [])
+    disk = FullWithReserve(jobs, aside)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        jobs.progress(number, ["k"], 0)
+    jobs.end(number, "failed", {"code": "ingestion_failed", "message": "full"})
+    assert disk.refused >= 2 and len(chunks) == 1
+    assert look(jobs, job)["status"] == "failed"
+    assert aside.exists(), "the next one may need it"
+
+
+def test_the_runner_fails_a_job_whose_progress_finds_no_room(
+    start: Callable[[Jobs], Runner], jobs: Jobs
+) -> None:
+    disk = Full(jobs, "SET done")
+    job = jobs.create("", [A])
+    start(jobs)
+    until(lambda: look(jobs, job)["status"] == "failed")
+    assert "Free disk space" in look(jobs, job)["error"]["message"] and disk.refused == 1
+
+
 def test_nothing_is_acknowledged_that_no_later_start_would_find(
     make: Callable[..., Jobs], tmp_path: Path
 ) -> None:

@@ -88,16 +88,17 @@ def test_prompts_are_those_of_both_servers_chats(servers: Pair) -> None:
 
 def test_cached_tokens(servers: Pair) -> None:
     stored = servers.ours.ask("POST", "/chunks/keys", json={"texts": CHUNKS})["data"]
-    tokens = sum(row["tokens"] for row in stored)
+    # less what the tokenizer merges with its surroundings at a chunk's ends
+    tokens = sum(row["tokens"] for row in stored) - 2 * len(CHUNKS)
     assert all(row["stored"] for row in stored)
     for prompt in numbered(2, [range(6), range(5, -1, -1)]):
         answer = chat(servers.ours, prompt)
         report = servers.ours.ask("GET", f"/requests/{answer.id}")
-        assert report["tokens_reused"] + report["tokens_recomputed"] >= 0.99 * tokens
+        assert report["tokens_reused"] + report["tokens_recomputed"] >= tokens
         cached = answer.usage.prompt_tokens_details.cached_tokens
         assert answer.usage.prompt_tokens > cached == report["tokens_reused"] > 0.8 * tokens
         whole = chat(servers.ours, f"All of it. {prompt}", mode="reuse").usage
-        assert whole.prompt_tokens > whole.prompt_tokens_details.cached_tokens >= 0.99 * tokens
+        assert whole.prompt_tokens > whole.prompt_tokens_details.cached_tokens >= tokens
         off = chat(servers.ours, f"None of it. {prompt}", mode="off").usage
         assert not off.prompt_tokens_details or not off.prompt_tokens_details.cached_tokens
 
@@ -113,7 +114,7 @@ def test_frameworks_openai_classes(
         pytest.skip(f"needs the dependency group clients: {MODULES[name]}")
     pytest.importorskip(MODULES[name], reason="needs the dependency group clients")
     stored = servers.ours.ask("POST", "/chunks/keys", json={"texts": CHUNKS})["data"]
-    tokens = sum(row["tokens"] for row in stored)
+    tokens = sum(row["tokens"] for row in stored) - 2 * len(CHUNKS)
     ask_it, prompt = ASK[name], f"{name}.\n\n{ASKED}"
     expected, _ = ask_it(f"{servers.plain.url}/v1", prompt, {})
 
@@ -123,7 +124,7 @@ def test_frameworks_openai_classes(
 
     assert asked(mode="off") == (expected, 0)
     assert asked()[1] > 0.8 * tokens
-    assert asked(mode="reuse")[1] >= 0.99 * tokens
+    assert asked(mode="reuse")[1] >= tokens
     assert asked(recompute_ratio=1.0)[0] == expected
     assert asked(mode="off")[0] == expected
 
@@ -246,7 +247,8 @@ def shape(value: Any) -> Any:
 
 
 def _shape_of(name: str, value: Any) -> Any:
-    by_token = name == "top_logprobs" and value and "logprob" not in value[0]
+    # an echoed prompt's first token has none
+    by_token = name == "top_logprobs" and value and "logprob" not in (value[0] or {})
     return "numbers by token" if by_token else shape(value)
 
 
@@ -338,7 +340,6 @@ def test_streams_are_those_of_vllm_alone(servers: Pair, kind: str) -> None:
         (CHAT, {**TALK, "model": "no such"}),
         (CHAT, {**TALK, "temperature": -1}),
         (CHAT, {**TALK, "messages": []}),
-        (CHAT, {**TALK, "messages": [{"role": "user"}]}),
         (CHAT, {**TALK, "max_tokens": 5000}),
         (CHAT, {**TALK, "chat_template": "{{ messages }}"}),
         (CHAT, {**TALK, "tools": [WEATHER], "tool_choice": {"type": "x"}}),

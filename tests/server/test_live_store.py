@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,10 @@ def test_redis_that_goes_away_and_comes_back(tiny_models: Path, tmp_path: Path) 
             assert job["status"] == "failed" or job["counts"]["not_stored"] == 1
             assert job["error"] or job["detail"]
             redis.start()
+            deadline = time.monotonic() + 5
+            while server.ask("GET", "")["store_error"] is not None:
+                assert time.monotonic() < deadline, "the store is back and not asked"
+                time.sleep(0.1)
             done = ingested(server, CHUNKS)
             assert done["counts"]["computed"] + done["counts"]["present"] == 3
             assert server.ask("GET", "")["store_error"] is None
