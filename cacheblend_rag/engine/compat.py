@@ -178,7 +178,7 @@ def model_refusal(model: ModelConfig) -> Why | None:
         )
     if getattr(model, "use_mla", False) and (refused := _mla_refusal(model)):
         return Why(Reason.MLA, f"the model uses multi-head latent attention (MLA) {refused}")
-    if _shares_unlike_kv(model.hf_text_config):
+    if _shares_unlike_kv(getattr(model, "hf_text_config", None)):
         return Why(
             Reason.SHARED_KV,
             "layers share KV and have heads of different size: beside our connector vLLM turns its "
