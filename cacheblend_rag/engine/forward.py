@@ -237,8 +237,22 @@ class ModelHandle:
         self.layers = list(self.attention.values())
         all_heads = int(config.model_config.get_total_num_kv_heads())
         self.layout = layout.layout_of(self.layers, all_heads)
+        if device.type == "cuda":
+            self._check_was_run_on_a_gpu()
         self.ranks = Ranks()
         self.adapters = Adapters()
+
+    def _check_was_run_on_a_gpu(self) -> None:
+        """Nothing is blended where it was never seen to be right."""
+        only = "are blended by the CPU engine only: they were not run on a GPU"
+        if self.layout.by_layer:
+            detail = f"layers whose KV heads differ in number or size {only}"
+            raise UnsupportedModelError(Reason.KV_HEADS, detail)
+        if self.sharing:
+            raise UnsupportedModelError(Reason.SHARED_KV, f"layers that share KV {only}")
+        if any(compat.sight(layer).chunk is not None for layer in self.layers):
+            detail = f"layers that attend within chunks of positions {only}"
+            raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
 
     @property
     def num_layers(self) -> int:

@@ -282,10 +282,7 @@ class KernelExecutorFactory(ExecutorFactory):
         self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, gpu_cache: int
     ) -> None:
         super().__init__(handle, rope, cache, "")
-        if any(compat.sight(layer).chunk is not None for layer in handle.layers):
-            raise KernelsUnusableError("layers attend within chunks of positions")
-        if handle.layout.by_layer:
-            raise KernelsUnusableError("layers have KV heads of different number or size")
+        assert not handle.layout.by_layer, "such models were refused"
         if handle.layout.parts != 2:
             raise KernelsUnusableError("the model keeps latents in place of keys and values")
         if not rope.has_one_layout:

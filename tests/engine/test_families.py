@@ -32,6 +32,7 @@ SINCE_0_32 = {
     "phi",
 }  # fmt: skip
 CPU_LATENT = "CPU_MLA"  # where there is AMX, vLLM's own choice is bf16
+CPU_ONLY = ("gemma3n", "gemma4", "llama4")  # see ``ModelHandle``
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -43,6 +44,8 @@ def skip_what_this_gpu_cannot_load(name: str, path: Path, options: dict[str, Any
 
     if options.get("attention_backend") == CPU_LATENT:
         pytest.skip("latent attention is refused where it needs a GPU")
+    if name.startswith(CPU_ONLY):
+        pytest.skip(f"{name} is refused where it needs a GPU")
     is_old = tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 32)
     if is_old and (name in SINCE_0_32 or name in RENAMED):
         pytest.skip(f"needs a GPU with vLLM 0.32; this is {vllm.__version__}")
