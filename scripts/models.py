@@ -124,8 +124,8 @@ def page(tested: Sequence[Tested]) -> Iterator[str]:
     yield "itself; the test mends that.\n"
     yield "Any other model is judged by its own check at the start: `cacheblend check MODEL`. It"
     yield "blends if moved keys, our attention and ratio 1 are right on this machine. Multi-head"
-    yield "latent attention (MLA), Gemma 3n, Gemma 4 and Llama 4 are blended by the CPU engine only:"
-    yield "they were not run on a GPU.\n"
+    yield "latent attention (MLA), Gemma 3n, Gemma 4 and Llama 4 are blended by the CPU engine;"
+    yield "a GPU refuses them.\n"
     yield "Speculative decoding: [what is blended beside it](serving.md#speculative-decoding).\n"
     yield "| architecture | tested as | ratio 1 |\n| --- | --- | --- |"
     for one in sorted(set(tested)):
