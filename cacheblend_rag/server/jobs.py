@@ -122,7 +122,7 @@ _FIELDS = (
 
 def is_full(error: sqlite3.Error) -> bool:
     """Whether it is the disk that has no room."""
-    return "full" in str(error)
+    return str(error) == "database or disk is full"  # SQLite's words; others quote the file's name
 
 
 def _job(row: Sequence[Any]) -> Job:
@@ -358,6 +358,7 @@ class Jobs:
                     return
                 except OSError:  # full but for less
                     size //= 2
+            self._aside.unlink()  # or an empty one would pass for room
 
     def _one(self, db: sqlite3.Connection, tenant: str, name: str) -> Job:
         query = f"SELECT {_FIELDS} FROM jobs WHERE tenant = ? AND id = ?"

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from browser import DESK, ask, chromium, counts, drop
 from live_server import LiveServer, live_server
+from pair import FACTS
 
 from cacheblend_rag import CacheBlend, PromptTooLongError, ServerError
 from cacheblend_rag.server.tenants import KeyFile
@@ -33,14 +34,6 @@ SERVING = (ROOT / "docs" / "serving.md").read_text()
 THERE = "http://localhost:8000"
 NAMES = ("curl", "OpenAI's package", "LangChain's own class", "LlamaIndex's own class", "Haystack")
 OURS = ("Python", "Our classes for LlamaIndex and LangChain")
-FACTS = [
-    "The bell in the lighthouse was cast in {} by two brothers. ",
-    "A storm in the winter of {} broke the old pier of the village. ",
-    "The school on the hill was opened in {} with eleven pupils. ",
-    "The ferry to the mainland first sailed in {}, and only in summer. ",
-    "The last wolf of the island was seen in {} near the northern cliffs. ",
-    "The market hall got its glass roof in {}, after a fire. ",
-]
 CHUNKS = [fact.format(1874 + i) * 5 for i, fact in enumerate(FACTS)]
 PROMPT = "\n\n".join([*CHUNKS, "When was the bell cast?"])
 MESSAGES = [{"role": "user", "content": PROMPT}]

@@ -408,6 +408,28 @@ def test_the_runner_fails_a_job_whose_progress_finds_no_room(
     assert "Free disk space" in look(jobs, job)["error"]["message"] and disk.refused == 1
 
 
+def test_a_file_that_is_gone_is_no_full_disk() -> None:
+    """Whatever its folder is called."""
+    assert not module.is_full(sqlite3.OperationalError("/full/jobs.sqlite was removed"))
+    assert module.is_full(sqlite3.OperationalError("database or disk is full"))
+
+
+def test_room_is_set_aside_again_once_there_is_some(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = tmp_path / "jobs.sqlite.aside"
+    aside.unlink()
+
+    def full(*args: int) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "posix_fallocate", full)
+        jobs.end(jobs.create("", [A]), "completed")
+    jobs.end(jobs.create("", [B]), "completed")
+    assert aside.stat().st_size
+
+
 def test_nothing_is_acknowledged_that_no_later_start_would_find(
     make: Callable[..., Jobs], tmp_path: Path
 ) -> None:
