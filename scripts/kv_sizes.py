@@ -1,5 +1,5 @@
-"""Prints how much storage the KV of chunks takes, by model: the README's table, and behind it that
-of docs/serving.md: of a text, and how fast a store has to be.
+"""Prints how much storage the KV of chunks takes, by model: the README's table (which has fewer
+rows), and behind it that of docs/serving.md: of a text, and how fast a store has to be.
 
     python scripts/kv_sizes.py                       # the usual models
     python scripts/kv_sizes.py path/to/config.json   # yours
@@ -40,6 +40,7 @@ MODELS = {
     "Qwen2.5-32B, Qwen3-32B": Shape(64, 8, 128),
     "Llama-3.3-70B": Shape(80, 8, 128),
 }
+IN_README = ("Qwen2.5-7B", "Llama-3.1-8B, Mistral-7B", "Llama-3.3-70B")
 
 
 def from_config(config: dict[str, Any]) -> Shape:
