@@ -17,7 +17,7 @@ installed := .venv/.installed-$(ENGINE)
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help install fix lint test test-all test-gpu mutants docs hooks demo serve bench clean
+.PHONY: help install fix lint test test-all test-gpu test-fleet mutants docs hooks demo serve bench clean
 
 help:
 	@echo "make install    .venv with everything in it (ENGINE=cpu|cuda, PYTHON=python3.12)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test       tests that need no GPU (JOBS=2, ARGS=\"-k store -x\")"
 	@echo "make test-all   the slow ones as well"
 	@echo "make test-gpu   tests that need a GPU"
+	@echo "make test-fleet a Ray cluster on this machine: two workers ingest, two replicas serve (up to 15 min)"
 	@echo "make lint       ruff and mypy"
 	@echo "make fix        what ruff can repair and format; docs/reference.md and docs/prompt.svg anew"
 	@echo "make docs       the documentation as a site in build/site, and how long its sentences are"
@@ -59,13 +60,21 @@ test test-all test-gpu: export VLLM_CPU_KVCACHE_SPACE ?= 1
 spread := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(installed)
-	$(bin)/python -m pytest $(spread) -m "not gpu and not slow" $(ARGS)
+	$(bin)/python -m pytest $(spread) -m "not gpu and not slow and not fleet" $(ARGS)
 
 test-all: $(installed)
-	$(bin)/python -m pytest $(spread) -m "not gpu" $(ARGS)
+	$(bin)/python -m pytest $(spread) -m "not gpu and not fleet" $(ARGS)
 
 test-gpu: $(installed)
 	$(bin)/python -m pytest -m gpu $(ARGS)
+
+# Ray is an extra that nothing else needs, so it is installed here. Engines share this machine.
+test-fleet: export HF_HUB_OFFLINE := 1
+test-fleet: export VLLM_CPU_KVCACHE_SPACE ?= 1
+test-fleet: $(installed)
+	@$(bin)/python -c "import ray.serve" 2>/dev/null || { echo "[test-fleet] installing Ray" && \
+	  PIP_QUIET=$${PIP_QUIET-2} $(bin)/python -m pip install --no-compile --no-warn-conflicts --editable ".[ray]"; }
+	$(bin)/python -m pytest -m fleet $(ARGS)
 
 # What is mutated, and by which tests it should be noticed: [tool.mutmut] in pyproject.toml.
 mutants: $(installed)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from cacheblend_rag.errors import StoreError
 from cacheblend_rag.models import cache_home
 from cacheblend_rag.store.tenants import tenant_id
+from cacheblend_rag.store.url import parse_url
 
 OK, OUR_ERROR, REFUSED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
 
@@ -45,6 +47,13 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     """``--store``, a folder."""
     default = cache_home() / "store"
     parser.add_argument("--store", type=folder, default=default, metavar="DIR", help=f"({default})")
+
+
+def add_any_store(parser: argparse.ArgumentParser) -> None:
+    """``--store``, a folder or the URL of another store."""
+    default = cache_home() / "store"
+    text = f"or the URL of a shared one, for --ray ({default})"
+    parser.add_argument("--store", type=folder_or_url, default=default, metavar="DIR", help=text)
 
 
 def add_namespace(parser: argparse.ArgumentParser, default: str | None = "") -> None:
@@ -93,6 +102,19 @@ def folder(text: str) -> Path:
             f"{text!r} is not a folder; a store of this command is one"
         )
     return Path(text).expanduser().absolute()
+
+
+def folder_or_url(text: str) -> Path | str:
+    """The absolute path of a folder, or the URL of a store that is none."""
+    if "://" not in text:
+        return folder(text)
+    try:
+        url = parse_url(text)
+    except StoreError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if url.scheme == "file":
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give its plain path")
+    return text
 
 
 def index_of(store: Path, namespace: str | None = None) -> Path:

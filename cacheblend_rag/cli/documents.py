@@ -18,6 +18,7 @@ from cacheblend_rag.cli.base import (
     REFUSED,
     Done,
     Screen,
+    add_any_store,
     add_model,
     add_namespace,
     add_store,
@@ -31,6 +32,7 @@ from cacheblend_rag.cli.base import (
 )
 from cacheblend_rag.cli.engine import require_extras, started
 from cacheblend_rag.cli.store import register
+from cacheblend_rag.cli.workers import add_workers, by_workers, check
 from cacheblend_rag.errors import PromptError
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.options import Mode
@@ -46,6 +48,7 @@ from cacheblend_rag.retrieval import (
     split,
 )
 from cacheblend_rag.select import selectors
+from cacheblend_rag.store.url import redacted
 
 
 def add(commands: Any) -> None:
@@ -55,9 +58,10 @@ def add(commands: Any) -> None:
     ingest.add_argument(
         "--chunk-tokens", type=at_least_32, default=200, metavar="N", help="tokens a chunk (200)"
     )
-    add_store(ingest)
+    add_any_store(ingest)
     add_namespace(ingest)
     add_model(ingest)
+    add_workers(ingest)
 
     ask = command(commands, "ask", _ask, "answer a question from what was ingested")
     ask.add_argument("question", help="in words, one argument")
@@ -77,10 +81,37 @@ def add(commands: Any) -> None:
 
 def _ingest(args: argparse.Namespace, screen: Screen) -> Done:
     require_extras()
+    check(args)
     documents, left_out = _read(args.paths, screen)
-    with started(args.model, args.store, screen, namespace=args.namespace) as blend:
-        passages = split(documents, args.chunk_tokens, blend.tokenizer)
-        report = store_kv(blend, passages, screen)
+    if args.ray is None:
+        with started(args.model, args.store, screen, namespace=args.namespace) as blend:
+            passages = split(documents, args.chunk_tokens, blend.tokenizer)
+            report = store_kv(blend, passages, screen)
+    else:
+        passages, report = by_workers(args, documents, screen)
+        say(report, screen)
+    data = {
+        "documents": len(documents),
+        "left_out": [{"path": printable(bad.path), "why": bad.why} for bad in left_out],
+        "passages": len(passages),
+        **_indexed(args, passages, report, left_out, screen),
+        "store": redacted(str(args.store)),
+        "report": {**asdict(report), "tokens_per_s": rate(report)},
+    }
+    return Done(REFUSED if report.reason or report.not_stored or left_out else OK, data)
+
+
+def _indexed(
+    args: argparse.Namespace,
+    passages: Sequence[Passage],
+    report: IngestReport,
+    left_out: Sequence[LeftOut],
+    screen: Screen,
+) -> dict[str, Any]:
+    """Have ``ask`` find the passages of a store in a folder."""
+    screen.out.print(f"Store {redacted(str(args.store))}", highlight=False, soft_wrap=True)
+    if not isinstance(args.store, Path):
+        return {"passages_indexed": 0, "index": None}
     if report.keys:
         sources = [passage.source for passage in passages]
         register(args.store, sources, list(report.keys), args.namespace)
@@ -88,17 +119,7 @@ def _ingest(args: argparse.Namespace, screen: Screen) -> Done:
     kept = _other_passages(index, args.paths, [bad.path.resolve() for bad in left_out])
     screen.note.print(f"Indexing {len(kept) + len(passages)} passages ...")
     Retriever([*kept, *passages], folder=index)
-    screen.out.print(f"Store {args.store}", highlight=False, soft_wrap=True)
-    data = {
-        "documents": len(documents),
-        "left_out": [{"path": printable(bad.path), "why": bad.why} for bad in left_out],
-        "passages": len(passages),
-        "passages_indexed": len(kept) + len(passages),
-        "store": str(args.store),
-        "index": str(index),
-        "report": {**asdict(report), "tokens_per_s": rate(report)},
-    }
-    return Done(REFUSED if report.reason or report.not_stored or left_out else OK, data)
+    return {"passages_indexed": len(kept) + len(passages), "index": str(index)}
 
 
 def _read(paths: Sequence[Path], screen: Screen) -> tuple[list[Document], list[LeftOut]]:
@@ -130,6 +151,12 @@ def _root(path: Path) -> Path:
 def store_kv(blend: CacheBlend, passages: Sequence[Passage], screen: Screen) -> IngestReport:
     """Ingest passages and say how it went."""
     report = blend.ingest([passage.text for passage in passages])
+    say(report, screen)
+    return report
+
+
+def say(report: IngestReport, screen: Screen) -> None:
+    """How an ingestion went."""
     if report.reason:
         line = f"[red]No KV was stored: {escape(report.detail)}.[/red] Answers stay exact."
     elif report.computed == 0:
@@ -148,7 +175,6 @@ def store_kv(blend: CacheBlend, passages: Sequence[Passage], screen: Screen) -> 
         screen.out.print(f"{report.too_short} passages are too short to be worth storing.")
     if report.too_long:
         screen.out.print(f"{report.too_long} passages are too long for any prompt: not stored.")
-    return report
 
 
 def rate(report: IngestReport) -> float:

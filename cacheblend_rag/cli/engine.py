@@ -34,21 +34,21 @@ def started(
     *,
     namespace: str = "",
     config: BlendConfig | None = None,
-    **engine_args: Any,
+    **more: Any,
 ) -> Iterator[CacheBlend]:
     """The engine over a store in this folder, or in memory; closed at the end. ``config``, where
-    given, names store and namespace itself.
+    given, names store and namespace itself. ``more``: engine arguments.
     """
     model = resolve_model(name)
     screen.note.print(f"Starting vLLM with {model} ...", highlight=False, soft_wrap=True)
     start = time.perf_counter()
     url = store.as_uri() if store else "memory://"
     config = config or BlendConfig(system_prompt=demo.SYSTEM_PROMPT, store=url, namespace=namespace)
-    engine_args = {**_engine_args(name is None), **engine_args}
+    options = {**engine_args(name is None), **more}
     with tempfile.TemporaryFile() as log:
         try:
             with _errors_to(log, Path(model).is_dir()):
-                blend = CacheBlend(model, config=config, engine="batch", **engine_args)
+                blend = CacheBlend(model, config=config, engine="batch", **options)
             with blend as opened:
                 took = time.perf_counter() - start
                 screen.note.print(f"Ready after {took:.0f} s.", highlight=False)
@@ -71,7 +71,8 @@ def _errors_to(log: IO[bytes], wanted: bool) -> Iterator[None]:
         yield
 
 
-def _engine_args(embedded: bool) -> dict[str, Any]:
+def engine_args(embedded: bool) -> dict[str, Any]:
+    """vLLM's, of a command's engine."""
     import torch
 
     args: dict[str, Any] = {"use_tqdm_on_load": not embedded}  # loaded before a bar can be read

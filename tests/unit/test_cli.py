@@ -165,10 +165,11 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeB
     monkeypatch.setattr(cli.engine, "CacheBlend", Fake)
     for family in (cli.documents, cli.store, cli.demo):
         monkeypatch.setattr(family, "Retriever", FakeRetriever)
-    for family in (cli.documents, cli.demo):
+    for family in (cli.documents, cli.demo, cli.workers):
         monkeypatch.setattr(family, "split", split)
     monkeypatch.setattr(cli.engine, "EXTRAS", {})
-    monkeypatch.setattr(cli.engine, "resolve_model", lambda name: name or str(tmp_path))
+    for starter in (cli.engine, cli.workers):
+        monkeypatch.setattr(starter, "resolve_model", lambda name: name or str(tmp_path))
     environment = {k: v for k, v in os.environ.items() if k not in cli.output.ENVIRONMENT}
     environment["CACHEBLEND_HOME"] = str(tmp_path / "home")
     with mock.patch.dict(os.environ, environment, clear=True):
@@ -209,6 +210,9 @@ def object_on_stdout(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
         (["ask", "q", "--selector", "best"], "invalid choice: 'best'"),
         (["ingest", "a", "--chunk-tokens", "31"], "whole number of 32 or more"),
         (["stats", "--store", "memory://"], "'memory://' is not a folder"),
+        (["ingest", "a", "--store", "ftp://x"], "cannot be opened by ftp"),
+        (["ingest", "a", "--store", "file:///x"], "give its plain path"),
+        (["ingest", "a", "--ray", "--workers", "0"], "whole number of 1 or more"),
         (["demo", "--questions", "0"], "whole number of 1 or more"),
     ],
 )
@@ -312,6 +316,80 @@ def test_ingest_reports_and_the_second_one_computes_nothing(
     assert data["store"] == str(Path(os.environ["CACHEBLEND_HOME"], "store"))
     assert cli.main(["ingest", str(documents)]) == 0
     assert "Nothing new to compute: 3 of 3" in capsys.readouterr().out
+
+
+class Workers:
+    """In the place of a cluster: what it was asked for, and what it says."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Any] = {}
+
+    def load(self) -> Any:
+        return self.ingest
+
+    def ingest(
+        self, texts: Sequence[str], documents: Sequence[str | None], **options: Any
+    ) -> IngestReport:
+        self.asked = {"texts": texts, "documents": documents, **options}
+        return IngestReport(chunks=3, computed=3, tokens=30, keys=["ab"] * 3, seconds=0.5)
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    made = Workers()
+    found = {"cacheblend_rag.workers": [made]}
+    monkeypatch.setattr(cli.workers, "entry_points", lambda group, name: found[group])
+    monkeypatch.setattr(cli.workers, "_tokenizer", lambda model: None)
+    return made
+
+
+def test_ingest_by_workers_into_a_folder(
+    documents: Path, tmp_path: Path, workers: Workers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As without them: ``ask`` finds the passages, and the command keeps the register."""
+    store = tmp_path / "kv"
+    asked = ["ingest", str(documents), "--store", str(store), "--ray", "--workers", "2"]
+    assert cli.main(asked) == 0
+    assert "Computed 3 of 3" in capsys.readouterr().out
+    assert len(FakeRetriever.load(tmp_path / "kv-index").passages) == 3
+    assert workers.asked["texts"] == ["One.", "Two.", "Three."]
+    assert set(workers.asked["documents"]) == {None}
+    assert (workers.asked["address"], workers.asked["workers"]) == ("local", 2)
+    assert workers.asked["config"]["store"] == store.as_uri()
+    assert workers.asked["config"]["system_prompt"] == demo.SYSTEM_PROMPT
+
+
+def test_ingest_by_workers_into_a_store_that_they_share(
+    documents: Path, workers: Workers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``ask`` has no such store: nothing is indexed, and the workers label the documents."""
+    url = "redis://user:secret@host:6379/0"
+    asked = ["ingest", str(documents), "--store", url, "--ray", "host:6380", "--json"]
+    assert cli.main([*asked, "--namespace", "red"]) == 0
+    captured = capsys.readouterr()
+    data = json.loads(captured.out)
+    assert "secret" not in captured.out + captured.err
+    assert (data["passages"], data["passages_indexed"], data["index"]) == (3, 0, None)
+    assert [Path(d).name for d in workers.asked["documents"]] == ["a.md", "a.md", "b.txt"]
+    assert (workers.asked["address"], workers.asked["workers"]) == ("host:6380", 1)
+    assert workers.asked["config"]["store"] == url
+    assert workers.asked["config"]["namespace"] == "red"
+
+
+def test_what_is_for_workers_needs_ray(
+    documents: Path, fake: type[FakeBlend], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(documents)
+    assert "--workers is for --ray" in fails(["ingest", path, "--workers", "2"], capsys)
+    assert "add --ray" in fails(["ingest", path, "--store", "redis://host:1/0"], capsys)
+    assert not fake.made
+
+
+def test_workers_that_are_not_installed(
+    documents: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.workers, "entry_points", lambda group, name: [])
+    assert "cacheblend-rag[ray]" in fails(["ingest", str(documents), "--ray"], capsys)
 
 
 def test_ingestions_add_up_and_replace_what_is_read_again(

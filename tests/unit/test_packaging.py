@@ -27,6 +27,7 @@ BOUNDARIES = {
     "langchain_classic": "integrations",
     "langchain_core": "integrations",
     "llama_index": "integrations",
+    "ray": "integrations",
 }
 
 

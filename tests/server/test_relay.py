@@ -1,0 +1,157 @@
+"""Endpoints whose HTTP somebody else speaks: what goes there and what comes back."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from cacheblend_rag.server.relay import (
+    Answered,
+    Asked,
+    add_relay,
+    answered,
+    endpoints,
+    first_found,
+)
+
+BASE = "/v1/cacheblend"
+MAX_BODY = 100
+
+
+def engine_app() -> FastAPI:
+    """Says what it was asked."""
+    made = FastAPI()
+
+    async def say(request: Request) -> Response:
+        body = await request.body()
+        shown = {
+            "method": request.method,
+            "path": request.scope["raw_path"].decode(),
+            "query": request.scope["query_string"].decode(),
+            "key": request.headers.get("idempotency-key"),
+            "host": request.headers["host"],
+            "body": body.decode(),
+        }
+        return JSONResponse(shown, 202, {"Retry-After": "3"})
+
+    made.router.add_route("/{rest:path}", say, methods=["GET", "POST", "PUT", "DELETE"])
+    return made
+
+
+def client(ask: Any = None) -> httpx.AsyncClient:
+    """Of a server that has no engine: each request crosses over as plain data."""
+    app, engine = FastAPI(), engine_app()
+
+    async def there(asked: Asked) -> Answered:
+        plain = json.loads(json.dumps([*asked[:3], asked.body.decode()]))
+        return await answered(engine, Asked(*plain[:3], plain[3].encode()))
+
+    add_relay(app, ask or there, MAX_BODY)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", ""),
+        ("GET", "/chunks?after=a%2Fb&limit=3"),
+        ("PUT", "/documents/a%2Fb%20c"),
+        ("DELETE", "/chunks/k"),
+        ("POST", "/ingestions"),
+    ],
+)
+async def test_a_request_arrives_as_it_was_sent(method: str, path: str) -> None:
+    reply = await client().request(
+        method, BASE + path, content="body", headers={"Idempotency-Key": "i"}
+    )
+    assert reply.status_code == 202 and reply.headers["retry-after"] == "3"
+    name, _, query = (BASE + path).partition("?")
+    assert reply.json() == {
+        "method": method,
+        "path": name,
+        "query": query,
+        "key": "i",
+        "host": "engine",
+        "body": "body",
+    }
+
+
+async def test_a_body_that_is_too_large_is_refused_before_it_travels() -> None:
+    async def never(asked: Asked) -> Answered:
+        raise AssertionError
+
+    reply = await client(never).post(f"{BASE}/ingestions", content="x" * (MAX_BODY + 1))
+    assert reply.status_code == 413
+
+
+async def test_what_the_way_there_raises_is_an_error_of_ours() -> None:
+    async def fails(asked: Asked) -> Answered:
+        raise RuntimeError("the replica died")
+
+    reply = await client(fails).get(BASE)
+    assert reply.status_code == 500 and "error" in reply.json()
+
+
+async def test_endpoints_without_the_worker_extension_say_why() -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(worker_extension_cls=""),
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config={}),
+        model_config=SimpleNamespace(runner_type="generate"),
+    )
+    args = Namespace(kv_transfer_config=config.kv_transfer_config)
+    app = await endpoints(SimpleNamespace(vllm_config=config), SimpleNamespace(), args)
+    reply = await answered(app, Asked("GET", BASE, [], b""))
+    assert reply.status == 503 and b"--worker-extension-cls" in reply.body
+
+
+# ---- of several -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "of_one"),
+    [
+        ("/requests/r", True),
+        ("/requests/r?index=1", True),
+        ("/ingestions/i", True),
+        ("/ingestions/i/cancel", True),
+        ("/ingestions", False),
+        ("/documents/ingestions", False),
+        ("/chunks/requests", False),
+        ("", False),
+    ],
+)
+def test_what_only_one_process_knows(path: str, of_one: bool) -> None:
+    assert Asked("GET", BASE + path, [], b"").is_of_one is of_one
+
+
+@pytest.mark.parametrize(
+    ("path", "statuses", "found"),
+    [
+        ("/requests/r", [404, 404, 200], 200),
+        ("/requests/r", [404, 404, 404], 404),
+        ("/requests/r", [404, 503, 404], 503),
+        ("/requests/r", [200], 200),
+        ("/chunks/k", [404], 404),
+    ],
+)
+async def test_the_one_that_knows_answers(path: str, statuses: list[int], found: int) -> None:
+    replies = [Answered(status, [], b"") for status in statuses]
+    asked_all: list[Asked] = []
+
+    async def ask_any(asked: Asked) -> Answered:
+        return replies[0]
+
+    def ask_all(asked: Asked) -> list[Answered]:
+        asked_all.append(asked)
+        return replies
+
+    asked = Asked("GET", BASE + path, [], b"")
+    assert (await first_found(asked, ask_any, ask_all)).status == found
+    assert bool(asked_all) is (len(statuses) > 1)
