@@ -13,6 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_V2_LITE: dict[str, Any] = {
+    "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048,
+    "intermediate_size": 10944, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 102400, "tie_word_embeddings": False,
+    "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "moe_intermediate_size": 1408, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 1,
+    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0, "max_position_embeddings": 163840,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "beta_fast": 32.0,
+        "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {  # no model's: to try a benchmark out
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256,
@@ -44,6 +59,52 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
         "tie_word_embeddings": False, "rope_theta": 1000000.0,
     },
+    "gemma-3-27b": {  # five layers of six have a window
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 5376,
+        "intermediate_size": 21504, "num_hidden_layers": 62, "num_attention_heads": 32,
+        "num_key_value_heads": 16, "head_dim": 128, "vocab_size": 262208,
+        "tie_word_embeddings": True, "sliding_window": 1024, "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 168, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "pad_token_id": 0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "qwen3-vl-8b": {  # its text part; images are off
+        "model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653, "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "qwen3_vl_text", "hidden_size": 4096, "intermediate_size": 12288,
+            "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6, "hidden_act": "silu", "dtype": "bfloat16",
+            "rope_theta": 5000000.0,
+            "rope_scaling": {
+                "rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl", "depth": 27, "hidden_size": 1152, "intermediate_size": 4304,
+            "num_heads": 16, "out_hidden_size": 4096, "patch_size": 16, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+    },
+    "gpt-oss-20b": {  # in 16 bits
+        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "hidden_size": 2880,
+        "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088,
+        "tie_word_embeddings": False, "sliding_window": 128, "num_local_experts": 32,
+        "num_experts_per_tok": 4, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0,
+            "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096,
+        },
+    },
+    "deepseek-v2-lite": _V2_LITE,
+    # As wide as the experts that a token takes, six and the two shared ones: the same arithmetic,
+    # without what choosing them costs, for machines that lack kernels for experts.
+    "deepseek-v2-lite-dense": {
+        **_V2_LITE, "first_k_dense_replace": 27, "intermediate_size": 8 * 1408
+    },
     "qwen2.5-32b": {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120,
         "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
@@ -51,10 +112,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
     },
 }  # fmt: skip
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = {"qwen3-vl-8b": {"language_model_only": True}}
 COMMON = {
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "hidden_act": "silu",
     "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+
+
+def _text(shape: dict[str, Any]) -> dict[str, Any]:
+    """What a shape says of text, where it takes images too."""
+    text: dict[str, Any] = shape.get("text_config", shape)
+    return text
+
+
+def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """A model's ``config.json``, of so many layers."""
+    config: dict[str, Any] = json.loads(json.dumps({**COMMON, **SHAPES[shape]}))
+    if layers is not None:
+        _text(config)["num_hidden_layers"] = layers
+    return config
 
 
 class Words:
@@ -62,7 +138,7 @@ class Words:
 
     def __init__(self, shape: str, seed: int = 0) -> None:
         self.draw = random.Random(seed)
-        self._vocab = SHAPES[shape]["vocab_size"]
+        self._vocab = _text(SHAPES[shape])["vocab_size"]
 
     def __call__(self, count: int) -> tuple[int, ...]:
         return tuple(self.draw.randrange(2, self._vocab) for _ in range(count))
@@ -74,6 +150,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
         description=about, formatter_class=argparse.RawTextHelpFormatter
     )
     options.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    options.add_argument("--layers", type=int, help="fewer than the shape has, to try it out")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--block-size", type=int)
     options.add_argument("--gpu-memory-utilization", type=float)
@@ -124,7 +201,8 @@ def opened(
         if (value := getattr(args, name)) is not None
     }
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[args.shape]}))
+        config_json = json.dumps(config_of(args.shape, args.layers))
+        Path(folder, "config.json").write_text(config_json)
         with CacheBlend(
             folder,
             config=BlendConfig(**config),
@@ -133,6 +211,7 @@ def opened(
             skip_tokenizer_init=True,
             dtype=args.dtype,
             max_model_len=tokens + 2048,
+            **ENGINE_OPTIONS.get(args.shape, {}),
             **options,
         ) as blend:
             assert blend.model_check.passed, blend.model_check.detail

@@ -53,7 +53,8 @@ def run(blend: Any, words: Words, args: argparse.Namespace) -> None:
         rows = measure(blend, words, chunks, modes, args.rounds, args.question_tokens)
         print(about)
         print(
-            f"{args.shape}, {number} x {each} tokens of chunks, question {args.question_tokens}, "
+            f"{args.shape}{f' of {args.layers} layers' if args.layers else ''}, "
+            f"{number} x {each} tokens of chunks, question {args.question_tokens}, "
             f"block {blend.info.block_size}, {args.rounds} rounds; ingestion "
             f"{ingested.tokens / ingested.seconds:.0f} tokens/s"
         )

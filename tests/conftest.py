@@ -25,6 +25,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure() -> None:
+    """What no GPU has run is taken in this process, if it is to be tried."""
+    import untried
+
+    untried.lift()
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there is a GPU, tests of what is to hold anywhere are tests of the GPU."""

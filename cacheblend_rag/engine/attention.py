@@ -61,8 +61,10 @@ class PagedCache:
     def __init__(self, handle: ModelHandle, attn_groups: Any) -> None:
         self.handle = handle
         self._builders = _own_builders(attn_groups, handle)
-        # a sequence of this backend's has no context, or one query
-        self._row_by_row = type(handle.layers[0].impl).__name__ == "CPUMLAImpl"
+        # Kernels of latent attention see a context behind one query only, and some behind many.
+        self._row_by_row = layout.is_latent(handle.layers[0]) and not all(
+            compat.takes_any_run(builder) for builder, _ in self._builders
+        )
         # not the configured size: vLLM may give layers with a window another one
         self.block_size = int(attn_groups[0][0].kv_cache_spec.block_size)
 
@@ -198,14 +200,20 @@ def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list
     own = copy.copy(handle.config)
     own.compilation_config = copy.copy(own.compilation_config)
     own.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-    # builders may size buffers by it, and every run of a blend's rows is a sequence
-    own.scheduler_config = copy.copy(own.scheduler_config)
-    own.scheduler_config.max_num_seqs = own.scheduler_config.max_num_batched_tokens
+    most = own.scheduler_config.max_num_batched_tokens
+    groups = attn_groups[0]
+    reads_latents = all(compat.takes_any_run(group.backend.get_builder_cls()) for group in groups)
+    if not reads_latents:  # which has no buffers by sequence
+        # builders may size buffers by it, and every run of a blend's rows is a sequence
+        own.scheduler_config = copy.copy(own.scheduler_config)
+        own.scheduler_config.max_num_seqs = most
     builders, known = [], {*handle.attention, *handle.sharing}
     with set_current_vllm_config(own):
-        for group in attn_groups[0]:
+        for group in groups:
             names = [name for name in group.layer_names if name in known]
             if names:  # the others are a draft model's
-                builder = group.backend.get_builder_cls()
-                builders.append((builder(group.kv_cache_spec, names, own, handle.device), names))
+                cls = group.backend.get_builder_cls()
+                builders.append((cls(group.kv_cache_spec, names, own, handle.device), names))
+    for builder, _ in builders:
+        compat.read_latents(builder, most)
     return builders

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
+# What no GPU has run, and every GPU refuses.
+NOT_RUN_ON_A_GPU = frozenset(
+    {"chunks", "images_v2", "kv_heads", "latents", "lora", "shared_kv", "speculation"}
+)
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
     "'cacheblend-rag[cuda]' (NVIDIA)."
@@ -213,7 +217,12 @@ def _mla_refusal(model: ModelConfig) -> str:
     """What of latent attention was not tested; empty if it was."""
     if hasattr(model.hf_text_config, "index_topk"):
         return "over keys that an indexer picks, which has a cache of its own"
-    return "" if _is_cpu() else "and was tested with the CPU engine only"
+    return "" if was_run("latents") else "and was tested with the CPU engine only"
+
+
+def was_run(what: str) -> bool:
+    """Whether ``what`` was seen to be right on this kind of device."""
+    return _is_cpu() or what not in NOT_RUN_ON_A_GPU
 
 
 def _is_cpu() -> bool:
@@ -225,7 +234,7 @@ def _is_cpu() -> bool:
 def engine_refusal(config: VllmConfig) -> Why | None:
     """Why this engine configuration can't blend exactly; None if it can."""
     parallel = config.parallel_config
-    if config.lora_config is not None and not _is_cpu():
+    if config.lora_config is not None and not was_run("lora"):
         return Why(Reason.LORA, "LoRA is on, and was tested with the CPU engine only")
     if config.speculative_config is not None and (refused := _speculation_refusal(config)):
         return Why(Reason.SPECULATIVE_DECODING, f"speculative decoding {refused}")
@@ -252,7 +261,13 @@ def _speculation_refusal(config: VllmConfig) -> str:
     method = str(config.speculative_config.method)
     if method not in TESTED_DRAFTS:
         return f"by the method {method} was not tested; tested were {', '.join(TESTED_DRAFTS)}"
-    return "" if _is_cpu() else "was tested with the CPU engine only"
+    if not was_run("speculation"):
+        return "was tested with the CPU engine only"
+    # Then vLLM's scheduler counts drafts as taken before it knows, and a step's metadata, which is
+    # made of its numbers, would have a sequence longer than it is.
+    if config.scheduler_config.async_scheduling:
+        return "needs async_scheduling=False"
+    return ""
 
 
 def draft_layers(runner: Any) -> frozenset[str]:
@@ -356,6 +371,25 @@ def flash_attention(layer: Any) -> Callable[..., Any] | None:
     return functools.partial(
         flash_attn_varlen_func, fa_version=layer.impl.vllm_flash_attn_version, causal=True
     )
+
+
+def takes_any_run(builder: Any) -> bool:
+    """Whether a kernel of latent attention that reads latents takes sequences of any number of
+    queries.
+    """
+    support = getattr(builder, "query_len_support", None)
+    return support is not None and support.name == "VARLEN"
+
+
+def read_latents(builder: Any, longest: int) -> None:
+    """Have latent attention read latents for sequences of up to ``longest`` queries, as vLLM does
+    for those that decode.
+
+    Its other way makes keys of each sequence's context. That would be done anew for every run of a
+    blend's rows, and it takes sequences without context for the last ones, which runs are not.
+    """
+    if takes_any_run(builder):
+        builder.reorder_batch_threshold = longest
 
 
 def _dotted(version: tuple[int, int]) -> str:

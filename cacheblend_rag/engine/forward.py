@@ -245,12 +245,13 @@ class ModelHandle:
     def _check_was_run_on_a_gpu(self) -> None:
         """Nothing is blended where it was never seen to be right."""
         only = "are blended by the CPU engine only: they were not run on a GPU"
-        if self.layout.by_layer:
+        if self.layout.by_layer and not compat.was_run("kv_heads"):
             detail = f"layers whose KV heads differ in number or size {only}"
             raise UnsupportedModelError(Reason.KV_HEADS, detail)
-        if self.sharing:
+        if self.sharing and not compat.was_run("shared_kv"):
             raise UnsupportedModelError(Reason.SHARED_KV, f"layers that share KV {only}")
-        if any(compat.sight(layer).chunk is not None for layer in self.layers):
+        within_chunks = any(compat.sight(layer).chunk is not None for layer in self.layers)
+        if within_chunks and not compat.was_run("chunks"):
             detail = f"layers that attend within chunks of positions {only}"
             raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
 
@@ -362,7 +363,8 @@ def _check_latent(layer: Any) -> None:
             "latent attention (MLA) over keys that an indexer picks, which has a cache of its own"
         )
         raise UnsupportedModelError(Reason.MLA, detail)
-    if layer.sliding_window is not None or not layer.qk_rope_head_dim:
+    window = getattr(layer, "sliding_window", None)  # 0.26 has none
+    if window is not None or not layer.qk_rope_head_dim:
         raise UnsupportedModelError(
             Reason.MLA, "latent attention (MLA) with a window or no rotation"
         )

@@ -282,7 +282,12 @@ class KernelExecutorFactory(ExecutorFactory):
         self, handle: ModelHandle, rope: Rerotator, cache: PagedCache, gpu_cache: int
     ) -> None:
         super().__init__(handle, rope, cache, "")
-        assert not handle.layout.by_layer, "such models were refused"
+        if handle.layout.by_layer:
+            raise KernelsUnusableError("KV heads differ in number or size by layer")
+        if any(compat.sight(layer).chunk is not None for layer in handle.layers):
+            raise KernelsUnusableError("layers attend within chunks of positions")
+        if handle.config.lora_config is not None:  # a graph has the adapter it was captured with
+            raise KernelsUnusableError("LoRA is on")
         if handle.layout.parts != 2:
             raise KernelsUnusableError("the model keeps latents in place of keys and values")
         if not rope.has_one_layout:

@@ -399,21 +399,27 @@ class StepRows:
     def _compute_before_step(
         self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]
     ) -> None:
-        """For a step that is one CUDA graph, with a row a request, which looks at no metadata of
-        ours. The prompt's last token is what vLLM takes it for. Another row's token is computed
-        here, and the row, whose sample nobody wants, writes no KV.
+        """For a step that is one CUDA graph, with as many rows for each request, which looks at no
+        metadata of ours. The prompt's last token is what vLLM takes it for. Another row's token is
+        computed here, and the row, whose sample nobody wants, writes no KV.
         """
         order = self._tensors.order({name: s.rows for name, s in batch.items()})
+        counts = np.array([batch[name].rows for name in order])
+        first = dict(zip(order, (counts.cumsum() - counts).tolist(), strict=True))
         for name, blend in ours.items():
-            positions = blend.advance(batch[name])
+            scheduled, positions = batch[name], blend.advance(batch[name])
             if blend.executor is None:
                 continue
-            if blend.done < blend.task.end:
+            # Rows ascend and end with the last token, so those that are vLLM's own come behind. Of
+            # context, even these are computed here: they may move what is reused.
+            at, theirs = positions.numpy(), scheduled.computed + np.arange(scheduled.known)
+            others = int(((at != theirs) | (at < blend.task.plan.end)).sum())
+            if others:
                 with self.handle.adapters.using(blend.task.adapter):
-                    blend.executor.recompute(positions.device)
-                # Or the graph would put the KV of the token that vLLM takes this row for over what
-                # is placed there.
-                self._tensors.write_nothing(order.index(name))
+                    blend.executor.recompute(positions[:others].device)
+                # Or the graph would put the KV of the tokens that vLLM takes these rows for over
+                # what is placed there.
+                self._tensors.write_nothing(slice(first[name], first[name] + others))
             # No layer of a graph asks for its stored KV, so all of it is placed before.
             blend.executor.place_through(self.handle.num_layers - 1)
 
@@ -460,21 +466,39 @@ class _StepImpl(ProxyImpl):
                 part.blend.proof.note(part.positions.device, key[part.place], value[part.place])
 
 
-class _LatentStepLayer(LatentProxy):
-    """The same of latent attention, whose layer writes its cache itself."""
+class _LatentStepImpl(ProxyImpl):
+    """The implementation of latent attention, which older vLLMs have write the cache."""
 
-    impl: _StepImpl
+    def __init__(self, step: _StepImpl) -> None:
+        super().__init__(step._layer)
+        self._step = step
+
+    def before(self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor) -> None:
+        """See to what must be in the cache before this layer's latents."""
+        key = layout.packed(kv_c_normed, k_pe)
+        self._step.before(key, layout.no_values(key))
+
+    def do_kv_cache_update(self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, *args: Any) -> None:
+        self.before(kv_c_normed, k_pe)
+        self._layer.impl.do_kv_cache_update(kv_c_normed, k_pe, *args)
+
+
+class _LatentStepLayer(LatentProxy):
+    """The same of latent attention, whose layer writes the cache itself in newer vLLMs."""
+
+    impl: _LatentStepImpl
 
     def update_kv_cache(
         self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, *args: Any, **kwargs: Any
     ) -> None:
-        key = layout.packed(kv_c_normed, k_pe)
-        self.impl.before(key, layout.no_values(key))
+        self.impl.before(kv_c_normed, k_pe)
         self._real.update_kv_cache(kv_c_normed, k_pe, *args, **kwargs)
 
 
 def _proxy(impl: _StepImpl) -> ProxyLayer:
-    return (_LatentStepLayer if layout.is_latent(impl._layer) else ProxyLayer)(impl)
+    if layout.is_latent(impl._layer):
+        return _LatentStepLayer(_LatentStepImpl(impl))
+    return ProxyLayer(impl)
 
 
 def _messages(error: Exception) -> str:

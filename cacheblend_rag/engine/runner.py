@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.reason import Reason
 
@@ -66,9 +67,9 @@ class StepTensors(ABC):
         for tensor in {id(s): s for s in context.slot_mapping.values()}.values():
             tensor[place] = slots
 
-    def write_nothing(self, row: int) -> None:
-        """Have ``row`` of a step that is one CUDA graph put its K and V nowhere."""
-        self._graph_slots[row] = -1
+    def write_nothing(self, rows: slice) -> None:
+        """Have ``rows`` of a step that is one CUDA graph put their K and V nowhere."""
+        self._graph_slots[rows] = -1
 
     def _place(self, place: slice, positions: torch.Tensor) -> None:  # noqa: B027 - few need it
         """For models whose positions have several dimensions: of text, all are alike."""
@@ -121,12 +122,14 @@ class _V1(StepTensors):
 class _V2(StepTensors):
     def __init__(self, runner: Any, handle: ModelHandle) -> None:
         super().__init__(runner, handle)
-        if getattr(runner, "supports_mm_inputs", False):
-            detail = "the model takes images, and vLLM's V2 model runner embeds its tokens"
-            raise UnsupportedModelError(Reason.ENCODER_INPUTS, detail)
-        if handle.config.model_config.uses_mrope:
-            detail = "the model's positions have several dimensions, and vLLM's V2 model runner"
-            raise UnsupportedModelError(Reason.MROPE, f"{detail} keeps them where we don't write")
+        if compat.was_run("images_v2"):
+            return
+        only = "was not run with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0"
+        if runner.supports_mm_inputs:
+            raise UnsupportedModelError(Reason.ENCODER_INPUTS, f"a model that takes images {only}")
+        if getattr(runner.model_state, "rope_state", None) is not None:
+            detail = f"a model whose positions have several dimensions {only}"
+            raise UnsupportedModelError(Reason.MROPE, detail)
 
     def order(self, counts: Mapping[str, int]) -> list[str]:
         # The V2 runner keeps no batch that could be asked. It sorts by this function before each
@@ -163,6 +166,16 @@ class _V2(StepTensors):
     def _graph_slots(self) -> torch.Tensor:
         slots: torch.Tensor = self._runner.block_tables.slot_mappings[0]
         return slots
+
+    def _place(self, place: slice, positions: torch.Tensor) -> None:
+        rope = getattr(self._runner.model_state, "rope_state", None)
+        if rope is not None:  # several dimensions, which are the same for text
+            rope.positions[:, place] = positions
+
+    def _embed(self, place: slice, ids: torch.Tensor) -> None:
+        if self._runner.supports_mm_inputs:
+            embeds = self._runner.model_state.encoder_runner.inputs_embeds
+            embeds[place] = self._handle.model.embed_input_ids(ids)
 
 
 def step_tensors(runner: Any, handle: ModelHandle) -> StepTensors:

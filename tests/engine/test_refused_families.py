@@ -72,19 +72,23 @@ def test_latent_attention_is_refused_where_it_was_not_tested(
     assert adapters is None or adapters.reason is Reason.LORA
 
 
+@pytest.mark.parametrize("is_ahead", [True, False])
 @pytest.mark.parametrize("is_cpu", [True, False])
 @pytest.mark.parametrize("method", [*compat.TESTED_DRAFTS, "dflash"])
 def test_speculation_is_refused_where_it_was_not_tested(
-    method: str, is_cpu: bool, monkeypatch: pytest.MonkeyPatch
+    method: str, is_cpu: bool, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A scheduler that is ahead of its drafts' fate has lengths that they may not come to."""
     monkeypatch.setattr(compat, "_is_cpu", lambda: is_cpu)
     options: Any = SimpleNamespace(
         lora_config=None,
         speculative_config=SimpleNamespace(method=method),
+        scheduler_config=SimpleNamespace(async_scheduling=is_ahead),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
     )
     refused = compat.engine_refusal(options)
-    assert (refused is None) is (is_cpu and method in compat.TESTED_DRAFTS)
+    is_tested = is_cpu and method in compat.TESTED_DRAFTS and not is_ahead
+    assert (refused is None) is is_tested
     assert refused is None or refused.reason is Reason.SPECULATIVE_DECODING
 
 

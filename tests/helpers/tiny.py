@@ -233,6 +233,8 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
         },
     ),
+    # without experts, as some GPU machines have no kernels for them
+    "llama4-dense": ("llama4_text", {**FAMILIES["llama4"][1], "interleave_moe_layer_step": 8}),
     "gemma4-moe": (
         "gemma4_text",
         {
@@ -287,6 +289,15 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": _ALTERNATING, "mup_enabled": True, "score_func": "sigmoid",
             "route_norm": True, "n_group": 1, "topk_group": 1,
         },
+    ),
+}  # fmt: skip
+# latent attention without experts
+LATENT_DENSE = {
+    "deepseek_v2-dense": (
+        "deepseek_v2", {**FAMILIES["deepseek_v2"][1], "first_k_dense_replace": 4}
+    ),
+    "deepseek_v3-dense": (
+        "deepseek_v3", {**MORE_FAMILIES["deepseek_v3"][1], "first_k_dense_replace": 4}
     ),
 }  # fmt: skip
 _SEES = {
@@ -489,7 +500,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make(name: str, folder: Path, **changes: Any) -> Path:
     """A folder with a random model of family ``name``, the same at every call."""
-    kind, differs = {**FAMILIES, **MORE_FAMILIES, **REFUSED}[name]
+    kind, differs = {**FAMILIES, **MORE_FAMILIES, **LATENT_DENSE, **REFUSED}[name]
     return save_random(folder / name, kind, {**differs, **changes})
 
 
