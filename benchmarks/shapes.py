@@ -153,6 +153,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     options.add_argument("--layers", type=int, help="fewer than the shape has, to try it out")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--block-size", type=int)
+    options.add_argument("--attention-backend", help="vLLM's; CPU_MLA for latents on a CPU")
     options.add_argument("--gpu-memory-utilization", type=float)
     options.add_argument("--gpu-cache", help="GPU memory for chunks, such as 2GiB")
     options.add_argument("--store", default="memory://?capacity=32GiB")
@@ -197,7 +198,7 @@ def opened(
     }  # fmt: skip
     options = {
         name: value
-        for name in ("block_size", "gpu_memory_utilization")
+        for name in ("attention_backend", "block_size", "gpu_memory_utilization")
         if (value := getattr(args, name)) is not None
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import untried
 from image_models import FAILED, STAND_INS
 from renamed import RENAMED
 from tiny import SEEING, TEXT_OF
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.anywhere]
 
 HELPERS = STAND_INS.parent
 # each group in a process of its own
@@ -63,6 +64,7 @@ def test_text_blends(
     errors_of: Callable[[str], Errors],
     record_property: Callable[[str, object], None],
 ) -> None:
+    untried.skip("images_v2")
     error = errors_of(group)[name]
     assert not error.startswith(FAILED), error
     record_property("ratio 1", error)
