@@ -24,6 +24,7 @@ from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.planner import Space
 from cacheblend_rag.process import Home
+from cacheblend_rag.undo import on_failure
 
 # Threads that prepare prompts for event loops. With two, a loop waits for its turn behind both.
 _PREPARING = 1
@@ -60,14 +61,11 @@ class CacheBlend(Startup):
         config = config or BlendConfig()
         _check_learn(config, "off")
         self._take(create_engine(engine, resolve_model(str(model)), engine_args), config)
-        try:
+        with on_failure(self._engine.close):
             self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
             self.model_check: ModelCheck = self._check_model()
             if self.model_check.passed:
                 self._limit(self._measure_costs())
-        except BaseException:
-            self._engine.close()
-            raise
 
     @staticmethod
     def connect(

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ from cacheblend_rag.errors import (
 )
 from cacheblend_rag.prompt import checked
 from cacheblend_rag.store.files import make_folder
+from cacheblend_rag.undo import on_failure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -319,15 +321,14 @@ def _deserialize(index: bytes) -> Any:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file so that its name leads to the old content or to all of the new."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with (
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file,
+        on_failure(partial(os.unlink, file.name)),
+    ):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, path)
 
 
 def _load_encoder(name: str | None) -> Any:

@@ -13,6 +13,7 @@ from cacheblend_rag.client.http import Connection
 from cacheblend_rag.client.replies import piece, prompt_ids
 from cacheblend_rag.engine.base import EngineOutput
 from cacheblend_rag.errors import ServerError
+from cacheblend_rag.undo import on_failure
 
 
 class _Answer:
@@ -54,17 +55,14 @@ class Answer(_Answer, Iterator[EngineOutput]):
     def __next__(self) -> EngineOutput:
         if self._closed:
             raise StopIteration
-        try:
-            for event in self._events:
-                if (found := self._take(event)) is not None:
-                    return found
+        with on_failure(self.close):
+            try:
+                for event in self._events:
+                    if (found := self._take(event)) is not None:
+                        return found
+            except httpx.TransportError as error:
+                raise self._connection.broke(error) from error
             self._check_whole()
-        except httpx.TransportError as error:
-            self.close()
-            raise self._connection.broke(error) from error
-        except BaseException:
-            self.close()
-            raise
         self.close()
         raise StopIteration
 

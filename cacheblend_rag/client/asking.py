@@ -36,6 +36,7 @@ from cacheblend_rag.report import BlendReport, make_report
 from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStream, make_result
 from cacheblend_rag.token_ids import token_ids
 from cacheblend_rag.tools import ToolUse, tool_use
+from cacheblend_rag.undo import on_failure
 
 _AT_ONCE = 64  # answers of one generate()
 # a report is written when a request ends, which may be a moment after its last token came
@@ -141,12 +142,11 @@ class RemoteAnswers:
         left = threading.Event()
         with ThreadPoolExecutor(min(len(prepared), _AT_ONCE), "cacheblend-generate") as pool:
             answers = [pool.submit(self._whole, one, left) for one in prepared]
-            try:
+            with (
+                on_failure(left.set),
+                on_failure(partial(pool.shutdown, wait=False, cancel_futures=True)),
+            ):
                 return [answer.result() for answer in answers]
-            except BaseException:
-                left.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
 
     def _whole(self, request: _Request, left: threading.Event) -> BlendResult:
         with self._stream(request) as stream:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from cacheblend_rag.errors import CacheBlendError, EmptyTextError
 from cacheblend_rag.ingest import IngestReport, LeftContext
 from cacheblend_rag.prompt import checked
 from cacheblend_rag.token_ids import token_ids
+from cacheblend_rag.undo import on_failure
 
 MOST_BYTES = 32 << 20  # of a body; servers take 64 MiB if nothing else is set
 _PAGE = 100  # most that a list has
@@ -62,16 +64,16 @@ class RemoteChunks:
         """Have one job done; it is cancelled where the caller leaves early."""
         key = {"Idempotency-Key": uuid.uuid4().hex}  # so that it may be sent twice
         job = self._call("POST", "/ingestions", {"chunks": chunks}, headers=key, safe=True)
-        try:
+        with on_failure(partial(self._cancel, job["id"])):
             job = self._followed(job, advance)
-        except BaseException:
-            with suppress(CacheBlendError):  # what failed may fail here too
-                self._call("POST", f"/ingestions/{job['id']}/cancel")
-            raise
         if job["status"] != "completed":
             error = job.get("error") or {"message": f"the ingestion was {job['status']}"}
             raise reported_error(error, self._connection.url)
         return job
+
+    def _cancel(self, job_id: str) -> None:
+        with suppress(CacheBlendError):  # what failed may fail here too
+            self._call("POST", f"/ingestions/{job_id}/cancel")
 
     def _followed(
         self, job: Mapping[str, Any], advance: Callable[[int], object]

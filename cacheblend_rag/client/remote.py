@@ -15,6 +15,7 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine import Engine, ModelCheck
 from cacheblend_rag.errors import ConfigError, EngineError, UnavailableError
 from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.undo import on_failure
 
 
 class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
@@ -38,13 +39,10 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
     ) -> None:
         self._connection = Connection(url, api_key, timeout, max_retries)
         self._asked_config = config
-        try:
+        with on_failure(self._connection.close):
             state = self._state()
             self._server_config = requests.server_config(state["config"])
             self.config, self._own = requests.merged(self._server_config, config)
-        except BaseException:
-            self._connection.close()
-            raise
         self.info, self._parsers = replies.info(state), replies.parsers(state)
         self.calibration = None  # the server's own
         self._namespace = str(state["namespace"])

@@ -14,6 +14,7 @@ from cacheblend_rag.engine.link import Link
 from cacheblend_rag.plan import Plan
 from cacheblend_rag.reason import RefusedError
 from cacheblend_rag.store.parallel import Readers
+from cacheblend_rag.undo import logging_failures
 
 if TYPE_CHECKING:
     from cacheblend_rag.engine.blend import Blender
@@ -98,7 +99,6 @@ class Ahead:
         if self._announced:
             return
         self._announced = True
-        try:
+        # It comes later then; what is wrong shows where the worker reports it.
+        with logging_failures(logger, "the KV of %s was not brought ahead", request_id):
             blender.expect(request_id, plan)
-        except Exception:  # it comes later then; what is wrong shows where the worker reports it
-            logger.exception("the KV of %s was not brought ahead", request_id)

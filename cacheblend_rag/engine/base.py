@@ -254,7 +254,7 @@ class Engine(ABC):
         """Stop the engine and free its memory; does nothing on the second call."""
 
 
-def as_result(error: Exception, failed: str) -> dict[str, str]:
+def as_result(error: BaseException, failed: str) -> dict[str, str]:
     """What an RPC returns in place of a result: an error by name, which the caller raises. One that
     is not ours becomes an EngineError that says what ``failed``.
     """

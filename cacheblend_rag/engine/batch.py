@@ -10,6 +10,7 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from typing import Any
 
@@ -109,17 +110,15 @@ class BatchEngine(Engine):
                 here.call_soon_threadsafe(events.put_nowait, event)
 
         def run() -> None:
-            try:
-                with closing(self._run([request], left)) as pieces:
-                    for _, piece in pieces:
-                        tell(piece)
-                tell(None)
-            except Exception as error:  # raised again where the stream is read
-                tell(error)
+            with closing(self._run([request], left)) as pieces:
+                for _, piece in pieces:
+                    tell(piece)
 
         # One of its own: those of the loop are few, and who waits for a turn would keep one from
-        # whose turn it is.
-        threading.Thread(target=run, name="cacheblend-stream").start()
+        # whose turn it is. Its end, or its error, is the last event.
+        pool = ThreadPoolExecutor(1, "cacheblend-stream")
+        pool.submit(run).add_done_callback(lambda done: tell(done.exception()))
+        pool.shutdown(wait=False)
         try:
             while (event := await events.get()) is not None:
                 if isinstance(event, BaseException):

@@ -25,6 +25,7 @@ from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, RefusedError, Why
 from cacheblend_rag.select import Evidence, KVDeviation, QuestionAttention, create_selector
 from cacheblend_rag.store.base import ChunkKV, KVStore
+from cacheblend_rag.undo import on_failure
 
 _PATIENCE_S = 10.0  # with the store, where it was not measured what a prefill takes
 
@@ -154,12 +155,9 @@ class Blender:
         region = Region(task, loaded)
         outcome.bytes = region.bytes
         executor = self._executors(region)
-        try:
-            return Choice(executor, self._choose(executor, task, outcome), proof)
         # A failure from here on leaves a transfer under way, which only its executor can give up.
-        except BaseException:
-            executor.give_up()
-            raise
+        with on_failure(executor.give_up):
+            return Choice(executor, self._choose(executor, task, outcome), proof)
 
     def _choose(self, executor: BlendExecutor, task: BlendTask, outcome: BlendOutcome) -> Positions:
         clock, plan, device = outcome.clock, task.plan, self.handle.device

@@ -42,13 +42,11 @@ class VllmChat(ChatRenderer):
         if self._renderer.tokenizer is None:
             return False
         try:
-            self._rendered([{"role": "user", "content": "Hello"}], self._params({}))
-        except compat.no_chat_template():
-            return False
-        # Templates raise anything, and only whether there is one is asked here. The same error
-        # comes again, and is raised, with the first messages that are rendered.
-        except Exception:  # there is one, which takes no message of a user alone
-            return True
+            self._ids([{"role": "user", "content": "Hello"}], self._params({}))
+        # Only whether there is one is asked here. One that takes no message of a user alone raises
+        # its error again with the first messages that are rendered.
+        except CacheBlendError as error:
+            return not isinstance(error.__cause__, compat.no_chat_template())
         return True
 
     def render(

@@ -17,6 +17,7 @@ from cacheblend_rag.engine.isolated import IsolatedPass, LayerKV, Span
 from cacheblend_rag.engine.upload import upload
 from cacheblend_rag.store.base import ChunkKV
 from cacheblend_rag.store.part import Heads
+from cacheblend_rag.undo import on_failure
 
 
 class Ingestor:
@@ -47,13 +48,14 @@ class Ingestor:
         # The prefix's KV is the adapter's as well.
         if adapter != self._adapter:
             self._prefix, self._prefix_ids, self._adapter = [], (), adapter
-        try:
+        with on_failure(self._drop_prefix):
             return self._handle.ranks.all_or_none(
                 lambda: self._compute(chunks, prefix_ids, contexts)
             )
-        except BaseException:
-            self._prefix, self._prefix_ids = [], ()  # some ranks have it, others may not
-            raise
+
+    def _drop_prefix(self) -> None:
+        """Some ranks have it, others may not."""
+        self._prefix, self._prefix_ids = [], ()
 
     def _compute(
         self,

@@ -33,6 +33,7 @@ from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.engine.upload import upload
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV
+from cacheblend_rag.undo import on_failure
 
 
 class KernelsUnusableError(Exception):
@@ -130,11 +131,8 @@ class KernelExecutor(BlendExecutor):
         # First of all, since the copies take longest. The uploads below are small and get in
         # between.
         self._transfer = staging.begin(sources)
-        try:
+        with on_failure(self.give_up):  # no memory
             self._upload(sources)
-        except BaseException:  # no memory
-            self.give_up()
-            raise
 
     def _upload(self, sources: Mapping[str, ChunkKV]) -> None:
         """What the kernels need to know of this request."""

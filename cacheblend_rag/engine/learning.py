@@ -20,6 +20,7 @@ from cacheblend_rag.learn import Learner, Span
 from cacheblend_rag.plan import NoPlan
 from cacheblend_rag.planner import Expected, Message, Planned, Planner
 from cacheblend_rag.reason import Reason
+from cacheblend_rag.undo import logging_failures
 
 _MOST_WAITING = 64  # prompts; more are not learnt from
 _BLENDABLE = {
@@ -88,7 +89,7 @@ class Observer:
     ) -> None:
         assert self._learner is not None
         self._room.release()
-        try:
+        with logging_failures(logger, "a prompt can't be learnt from"):  # the others count
             prompt = self._planner.prompt(token_ids, options, salt, matches)
             spans = self._learner.observe(prompt, time.monotonic())
             # Chunks of a salt are in no listing of the store, so the planner has to be told to
@@ -96,5 +97,3 @@ class Observer:
             if prompt.is_salted and spans:
                 self._tell([Expected(prompt.owner, [span.key for span in spans])])
             self._link.add_spans(spans)
-        except Exception:  # of one prompt: the others count
-            logger.exception("a prompt can't be learnt from")

@@ -18,6 +18,7 @@ from cacheblend_rag.known import News
 from cacheblend_rag.plan import NoPlan
 from cacheblend_rag.planner import Lost, Message, Planned, Planner, Space
 from cacheblend_rag.reason import Reason
+from cacheblend_rag.undo import logging_failures
 
 # What takes a millisecond or two is done between two steps; a thread that has to wait for its turn
 # behind a busy one would take longer.
@@ -130,10 +131,8 @@ class Planning:
             self._collect()
             while self._mail:
                 rank, message = self._mail.popleft()
-                try:
+                with logging_failures(logger, "the scheduler could not take in a worker's message"):
                     self.planner.learn(rank, message)
                     if isinstance(message, Space) and self.opened is not None:
                         self.opened()  # its chunks of before come with a whole listing
                         self._collect()
-                except Exception:  # of one message: the others count
-                    logger.exception("the scheduler's side could not take in a worker's message")

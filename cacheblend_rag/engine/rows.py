@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from cacheblend_rag.engine.runner import StepTensors
 from cacheblend_rag.engine.upload import Array, upload
 from cacheblend_rag.model_check import tolerance
 from cacheblend_rag.reason import Reason, RefusedError, Why
+from cacheblend_rag.undo import logging_failures, on_failure
 
 _KEEP_CAUSES = 1024
 logger = init_logger("vllm.cacheblend_rag")
@@ -185,12 +187,8 @@ class StepRows:
         ours = {name: self._blends[name] for name in batch if name in self._blends}
         if not ours:
             return
-        try:
+        with self._losing(*(blend for blend in ours.values() if blend.executor is not None)):
             self._change(ours, batch)
-        except Exception as error:  # other requests' rows are as they were
-            for blend in ours.values():
-                if blend.executor is not None:
-                    self._lose(blend, _messages(error))
         self._collect(ours)
 
     def _change(self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]) -> None:
@@ -264,7 +262,7 @@ class StepRows:
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
             behind = f" after {task.write_from} cached tokens" if task.write_from else ""
-            detail = f"blending failed, computed exactly{behind}: {_messages(error)}"
+            detail = f"blending failed, computed exactly{behind}: {type(error).__name__}: {error}"
             why_not = Why(Reason.BLEND_FAILED, detail)
         # From here on the request is a plain one. vLLM will schedule nothing below ``first_row``,
         # so that is computed here, in blocks that nobody else can find. To report them as not
@@ -273,11 +271,19 @@ class StepRows:
         rows = Positions(torch.arange(task.first_row, task.end, device=self.handle.device))
         blend = _Blend(task, outcome, rows, None, task.end, None, why_not, list(task.blocks))
         self._blends[task.request_id] = blend
-        try:
+        with self._losing(blend, because=f" (before that: {why_not.detail})"):
             prefill(self._cache, task, self._most_rows)
-        # Not even that: ``_lose`` logs and reports it.
+
+    @contextlib.contextmanager
+    def _losing(self, *blends: _Blend, because: str = "") -> Iterator[None]:
+        """Lose these where the block fails, by whatever it is; other requests' rows are as they
+        were, and an exception that left the step would end it for all of them.
+        """
+        try:
+            yield
         except Exception as error:
-            self._lose(blend, f"{_messages(error)} (before that: {why_not.detail})")
+            for blend in blends:
+                self._lose(blend, f"{type(error).__name__}: {error}{because}")
 
     def _lose(self, blend: _Blend, cause: str) -> None:
         """Not even an exact answer can be had: vLLM ends the request with an error, since it takes
@@ -294,7 +300,7 @@ class StepRows:
         self.causes[blend.task.name] = cause
         while len(self.causes) > _KEEP_CAUSES:
             self.causes.popitem(last=False)
-        with contextlib.suppress(Exception):  # of the same kind, it is logged above
+        with logging_failures(logger, "the blocks of %s can't be cleared", blend.task.request_id):
             clear(self._cache, own, self._most_rows)
 
     def _chosen(self, task: BlendTask, outcome: BlendOutcome) -> _Blend:
@@ -309,14 +315,11 @@ class StepRows:
         # cache when the rows attend, and nothing may be placed over them later: hence ``placed``.
         if spare:  # more than there are rows: the first tokens are computed before the step
             placed = task.first_row
-            try:
+            # Memory of a transfer under way: nobody else would give it back.
+            with on_failure(executor.give_up):
                 executor.open(task.blocks, task.write_from, placed)
                 self.blender.recompute(executor, positions[:spare].device)
                 executor.place_through(self.handle.num_layers - 1)
-            # Memory of a transfer under way: nobody else would give it back.
-            except BaseException:
-                executor.give_up()
-                raise
         blocks = list(task.blocks)
         return _Blend(task, outcome, positions[spare:], executor, placed, proof, None, blocks)
 
@@ -362,7 +365,7 @@ class StepRows:
         context.no_compile_layers = {
             **context.no_compile_layers,
             **{
-                name: _proxy(_StepImpl(layer, i, moves, self._lose, i == len(layers) - 1))
+                name: _proxy(_StepImpl(layer, i, moves, self._losing, i == len(layers) - 1))
                 for i, (name, layer) in enumerate(layers.items())
             },
         }
@@ -432,11 +435,11 @@ class _StepImpl(ProxyImpl):
         layer: Any,
         index: int,
         moves: list[tuple[_Part, Mover | None]],
-        lose: Callable[[_Blend, str], None],
+        losing: Callable[[_Blend], AbstractContextManager[None]],
         is_last: bool,
     ) -> None:
         super().__init__(layer)
-        self._index, self._moves, self._lose = index, moves, lose
+        self._index, self._moves, self._losing = index, moves, losing
         self._is_last = is_last
 
     def forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -455,13 +458,10 @@ class _StepImpl(ProxyImpl):
         for part, move in self._moves:
             if part.blend.why_not is not None:
                 continue  # it was lost at a layer below
-            # An exception that left the forward would end the step for all its requests.
-            try:
+            with self._losing(part.blend):
                 part.executor.place_through(self._index)
                 if move is not None:
                     move(self._index, key[part.place], value[part.place])
-            except Exception as error:  # the other requests of the step go on
-                self._lose(part.blend, _messages(error))
             if part.blend.proof is not None and self._is_last:
                 part.blend.proof.note(part.positions.device, key[part.place], value[part.place])
 
@@ -499,10 +499,6 @@ def _proxy(impl: _StepImpl) -> ProxyLayer:
     if layout.is_latent(impl._layer):
         return _LatentStepLayer(_LatentStepImpl(impl))
     return ProxyLayer(impl)
-
-
-def _messages(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _runs(positions: Array) -> tuple[Array, Array]:

@@ -32,6 +32,7 @@ from cacheblend_rag.engine.start import (
 )
 from cacheblend_rag.errors import ClosedError, EngineError
 from cacheblend_rag.process import Home
+from cacheblend_rag.undo import on_failure
 
 _T = TypeVar("_T")
 _Event = EngineOutput | BaseException | None  # None: the stream ended
@@ -46,7 +47,7 @@ class ServingEngine(Engine):
     def __init__(self, model: str, options: Mapping[str, Any]) -> None:
         prepared = prepare("AsyncEngineArgs", model, options)
         self._run_loop()
-        try:
+        with on_failure(self.close):
             with naming_failures(model):
                 self._engine = self._call(_start(prepared.engine_args))
             self.sampling_names = sampling_names()
@@ -55,9 +56,6 @@ class ServingEngine(Engine):
             self.tokenizer = None if skip else self._call(tokenizer_of(self._engine))
             self.chat = VllmChat(self._engine.renderer, prepared.parsers, prepared.template)
             self.info = make_info(prepared, config, lambda: self.rpc("cacheblend_inspect"))
-        except BaseException:
-            self.close()
-            raise
 
     def _run_loop(self) -> None:
         self._loop = asyncio.new_event_loop()

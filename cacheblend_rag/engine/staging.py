@@ -13,6 +13,7 @@ import torch
 from cacheblend_rag.engine.device_cache import CachedChunk, DeviceCache
 from cacheblend_rag.engine.outcome import gpu_seconds
 from cacheblend_rag.store.base import ChunkKV
+from cacheblend_rag.undo import on_failure
 
 _BUFFERS = 4  # a transfer
 _GROUP_BYTES = 96 << 20  # aimed at: small enough to start soon, large enough to run at full speed
@@ -125,11 +126,8 @@ class Transfer:
         self._started = 0
         self._most: int | None = None  # groups that may be started, where not all
         self.address_LS = np.empty((staging.num_layers, len(sources)), dtype=np.int64)
-        try:
+        with on_failure(self.give_up):  # no memory
             self._lay_out(sources)
-        except BaseException:  # no memory
-            self.give_up()
-            raise
         self.is_aligned = not (self.address_LS % _ALIGNMENT).any()
 
     def _lay_out(self, sources: Mapping[str, ChunkKV]) -> None:

@@ -35,32 +35,30 @@ class StoreThread:
         """Have ``work`` done; returns the ticket for its result. ``aside``: by the other thread."""
         number = next(self._numbers)
         pool = self._aside if aside else self._pool
-        self._results[number] = pool.submit(_reported, work)
+        self._results[number] = pool.submit(work)
         if len(self._results) > _MOST_RESULTS:  # of callers that were interrupted
             self._results.pop(next(iter(self._results)))
         return {TICKET: number}
 
     def take(self, number: int) -> list[Any]:
-        """The result, once; empty while there is none."""
+        """The result, once; empty while there is none. An error is one, too: raised in a worker, it
+        would arrive nameless.
+        """
         result = self._results.get(number)
         if result is None or not result.done():
             return []
-        return [self._results.pop(number).result()]
+        del self._results[number]
+        error = result.exception()
+        if error is None:
+            return [result.result()]
+        if not isinstance(error, CacheBlendError):
+            logger.error("the store failed", exc_info=error)
+        return [as_result(error, "the store failed")]
 
     def close(self) -> None:
         """End the thread when it is done with what it was given; waits for nothing."""
         self._pool.close(drop=False)
         self._aside.close(drop=False)
-
-
-def _reported(work: Work) -> Any:
-    """The result of ``work``, or its error as one: raised in a worker, it would arrive nameless."""
-    try:
-        return work()
-    except Exception as error:  # whatever it is, the caller raises it
-        if not isinstance(error, CacheBlendError):
-            logger.exception("the store failed")
-        return as_result(error, "the store failed")
 
 
 class RankStore:

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from cacheblend_rag.errors import (
 from cacheblend_rag.front.documents import Documents
 from cacheblend_rag.ingest import Chunk, IngestReport, LeftContext, Owners
 from cacheblend_rag.prefix import document_context
+from cacheblend_rag.undo import on_failure
 
 
 class Ingestion(Documents):
@@ -135,11 +137,8 @@ class Ingestion(Documents):
             total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
         ) as bar:
             for batch in ingest.batches(chunks, self.info.max_num_batched_tokens):
-                try:
+                with on_failure(partial(self._note_stored, batch, owners)):
                     ranks = self._ingest(batch, prefix)
-                except BaseException:
-                    self._note_stored(batch, owners)
-                    raise
                 self._note(batch, owners)
                 for nbytes, refused in ranks:
                     stored += nbytes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse
 
@@ -21,6 +22,7 @@ from cacheblend_rag.errors import (
 )
 
 logger = logging.getLogger("vllm.cacheblend_rag")
+_T = TypeVar("_T")
 
 _TYPES = {
     400: "BadRequestError",
@@ -104,6 +106,14 @@ def answer(error: Exception) -> JSONResponse:
     if known.status == 500:
         logger.error("a request failed", exc_info=error)
     return JSONResponse(known.body(), known.status, known.headers())
+
+
+async def or_answer(work: Awaitable[_T]) -> _T | JSONResponse:
+    """What ``work`` gives, or the answer to what it failed with, whatever that is."""
+    try:
+        return await work
+    except Exception as error:
+        return answer(error)
 
 
 def _code(error: ConfigError | PromptError) -> str:

@@ -21,6 +21,7 @@ from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.server import pieces
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.errors import HttpError
+from cacheblend_rag.undo import on_failure
 
 QUEUED, RUNNING = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
@@ -161,15 +162,15 @@ class Jobs:
             # Several API processes share the file. A transaction that began as a reader could not
             # become a writer while another one writes.
             self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with on_failure(self._roll_back):
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
-                # A full disk may have ended the transaction. Where it has not, one that could not
-                # be committed would be in the way of all later ones.
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+
+    def _roll_back(self) -> None:
+        # A full disk may have ended the transaction. Where it has not, one that could not be
+        # committed would be in the way of all later ones.
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
 
     def _check_file(self) -> None:
         """SQLite goes on writing to a file that has no name any more. No later start would find

@@ -14,7 +14,7 @@ from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.options import TOOL_OPTIONS, ToolOptions
 from cacheblend_rag.server import bodies
 from cacheblend_rag.server.bodies import Page
-from cacheblend_rag.server.errors import HttpError, answer, not_found
+from cacheblend_rag.server.errors import HttpError, answer, not_found, or_answer
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import Job, shown
 from cacheblend_rag.server.service import Absent, Service
@@ -63,19 +63,22 @@ Answer = Mapping[str, Any] | tuple[int, Mapping[str, Any]]
 Handler = Callable[[ServerRequest], Awaitable[Answer]]
 
 
+async def _served(handler: Handler, request: Request) -> Answer:
+    service = request.app.state.cacheblend
+    if isinstance(service, Absent):
+        raise HttpError(503, str(service.error), code="not_available")
+    return await handler(ServerRequest(request, service))
+
+
 def _endpoint(method: str, path: str) -> Callable[[Handler], Handler]:
     """Serve a path by a function; what it raises is answered as an error."""
 
     def add(handler: Handler) -> Handler:
         @functools.wraps(handler)
         async def serve(request: Request) -> Response:
-            try:
-                service = request.app.state.cacheblend
-                if isinstance(service, Absent):
-                    raise HttpError(503, str(service.error), code="not_available")
-                found = await handler(ServerRequest(request, service))
-            except Exception as error:  # whatever it is, the client is told, and the log has it
-                return answer(error)
+            found = await or_answer(_served(handler, request))
+            if isinstance(found, Response):
+                return found
             status, body = found if isinstance(found, tuple) else (200, found)
             return JSONResponse(body, status)
 

@@ -7,6 +7,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,7 @@ from cacheblend_rag.ingest import IngestReport, grouped
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import CANCELLED, COMPLETED, FAILED, Job, Jobs, is_full
+from cacheblend_rag.undo import logging_failures
 
 _LOOKS_EVERY_S = 0.5
 _TRIES, _PAUSE_S = 5, 1.0  # of a batch whose store can't be asked
@@ -74,15 +76,13 @@ class Runner:
         while not self._owns():
             if self._stopped.wait(_LOOKS_EVERY_S):
                 return
-        try:
-            while not self._stopped.is_set():
-                self._serve_while_written()
-        except (Interrupted, ClosedError, EngineDeadError):
-            logger.info("ingestions stop with the server; those that did not end are kept")
-        except Exception:  # the jobs are kept: another process, or the next start, goes on
-            logger.exception("ingestions stop")
-        finally:
-            self._lock.close()
+        # Whatever ends this, the jobs are kept: another process, or the next start, goes on.
+        with closing(self._lock), logging_failures(logger, "ingestions stop"):
+            try:
+                while not self._stopped.is_set():
+                    self._serve_while_written()
+            except (Interrupted, ClosedError, EngineDeadError):
+                logger.info("ingestions stop with the server; those that did not end are kept")
 
     def _serve_while_written(self) -> None:
         """Run jobs until their file can't be written. A full disk may have room again."""

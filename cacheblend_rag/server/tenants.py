@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.plan import PARAMS_KEY
 from cacheblend_rag.salts import tenant_salt
 from cacheblend_rag.server.bodies import parsed
-from cacheblend_rag.server.errors import HttpError, answer
+from cacheblend_rag.server.errors import HttpError, or_answer
 from cacheblend_rag.server.page import PAGE
 
 PREFIX = "/v1/cacheblend"
@@ -125,11 +126,10 @@ class TenantMiddleware:
             return await self._app(scope, receive, send)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
-        try:
-            receive = await self._entered(scope, receive)
-        except Exception as error:  # whatever it is, the client is told, and the log has it
-            return await answer(error)(scope, receive, send)
-        return await self._app(scope, receive, send)
+        entered = await or_answer(self._entered(scope, receive))
+        if isinstance(entered, Response):
+            return await entered(scope, receive, send)
+        return await self._app(scope, entered, send)
 
     async def _entered(self, scope: Scope, receive: Receive) -> Receive:
         path = scope["path"].removeprefix(scope.get("root_path", ""))

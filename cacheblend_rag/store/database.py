@@ -29,6 +29,7 @@ from typing import TypeVar
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.store.files import allow, fix_of
 from cacheblend_rag.store.marker import claim
+from cacheblend_rag.undo import on_failure
 
 Result = TypeVar("Result")
 
@@ -100,11 +101,7 @@ class Database:
         _check_forks(self._path)
         _databases.add(self)
         with self._lock:
-            try:
-                self._take(_Rung.FOUND)
-            # Whatever opening raises says that this file is of no use now: there is always a next
-            # best database, which warns, or says that it was rebuilt.
-            except Exception as error:
+            if (error := self._why_not(_Rung.FOUND)) is not None:
                 self._step_down(error)
 
     def read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
@@ -238,12 +235,9 @@ class Database:
             if left is not None and time.monotonic() < self._retry_at:
                 return
         self._rung, self._retry_at = _Rung.FOUND, time.monotonic() + _AWAY_S
-        try:
-            self._take(_Rung.FOUND, _OPENING_S if left is None else _RETURNING_S)
-        # As when it is opened first. Where it is still refused, the copy in memory goes on to
-        # serve.
-        except Exception as error:
-            if left is not None and _is_refusal(error):
+        error = self._why_not(_Rung.FOUND, _OPENING_S if left is None else _RETURNING_S)
+        if error is not None:
+            if left is not None and _is_refusal(error):  # the copy in memory goes on to serve
                 self._rung = left
                 return
             self._step_down(error)
@@ -261,11 +255,8 @@ class Database:
         reason = error
         while self._rung is not _Rung.EMPTY:
             self._rung = _below(self._rung, error)
-            try:
-                self._take(self._rung)
-            # The next one down. The empty one in memory raises nothing but what no database could
-            # help.
-            except Exception as worse:
+            # The empty one in memory raises nothing but what no database could help.
+            if (worse := self._why_not(self._rung)) is not None:
                 error = worse
                 continue
             self.rebuilt |= self._rung is not _Rung.COPY
@@ -276,7 +267,17 @@ class Database:
             return
         raise error
 
-    def _take(self, rung: _Rung, patience_s: float = _OPENING_S) -> None:
+    def _why_not(self, rung: _Rung, patience_s: float = _OPENING_S) -> Exception | None:
+        """Take this database, or say why it is of no use now. Whatever that is, there is a next
+        best one, which warns, or says that it was rebuilt.
+        """
+        try:
+            self._take(rung, patience_s)
+        except Exception as error:
+            return error
+        return None
+
+    def _take(self, rung: _Rung, patience_s: float) -> None:
         if self._inode is not None:
             # Before another one is opened: SQLite lets go what a process has locked and mapped of
             # a file where it opens two of one name.
@@ -303,14 +304,11 @@ class Database:
     def _opened(self, patience_s: float) -> sqlite3.Connection:
         self._damaged = self._found_inode()
         db = _connect(str(self._path), patience_s)
-        try:
+        with on_failure(db.close):
             allow(self._path, self._folder)
             _write_ahead(db, patience_s)
             db.execute("PRAGMA synchronous=NORMAL")  # after a power cut the last uses may be lost
             self._make_ready(db)
-        except BaseException:
-            db.close()
-            raise
         return db
 
     def _made_anew(self, patience_s: float) -> sqlite3.Connection:
@@ -326,12 +324,9 @@ class Database:
             return self._opened(patience_s)
 
     def _make_ready(self, db: sqlite3.Connection) -> None:
-        try:
+        with on_failure(db.close):
             _in_transaction(self._prepare, db)
             self._schema = _schema_number(db)
-        except BaseException:
-            db.close()
-            raise
         # From here on ``_run`` waits. SQLite's own waiting would hold the connection, and all
         # readers of this process with it.
         db.execute("PRAGMA busy_timeout=0")
@@ -442,13 +437,9 @@ def _in_transaction(work: Callable[[sqlite3.Connection], Result], db: sqlite3.Co
     # A transaction that begins as a reader cannot become a writer while another one writes: SQLite
     # refuses at once then, without waiting.
     db.execute("BEGIN IMMEDIATE")
-    try:
+    with on_failure(lambda: db.execute("ROLLBACK") if db.in_transaction else None):
         result = work(db)
         db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
     return result
 
 

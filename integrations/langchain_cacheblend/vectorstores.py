@@ -12,6 +12,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
 from cacheblend_rag import ConfigError
+from cacheblend_rag.undo import on_failure
 from langchain_cacheblend.ingestion import CacheBlendIngestion
 
 
@@ -93,14 +94,14 @@ class CacheBlendVectorStore(VectorStore):
         """Compute KV. Where that fails, what is new goes from the inner store again: the caller
         sees that nothing was added, and so would never delete it.
         """
-        try:
+        with on_failure(lambda: self._take_out([id_ for id_ in ids if id_ not in old])):
             self.ingestion.ingest(documents, ids)
-        except BaseException:
-            if new := [id_ for id_ in ids if id_ not in old]:
-                with suppress(NotImplementedError):
-                    self.inner.delete(new)
-            raise
         self._added.update(ids)
+
+    def _take_out(self, new: list[str]) -> None:
+        if new:
+            with suppress(NotImplementedError):
+                self.inner.delete(new)
 
     # ---- delete --------------------------------------------------------------------------------
 

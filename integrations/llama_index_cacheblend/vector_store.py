@@ -18,6 +18,7 @@ from llama_index.core.vector_stores.types import (
 )
 
 from cacheblend_rag import PromptError
+from cacheblend_rag.undo import on_failure
 from llama_index_cacheblend.ingestion import CacheBlendIngestion, document_of
 
 _log = logging.getLogger(__name__)
@@ -77,17 +78,17 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
         sees that nothing was added, and so would never delete it.
         """
         nodes = [node for node in nodes if self._ingestion.text_of(node)]
-        try:
+        with on_failure(lambda: self._take_out(nodes, old)):
             report = self._ingestion.ingest(nodes)
-        except BaseException:
-            known = self._chunks if old is None else {node.node_id for node in old}
-            if new := [node.node_id for node in nodes if node.node_id not in known]:
-                with suppress(NotImplementedError):
-                    self.inner.delete_nodes(new)
-            raise
         for node, key in zip(nodes, report.keys, strict=False):  # no keys: nothing is blended
             if key:
                 self._chunks[node.node_id] = (document_of(node), key)
+
+    def _take_out(self, nodes: Sequence[BaseNode], old: list[BaseNode] | None) -> None:
+        known = self._chunks if old is None else {node.node_id for node in old}
+        if new := [node.node_id for node in nodes if node.node_id not in known]:
+            with suppress(NotImplementedError):
+                self.inner.delete_nodes(new)
 
     # ---- delete --------------------------------------------------------------------------------
 
