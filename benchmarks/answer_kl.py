@@ -127,14 +127,14 @@ def measure(
             continue
         blend.ingest(chunk_texts(item), progress=False)
         full = blend.generate(prompt, mode="full", max_tokens=tokens, **common)
-        said, expected = list(full.token_ids), distributions(full, vocab)
+        answer_ids, expected = list(full.token_ids), distributions(full, vocab)
         row: dict[str, Any] = {"tokens": full.report.tokens_total, "full_ttft": full.report.ttft_s}
         for name, options in modes.items():
-            forced = {FORCED_KEY: said}
+            forced = {FORCED_KEY: answer_ids}
             got = blend.generate(
-                prompt, max_tokens=len(said), extra_args=forced, **common, **options
+                prompt, max_tokens=len(answer_ids), extra_args=forced, **common, **options
             )
-            assert list(got.token_ids) == said, "the forced answer was not given"
+            assert list(got.token_ids) == answer_ids, "the forced answer was not given"
             # questions over the same passages share the plans that don't depend on the question
             assert got.report.blended or got.report.tokens_prefix_cached, got.report.detail
             row[name] = divergence(expected, distributions(got, vocab))

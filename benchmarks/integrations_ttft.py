@@ -85,7 +85,7 @@ def run(blend: CacheBlend, args: argparse.Namespace) -> list[float]:
         f"{args.shape}, {args.chunks} x {args.chunk_tokens} tokens, {args.rounds} rounds, "
         f"{time.strftime('%Y-%m-%d')}"
     )
-    print(f"{'':12}{'full ms':>10}{'blended ms':>12}{'sooner':>8}   of the prompt's tokens found")
+    print(f"{'':12}{'full ms':>10}{'blended ms':>12}{'speed-up':>9}   of the prompt's tokens found")
     stacks = {"LlamaIndex": llama_index(blend, texts), "LangChain": langchain(blend, texts)}
     return [measure(blend, name, ask, args.rounds) for name, ask in stacks.items()]
 

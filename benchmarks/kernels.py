@@ -320,11 +320,11 @@ def move_operation(args: argparse.Namespace) -> Operation:
         return other.k_BSGD, other.v_BSGD
 
     near = (everywhere[:, None] - position_R[None]).abs() <= 8 * args.propagation_length
-    heard = int((near & (propagation.chunk_N[:, None] == propagation.chunk_R[None])).sum())
+    weighed = int((near & (propagation.chunk_N[:, None] == propagation.chunk_R[None])).sum())
     return Operation(
         f"propagate, {len(position_R)} rows, length {args.propagation_length}", ours, twin,
         4 * (n + len(position_R)) * groups * dim * k.element_size() + 8 * cos.numel(),
-        4 * heard * groups * dim,
+        4 * weighed * groups * dim,
     )  # fmt: skip
 
 

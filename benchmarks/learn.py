@@ -136,8 +136,8 @@ class Simulated:
     def rpc(self, method: str, *args: Any) -> list[Any]:
         if method == "cacheblend_learnt":
             spans, self.spans = self.spans, []
-            said = [[s.key, s.token_ids, s.prefix_ids, s.to_store] for s in spans]
-            return [{"spans": said, "steps": self.steps, "step_s": 0.03}]
+            rows = [[s.key, s.token_ids, s.prefix_ids, s.to_store] for s in spans]
+            return [{"spans": rows, "steps": self.steps, "step_s": 0.03}]
         keys, chunks = args[:2]
         tokens = sum(map(len, chunks))
         self.now += TOKEN_S * tokens

@@ -65,10 +65,10 @@ def compare(blend: CacheBlend, args: argparse.Namespace) -> None:
     ]
     common: dict[str, Any] = {"temperature": 0.0, "logprobs": 20, "detokenize": False}
     alone = [blend.generate(p, mode="full", max_tokens=_TOKENS, **common) for p in prompts]
-    said = [list(r.token_ids) for r in alone]
+    answers = [list(r.token_ids) for r in alone]
 
     def say(number: int, **call: Any) -> Any:
-        forced = {FORCED_KEY: said[number]}
+        forced = {FORCED_KEY: answers[number]}
         return blend.generate(
             prompts[number], max_tokens=_TOKENS, extra_args=forced, **common, **call
         )
@@ -78,7 +78,7 @@ def compare(blend: CacheBlend, args: argparse.Namespace) -> None:
         "plain, prefix cached": [
             (say(i, mode="off"), say(i, mode="off"))[1] for i in range(len(prompts))
         ],
-        "plain, in a batch": batch(blend, prompts, said, common),
+        "plain, in a batch": batch(blend, prompts, answers, common),
         "ratio 1": [say(i, recompute_ratio=1.0) for i in range(len(prompts))],
     }
     assert all(r.report.blended for r in rows["ratio 1"]), rows["ratio 1"][0].report.detail
@@ -89,13 +89,13 @@ def compare(blend: CacheBlend, args: argparse.Namespace) -> None:
 
 
 def batch(
-    blend: CacheBlend, prompts: list[Any], said: list[Any], common: dict[str, Any]
+    blend: CacheBlend, prompts: list[Any], answers: list[Any], common: dict[str, Any]
 ) -> list[Any]:
     """All at once; the forced tokens are one request's, so each batch counts for one prompt."""
     results = []
     for i in range(len(prompts)):
         turned = prompts[i:] + prompts[:i]
-        forced = {FORCED_KEY: said[i]}
+        forced = {FORCED_KEY: answers[i]}
         got = blend.generate(turned, mode="full", max_tokens=_TOKENS, extra_args=forced, **common)
         results.append(got[0])
     return results

@@ -173,7 +173,7 @@ class Load:
         last = json.loads(lines[-1])
         if "usage" not in last:
             raise ValueError(f"a stream ended with {last}")
-        report = told(client.get(f"/v1/cacheblend/requests/{last['id']}"))
+        report = parsed(client.get(f"/v1/cacheblend/requests/{last['id']}"))
         if report["tokens_total"] != last["usage"]["prompt_tokens"]:
             self.fault(f"{last['id']} has {last['usage']}, its report {report}")
         self.count("blended" if report["blended"] else f"not blended: {report['reason']}")
@@ -197,7 +197,7 @@ class Load:
             self.documents.pop(name, None)
         self.versions[name].append(texts)
         self.unknown.add(name)
-        job = told(client.put(f"/v1/cacheblend/documents/{name}", json=body))
+        job = parsed(client.put(f"/v1/cacheblend/documents/{name}", json=body))
         self.unknown.discard(name)
         self.jobs.append((job["id"], name, texts))
         self.count("ingestions acknowledged")
@@ -206,7 +206,7 @@ class Load:
         """What ended of the acknowledged is there, and what it took the place of is not."""
         for job in list(self.jobs):
             name, document, texts = job
-            found = told(client.get(f"/v1/cacheblend/ingestions/{name}"))
+            found = parsed(client.get(f"/v1/cacheblend/ingestions/{name}"))
             if found["status"] in ("queued", "in_progress"):
                 continue
             if found["status"] != "completed" or found["counts"]["not_stored"]:
@@ -222,7 +222,7 @@ class Load:
     def forget(self, name: str, client: httpx.Client) -> None:
         with self.lock:
             texts = self.documents.pop(name)
-        told(client.delete(f"/v1/cacheblend/documents/{name}"))
+        parsed(client.delete(f"/v1/cacheblend/documents/{name}"))
         self.forgot(texts)
         self.versions[name] = []
         self.count("documents forgotten")
@@ -248,7 +248,7 @@ class Load:
         print(f"{len(wanted)} chunks are there, {len(self.forgotten)} are forgotten", flush=True)
 
 
-def told(answer: httpx.Response) -> Any:
+def parsed(answer: httpx.Response) -> Any:
     """What the server says where it does not refuse."""
     if answer.status_code >= 300:
         raise ValueError(f"{answer.status_code} {answer.text}")
@@ -260,7 +260,7 @@ def completion(
 ) -> dict[str, Any]:
     body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, **more}
     body["kv_transfer_params"] = {"cacheblend": options}
-    found: dict[str, Any] = told(client.post("/v1/completions", json=body))
+    found: dict[str, Any] = parsed(client.post("/v1/completions", json=body))
     return found
 
 
@@ -321,7 +321,7 @@ def run(load: Load, args: argparse.Namespace) -> list[Watch]:
     return watches
 
 
-def told_growth(load: Load, watches: Sequence[Watch], warm_up_s: float) -> None:
+def print_growth(load: Load, watches: Sequence[Watch], warm_up_s: float) -> None:
     print(f"{'process':34}{'what':>14}{'first':>10}{'last':>10}{'growth':>9}")
     for life, watch in enumerate(watches, 1):
         for found in watch.growth(warm_up_s):
@@ -358,7 +358,7 @@ def main() -> None:
             server.kill()
         for what, times in sorted(load.counts.items()):
             print(f"{times:7} {what}")
-        told_growth(load, watches, 6.0 * args.minutes)  # a fifth of the time, two of each life
+        print_growth(load, watches, 6.0 * args.minutes)  # a fifth of the time, two of each life
     print(f"{len(load.faults)} faults")
     sys.exit(bool(load.faults))
 

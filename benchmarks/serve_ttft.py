@@ -189,12 +189,12 @@ def paired(took: dict[tuple[str, str], list[Took]], mode: str) -> list[float]:
 
 def row(name: str, embedded: float, server: float, pairs: Sequence[float] = ()) -> None:
     """One line; the difference is the median of ``pairs`` where these are given."""
-    difference, told = server - embedded, ""
+    difference, spread = server - embedded, ""
     if pairs:
         low, high = interval(pairs)
-        difference, told = statistics.median(pairs), f"   [{1e3 * low:+.1f}, {1e3 * high:+.1f}]"
+        difference, spread = statistics.median(pairs), f"   [{1e3 * low:+.1f}, {1e3 * high:+.1f}]"
     numbers = f"{1e3 * embedded:10.1f}{1e3 * server:10.1f}{1e3 * difference:+12.1f}"
-    print(f"{name:28}{numbers}{told}")
+    print(f"{name:28}{numbers}{spread}")
 
 
 def main() -> None:

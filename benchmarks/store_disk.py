@@ -73,8 +73,8 @@ def use_memory(nbytes: Sequence[int]) -> None:
 def seconds_of(work: Callable[[], float | None]) -> float:
     """What ``work`` says it took, or else what it did take."""
     started = time.perf_counter()
-    told = work()
-    return time.perf_counter() - started if told is None else told
+    measured = work()
+    return time.perf_counter() - started if measured is None else measured
 
 
 def fio(files: Sequence[Path], threads: int, block: int) -> float:
@@ -133,11 +133,11 @@ def main() -> None:
                     "readv": lambda threads=threads: read_raw(files, threads),  # type: ignore[misc]
                 }
                 if has_fio:
-                    for label, block in (
+                    for title, block in (
                         ("fio, whole files", size),
                         ("fio, 1 MiB blocks", 1 << 20),
                     ):
-                        rivals[label] = lambda t=threads, b=block: fio(files, t, b)  # type: ignore[misc]
+                        rivals[title] = lambda t=threads, b=block: fio(files, t, b)  # type: ignore[misc]
                 for cold in (True, False):
                     compare(rivals, files, cold, args.rounds, f"{threads} at once")
 
@@ -147,7 +147,7 @@ def compare(
     files: Sequence[Path],
     cold: bool,
     rounds: int,
-    label: str,
+    title: str,
 ) -> None:
     """Let them take turns and print the medians; fio reads cold files only."""
     names = [name for name in rivals if cold or not name.startswith("fio")]
@@ -166,7 +166,7 @@ def compare(
         low, high = (total / edge(taken[name]) / 1e9 for edge in (max, min))
         pairs = [other / ours for ours, other in zip(taken["store"], taken[name], strict=True)]
         share = "" if name == "store" else f"  store / {name}: {statistics.median(pairs):.1%}"
-        print(f"{state}, {label}: {name:17} {rate:.2f} GB/s ({low:.2f} to {high:.2f}){share}")
+        print(f"{state}, {title}: {name:17} {rate:.2f} GB/s ({low:.2f} to {high:.2f}){share}")
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def closed(count: int, seed: int, chunks: int = CHUNKS) -> dict[str, Any]:
 
 
 def reopened(folder: Path, chunks: int) -> tuple[float, list[str]]:
-    """Seconds until a damaged store is open and told what it holds, and what is wrong with it."""
+    """Seconds until a damaged store is open and has listed what it holds, and what is wrong."""
     started = time.perf_counter()
     store = opened(folder)
     found = {info.key: info.token_ids for info in store.scan()}
@@ -415,7 +415,7 @@ def on_full(disk: Path) -> dict[str, Any]:
     started = time.perf_counter()
     with opened(folder) as again:
         seconds = time.perf_counter() - started
-        told = sum(1 for _ in again.scan())
+        listed = sum(1 for _ in again.scan())
         serves_again = sum(is_right(again.get(key_of(seed)), seed, tokens) for seed in kept)
         forgotten = again.forget(f"document {kept[0]}")
     with opened(folder) as again:
@@ -425,7 +425,7 @@ def on_full(disk: Path) -> dict[str, Any]:
         "put": len(kept),
         "served_full": serves,
         "opened_s": round(seconds, 2),
-        "told": told,
+        "listed": listed,
         "served_after_opening": serves_again,
         "forgotten": forgotten,
         "bytes_after_prune_to_1MiB": left,

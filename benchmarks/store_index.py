@@ -63,8 +63,8 @@ def ask(folder: Path) -> dict[str, float]:
     """In a process of its own: milliseconds of pages, and the longest that others waited."""
     rank, after = RankStore(DiskStore(folder, namespace=NAMESPACE), lambda key: None), ""
     rank.follower.start(None)
-    idle_ms, _ = beside(lambda: time.sleep(5))
-    wait_ms, first_ms = beside(lambda: rank.page(SPACE, "", 100))
+    idle_ms, _ = waits_during(lambda: time.sleep(5))
+    wait_ms, first_ms = waits_during(lambda: rank.page(SPACE, "", 100))
     pages = list[float]()
     for _ in range(PAGES):
         started = time.perf_counter()
@@ -81,11 +81,11 @@ def ask(folder: Path) -> dict[str, float]:
     }
 
 
-def beside(work: Callable[[], object]) -> tuple[float, float]:
+def waits_during(work: Callable[[], object]) -> tuple[float, float]:
     """Milliseconds: the longest that another thread waited for a turn, and those of ``work``."""
     longest, over = 0.0, threading.Event()
 
-    def turns() -> None:
+    def loop() -> None:
         nonlocal longest
         last = time.perf_counter()
         while not over.is_set():
@@ -93,7 +93,7 @@ def beside(work: Callable[[], object]) -> tuple[float, float]:
             now = time.perf_counter()
             longest, last = max(longest, now - last), now
 
-    other = threading.Thread(target=turns)
+    other = threading.Thread(target=loop)
     other.start()
     started = time.perf_counter()
     work()

@@ -102,11 +102,11 @@ def main() -> None:
     rivals = {PLAIN: from_plain, TIER: from_store, LOOSE: lambda: copy_by_layers(loose, targets)}
     taken = rounds_of(rivals, args.rounds, wait)
     medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
-    for label, seconds in medians.items():
-        low, high = min(taken[label]), max(taken[label])
+    for title, seconds in medians.items():
+        low, high = min(taken[title]), max(taken[title])
         rate, share = nbytes / seconds / 1e9, medians[PLAIN] / seconds
         spread = f"{nbytes / high / 1e9:.1f} to {nbytes / low / 1e9:.1f}"
-        print(f"{label:28} median {rate:6.2f} GB/s ({spread})  {share:.1%} of {PLAIN!r}")
+        print(f"{title:28} median {rate:6.2f} GB/s ({spread})  {share:.1%} of {PLAIN!r}")
 
     for target in targets:
         target.fill_(-1)

@@ -108,8 +108,8 @@ async def serve(
     async def one(arrival: Arrival, prompt: tuple[int, ...]) -> list[float]:
         """Seconds from the arrival to each token."""
         await asyncio.sleep(start + arrival.at - time.perf_counter())
-        late = time.perf_counter() - start - arrival.at
-        return [late + at for at in await load.request(prompt, output_tokens, **call)]
+        delay = time.perf_counter() - start - arrival.at
+        return [delay + at for at in await load.request(prompt, output_tokens, **call)]
 
     tokens = await asyncio.gather(*map(one, coming, prompts))
     ended = max(arrival.at + at[-1] for arrival, at in zip(coming, tokens, strict=True))

@@ -99,7 +99,7 @@ class CacheBlend(Startup):
         )
 
     @classmethod
-    def around(
+    def from_engine(
         cls,
         engine: Engine,
         config: BlendConfig,

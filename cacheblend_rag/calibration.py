@@ -21,11 +21,14 @@ class Calibration:
     """A choice, and what it costs on questions that had no part in it.
 
     Attributes:
-        fingerprint: of the weights it was made with; version: of this package.
+        fingerprint: of the weights it was made with.
+        version: of this package.
         ratio, selector, selector_options, propagation_length: as in ``BlendConfig``.
-        flips_allowed: share of answers that might differ from a full prefill's, as asked for.
-        changed: share of answers that did; mean_ratio: tokens of chunks recomputed for them.
-        questions: how many there were, of ``data``.
+        changed_allowed: share of answers that might differ from a full prefill's, as asked for.
+        changed: share of answers that did.
+        mean_ratio: share of the tokens of chunks that was recomputed for them.
+        questions: how many there were.
+        data: the files that they came from.
     """
 
     fingerprint: str

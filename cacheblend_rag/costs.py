@@ -10,7 +10,7 @@ from cacheblend_rag.plan import Plan
 from cacheblend_rag.reason import Reason, Why
 
 _MARGIN = 0.85  # of the plain prefill's time; predictions of short prompts are off by as much
-_ALL_NEAR: Mapping[str, float] = MappingProxyType({})
+_ALL_IN_MEMORY: Mapping[str, float] = MappingProxyType({})
 
 
 class Costs(NamedTuple):
@@ -33,7 +33,7 @@ class Costs(NamedTuple):
         """Seconds of a plain prefill of what ``plan`` covers."""
         return self.prefill_s * plan.end
 
-    def too_far(self, plan: Plan, fetch_s: Mapping[str, float]) -> set[str]:
+    def too_slow(self, plan: Plan, fetch_s: Mapping[str, float]) -> set[str]:
         """Chunks that take longer to fetch than their tokens to compute.
 
         Args:
@@ -46,13 +46,13 @@ class Costs(NamedTuple):
                 saved[s.key] += self.recompute_s * len(s) * (1 - plan.ratio)
         return {key for key, seconds in fetch_s.items() if seconds >= saved[key]}
 
-    def blend(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> float:
+    def blend(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_IN_MEMORY) -> float:
         """Seconds of blending ``plan``.
 
         Copying from host memory overlaps with computing, so the longer of the two counts; fetching
         comes before both.
         """
-        left_out = self.too_far(plan, fetch_s)
+        left_out = self.too_slow(plan, fetch_s)
         reused = sum(len(s) for s in plan.segments if s.key and s.key not in left_out)
         fetched = sum(seconds for key, seconds in fetch_s.items() if key not in left_out)
         computed = plan.end - reused + plan.ratio * reused
@@ -65,17 +65,17 @@ class Costs(NamedTuple):
         predicted = self.blend(plan) - self.prefill(plan)
         return self._replace(blend_s=max(0.0, self.blend_s + blended_s - plain_s - predicted))
 
-    def refusal(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_NEAR) -> Why | None:
-        """Why ``plan`` is not worth it; None if it is. ``fetch_s`` is that of ``too_far``."""
+    def refusal(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_IN_MEMORY) -> Why | None:
+        """Why ``plan`` is not worth it; None if it is. ``fetch_s`` is that of ``too_slow``."""
         blended, plain = self.blend(plan, fetch_s), self.prefill(plan)
         if blended < _MARGIN * plain:
             return None
-        far = ""
+        slow = ""
         if fetch_s:
             wait = 1e3 * sum(fetch_s.values())
-            far = f"; {len(fetch_s)} chunks are not in memory, fetching them takes {wait:.0f} ms"
+            slow = f"; {len(fetch_s)} chunks are not in memory, fetching them takes {wait:.0f} ms"
         return Why(
             Reason.PREFILL_AS_QUICK,
             f"a plain prefill is as quick here: {1e3 * plain:.1f} ms predicted for {plan.end} "
-            f"tokens, a blend {1e3 * blended:.1f} ms{far} (blend_if='always' blends all the same)",
+            f"tokens, a blend {1e3 * blended:.1f} ms{slow} (blend_if='always' blends all the same)",
         )

@@ -56,9 +56,9 @@ def page() -> str:
 def config() -> Iterator[str]:
     yield "## BlendConfig\n"
     yield "All fields can be set at start. Those with a mark can be set for one call too.\n"
-    told = attributes(BlendConfig)
+    described = attributes(BlendConfig)
     rows = [
-        (f"`{f.name}`", default(f), "yes" if f.name in PER_CALL else "", told[f.name])
+        (f"`{f.name}`", default(f), "yes" if f.name in PER_CALL else "", described[f.name])
         for f in fields(BlendConfig)
     ]
     yield table(("option", "default", "per call", "what it is"), rows)
@@ -70,8 +70,8 @@ def selectors() -> Iterator[str]:
     for name, kind in SELECTORS.items():
         yield f"### `{name}`\n"
         yield plain(inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0] + "\n"
-        told = attributes(kind)
-        if rows := [(f"`{f.name}`", default(f), told.get(f.name, "")) for f in fields(kind)]:
+        described = attributes(kind)
+        if rows := [(f"`{f.name}`", default(f), described.get(f.name, "")) for f in fields(kind)]:
             yield table(("parameter", "default", "what it is"), rows)
 
 
@@ -91,21 +91,21 @@ def reports() -> Iterator[str]:
     for kind in (BlendReport, IngestReport, ModelCheck):
         yield f"### {kind.__name__}\n"
         yield plain(inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0] + "\n"
-        told = attributes(kind)
+        described = attributes(kind)
         names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-        rows = [(f"`{name}`", told.get(name, "")) for name in names]
+        rows = [(f"`{name}`", described.get(name, "")) for name in names]
         yield table(("field", "what it is"), rows)
     yield "### SegmentReport\n"
     yield plain(inspect.getdoc(SegmentReport) or "") + "\n"
-    told = comments(SegmentReport)
-    yield table(("field", "what it is"), [(f"`{n}`", told[n]) for n in SegmentReport._fields])
+    described = comments(SegmentReport)
+    yield table(("field", "what it is"), [(f"`{n}`", described[n]) for n in SegmentReport._fields])
 
 
 def reasons() -> Iterator[str]:
     yield "## Reasons\n"
     yield "Why a request or a model is not blended: `report.reason`. `report.detail` says more.\n"
-    said = after_each(reason_module, "Reason")
-    yield table(("value", "meaning"), [(f"`{r.value}`", plain(said[r.name])) for r in Reason])
+    described = after_each(reason_module, "Reason")
+    yield table(("value", "meaning"), [(f"`{r.value}`", plain(described[r.name])) for r in Reason])
 
 
 def errors() -> Iterator[str]:
@@ -203,13 +203,13 @@ def after_each(module: ModuleType, name: str) -> dict[str, str]:
     """The strings that stand below the members of a class, by member."""
     tree = ast.parse(inspect.getsource(module))
     [body] = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
-    said = dict[str, str]()
+    described = dict[str, str]()
     for member, text in itertools.pairwise(body):
         if isinstance(member, ast.Assign) and isinstance(text, ast.Expr):
             [target] = member.targets
             assert isinstance(target, ast.Name) and isinstance(text.value, ast.Constant)
-            said[target.id] = str(text.value.value)
-    return said
+            described[target.id] = str(text.value.value)
+    return described
 
 
 def comments(kind: type) -> dict[str, str]:

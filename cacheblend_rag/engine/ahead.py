@@ -57,7 +57,7 @@ class Ahead:
         if fetched:
             return False
         # vLLM asks again for this request with every step, and serves others meanwhile.
-        if not blender.is_near(plan):
+        if not blender.is_fast(plan):
             self._fetching[request_id] = Event()
             self._readers.start(lambda name: self._fetch(name, plan), [request_id])
             return True
@@ -101,4 +101,4 @@ class Ahead:
         self._announced = True
         # It comes later then; what is wrong shows where the worker reports it.
         with logging_failures(logger, "the KV of %s was not brought ahead", request_id):
-            blender.expect(request_id, plan)
+            blender.stage(request_id, plan)

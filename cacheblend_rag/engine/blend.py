@@ -100,22 +100,22 @@ class Blender:
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._fetched: dict[str, FromStore] = {}  # by a request's id
 
-    def expect(self, request_id: str, plan: Plan) -> None:
+    def stage(self, request_id: str, plan: Plan) -> None:
         """Begin to bring the KV of the blend that comes next, if it can be had at once: vLLM's own
         preparation of the step takes as long as a good part of that.
         """
-        if self.is_near(plan):
+        if self.is_fast(plan):
             # In the scheduler's thread: so only what is in memory, or other requests would wait for
             # a disk.
-            found = self._fetch(plan, set())  # all is near: nothing to consider
+            found = self._fetch(plan, set())  # all is in memory: nothing to consider
             self._fetched[request_id] = found
-            self._executors.expect({key: chunk for key, chunk in found.chunks.items() if chunk})
+            self._executors.stage({key: chunk for key, chunk in found.chunks.items() if chunk})
 
-    def is_near(self, plan: Plan) -> bool:
+    def is_fast(self, plan: Plan) -> bool:
         """Whether all chunks are in memory."""
         keys = {s.key for s in plan.segments if s.key}
         return all(
-            self._executors.held(key) is not None or self.store.in_memory(key) for key in keys
+            self._executors.resident(key) is not None or self.store.in_memory(key) for key in keys
         )
 
     def fetch(self, request_id: str, plan: Plan) -> None:
@@ -251,39 +251,44 @@ class Blender:
 
     def _load(self, plan: Plan) -> FromStore:
         """The chunks of a plan, unless it is not worth it on this rank."""
-        refusal, far = self.consider(plan)
-        return FromStore(refusal, {}, far) if refusal else self._fetch(plan, far)
+        refusal, slow = self.consider(plan)
+        return FromStore(refusal, {}, slow) if refusal else self._fetch(plan, slow)
 
-    def _fetch(self, plan: Plan, far: set[str]) -> FromStore:
-        """The chunks of ``plan`` that are not ``far`` and come within the time of a prefill."""
+    def _fetch(self, plan: Plan, slow: set[str]) -> FromStore:
+        """The chunks of ``plan`` that are not ``slow`` and come within the time of a prefill."""
         patience_s = _PATIENCE_S
         if self.costs is not None and plan.blend_if == "faster":
             patience_s = self.costs.prefill(plan)
         keys = dict.fromkeys(s.key for s in plan.segments if s.key)
-        near = [key for key in keys if key not in far]
-        held = {key: chunk for key in near if (chunk := self._executors.held(key)) is not None}
+        fast = [key for key in keys if key not in slow]
+        resident = {
+            key: chunk for key in fast if (chunk := self._executors.resident(key)) is not None
+        }
         # Chunks in GPU memory are not read from the store, which would then evict them as unused.
-        for key in held:
+        for key in resident:
             self.store.touch(key)  # it is in use
-        wanted = [key for key in near if key not in held]
+        wanted = [key for key in fast if key not in resident]
         found = self.store.get_in_time(wanted, patience_s)
-        chunks = {**held, **dict(zip(wanted, found.chunks, strict=True))}
-        return FromStore(None, chunks, found.timed_out | far, found.unavailable)
+        chunks = {**resident, **dict(zip(wanted, found.chunks, strict=True))}
+        return FromStore(None, chunks, found.timed_out | slow, found.unavailable)
 
     def consider(self, plan: Plan) -> tuple[Why | None, set[str]]:
         """Why a plan is not worth it, now that the store says what is not in memory; None if it is.
         And the chunks that take longer to fetch than to compute. What is not waited for is brought
         to memory for the next one who asks.
         """
-        refusal, far = None, set[str]()
+        refusal, slow = None, set[str]()
         if self.costs is not None and plan.blend_if == "faster":
             fetch_s = self._fetch_seconds(plan)
             if fetch_s:
-                refusal, far = self.costs.refusal(plan, fetch_s), self.costs.too_far(plan, fetch_s)
+                refusal, slow = (
+                    self.costs.refusal(plan, fetch_s),
+                    self.costs.too_slow(plan, fetch_s),
+                )
                 # This request goes on without them, so somebody has to bring them nearer, or every
                 # request would.
-                self.store.prefetch(fetch_s if refusal else far)
-        return refusal, far
+                self.store.prefetch(fetch_s if refusal else slow)
+        return refusal, slow
 
     def _fetch_seconds(self, plan: Plan) -> dict[str, float]:
         """How long the store will take, by its recent speed, for each chunk not in memory."""
@@ -297,7 +302,7 @@ class Blender:
         return {
             s.key: (s.offset + len(s)) * a_token / bandwidth
             for s in plan.segments
-            if s.key and self._executors.held(s.key) is None and not self.store.in_memory(s.key)
+            if s.key and self._executors.resident(s.key) is None and not self.store.in_memory(s.key)
         }
 
     def _fits(self, chunk: ChunkKV | None, s: Segment, token_ids: Sequence[int]) -> bool:

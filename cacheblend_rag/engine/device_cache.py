@@ -13,10 +13,10 @@ from cacheblend_rag.store.base import ChunkKV
 
 @dataclass
 class CachedChunk:
-    """A chunk whose KV is on the GPU; ``whole`` once all of it is on its way there."""
+    """A chunk whose KV is on the GPU; ``is_complete`` once all of it is on its way there."""
 
     chunk: ChunkKV
-    whole: bool = False
+    is_complete: bool = False
 
     @property
     def kv(self) -> torch.Tensor:
@@ -42,16 +42,16 @@ class DeviceCache:
                 self._held.move_to_end(key)
             return self._held.get(key)
 
-    def whole(self, key: str) -> ChunkKV | None:
+    def complete(self, key: str) -> ChunkKV | None:
         """The chunk under ``key`` if no other needs to be read for it; from any thread."""
         # Without the lock, which a transfer may hold while it evicts: one look-up in a dictionary
         # is atomic.
         held = self._held.get(key)
-        return held.chunk if held is not None and held.whole else None
+        return held.chunk if held is not None and held.is_complete else None
 
     def room(self, key: str, chunk: ChunkKV) -> CachedChunk | None:
         """Memory to fill with ``chunk``, in place of what was unused for longest; None where it is
-        larger than the whole cache. Who fills it sets ``whole``.
+        larger than the whole cache. Who fills it sets ``is_complete``.
         """
         if chunk.nbytes > self.capacity:
             return None
@@ -67,7 +67,7 @@ class DeviceCache:
 
     def give_up(self, key: str, filled: CachedChunk) -> None:
         """``filled`` will never be whole, if it is not yet."""
-        if not filled.whole and self._held.get(key) is filled:
+        if not filled.is_complete and self._held.get(key) is filled:
             self.discard(key)
 
     def discard(self, key: str) -> None:

@@ -104,7 +104,7 @@ class BlendExecutor(ABC):
         """
 
     @abstractmethod
-    def place_through(self, index: int) -> None:
+    def scatter_through(self, index: int) -> None:
         """See that the stored KV of layers 0 to ``index`` is in the paged cache, re-rotated."""
 
     def give_up(self) -> None:  # noqa: B027 - most fill nothing
@@ -133,7 +133,7 @@ class BlendExecutor(ABC):
             reused ones, on this rank's heads; 0 for tokens behind the plan's end.
         """
         at = torch.arange(self.region.asked, device=self.device)
-        self.place_through(check)  # starts a transfer, which small uploads must come before
+        self.scatter_through(check)  # starts a transfer, which small uploads must come before
         k, v = fresh_kv(self.handle, self.ids_E[at], check + 1, most_tokens)[check]
         cached_k, cached_v = self._reused(check, at)
         distance = key_deviation(k, cached_k)
@@ -154,7 +154,9 @@ class BlendExecutor(ABC):
         """
 
     @abstractmethod
-    def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
+    def propagator(
+        self, tile: torch.Tensor
+    ) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
         """What is done at each layer of a forward that computes the tokens at ``tile`` (int64
         positions on the device, ascending), with the layer's number and their fresh K and V, before
         these are written; None where no other token is moved.
@@ -169,8 +171,8 @@ class BlendExecutor(ABC):
                 self._cache,
                 torch.tensor(self._blocks),
                 tile.cpu(),
-                before=self.place_through,
-                fresh=self.mover(tile),
+                before=self.scatter_through,
+                fresh=self.propagator(tile),
             )
             self.handle.run(step, self.ids_E[tile], tile)
 

@@ -25,14 +25,14 @@ class ExecutorFactory:
     def __call__(self, region: Region) -> BlendExecutor:
         return TorchExecutor(region, self._handle, self._rope, self._cache)
 
-    def expect(self, sources: Mapping[str, ChunkKV]) -> None:
+    def stage(self, sources: Mapping[str, ChunkKV]) -> None:
         """Begin to bring the chunks of a request whose executor is not made yet, if that helps."""
 
     def costs(self) -> dict[str, float]:
         """Measured seconds, see ``cacheblend_rag.costs.Costs``; empty where none were measured."""
         return {}
 
-    def held(self, key: str) -> ChunkKV | None:
+    def resident(self, key: str) -> ChunkKV | None:
         """The chunk, if a copy is at hand and the store need not be read; from any thread."""
         return None
 

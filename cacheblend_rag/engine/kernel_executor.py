@@ -27,7 +27,7 @@ from cacheblend_rag.engine.executors import ExecutorFactory
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import QuestionGraphs
 from cacheblend_rag.engine.isolated import prefill_seconds
-from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, Moving, QuestionPass
+from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, PropagationHook, QuestionPass
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.engine.upload import upload
@@ -175,7 +175,7 @@ class KernelExecutor(BlendExecutor):
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
         """All blocks are there from the start, so all is placed at once."""
 
-    def place_through(self, index: int) -> None:
+    def scatter_through(self, index: int) -> None:
         while self._placed <= index:
             # All layers that came together are placed by one launch: launches cost more than the
             # layers.
@@ -222,7 +222,7 @@ class KernelExecutor(BlendExecutor):
         # Graphs are captured without a mask of known tokens. Where a chunk is missing, the pass
         # runs as it is.
         if known.all():
-            here, before = self._question_view(0), self.place_through
+            here, before = self._question_view(0), self.scatter_through
             score = self._graphs.ask(ids, at, slots, asking, key_position, keep, here, before)
             if score is not None:
                 return F.pad(score, (0, beyond))
@@ -230,7 +230,7 @@ class KernelExecutor(BlendExecutor):
         by_head = torch.zeros(self.view(0).k_BSGD.shape[2], region.asked, device=self.device)
         step = QuestionPass(
             self.handle, self._question_view, at, slots, asking, key_position, known_A, by_head,
-            keep, before=self.place_through,
+            keep, before=self.scatter_through,
         )  # fmt: skip
         self.handle.run(step, ids, at)
         return F.pad(by_head.sum(0), (0, beyond))
@@ -247,14 +247,16 @@ class KernelExecutor(BlendExecutor):
         # search.
         before = torch.zeros(self.region.end + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(chosen_E, 0, dtype=torch.int32, out=before[1:])
-        moving_E = chunk_E.masked_fill(chosen_E, -1)
+        reused_E = chunk_E.masked_fill(chosen_E, -1)
         none_2 = torch.zeros(2, dtype=torch.int32, device=self.device)
         propagation_length_1 = torch.full((1,), float(propagation_length), device=self.device)
         self._propagation = Propagation(
-            moving_E, chosen, chunk_E[chosen], before, none_2, propagation_length_1
+            reused_E, chosen, chunk_E[chosen], before, none_2, propagation_length_1
         )
 
-    def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
+    def propagator(
+        self, tile: torch.Tensor
+    ) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
         self._transfer.resume(self._placed)  # nothing of the step waits for an upload any more
         if self._propagation is None:
             return None
@@ -264,8 +266,8 @@ class KernelExecutor(BlendExecutor):
         # Filled on the device, not copied from the host, which would wait.
         propagation.pass_2[:1].fill_(self._computed)
         self._computed += len(tile)
-        moving = Moving(propagation, self.rope)
-        return lambda index, k, v: moving(index, self.view(index), k, v)
+        hook = PropagationHook(propagation, self.rope)
+        return lambda index, k, v: hook(index, self.view(index), k, v)
 
 
 class KernelExecutorFactory(ExecutorFactory):
@@ -315,9 +317,9 @@ class KernelExecutorFactory(ExecutorFactory):
             self._graphs,
         )
 
-    def expect(self, sources: Mapping[str, ChunkKV]) -> None:
+    def stage(self, sources: Mapping[str, ChunkKV]) -> None:
         with torch.inference_mode():  # as everything that writes the same memory
-            self._staging.expect(sources)
+            self._staging.stage(sources)
 
     def costs(self) -> dict[str, float]:
         ask = self._graphs.seconds(64)
@@ -332,8 +334,8 @@ class KernelExecutorFactory(ExecutorFactory):
             "load_s": self._staging.seconds_per_byte() * self._kernels.bytes_per_token,
         }
 
-    def held(self, key: str) -> ChunkKV | None:
-        return self._device_cache.whole(key)
+    def resident(self, key: str) -> ChunkKV | None:
+        return self._device_cache.complete(key)
 
     def forget(self, key: str) -> None:
         self._device_cache.discard(key)

@@ -24,7 +24,7 @@ NEVER = 1 << 30  # position of a key that no row may see
 View = Callable[[int], PagedKV]
 
 
-class Moving(NamedTuple):
+class PropagationHook(NamedTuple):
     """What a forward does to the reused tokens around those it computes."""
 
     propagation: Propagation

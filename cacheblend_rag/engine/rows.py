@@ -46,7 +46,7 @@ from cacheblend_rag.undo import logging_failures, on_failure
 _KEEP_CAUSES = 1024
 logger = init_logger("vllm.cacheblend_rag")
 
-Mover = Callable[[int, torch.Tensor, torch.Tensor], None]
+Propagator = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class Scheduled(NamedTuple):
@@ -319,7 +319,7 @@ class StepRows:
             with on_failure(executor.give_up):
                 executor.open(task.blocks, task.write_from, placed)
                 self.blender.recompute(executor, positions[:spare].device)
-                executor.place_through(self.handle.num_layers - 1)
+                executor.scatter_through(self.handle.num_layers - 1)
         blocks = list(task.blocks)
         return _Blend(task, outcome, positions[spare:], executor, placed, proof, None, blocks)
 
@@ -358,7 +358,7 @@ class StepRows:
                 part.place, order.index(part.name), ids, part.positions.device, context
             )
         context.attn_metadata = self._metadata(parts, order, batch, context)
-        moves = [(part, part.executor.mover(part.positions.device)) for part in parts]
+        moves = [(part, part.executor.propagator(part.positions.device)) for part in parts]
         layers = self.handle.attention
         # A copy with other layers, for this step only. The runner makes a new context for the next
         # one, so nothing has to be undone, whatever happens in the forward.
@@ -424,7 +424,7 @@ class StepRows:
                 # what is placed there.
                 self._tensors.write_nothing(slice(first[name], first[name] + others))
             # No layer of a graph asks for its stored KV, so all of it is placed before.
-            blend.executor.place_through(self.handle.num_layers - 1)
+            blend.executor.scatter_through(self.handle.num_layers - 1)
 
 
 class _StepImpl(ProxyImpl):
@@ -434,7 +434,7 @@ class _StepImpl(ProxyImpl):
         self,
         layer: Any,
         index: int,
-        moves: list[tuple[_Part, Mover | None]],
+        moves: list[tuple[_Part, Propagator | None]],
         losing: Callable[[_Blend], AbstractContextManager[None]],
         is_last: bool,
     ) -> None:
@@ -459,7 +459,7 @@ class _StepImpl(ProxyImpl):
             if part.blend.why_not is not None:
                 continue  # it was lost at a layer below
             with self._losing(part.blend):
-                part.executor.place_through(self._index)
+                part.executor.scatter_through(self._index)
                 if move is not None:
                     move(self._index, key[part.place], value[part.place])
             if part.blend.proof is not None and self._is_last:

@@ -48,7 +48,7 @@ class Staging:
         self._idle: list[Buffers] = []
         self._expected: tuple[dict[str, ChunkKV], Transfer] | None = None
 
-    def expect(self, sources: Mapping[str, ChunkKV]) -> None:
+    def stage(self, sources: Mapping[str, ChunkKV]) -> None:
         """Start the transfer that ``begin`` will be asked for next; in vain if it is another."""
         self._forget()
         self._expected = dict(sources), Transfer(self, sources)
@@ -144,7 +144,7 @@ class Transfer:
                     self._filling.append((key, cached, chunk))
             # Its KV is on its way for another request, by events that this one does not know. To
             # copy it a second time costs less than to order the two.
-            elif not cached.whole:
+            elif not cached.is_complete:
                 cached = None  # another request's transfer is not through
             if cached is None:
                 passing.append((i, chunk))
@@ -153,12 +153,12 @@ class Transfer:
             self.address_LS[:, i] = cached.kv.data_ptr() + layers * (chunk.nbytes // num_layers)
         if self._filling:  # their memory may still be read by what was queued before
             staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
-        moving = [chunk for _, chunk in passing] + [chunk for _, _, chunk in self._filling]
-        a_layer = sum(chunk.nbytes for chunk in moving) // num_layers
+        copied = [chunk for _, chunk in passing] + [chunk for _, _, chunk in self._filling]
+        a_layer = sum(chunk.nbytes for chunk in copied) // num_layers
         # A copy of few bytes does not reach the bus's speed, and a copy of many keeps the first
         # layer waiting.
         self._group = max(1, min(_GROUP_BYTES // max(1, a_layer), num_layers))
-        self._num_groups = -(-num_layers // self._group) if moving else 0
+        self._num_groups = -(-num_layers // self._group) if copied else 0
         offset = 0
         for i, chunk in passing:
             step = chunk.nbytes // num_layers
@@ -215,7 +215,7 @@ class Transfer:
         if layers.stop == self._staging.num_layers:
             # Whole on the computing stream's clock: whoever reads it next is queued behind this.
             for _, cached, _ in self._filling:
-                cached.whole = True
+                cached.is_complete = True
             if self._buffers is not None:
                 self._staging.give_back(self._buffers)
                 self._buffers = None

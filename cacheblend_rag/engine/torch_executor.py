@@ -72,7 +72,7 @@ class TorchExecutor(BlendExecutor):
             moved = self._correction.moved_N
             self._moved_slots = self._cache.slots(table, moved[moved < high].cpu())
 
-    def place_through(self, index: int) -> None:
+    def scatter_through(self, index: int) -> None:
         while self._placed <= index:
             # Holes are written as well, as zeros: their tokens are rows of this step or a later
             # one, which overwrite them before anybody reads there.
@@ -98,7 +98,9 @@ class TorchExecutor(BlendExecutor):
     ) -> None:
         self._correction = Correction(self, candidate_E, chosen, propagation_length)
 
-    def mover(self, tile: torch.Tensor) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
+    def propagator(
+        self, tile: torch.Tensor
+    ) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
         return functools.partial(self._move, tile) if self._correction else None
 
     def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:

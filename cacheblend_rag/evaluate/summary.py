@@ -33,10 +33,11 @@ class Scores:
     """One answer's.
 
     Attributes:
-        quality: F1 for questions, Rouge-L for summaries, against the gold answers; exact: exact
-            match; both None without a gold answer.
+        quality: F1 for questions, Rouge-L for summaries, against the gold answers; None
+            where there is none.
+        exact: whether it equals a gold answer; None where there is none.
         agree: the same measure against the full prefill's answer.
-        flip: 1 where that differs after normalisation.
+        changed: 1 where that differs after normalisation.
         kl: KL(full prefill || this), mean over the tokens of its answer, nats; None for ``full``.
         top1: share of these tokens where both find the same token most likely.
         ratio: recomputed of all tokens that came from chunks; None where that is not known.

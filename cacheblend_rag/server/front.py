@@ -37,7 +37,7 @@ class Front(CacheBlend):
     def of(cls, engine: ClientEngine, config: BlendConfig) -> Front:
         """That of the server's own namespace."""
         has_scheduler = bool(engine.state["has_scheduler"])
-        return cls.around(
+        return cls.from_engine(
             engine, config, engine.model_check(), engine.space, has_scheduler=has_scheduler
         )
 

@@ -93,7 +93,8 @@ def scattered_attention(
             ek.stride(0), ev.stride(0), window or 0,
             SIZE=size, SHARE=share, HEADS=heads, DIM=dim, BLOCK_D=triton.next_power_of_2(dim),
             SOFTCAP=softcap > 0, WINDOW=window is not None, KNOWN=known_N is not None,
-            EXTRA=num_extra > 0, BLOCK_M=block_m, BLOCK_N=_KEYS, NEAR=_is_near(k) and _is_near(v),
+            EXTRA=num_extra > 0, BLOCK_M=block_m, BLOCK_N=_KEYS,
+            FITS_32_BITS=_fits_32_bits(k) and _fits_32_bits(v),
             WITHOUT_LAST=part == _WITHOUT_LAST, ONLY_LAST=part == _ONLY_LAST, LAST=_LAST,
             num_warps=8 if block_m == 128 else 4, num_stages=3,
         )  # fmt: skip
@@ -200,7 +201,7 @@ def question_scores(
     )  # fmt: skip
 
 
-def _is_near(cache_BSGD: torch.Tensor) -> bool:
+def _fits_32_bits(cache_BSGD: torch.Tensor) -> bool:
     """Whether 32 bits tell where an element lies: half the registers, and those are scarce."""
     spans = ((n - 1) * step for n, step in zip(cache_BSGD.shape, cache_BSGD.stride(), strict=True))
     return sum(spans) < 1 << 31
@@ -238,7 +239,7 @@ def _attention_kernel(
     k_block, k_place, k_head, v_block, v_place, v_head, ek_row, ev_row, window,
     SIZE: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KNOWN: tl.constexpr,
-    EXTRA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEAR: tl.constexpr,
+    EXTRA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FITS_32_BITS: tl.constexpr,
     WITHOUT_LAST: tl.constexpr, ONLY_LAST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     splits, context = tl.num_programs(2), tl.load(length)
@@ -290,7 +291,7 @@ def _attention_kernel(
     ahead = tl.load(table + (begin + n) // SIZE, mask=begin + n < plain, other=0)
     for start in range(begin, plain, BLOCK_N):
         j = start + n
-        block = ahead if NEAR else ahead.to(tl.int64)
+        block = ahead if FITS_32_BITS else ahead.to(tl.int64)
         # a step starts at a multiple of BLOCK_N
         inside = n % SIZE if BLOCK_N % SIZE == 0 else j % SIZE
         k_at = (k + g * k_head) + ((block * k_block + inside * k_place)[None] + d[:, None])
@@ -312,7 +313,7 @@ def _attention_kernel(
     for start in range(plain, end, BLOCK_N):
         j = start + n
         there = j < end
-        block = ahead if NEAR else ahead.to(tl.int64)
+        block = ahead if FITS_32_BITS else ahead.to(tl.int64)
         inside = n % SIZE if BLOCK_N % SIZE == 0 else j % SIZE
         see = (j[None] <= at[:, None]) & there[None] & live[:, None]
         if WINDOW:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from cacheblend_kernels.paged import PagedKV, Propagation, check_cache, has_whole_rows
-from cacheblend_kernels.reference import FAR
+from cacheblend_kernels.reference import CUTOFF
 
 _TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
@@ -58,7 +58,7 @@ def propagate(
         SIZE=size, GROUPS=groups, DIM=dim, PAIRS=pairs, NEOX=is_neox,
         BLOCK_P=max(16, triton.next_power_of_2(pairs)),
         BLOCK_D=max(16, triton.next_power_of_2(dim)), REST=2 * pairs < dim, BLOCK_N=_TOKENS,
-        BLOCK_R=_ROWS, FAR=FAR, num_warps=4,
+        BLOCK_R=_ROWS, CUTOFF=CUTOFF, num_warps=4,
     )  # fmt: skip
 
 
@@ -68,13 +68,13 @@ def _propagate_kernel(
     v, cos, sin, length, k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CUTOFF: tl.constexpr,
 ):  # fmt: skip
     context, g = tl.load(length), tl.program_id(1)
     first, rows = tl.load(pass_2), tl.load(pass_2 + 1)
     propagation_length = tl.load(propagation_length_1)
     far, nearness = (
-        (FAR * propagation_length).to(tl.int32),
+        (CUTOFF * propagation_length).to(tl.int32),
         1.4426950408889634 / propagation_length,
     )  # log2(e): exp2 below
     kind: tl.constexpr = k.dtype.element_ty
@@ -108,7 +108,7 @@ def _propagate_kernel(
             near = (
                 (mine[:, None] == theirs[None])
                 & moves[:, None]
-                & (distance <= FAR * propagation_length)
+                & (distance <= CUTOFF * propagation_length)
             )
             weight = tl.where(near, tl.exp2(-distance * nearness), 0.0)
             # of all passes, later ones too: each pass adds its own part of the same mean

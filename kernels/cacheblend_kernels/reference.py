@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from cacheblend_kernels.paged import PagedKV, Propagation
 
-FAR = 4  # propagation lengths: a token's weight would be below 1/50 there, and is nothing
+CUTOFF = 4  # propagation lengths: a token's weight would be below 1/50 there, and is nothing
 _LOGITS = 1 << 26  # attention logits held at once, float32
 
 
@@ -61,16 +61,16 @@ def nearness(
     same_chunk_NR: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weight of each of R tokens for each of N: ``exp(-distance / propagation_length)``, over 1
-    plus their sum, so that few and far ones weigh little; nothing beyond ``FAR`` propagation
+    plus their sum, so that few and far ones weigh little; nothing beyond ``CUTOFF`` propagation
     lengths, and where they are of different chunks.
 
     Returns:
         float32 [N, R].
     """
     distance_NR = (position_N[:, None] - position_R[None]).abs().float()
-    # cut off at FAR: the kernel then looks at a bounded run of recomputed tokens
+    # cut off at CUTOFF: the kernel then looks at a bounded run of recomputed tokens
     weight_NR = torch.exp(-distance_NR / propagation_length) * (
-        distance_NR <= FAR * propagation_length
+        distance_NR <= CUTOFF * propagation_length
     )
     if same_chunk_NR is not None:
         weight_NR = weight_NR * same_chunk_NR

@@ -467,13 +467,13 @@ def test_what_cannot_be_computed_raises(blend: CacheBlend, monkeypatch: pytest.M
     assert_same(good, again)
 
 
-@pytest.mark.parametrize("where", ["place_through", "mover"])
+@pytest.mark.parametrize("where", ["scatter_through", "propagator"])
 def test_a_blend_that_fails_within_the_step_raises(
     blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """The other requests of the step are answered."""
     good, plain = alone(blend, BLENDS[0]), alone(blend, PLAINS[0], mode="off")
-    kind, rest = lane_class(blend), blend._prepare(PLAINS[0], {**SAMPLING, "mode": "off"})
+    kind, rest = executor_class(blend), blend._prepare(PLAINS[0], {**SAMPLING, "mode": "off"})
     engine = blend._engine._llm.llm_engine  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
         patch.setattr(kind, where, no_memory)
@@ -526,7 +526,7 @@ def fill(blender: Blender, task: BlendTask, value: float) -> None:
         blender.handle.write(index, k, v, slots)
 
 
-def lane_class(blend: CacheBlend) -> type[BlendExecutor]:
+def executor_class(blend: CacheBlend) -> type[BlendExecutor]:
     """Whose executors this engine takes."""
     if connector(blend).blender._executors.reason:
         return TorchExecutor

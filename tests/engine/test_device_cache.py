@@ -20,17 +20,17 @@ def test_what_is_whole_is_handed_out_and_the_longest_unused_leaves() -> None:
     device_cache = DeviceCache(a.nbytes + b.nbytes, torch.device("cpu"))
     held = device_cache.room("a", a)
     assert held is not None and device_cache.get("a") is held
-    assert device_cache.whole("a") is None, "its transfer is not through"
+    assert device_cache.complete("a") is None, "its transfer is not through"
     held.kv.copy_(a.kv_L2NHD)
-    held.whole = True
-    kept = device_cache.whole("a")
+    held.is_complete = True
+    kept = device_cache.complete("a")
     assert kept is not None and (kept.token_ids, kept.base) == (a.token_ids, 7)
     assert torch.equal(kept.kv_L2NHD, a.kv_L2NHD) and kept.kv_L2NHD is not a.kv_L2NHD
     assert device_cache.room("b", b) is not None
     device_cache.get("a")
     assert device_cache.room("c", c) is not None
-    assert device_cache.whole("a") is not None and device_cache.get("b") is None
+    assert device_cache.complete("a") is not None and device_cache.get("b") is None
     device_cache.discard("a")
-    assert device_cache.whole("a") is None and device_cache.nbytes == c.nbytes
+    assert device_cache.complete("a") is None and device_cache.nbytes == c.nbytes
     assert torch.equal(kept.kv_L2NHD, a.kv_L2NHD), "who has it keeps it"
     assert device_cache.room("d", chunk(11)) is None

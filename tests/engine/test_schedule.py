@@ -117,7 +117,7 @@ def test_another_engine_of_this_process_is_not_asked(claims: Claims) -> None:
         def consider(self, plan: Plan) -> Any:
             return None, set()
 
-        def is_near(self, plan: Plan) -> bool:
+        def is_fast(self, plan: Plan) -> bool:
             return False
 
         def fetch(self, *args: Any) -> None:

@@ -34,7 +34,7 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
             ({"a": a}, {"a": chunk(300)}),
         ):
             device_cache.discard("a")
-            staging.expect(ahead)
+            staging.stage(ahead)
             assert staging._expected is not None
             begun = staging._expected[1]
             transfer = staging.begin(wanted)
@@ -44,8 +44,8 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
             for key in (*ahead, *wanted):
                 device_cache.discard(key)
             assert arrived(transfer, wanted)
-        staging.expect({"a": a})
-        staging.expect({"b": b})
+        staging.stage({"a": a})
+        staging.stage({"b": b})
         assert device_cache.get("a") is None, "what was given up does not stay half filled"
 
 

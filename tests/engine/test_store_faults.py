@@ -287,7 +287,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
         alone = [asked(blend, ids) for ids in asking]
         blender = get_kv_transfer_group().blender
         store, ahead = blender.store, []
-        monkeypatch.setattr(blender._executors, "expect", ahead.append)
+        monkeypatch.setattr(blender._executors, "stage", ahead.append)
         reads = store.stats().hits
         again = asked(blend, (5, *asking[0][1:]))
         keys = {s.key for s in again.report.segments if s.kind == "reused"}
@@ -304,7 +304,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
         def fails(sources: object) -> None:
             raise RuntimeError("no memory left")
 
-        monkeypatch.setattr(blender._executors, "expect", fails)
+        monkeypatch.setattr(blender._executors, "stage", fails)
         assert asked(blend, (6, *asking[0][1:])).report.blended
         store.discard(next(iter(keys)))
         assert asked(blend, (7, *asking[0][1:])).report.blended, "less is there, and not ahead"

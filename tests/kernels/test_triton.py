@@ -248,7 +248,7 @@ def test_a_cache_too_large_for_32_bits(size: int, monkeypatch: pytest.MonkeyPatc
     q = torch.randn(len(positions), 4, 64, device=DEVICE)
     near, far = torch.empty_like(q), torch.empty_like(q)
     scattered_attention(q, positions, cache, near, scale=0.1)
-    monkeypatch.setattr("cacheblend_kernels.attention._is_near", lambda cache: False)
+    monkeypatch.setattr("cacheblend_kernels.attention._fits_32_bits", lambda cache: False)
     scattered_attention(q, positions, cache, far, scale=0.1)
     assert torch.equal(near, far)
     expected, _ = twin_of(

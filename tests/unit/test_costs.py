@@ -35,7 +35,7 @@ def test_long_contexts_are_blended_and_short_ones_are_not() -> None:
 
 def test_copying_runs_beside_computing() -> None:
     """The longer of the two counts, not both."""
-    made = far_plan(0.5)  # half of 6,144 tokens is computed, all are copied
+    made = slow_plan(0.5)  # half of 6,144 tokens is computed, all are copied
     costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0.5e-3, blend_s=0.25)
     assert costs.blend(made) == pytest.approx(0.25 + 3.072)
     assert costs._replace(load_s=1e-3).blend(made) == pytest.approx(0.25 + 6.144)
@@ -47,14 +47,14 @@ def test_a_blend_has_to_be_predicted_clearly_quicker(share: float, is_worth_it: 
     """Predictions of short prompts are off by a seventh: less than that is no gain to count on,
     while a blend that is predicted a fifth quicker is one.
     """
-    made = far_plan(0.0)
+    made = slow_plan(0.0)
     costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=share * 6.144)
     assert (costs.refusal(made) is None) == is_worth_it
 
 
 def test_a_refusal_says_what_was_predicted() -> None:
     costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=6.144)
-    refusal = costs.refusal(far_plan(0.25))
+    refusal = costs.refusal(slow_plan(0.25))
     assert refusal is not None and refusal.detail == (
         "a plain prefill is as quick here: 6144.0 ms predicted for 6144 tokens, a blend 7680.0 ms "
         "(blend_if='always' blends all the same)"
@@ -63,17 +63,17 @@ def test_a_refusal_says_what_was_predicted() -> None:
 
 def test_fresh_tokens_are_computed() -> None:
     segments = (Segment(0, 1024), Segment(1024, 2048, "k", 0, Kind.REUSE))
-    made = replace(far_plan(0.0), segments=segments)
+    made = replace(slow_plan(0.0), segments=segments)
     costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=0)
     assert costs.blend(made) == pytest.approx(1.024)
 
 
 def test_a_chunk_that_stands_twice_is_fetched_once() -> None:
     twice = (Segment(0, 100, "k", 0, Kind.REUSE), Segment(100, 150, "k", 0, Kind.REUSE))
-    made = replace(far_plan(0.0), segments=twice)
+    made = replace(slow_plan(0.0), segments=twice)
     costs = Costs(prefill_s=1.0, recompute_s=1.0, load_s=0, blend_s=0)
-    assert costs.too_far(made, {"k": 149.0}) == set()
-    assert costs.too_far(made, {"k": 150.0}) == {"k"}  # as quick to compute, which is exact
+    assert costs.too_slow(made, {"k": 149.0}) == set()
+    assert costs.too_slow(made, {"k": 150.0}) == {"k"}  # as quick to compute, which is exact
 
 
 def test_slow_loading_refuses_what_fast_loading_does_not() -> None:
@@ -112,7 +112,7 @@ def fetch_s(num_chunks: int, bandwidth: float) -> dict[str, float]:
     return {key_of(i): 1024 * KV_BYTES / bandwidth for i in range(num_chunks)}
 
 
-def far_plan(ratio: float = 0.15) -> Plan:
+def slow_plan(ratio: float = 0.15) -> Plan:
     """Six chunks, each under a key of its own."""
     segments = tuple(Segment(i * 1024, (i + 1) * 1024, key_of(i), 0, Kind.REUSE) for i in range(6))
     return Plan(
@@ -126,9 +126,9 @@ def far_plan(ratio: float = 0.15) -> Plan:
 
 def test_a_store_slower_than_a_prefill_is_refused_with_the_reason() -> None:
     slow = fetch_s(6, 0.5e9)  # 268 ms a chunk that a prefill computes in 25 ms
-    assert H100.refusal(far_plan()) is None
-    assert H100.too_far(far_plan(), slow) == slow.keys()
-    refusal = H100.refusal(far_plan(), slow)
+    assert H100.refusal(slow_plan()) is None
+    assert H100.too_slow(slow_plan(), slow) == slow.keys()
+    refusal = H100.refusal(slow_plan(), slow)
     assert refusal is not None and refusal.reason is Reason.PREFILL_AS_QUICK
     assert "6 chunks are not in memory, fetching them takes 1611 ms" in refusal.detail
     assert "147.5 ms predicted" in refusal.detail
@@ -136,28 +136,28 @@ def test_a_store_slower_than_a_prefill_is_refused_with_the_reason() -> None:
 
 def test_a_fast_store_is_worth_it() -> None:
     fast = fetch_s(6, 20e9)  # 6.7 ms a chunk
-    assert H100.refusal(far_plan(), fast) is None
-    assert H100.too_far(far_plan(), fast) == set()
+    assert H100.refusal(slow_plan(), fast) is None
+    assert H100.too_slow(slow_plan(), fast) == set()
 
 
 def test_fetching_adds_to_what_a_blend_costs() -> None:
     near_the_edge = fetch_s(6, 7.1e9)  # 19 ms a chunk, less than it takes to compute
-    assert H100.too_far(far_plan(), near_the_edge) == set()
-    refusal = H100.refusal(far_plan(), near_the_edge)
+    assert H100.too_slow(slow_plan(), near_the_edge) == set()
+    refusal = H100.refusal(slow_plan(), near_the_edge)
     assert refusal is not None and "fetching them takes" in refusal.detail
 
 
 def test_only_what_is_far_is_computed() -> None:
     one = dict(list(fetch_s(6, 0.5e9).items())[:1])
-    assert H100.too_far(far_plan(), one) == one.keys()
-    assert H100.refusal(far_plan(), one) is None  # five chunks in memory are still worth it
+    assert H100.too_slow(slow_plan(), one) == one.keys()
+    assert H100.refusal(slow_plan(), one) is None  # five chunks in memory are still worth it
 
 
 def test_the_more_is_recomputed_the_less_is_worth_fetching() -> None:
     chunks = fetch_s(6, 10e9)
-    assert H100.too_far(far_plan(0.1), chunks) == set()
-    assert H100.too_far(far_plan(0.9), chunks) == chunks.keys()
-    assert H100.too_far(far_plan(1.0), chunks) == chunks.keys()
+    assert H100.too_slow(slow_plan(0.1), chunks) == set()
+    assert H100.too_slow(slow_plan(0.9), chunks) == chunks.keys()
+    assert H100.too_slow(slow_plan(1.0), chunks) == chunks.keys()
 
 
 def test_a_plan_tells_the_engine_whether_costs_matter() -> None:

@@ -1,6 +1,7 @@
 """The longest gap of streams while a server ingests, against a decode step.
 
-    python benchmarks/ingest_beside.py [--model DIR] [--streams 2] [--tokens 120] [--chunks 40]
+    python benchmarks/ingest_while_answering.py [--model DIR] [--streams 2]
+        [--tokens 120] [--chunks 40]
 
 Starts `cacheblend serve`, streams answers, and ingests chunks of 512 tokens meanwhile. The aim is a
 gap of two steps at most.
@@ -53,7 +54,7 @@ def gaps(server: LiveServer, streams: int, tokens: int) -> list[float]:
     return found
 
 
-def told(name: str, found: list[float]) -> None:
+def row(name: str, found: list[float]) -> None:
     """One line."""
     ordered = sorted(found)
     parts = [statistics.median(ordered), ordered[int(len(ordered) * 0.99)], ordered[-1]]
@@ -82,10 +83,10 @@ def measure(server: LiveServer, args: argparse.Namespace) -> None:
     """Alone, and beside an ingestion; then the ingestion alone."""
     gaps(server, args.streams, 20)
     print("ms".ljust(20), *(name.rjust(9) for name in ("median", "99 %", "longest")))
-    told("alone", gaps(server, args.streams, args.tokens))
+    row("alone", gaps(server, args.streams, args.tokens))
     chunks = [passage(n) for n in range(2 * args.chunks)]
     name = server.ask("POST", "/ingestions", json={"chunks": chunks[: args.chunks]})["id"]
-    told("beside an ingestion", gaps(server, args.streams, args.tokens))
+    row("with an ingestion", gaps(server, args.streams, args.tokens))
     job = server.ask("GET", f"/ingestions/{name}")
     print(f"ingested meanwhile: {job['tokens']} tokens; {job['status']}")
     server.ended(name, 300)
