@@ -40,7 +40,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,6 +246,12 @@ class Asker:
         return time.perf_counter() - start, output.num_cached_tokens
 
 
+def modes_of(ratios: Sequence[float]) -> dict[str, Mode]:
+    modes = {f"lmcache {ratio:g}": Mode(ratio) for ratio in ratios}
+    modes[f"lmcache {ratios[0]:g} as shipped"] = Mode(ratios[0], tuned=False)
+    return {**modes, "miss": Mode(None)}
+
+
 def lmcache(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -281,9 +287,7 @@ def lmcache(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     assert watch.read_back, "vLLM's cache does not hold what was written to it"
     assert watch.distance < TOLERANCE, f"reused K is {watch.distance:.3f} from fresh K"
 
-    modes = {f"lmcache {ratio:g}": Mode(ratio) for ratio in args.ratios}
-    modes[f"lmcache {args.ratios[0]:g} as shipped"] = Mode(args.ratios[0], tuned=False)
-    modes["miss"] = Mode(None)
+    modes = modes_of(args.ratios)
     rows: dict[str, list[Row]] = {name: [] for name in modes}
     for turn in range(args.rounds + 1):  # the first warms up
         asker.shuffle()

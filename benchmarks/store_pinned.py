@@ -54,12 +54,16 @@ def copy_by_layers(chunks: Sequence[torch.Tensor], targets: Sequence[torch.Tenso
             there.copy_(kv_L2NHD[first : first + group], non_blocking=True)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=30)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     has_gpu = torch.cuda.is_available()
     device, name = "cpu", "no GPU"
     if has_gpu:
@@ -100,7 +104,15 @@ def main() -> None:
         copy_by_layers(found, targets)
 
     rivals = {PLAIN: from_plain, TIER: from_store, LOOSE: lambda: copy_by_layers(loose, targets)}
-    taken = rounds_of(rivals, args.rounds, wait)
+    show(rounds_of(rivals, args.rounds, wait), nbytes)
+    for target in targets:
+        target.fill_(-1)
+    from_store()
+    wait()
+    assert all(bool((target == n).all()) for n, target in enumerate(targets))
+
+
+def show(taken: dict[str, list[float]], nbytes: int) -> None:
     medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
     for title, seconds in medians.items():
         low, high = min(taken[title]), max(taken[title])
@@ -108,11 +120,6 @@ def main() -> None:
         spread = f"{nbytes / high / 1e9:.1f} to {nbytes / low / 1e9:.1f}"
         print(f"{title:28} median {rate:6.2f} GB/s ({spread})  {share:.1%} of {PLAIN!r}")
 
-    for target in targets:
-        target.fill_(-1)
-    from_store()
-    wait()
-    assert all(bool((target == n).all()) for n, target in enumerate(targets))
     paired = [a / b for a, b in zip(taken[PLAIN], taken[TIER], strict=True)]
     print(f"ratio of medians {medians[PLAIN] / medians[TIER]:.3f}", end=", ")
     print(f"median of the rounds' ratios {statistics.median(paired):.3f} (aim: 0.9)")

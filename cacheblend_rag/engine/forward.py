@@ -312,7 +312,7 @@ class ModelHandle:
                     intermediate_tensors=None,
                     inputs_embeds=None,
                 )
-        except _StopForward:
+        except _StopForward:  # where it was to end
             pass
 
     def write(

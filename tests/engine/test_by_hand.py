@@ -236,6 +236,19 @@ def test_with_a_worker_in_another_process(
         server.close()
 
 
+def stock_server(model: Path, store: Path, port: int) -> list[str]:
+    connector = {
+        "kv_connector": "CacheBlendConnector",
+        "kv_connector_module_path": "cacheblend_rag.engine.connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"store": str(store)},
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", "m", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "2048", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
+    return [*command, "--kv-transfer-config", json.dumps(connector)]
+
+
 @pytest.mark.slow
 def test_a_stock_client_of_a_stock_server(embedded: Path, tmp_path: Path) -> None:
     """vLLM's server as docs/serving.md starts it, and the openai package."""
@@ -252,22 +265,12 @@ def test_a_stock_client_of_a_stock_server(embedded: Path, tmp_path: Path) -> Non
     options = {"dtype": "float32", "max_model_len": 2048}
     with CacheBlend(embedded, config=BlendConfig(store=str(store)), **options) as blend:
         blend.ingest(chunks[:3], progress=False)
-    connector = {
-        "kv_connector": "CacheBlendConnector",
-        "kv_connector_module_path": "cacheblend_rag.engine.connector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"store": str(store)},
-    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(embedded)]
-    command += ["--served-model-name", "m", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "2048", "--enforce-eager", "--gpu-memory-utilization", "0.3"]
-    command += ["--kv-transfer-config", json.dumps(connector)]
     with (
         (tmp_path / "log").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=log) as server,
+        subprocess.Popen(stock_server(embedded, store, port), stdout=log, stderr=log) as server,
     ):
         try:
             client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)

@@ -113,6 +113,15 @@ class FakeEngine(Engine):
                 return [None]
             case "costs", _:
                 return [{}]  # not measured
+            case "outcome", [_, True]:
+                return [{"selected": [3, 4]}]
+            case "outcome", [name]:
+                return [self.outcomes.get(name, {})]
+            case _:
+                return self._notes_rpc(method, *args)
+
+    def _notes_rpc(self, method: str, *args: Any) -> list[Any]:
+        match method.removeprefix("cacheblend_"), args:
             case "prefetch", [keys]:
                 self.prefetched += keys
                 return [None]
@@ -129,10 +138,6 @@ class FakeEngine(Engine):
                 return [[[(0.25, True), (0.5, False)] for _ in prompts]]
             case "drop_answers", _:
                 return [None]
-            case "outcome", [_, True]:
-                return [{"selected": [3, 4]}]
-            case "outcome", [name]:
-                return [self.outcomes.get(name, {})]
             case "store_stats", _:
                 return [{"chunks": len(self.stored)}]
         raise AssertionError(f"no such call: {method}")

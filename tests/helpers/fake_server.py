@@ -95,6 +95,7 @@ def app_of(server: FakeServer) -> FastAPI:
     _add_ingestions(app, server)
     _add_chunks(app, server)
     _add_documents(app, server)
+    _add_answers(app, server)
     _add_prompts(app, server)
     return app
 
@@ -315,6 +316,10 @@ def _add_prompts(app: FastAPI, server: FakeServer) -> None:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Any:
         return {"prompt": blend.tokenizer.decode((await request.json())["tokens"])}
+
+
+def _add_answers(app: FastAPI, server: FakeServer) -> None:
+    blend = server.blend
 
     @app.get("/v1/cacheblend/requests/{name}")
     def report(name: str) -> Any:

@@ -54,25 +54,38 @@ def asking(server: LiveServer, key: str) -> Ask:
     return ask
 
 
+def complete(ask: Ask, chunk: str) -> Any:
+    body = {"model": "m", "prompt": f"{text(3)} {chunk} {text(20)}", "max_tokens": 3}
+    return ask("POST", "/completions", json=body)
+
+
+def forgets_nothing(blue: Ask, keys: list[str], chunk: str) -> None:
+    """Whatever it asks for, by keys, texts and documents of another."""
+    assert not blue("DELETE", f"/cacheblend/chunks/{keys[0]}")["deleted"]
+    assert not blue("DELETE", "/cacheblend/documents/d")["deleted"]
+    gone = blue("POST", "/cacheblend/chunks/delete", json={"ids": keys})
+    assert gone["deleted"] == 0
+    assert blue("POST", "/cacheblend/chunks/delete", json={"texts": [chunk]})["deleted"] == 0
+    assert blue("POST", "/cacheblend/chunks/delete", json={"except_texts": []})["deleted"] == 0
+    forged = {"documents": {"e": keys}}
+    blue("POST", "/cacheblend/documents", json=forged)
+    assert blue("POST", "/cacheblend/documents/delete", json={"documents": ["e"]})["deleted"] == 0
+
+
 def test_nothing_of_one_reaches_the_other(server: LiveServer) -> None:
     red, blue = asking(server, "sk-red"), asking(server, "sk-blue")
     asking(server, "sk-none")("GET", "/cacheblend", 401)
     chunk, other = text(90), text(80)
-
-    def complete(ask: Ask, **options: Any) -> Any:
-        body = {"model": "m", "prompt": f"{text(3)} {chunk} {text(20)}", "max_tokens": 3}
-        return ask("POST", "/completions", json={**body, **options})
-
     put = {"chunks": [chunk, other], "wait": True}
     job = red("PUT", "/cacheblend/documents/d", json=put)
     assert job["counts"]["computed"] == 2
     for _ in range(4):  # whichever process is asked
         assert red("GET", f"/cacheblend/ingestions/{job['id']}")["status"] == "completed"
         assert red("GET", "/cacheblend/documents/d")["registered"]
-        answer = complete(red)
+        answer = complete(red, chunk)
         assert red("GET", f"/cacheblend/requests/{answer['id']}")["blended"]
         blue("GET", f"/cacheblend/requests/{answer['id']}", 404)
-        plain = complete(blue)
+        plain = complete(blue, chunk)
         report = blue("GET", f"/cacheblend/requests/{plain['id']}")
         assert not report["blended"] and report["reason"] == "no_chunk_found"
         red("GET", f"/cacheblend/requests/{plain['id']}", 404)
@@ -84,17 +97,7 @@ def test_nothing_of_one_reaches_the_other(server: LiveServer) -> None:
     states = [ask("GET", "/cacheblend") for ask in (red, blue)]
     assert [s["chunks"] for s in states] == [2, 0]
     assert [s["namespace"] for s in states] == ["red", "blue"] and states[0]["store"] == {}
-
-    # nor is anything forgotten by the other
-    assert not blue("DELETE", f"/cacheblend/chunks/{job['keys'][0]}")["deleted"]
-    assert not blue("DELETE", "/cacheblend/documents/d")["deleted"]
-    gone = blue("POST", "/cacheblend/chunks/delete", json={"ids": job["keys"]})
-    assert gone["deleted"] == 0
-    assert blue("POST", "/cacheblend/chunks/delete", json={"texts": [chunk]})["deleted"] == 0
-    assert blue("POST", "/cacheblend/chunks/delete", json={"except_texts": []})["deleted"] == 0
-    forged = {"documents": {"e": job["keys"]}}
-    blue("POST", "/cacheblend/documents", json=forged)
-    assert blue("POST", "/cacheblend/documents/delete", json={"documents": ["e"]})["deleted"] == 0
+    forgets_nothing(blue, job["keys"], chunk)
     assert red("GET", "/cacheblend")["chunks"] == 2
 
     # the same texts and names are the other's own
@@ -102,7 +105,7 @@ def test_nothing_of_one_reaches_the_other(server: LiveServer) -> None:
     assert again["counts"]["computed"] == 2 and not set(again["keys"]) & set(job["keys"])
     assert red("DELETE", "/cacheblend/documents/d")["chunks"] == 2
     assert blue("GET", "/cacheblend")["chunks"] == 2
-    answer = complete(blue)
+    answer = complete(blue, chunk)
     assert blue("GET", f"/cacheblend/requests/{answer['id']}")["blended"]
     blue("POST", "/completions", 400, json={"kv_transfer_params": {"cacheblend": {"space": "x"}}})
     blue("POST", "/chat/completions/batch", 403, json={})
