@@ -31,8 +31,11 @@ from tiny import FAMILIES, MORE_FAMILIES, SEEING, TEXT_OF  # noqa: E402
 
 # names of one class of vLLM's
 _SAME = {"InternS1ForConditionalGeneration": "InternVLForConditionalGeneration"}
-# blended by the CPU engine only
-_LATENT = ("deepseek_v2", "deepseek_v3", "mistral_large_3", "kimi_k25", "pixtral-latent")
+# blended by the CPU engine only, as models that take images are
+_ON_CPU = {
+    *("deepseek_v2", "deepseek_v3", "mistral_large_3", "kimi_k25", "pixtral-latent"),
+    *("gemma3n", "gemma4", "gemma4-moe", "llama4"),
+}
 _CASE = re.compile(r"test_(family|more_families|renamed_families|text_blends)\[([^\]]+)\]")
 
 
@@ -109,7 +112,10 @@ def verdict(recipe: Recipe, tested: Sequence[Tested]) -> str:
         families &= {recipe.family}
     if not families:
         return "not tested"
-    return "blended by the CPU engine" if families <= set(_LATENT) else "blended"
+    of_images = {architecture_of(f, takes_images=True) for f in (*SEEING, *TEXT_OF)}
+    of_images |= {model.architecture for model in RENAMED.values() if model.sees}
+    is_on_cpu = families <= _ON_CPU or served_by in of_images
+    return "blended by the CPU engine" if is_on_cpu else "blended"
 
 
 def page(tested: Sequence[Tested]) -> Iterator[str]:
@@ -125,7 +131,8 @@ def page(tested: Sequence[Tested]) -> Iterator[str]:
     yield "Any other model is judged by its own check at the start: `cacheblend check MODEL`. It"
     yield "blends if moved keys, our attention and ratio 1 are right on this machine. Multi-head"
     yield "latent attention (MLA), Gemma 3n, Gemma 4 and Llama 4 are blended by the CPU engine;"
-    yield "a GPU refuses them.\n"
+    yield "a GPU refuses them. Models that take images were run on a CPU only. vLLM's V2 model"
+    yield "runner, the default on a GPU since 0.29, refuses to blend them.\n"
     yield "Speculative decoding: [what is blended beside it](serving.md#speculative-decoding).\n"
     yield "| architecture | tested as | ratio 1 |\n| --- | --- | --- |"
     for one in sorted(set(tested)):

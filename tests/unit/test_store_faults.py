@@ -53,7 +53,7 @@ def test_a_disk_full_to_the_last_byte_serves_and_is_pruned(faults: ModuleType) -
     counts = faults.full(48)
     if "skipped" in counts:
         pytest.skip(counts["skipped"])
-    assert counts["served_full"] == counts["told"] == counts["served_after_opening"] == 300
+    assert counts["served_full"] == counts["listed"] == counts["served_after_opening"] == 300
     assert counts["forgotten"] == 1
     assert counts["bytes_after_prune_to_1MiB"] <= 1 << 20
 

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 # model (6k tokens for one of 135M parameters, 57k for one of 8B); only ratios of costs matter here.
 _ATTENTION_EQUALS_REST = 32_768
 
-_USES_PER_HALF_LIFE = 10  # times the number of chunks held; 5 to 20 do equally well (docs/store.md)
+_USES_PER_HALF_LIFE = 10  # times the number of chunks held; 5 to 20 do equally well
 _FEWEST_CHUNKS = 100  # a store not filled yet must not forget at once
 
 
