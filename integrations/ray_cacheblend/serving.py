@@ -10,11 +10,13 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.options import refuse_unknown
+from cacheblend_rag.router import WarmRouter
 from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.store.url import parse_url
 from ray_cacheblend.extra import ray_module
 
 WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
+ROUTER = "ray_cacheblend.routing.WarmRequestRouter"
 _OURS = {
     "kv_transfer_config": "is set by build_app; leave it out",
     "worker_extension_cls": "is set by build_app; leave it out",
@@ -42,8 +44,10 @@ class Fleet:
         server: of our endpoints: ``max_body``, ``max_queued_tokens`` and ``state``.
         engine_kwargs: vLLM's engine and server arguments.
         accelerator: ``cpu``, or Ray's name of a GPU, such as ``H100``; None: any GPU.
+        router: options of ``cacheblend_rag.router.WarmRouter``, which sends requests where their
+            text was sent before; None: Ray's own router.
         deployment: others of Ray's ``deployment_config``, such as ``health_check_period_s``,
-            ``graceful_shutdown_timeout_s``, ``max_ongoing_requests`` or ``request_router_config``.
+            ``graceful_shutdown_timeout_s`` or ``max_ongoing_requests``.
         placement_group: Ray's ``placement_group_config``.
         runtime_env: Ray's, of the replicas.
     """
@@ -56,6 +60,7 @@ class Fleet:
     server: Mapping[str, Any] = field(default_factory=dict)
     engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
     accelerator: str | None = None
+    router: Mapping[str, Any] | None = field(default_factory=dict)
     deployment: Mapping[str, Any] = field(default_factory=dict)
     placement_group: Mapping[str, Any] | None = None
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
@@ -74,6 +79,7 @@ class Fleet:
             raise ConfigError(f"{name} in engine_kwargs {_OURS[name]}")
         for name in sorted({"num_replicas", "autoscaling_config"} & self.deployment.keys()):
             raise ConfigError(f"{name} is given as replicas; leave it out of deployment")
+        self._check_router()
 
     def _check_replicas(self) -> None:
         count = self.replicas
@@ -89,6 +95,18 @@ class Fleet:
                 "ingests no other finds. Name one that they share, such as redis://host:6379/0, "
                 "s3://bucket/path or a folder that all machines have, or take replicas=1"
             )
+
+    def _check_router(self) -> None:
+        if self.router is None:
+            return
+        if "request_router_config" in self.deployment:
+            raise ConfigError(
+                "request_router_config in deployment names another router: give router=None too"
+            )
+        try:
+            WarmRouter(**self.router)
+        except TypeError as error:
+            raise ConfigError(f"router: {error}") from error
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Fleet:
@@ -162,8 +180,16 @@ class Fleet:
 
     def llm_config(self) -> dict[str, Any]:
         """Ray's ``LLMConfig`` as plain data."""
-        fixed = isinstance(self.replicas, int)
-        count = {"num_replicas": self.replicas} if fixed else {"autoscaling_config": self.replicas}
+        count: dict[str, Any] = (
+            {"num_replicas": self.replicas}
+            if isinstance(self.replicas, int)
+            else {"autoscaling_config": dict(self.replicas)}
+        )
+        if self.router is not None:
+            count["request_router_config"] = {
+                "request_router_class": ROUTER,
+                "request_router_kwargs": dict(self.router),
+            }
         variables = {"VLLM_NO_USAGE_STATS": "1", **self.runtime_env.get("env_vars", {})}
         config: dict[str, Any] = {
             "model_loading_config": {

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import pickle
 import random
 import signal
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +75,49 @@ def processes(title: str) -> list[psutil.Process]:
         if line.startswith("ray::") and title in line:
             found.append(process)
     return found
+
+
+class Replica:
+    """One replica of an app, by its actor: to ask it and no other."""
+
+    def __init__(self, ray: Any, name: str) -> None:
+        self.name, self._ray = name, ray
+        self._actor = ray.get_actor(name, namespace="serve")
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """Status and answer of one of our endpoints."""
+        from ray.serve._private.common import RequestMetadata
+
+        name = f"test-{uuid.uuid4()}"
+        metadata = RequestMetadata(request_id=name, internal_request_id=name, call_method="relay")
+        content = b"" if body is None else json.dumps(body).encode()
+        asked = (method, f"/v1/cacheblend{path}", [("content-type", "application/json")], content)
+        reply = self._ray.get(self._actor.handle_request.remote(pickle.dumps(metadata), asked))
+        return reply[0], json.loads(reply[2])
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Its answer to a request that no router has a say in."""
+        from ray.serve._private.common import RequestMetadata
+        from ray.serve.llm.openai_api_models import CompletionRequest
+
+        name = f"test-{uuid.uuid4()}"
+        metadata = RequestMetadata(
+            request_id=name,
+            internal_request_id=name,
+            call_method="completions",
+            is_streaming=True,
+        )
+        method = self._actor.handle_request_streaming.options(num_returns="streaming")
+        stream = method.remote(pickle.dumps(metadata), CompletionRequest(**body), None)
+        [found] = [self._ray.get(item) for item in stream]
+        return dict(found.model_dump())
+
+
+def replicas(ray: Any, deployment: str) -> list[Replica]:
+    """Those that are alive, in order of their names."""
+    named = (row["name"] for row in ray.util.list_named_actors(all_namespaces=True))
+    found = sorted(n for n in named if n.startswith("SERVE_REPLICA::") and deployment in n)
+    return [Replica(ray, name) for name in found]
 
 
 def kill(process: psutil.Process) -> None:

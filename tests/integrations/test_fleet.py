@@ -1,15 +1,24 @@
-"""A fleet on one machine: workers on Ray Data fill one Valkey, and one of them is killed."""
+"""A fleet on one machine: workers on Ray Data fill one Valkey, replicas on Ray Serve answer over
+it; what one of them ingests or forgets the others learn; and some are killed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx
 import pytest
-from fleet import ENGINE, cluster, kill, processes, stored, texts, until
-from servers import RedisServer
+from fleet import ENGINE, Replica, cluster, kill, processes, replicas, stored, texts, until
+from servers import RedisServer, free_port
 from tiny import make_with_tokenizer
 
 pytestmark = [
@@ -21,7 +30,11 @@ pytestmark = [
 
 CORPUS = texts(500, seed=1)
 MORE = texts(80, seed=2)
-WORKERS = 2
+LATER = texts(4, seed=3)  # ingested while replicas serve
+WORKERS, REPLICAS = 2, 2
+TOKENS = 600  # of a stream
+MODEL, DEPLOYMENT = "tiny", "CacheBlendServer:tiny"
+WITHIN_S = float(os.environ.get("SHARED_WITHIN_S", "12"))  # 3 are promised; a machine may be busy
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +72,19 @@ def ingestion(ray: Any, model: Path, valkey: RedisServer, given: list[str]) -> A
     return ingest(data, str(model), config=config, engine_args=ENGINE, **options)
 
 
+@pytest.fixture(scope="module")
+def corpus(ray: Any, model: Path, valkey: RedisServer) -> Any:
+    """Ingested, some of its texts in a second document too."""
+    return ingestion(ray, model, valkey, CORPUS + CORPUS[:40]).materialize()
+
+
 def test_two_workers_fill_one_store_and_compute_each_chunk_once(
-    ray: Any, model: Path, valkey: RedisServer, request: pytest.FixtureRequest
+    corpus: Any, valkey: RedisServer, request: pytest.FixtureRequest
 ) -> None:
     from ray_cacheblend import totals
 
-    # some of the texts twice, in another document
-    done = ingestion(ray, model, valkey, CORPUS + CORPUS[:40]).materialize()
-    counts = totals(done)
-    rows = done.take_all()
+    counts, rows, puts = totals(corpus), corpus.take_all(), stored(valkey)
     keys = {row["key"] for row in rows}
-    puts = stored(valkey)
     request.node.user_properties += [("counts", counts)]
     assert len(rows) == 540
     assert {row["problem"] for row in rows} == {""}
@@ -80,7 +95,11 @@ def test_two_workers_fill_one_store_and_compute_each_chunk_once(
 
 
 def test_a_worker_that_is_killed_loses_nothing(
-    ray: Any, model: Path, valkey: RedisServer, request: pytest.FixtureRequest
+    ray: Any,
+    model: Path,
+    valkey: RedisServer,
+    corpus: Any,
+    request: pytest.FixtureRequest,
 ) -> None:
     before = set(stored(valkey))
     killed: list[int] = []
@@ -93,13 +112,212 @@ def test_a_worker_that_is_killed_loses_nothing(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    rows = ingestion(ray, model, valkey, CORPUS + MORE).take_all()
+    rows = ingestion(ray, model, valkey, CORPUS[:100] + MORE).take_all()
     killer.join()
     keys = {row["key"] for row in rows}
     puts = stored(valkey)
     assert killed
-    assert len(rows) == 580 and len(keys) == 580 and "" not in keys
+    assert len(rows) == 180 and len(keys) == 180 and "" not in keys
     assert keys <= puts.keys()
     twice = sum(count > 1 for count in puts.values())
     request.node.user_properties += [("chunks computed twice", twice)]
     assert twice <= 8 + 1  # the batch that the killed one was at, and the prompt prefix
+
+
+# ---- serving -------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """Of one prompt: what was reused, of whom, and how many tokens came."""
+
+    reused: int
+    replica: str
+    tokens: int
+
+
+class App:
+    """Two replicas behind Ray's own ingress."""
+
+    def __init__(self, ray: Any, url: str) -> None:
+        self._ray, self.url = ray, url
+        self.client = httpx.Client(base_url=url, timeout=120)
+        self._numbers = itertools.count(100)
+
+    def replicas(self) -> list[Replica]:
+        return replicas(self._ray, DEPLOYMENT)
+
+    def prompt(self, chunks: list[str]) -> str:
+        """A new one each time, so that vLLM's prefix cache knows no more than its first token."""
+        number = next(self._numbers)
+        first, second = 3 + number % 500, 3 + number // 500
+        return " ".join([f"w{first} w{second}", *(f"{chunk} w9" for chunk in chunks), "w7 w8"])
+
+    def body(self, chunks: list[str], tokens: int = 2) -> dict[str, Any]:
+        asked = {"model": MODEL, "prompt": self.prompt(chunks), "max_tokens": tokens}
+        return {**asked, "temperature": 0, "ignore_eos": True}
+
+    def complete(self, chunks: list[str], tokens: int = 2) -> Any:
+        reply = self.client.post("/v1/completions", json=self.body(chunks, tokens))
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def reused(self, replica: Replica, chunks: list[str]) -> int:
+        """By one replica, in a new prompt of these chunks."""
+        done = replica.complete(self.body(chunks))
+        status, report = replica.ask("GET", f"/requests/{done['id']}")
+        assert status == 200, report
+        return int(report["tokens_reused"])
+
+    def answer(self, chunks: list[str]) -> Answer:
+        """What was done for a prompt of these chunks."""
+        done = self.complete(chunks)
+        for replica in self.replicas():
+            status, report = replica.ask("GET", f"/requests/{done['id']}")
+            if status == 200:
+                tokens = done["usage"]["completion_tokens"]
+                return Answer(report["tokens_reused"], replica.name, tokens)
+        raise AssertionError(f"no replica knows {done['id']}")
+
+
+@pytest.fixture(scope="module")
+def app(ray: Any, model: Path, valkey: RedisServer, corpus: Any) -> Iterator[App]:
+    from ray import serve
+
+    from ray_cacheblend.serving import build_app
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    made = build_app(
+        str(model),
+        f"{valkey.url}?memory=64MiB",
+        REPLICAS,
+        model_id=MODEL,
+        accelerator="cpu",
+        config={"blend_if": "always"},
+        engine_kwargs=ENGINE,
+        deployment={"ray_actor_options": {"num_cpus": 0.5}, "health_check_period_s": 5},
+    )
+    serve.run(made, name="fleet")
+    running = App(ray, f"http://127.0.0.1:{port}")
+    yield running
+    running.client.close()
+    serve.shutdown()
+
+
+def test_two_replicas_serve_the_whole_corpus_blended(
+    app: App, request: pytest.FixtureRequest
+) -> None:
+    groups = [CORPUS[i : i + 10] for i in range(0, len(CORPUS), 10)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(app.answer, groups))
+    size = len(CORPUS[0].split())
+    by_replica = {name: sum(a.replica == name for a in answers) for name in {a[1] for a in answers}}
+    request.node.user_properties += [("prompts by replica", sorted(by_replica.values()))]
+    assert {answer.reused for answer in answers} == {10 * size}
+    assert len(by_replica) == REPLICAS
+
+
+def test_the_ingress_has_our_endpoints_and_finds_the_replica_that_knows(app: App) -> None:
+    state = app.client.get("/v1/cacheblend").json()
+    assert state["blending"]["on"] and state["chunks"] >= 500
+    done = app.complete(CORPUS[:3])
+    for _ in range(6):  # whichever replica is asked first
+        report = app.client.get(f"/v1/cacheblend/requests/{done['id']}")
+        assert report.status_code == 200
+    assert app.client.get("/v1/cacheblend/requests/none").status_code == 404
+    assert app.client.get("/v1/models").json()["data"][0]["id"] == MODEL
+
+
+def test_what_one_replica_ingests_and_forgets_the_other_learns(
+    app: App, request: pytest.FixtureRequest
+) -> None:
+    one, other = app.replicas()
+    chunks = LATER[:2]
+    size = sum(len(chunk.split()) for chunk in chunks)
+    status, job = one.ask("POST", "/ingestions", {"wait": True, "chunks": chunks})
+    assert (status, job["counts"]["computed"]) == (200, 2)
+    learnt = until(lambda: app.reused(other, chunks) == size, WITHIN_S)
+    assert app.reused(one, chunks) == size
+    for key in job["keys"]:  # on the one that did not compute them
+        assert other.ask("DELETE", f"/chunks/{key}")[0] == 200
+    gone = until(lambda: app.reused(one, chunks) == 0, WITHIN_S)
+    assert app.reused(other, chunks) == 0
+    request.node.user_properties += [("learnt after s", learnt), ("gone after s", gone)]
+    for replica in (one, other):
+        status, found = replica.ask("POST", "/chunks/keys", {"texts": chunks})
+        assert [row["stored"] for row in found["data"]] == [False, False]
+    for replica in (one, other, one, other):  # nor does any memory bring them back
+        assert app.reused(replica, chunks) == 0
+
+
+def test_ray_data_over_http(ray: Any, app: App) -> None:
+    from ray_cacheblend import ingest, totals
+
+    given = [*LATER[2:], CORPUS[0]]
+    data = ray.data.from_items([{"text": text} for text in given])
+    done = ingest(data, url=app.url, workers=1).materialize()
+    counts = totals(done)
+    assert (counts["chunks"], counts["computed"], counts["present"]) == (3, 2, 1)
+    assert app.answer(given).reused == sum(len(text.split()) for text in given)
+
+
+class Stream(NamedTuple):
+    """One that was read to its end, whatever that was."""
+
+    tokens: int
+    is_whole: bool  # by what the client was told
+
+
+def stream(app: App, number: int, begun: Callable[[], object]) -> Stream:
+    body = {**app.body(CORPUS[number : number + 2], TOKENS), "stream": True}
+    tokens, is_whole = 0, False
+    with (
+        contextlib.suppress(httpx.HTTPError),
+        app.client.stream("POST", "/v1/completions", json=body) as reply,
+    ):
+        for line in reply.iter_lines():
+            if line.startswith("data: {") and (choices := json.loads(line[6:]).get("choices")):
+                tokens += bool(choices[0]["text"])
+                is_whole |= choices[0]["finish_reason"] == "length"
+                begun()
+    return Stream(tokens, is_whole)
+
+
+def test_a_replica_that_is_killed_takes_no_answer_with_it(
+    app: App, valkey: RedisServer, request: pytest.FixtureRequest
+) -> None:
+    before, tries = set(stored(valkey)), itertools.count()
+
+    def asked(number: int) -> int:
+        """As any client does: again, where there was no answer."""
+        ends = time.monotonic() + 240
+        while time.monotonic() < ends:
+            next(tries)
+            with contextlib.suppress(httpx.HTTPError, AssertionError):
+                done = app.complete(CORPUS[number : number + 5], 16)
+                return int(done["usage"]["completion_tokens"])
+            time.sleep(1)
+        raise TimeoutError
+
+    begun = threading.Semaphore(0)
+    victim = processes(f"ServeReplica:fleet:{DEPLOYMENT}")[0]
+    with ThreadPoolExecutor(12) as pool:
+        streams = [pool.submit(stream, app, i, begun.release) for i in range(8)]
+        for _ in range(40):  # pieces
+            assert begun.acquire(timeout=120)
+        answers = [pool.submit(asked, number) for number in range(24)]
+        kill(victim)
+        counts = [future.result() for future in answers]
+        ended = [future.result() for future in streams]
+    request.node.user_properties += [
+        ("streams cut", sum(not s.is_whole for s in ended)),
+        ("tries for 24 answers", next(tries)),
+    ]
+    assert counts == [16] * 24
+    # none ends as if it were whole, and those of the other replica go on
+    assert {s.tokens for s in ended if s.is_whole} == {TOKENS}
+    assert any(not s.is_whole for s in ended)
+    assert before <= set(stored(valkey))
+    took = until(lambda: len(app.replicas()) == REPLICAS, 240, 1)
+    request.node.user_properties += [("replaced after s", took)]
+    assert app.answer(CORPUS[:4]).reused == 4 * len(CORPUS[0].split())

@@ -42,6 +42,9 @@ def fleet(**options: Any) -> Fleet:
         ({"engine_kwargs": {"served_model_name": "x"}}, "given as model_id"),
         ({"deployment": {"num_replicas": 2}}, "given as replicas"),
         ({"deployment": {"autoscaling_config": {}}}, "given as replicas"),
+        ({"deployment": {"request_router_config": {}}}, "give router=None too"),
+        ({"router": {"slack": 0.5}}, "slack must be 1 or more"),
+        ({"router": {"slak": 2}}, "router: .*slak"),
     ],
 )
 def test_options_that_contradict_are_refused(given: dict[str, Any], message: str) -> None:
@@ -87,6 +90,7 @@ def test_what_ray_is_given() -> None:
         config={"recompute_ratio": 0.3, "namespace": "red"},
         engine_kwargs={"max_model_len": 4096},
         deployment={"graceful_shutdown_timeout_s": 60},
+        router={"slack": 2},
         accelerator="H100",
         runtime_env={"env_vars": {"A": "b"}},
     ).llm_config()
@@ -94,6 +98,11 @@ def test_what_ray_is_given() -> None:
     assert made["model_loading_config"] == {"model_id": "org/model", "model_source": "org/model"}
     assert made["deployment_config"]["autoscaling_config"]["max_replicas"] == 4
     assert made["deployment_config"]["graceful_shutdown_timeout_s"] == 60
+    assert made["deployment_config"]["request_router_config"] == {
+        "request_router_class": "ray_cacheblend.routing.WarmRequestRouter",
+        "request_router_kwargs": {"slack": 2},
+    }
+    assert "request_router_config" not in fleet(router=None).llm_config()["deployment_config"]
     assert made["accelerator_type"] == "H100"
     assert made["runtime_env"]["env_vars"] == {"VLLM_NO_USAGE_STATS": "1", "A": "b"}
     engine = made["engine_kwargs"]

@@ -1,0 +1,119 @@
+"""Ray Serve's side without engines: replicas that only say their names, and files for Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fleet import cluster, texts, until
+from servers import free_port
+
+from cacheblend_rag.errors import ConfigError
+
+pytestmark = [
+    pytest.mark.fleet,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore"),  # of Ray, whose own they are
+]
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "ray"
+ROUTER = "ray_cacheblend.routing.WarmRequestRouter"
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with cluster(tmp_path_factory.mktemp("routing")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def handle(ray: Any) -> Iterator[Any]:
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    class Named:
+        async def __call__(self, body: dict[str, Any]) -> int:
+            if body.get("dies"):
+                os._exit(1)
+            await asyncio.sleep(body.get("takes", 0))
+            return os.getpid()
+
+    serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
+    deployed = serve.deployment(
+        Named,
+        num_replicas=3,
+        ray_actor_options={"num_cpus": 0.1},
+        health_check_period_s=2,
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+    )
+    yield serve.run(deployed.bind(), name="named", route_prefix="/named")
+    serve.shutdown()
+
+
+def test_requests_of_a_topic_go_where_its_text_was_sent(handle: Any) -> None:
+    topics = [" ".join(texts(3, seed=10 + i, size=200)) for i in range(3)]
+    served: dict[int, Counter[int]] = defaultdict(Counter)
+    for turn in range(8):
+        for topic in range(len(topics)):
+            # in another place, behind another text
+            prompt = f"{turn} begins otherwise {'x' * turn} {topics[topic]} and a question"
+            served[topic][handle.remote({"prompt": prompt}).result()] += 1
+    assert [max(counts.values()) for counts in served.values()] == [8, 8, 8]
+    assert len({max(counts, key=lambda pid: counts[pid]) for counts in served.values()}) == 3
+
+
+def test_a_topic_that_all_ask_for_does_not_fill_one_replica(handle: Any) -> None:
+    prompt = " ".join(texts(3, seed=77, size=200))
+    waiting = [handle.remote({"prompt": prompt, "takes": 0.5}) for _ in range(24)]
+    counts = Counter(response.result() for response in waiting)
+    assert len(counts) == 3 and max(counts.values()) <= 12, counts
+
+
+def test_a_replica_that_died_is_forgotten(handle: Any) -> None:
+    prompt = " ".join(texts(3, seed=78, size=200))
+    first = handle.remote({"prompt": prompt}).result()
+    with pytest.raises(Exception, match=r"died|dead|unavailable|exit"):
+        handle.remote({"prompt": prompt, "dies": True}).result()
+
+    until(lambda: handle.remote({"prompt": prompt}).result() != first, 60)
+    assert first not in {handle.remote({"prompt": prompt}).result() for _ in range(8)}
+
+
+def test_what_has_no_text_is_served_too(handle: Any) -> None:
+    for body in ({}, {"prompt": 3}, {"messages": None}):
+        assert handle.remote(body).result() > 0
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "kuberay.yaml"])
+def test_the_examples_fit_rays_schema(name: str) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    found = yaml.safe_load((EXAMPLES / name).read_text())
+    if name == "kuberay.yaml":
+        assert (found["apiVersion"], found["kind"]) == ("ray.io/v1", "RayService")
+        found = yaml.safe_load(found["spec"]["serveConfigV2"])
+    [application] = ServeDeploySchema.model_validate(found).applications
+    assert application.import_path == "ray_cacheblend.serving:app"
+
+
+def test_what_ray_refuses_is_an_error_of_ours(ray: Any, embedded: Path) -> None:
+    from ray_cacheblend.serving import build_app
+
+    given = {"model": str(embedded), "store": "redis://127.0.0.1:1/0", "accelerator": "cpu"}
+    for wrong, message in (
+        ({"engine_kwargs": {"max_model_lenn": 3}}, "max_model_lenn"),
+        ({"replicas": {"min_replicas": 3, "max_replicas": 1}}, "min_replicas"),
+        ({"accelerator": "abacus"}, "abacus"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_app(**{**given, **wrong})
+    assert build_app(**given, replicas=2) is not None
