@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 _MOST_HASHES = 1 << 20  # kept, exact and blended: 32 bytes each
@@ -24,6 +24,31 @@ def private(hashes: Sequence[bytes], first: int, tag: str) -> list[bytes]:
     # Every hash is changed, not only the first one: vLLM compares each by itself, and hashes what
     # is generated behind the last of them.
     return [*hashes[:first], *(hashlib.sha256(h + end).digest() for h in hashes[first:])]
+
+
+def hide(request: Any, first: int, tag: str) -> None:
+    """Give a request's blocks from number ``first`` on hashes that nobody has who lacks ``tag``:
+    those that are full, and the one that is filled next.
+    """
+    request.block_hashes = private(request.block_hashes, first, tag)
+    hasher = getattr(request, "_block_hasher", None)
+    if first < len(request.block_hashes) or hasher is None:
+        return  # what comes is named after the last of them
+    # All full blocks keep their hashes. The next one begins with what the prompt has behind them,
+    # and would be named like an exact one as soon as the answer has filled it.
+    request._block_hasher = _Hasher(getattr(hasher, "plain", hasher), first, tag)
+
+
+class _Hasher(NamedTuple):
+    """vLLM's own hasher of a request, which hides the blocks from number ``first`` on."""
+
+    plain: Callable[[Any], list[bytes]]
+    first: int
+    tag: str
+
+    def __call__(self, request: Any) -> list[bytes]:
+        before, found = len(request.block_hashes), self.plain(request)
+        return private(found, max(0, self.first - before), self.tag)
 
 
 def tokens_per_hash(request: Any, hash_block_size: int | None, block_size: int) -> int:
@@ -66,11 +91,13 @@ def _exact(request: Any, of_prompt: Sequence[bytes]) -> list[bytes]:
     # vLLM's hasher goes on from the last hash that is there. So it computes those of the answer as
     # if the prompt had not been blended.
     blended, request.block_hashes = request.block_hashes, list(of_prompt)
+    hasher = getattr(request, "_block_hasher", None)
+    request._block_hasher = getattr(hasher, "plain", hasher)
     try:
         request.update_block_hashes()
         return list(request.block_hashes)
     finally:
-        request.block_hashes = blended
+        request.block_hashes, request._block_hasher = blended, hasher
 
 
 class BlendedPrefixes:

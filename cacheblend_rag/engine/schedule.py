@@ -18,7 +18,7 @@ from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.base import adapter_name
 from cacheblend_rag.engine.blend import rows_of
-from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, private, tokens_per_hash
+from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, hide, tokens_per_hash
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.names import is_beam
 from cacheblend_rag.engine.outcome import BlendTask
@@ -121,7 +121,7 @@ class _Tracked:
     def hide(self) -> None:
         """Its own blocks were never written: it must not find them when it resumes."""
         first = self.shared // self.per_hash
-        self.request.block_hashes = private(self.request.block_hashes, first, uuid.uuid4().hex)
+        hide(self.request, first, uuid.uuid4().hex)
         self.complete = False
 
     def share(self, prefixes: BlendedPrefixes) -> None:
@@ -198,8 +198,7 @@ class Claims:
             tracked.why_not = Why(*plan)
             return
         tracked.plan, request = plan, tracked.request
-        # A prompt shorter than a block, or no prefix caching: there is nothing to look up and
-        # nothing to hide.
+        # A prompt shorter than a block, or no prefix caching: there is nothing to look up.
         if not request.block_hashes:
             return
         exact = tracked.exact = list(request.block_hashes)
@@ -213,7 +212,7 @@ class Claims:
             # What comes before the first approximate token is exact, so plain requests may share
             # those blocks.
             first = _first_approximate(plan) // per
-            request.block_hashes = private(exact, first, uuid.uuid4().hex)
+            hide(request, first, uuid.uuid4().hex)
 
     def there(self, request: Any, hit: int) -> int | None:
         """How many tokens behind those that vLLM found need not be scheduled; None: ask again."""
@@ -250,9 +249,7 @@ class Claims:
         tracked.claim = _Claim(write_from, total, computes, min(computes, total - hit))
         # vLLM enters blocks into its cache when it allocates them, before a row is written. Under
         # these hashes only this request finds them.
-        request.block_hashes = private(
-            request.block_hashes, hit // tracked.per_hash, uuid.uuid4().hex
-        )
+        hide(request, hit // tracked.per_hash, uuid.uuid4().hex)
         return total - tracked.claim.rows - hit
 
     def _is_written(self, request: Any, found: int, per_hash: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, private, tokens_per_hash
+from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, hide, private, tokens_per_hash
 
 BLOCK = 4
 
@@ -32,6 +32,9 @@ class Request(SimpleNamespace):
     def __init__(self, prompt: Sequence[int]) -> None:
         super().__init__(prompt_token_ids=tuple(prompt), all=tuple(prompt))
         self.block_hashes = chain(self.all)
+        self._block_hasher = lambda request: chain(self.all, request.block_hashes)[
+            len(request.block_hashes) :
+        ]
 
     @property
     def num_tokens(self) -> int:
@@ -42,14 +45,14 @@ class Request(SimpleNamespace):
         self.update_block_hashes()
 
     def update_block_hashes(self) -> None:
-        self.block_hashes = chain(self.all, self.block_hashes)
+        self.block_hashes = [*self.block_hashes, *self._block_hasher(self)]
 
 
 def blended(prompt: Sequence[int], answer: Sequence[int], first: int = 1) -> tuple[Any, Prefix]:
     """A request that ended after its blend, and what is noted of it."""
     request = Request(prompt)
     exact = list(request.block_hashes)
-    request.block_hashes = private(exact, first, f"nonce {random.random()}")
+    hide(request, first, f"nonce {random.random()}")
     request.generate(answer)
     return request, Prefix.of(request, exact, BLOCK)
 
@@ -126,6 +129,55 @@ def test_a_prompt_shorter_than_a_block_is_not_noted() -> None:
     known = BlendedPrefixes()
     known.add(blended(range(3), range(100, 120))[1], "s")
     assert find(known, [*range(3), *range(100, 120)]) is None
+
+
+@pytest.mark.parametrize("prompt", [2, 3, 4, 6, 8, 11])
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_no_block_that_an_answer_fills_is_named_like_an_exact_one(prompt: int, first: int) -> None:
+    """Its beginning is of the prompt, and approximate: also where no block of it was full."""
+    request, plain = Request(range(prompt)), Request(range(prompt))
+    hide(request, first, "tag")
+    for tokens in (range(100, 103), range(200, 211)):
+        request.generate(tokens)
+        plain.generate(tokens)
+    shared = min(first, len(plain.block_hashes))
+    assert len(request.block_hashes) == len(plain.block_hashes)
+    assert request.block_hashes[:shared] == plain.block_hashes[:shared]
+    assert not set(request.block_hashes[shared:]) & set(plain.block_hashes)
+
+
+def test_what_was_hidden_is_hidden_anew_after_a_preemption() -> None:
+    request, plain = Request(range(6)), Request(range(6))
+    for tag in ("one", "other"):
+        hide(request, 1, tag)
+        request.generate([7])
+        plain.generate([7])
+    assert request.block_hashes[:1] == plain.block_hashes[:1]
+    assert request.block_hashes[1] != plain.block_hashes[1]
+    assert Prefix.of(request, chain(range(6)), BLOCK).exact == plain.block_hashes
+
+
+def test_vllms_own_request_is_hidden_before_its_first_block_is_full() -> None:
+    pytest.importorskip("vllm")
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request as VllmRequest
+
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(16, sha256)
+
+    def made(name: str) -> Any:
+        ids = list(range(10))
+        return VllmRequest(name, ids, SamplingParams(max_tokens=99), None, block_hasher=hasher)
+
+    request, plain = made("a"), made("b")
+    hide(request, 0, "tag")
+    for one in (request, plain):
+        one.append_output_token_ids(list(range(40)))
+    assert len(request.block_hashes) == len(plain.block_hashes) == 3
+    assert not set(request.block_hashes) & set(plain.block_hashes)
+    assert Prefix.of(request, [], 16).exact == plain.block_hashes
 
 
 def test_the_least_recently_used_prompts_are_forgotten() -> None:
