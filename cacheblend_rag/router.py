@@ -30,6 +30,7 @@ WINDOW_MEMORY = 280  # bytes of memory that a remembered window takes at most
 _BLOCK = 1 << 16  # bytes hashed at once, which a processor's cache holds
 _MULTIPLIER, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 _MASK = (1 << 60) - 1  # such integers take 32 bytes of memory in Python
+_FEWEST = 8  # requests of late, for each replica, from which on their mean says something
 _DEPTH = 8  # of lists and tables in a request
 
 _Hashes = NDArray[np.uint64]
@@ -146,16 +147,16 @@ class WarmRouter:
     """Sends requests where most of their text was sent before, within bounds of load.
 
     Of the replicas within both bounds, one is chosen by the bytes of the request that it was sent
-    before, less a penalty for its load. The bounds: no replica has more than ``slack`` times the
-    mean of the requests in flight, nor of the last ones sent, which are ``recent`` for each
-    replica. It may always have one more than the mean, rounded down. Where none is within both
-    bounds, the first one counts alone.
+    before, less a penalty for its load. The bounds: no replica gets more than ``slack`` times the
+    mean of the requests sent of late, nor has more than ``in_flight_slack`` times the mean of those
+    in flight. It may always have one more than the mean, rounded down. Where none is within both
+    bounds, the second one counts alone.
 
     Args:
         remember_bytes: of text, for each replica: about what its memory holds the KV of. A replica
             takes ``WINDOW_MEMORY / STRIDE_BYTES`` of that in memory, at most.
-        slack: 1 or more.
-        recent: requests, for each replica.
+        slack, in_flight_slack: 1 or more.
+        recent: requests that were sent of late, for each replica.
         load_penalty: for each request in flight above the replica with the fewest, this share
             of the request's text counts as cold.
 
@@ -168,12 +169,18 @@ class WarmRouter:
         *,
         remember_bytes: int = 4 << 20,
         slack: float = 1.25,
-        recent: int = 32,
-        load_penalty: float = 0.05,
+        in_flight_slack: float = 1.5,
+        recent: int = 64,
+        load_penalty: float = 0.02,
     ) -> None:
-        _check(remember_bytes=remember_bytes, slack=slack, recent=recent, load_penalty=load_penalty)
+        _check("remember_bytes", remember_bytes, STRIDE_BYTES)
+        _check("slack", slack, 1)
+        _check("in_flight_slack", in_flight_slack, 1)
+        _check("recent", recent, 1)
+        _check("load_penalty", load_penalty, 0)
         self._remembered = max(1, remember_bytes // STRIDE_BYTES)
         self._slack, self._recent, self._load_penalty = slack, recent, load_penalty
+        self._in_flight_slack = in_flight_slack
         self._replicas = dict[str, _Replica]()
         self._holders = dict[int, tuple[_Replica, ...]]()  # by window
         self._last = deque[_Replica]()  # to whom the last requests went
@@ -270,11 +277,9 @@ class WarmRouter:
         if not replicas:
             return []
         held, weight = self._held(request), self._weight(request)
-        most_flying = self._bound(sum(flying), len(replicas))
-        most_recent = max(
-            int(self._slack * self._recent),  # of the first requests there is no mean yet
-            self._bound(sum(r.recent for r in replicas), len(replicas)),
-        )
+        most_flying = _most(self._in_flight_slack, sum(flying), len(replicas))
+        recent = sum(r.recent for r in replicas)
+        most_recent = _most(self._slack, max(recent, _FEWEST * len(replicas)), len(replicas))
         least, first = min(flying), request.windows[0] if request.windows else 0
         penalty = self._load_penalty * request.nbytes
         return [
@@ -289,10 +294,6 @@ class WarmRouter:
             )
             for r, load in zip(replicas, flying, strict=True)
         ]
-
-    def _bound(self, total: int, replicas: int) -> int:
-        """The most that one may have when the next request has come."""
-        return max(int(self._slack * (total + 1) / replicas), total // replicas + 1)
 
     def _weight(self, request: Sketch) -> float:
         """Bytes of text that a window of the request stands for."""
@@ -330,12 +331,11 @@ class WarmRouter:
         replica.windows.clear()
 
 
-def _check(*, remember_bytes: int, slack: float, recent: int, load_penalty: float) -> None:
-    if remember_bytes < STRIDE_BYTES:
-        raise ConfigError(f"remember_bytes must be {STRIDE_BYTES} or more, got {remember_bytes}")
-    if not 1 <= slack < float("inf"):
-        raise ConfigError(f"slack must be 1 or more, got {slack}")
-    if recent < 1:
-        raise ConfigError(f"recent must be 1 or more, got {recent}")
-    if not 0 <= load_penalty < float("inf"):
-        raise ConfigError(f"load_penalty must be 0 or more, got {load_penalty}")
+def _most(slack: float, total: int, replicas: int) -> int:
+    """The most that one of them may have when the next request has come."""
+    return max(int(slack * (total + 1) / replicas), total // replicas + 1)
+
+
+def _check(name: str, value: float, least: float) -> None:
+    if not least <= value < float("inf"):
+        raise ConfigError(f"{name} must be {least} or more, got {value}")

@@ -13,7 +13,7 @@ from rich.console import Console
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.models import cache_home
 from cacheblend_rag.store.tenants import tenant_id
-from cacheblend_rag.store.url import parse_url
+from cacheblend_rag.store.url import parse_size, parse_url
 
 OK, OUR_ERROR, REFUSED, INTERRUPTED = 0, 1, 3, 130  # argparse ends with 2
 
@@ -93,6 +93,14 @@ def share(text: str) -> float:
         if 0 <= (value := float(text)) <= 1:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a share, 0 to 1")
+
+
+def size(text: str) -> int:
+    """Bytes, of a text such as 512MiB."""
+    try:
+        return parse_size(text)
+    except StoreError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def folder(text: str) -> Path:

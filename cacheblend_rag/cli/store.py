@@ -21,6 +21,7 @@ from cacheblend_rag.cli.base import (
     command,
     index_of,
     megabytes,
+    size,
 )
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.retrieval import MANIFEST, Passage, Retriever
@@ -33,7 +34,6 @@ from cacheblend_rag.store.folder import (
     namespaces,
     open_namespace,
 )
-from cacheblend_rag.store.url import parse_size
 
 
 def add(commands: Any) -> None:
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     add_namespace(verify, None)
 
     prune = command(commands, "prune", _prune, "remove leftovers, and chunks down to a size")
-    prune.add_argument("--to", type=_size, metavar="SIZE", help="bytes to keep, such as 10GiB")
+    prune.add_argument("--to", type=size, metavar="SIZE", help="bytes to keep, such as 10GiB")
     add_store(prune)
 
     out = command(commands, "export", _export, "write the store to one file")
@@ -69,13 +69,6 @@ def add(commands: Any) -> None:
     gc = command(commands, "gc", _gc, "drop the KV of documents that are no longer indexed")
     add_store(gc)
     add_namespace(gc)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except StoreError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # --- what is there --------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from cacheblend_rag.server.bodies import Page
 from cacheblend_rag.server.errors import HttpError, answer, not_found, or_answer
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import Job, shown
+from cacheblend_rag.server.reading import read
 from cacheblend_rag.server.service import Absent, Service
-from cacheblend_rag.server.tenants import PREFIX, read
+from cacheblend_rag.server.tenants import PREFIX
 
 _WAITS_S = 0.05  # between two looks at a job
 _MOST_KEY = 255  # characters of an Idempotency-Key

@@ -25,6 +25,7 @@ from cacheblend_rag.salts import tenant_salt
 from cacheblend_rag.server.bodies import parsed
 from cacheblend_rag.server.errors import HttpError, or_answer
 from cacheblend_rag.server.page import PAGE
+from cacheblend_rag.server.reading import read
 
 PREFIX = "/v1/cacheblend"
 OPEN = {"/health", "/ping", "/metrics", "/version", "/load", "/docs", "/openapi.json", *PAGE}
@@ -186,32 +187,6 @@ def _table(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise HttpError(400, f"{where} must be an object", param=where)
     return value
-
-
-async def read(receive: Receive, headers: Headers, most: int) -> bytes:
-    """A request's body.
-
-    Raises:
-        HttpError: 413: it has more than ``most`` bytes; 400: the client left.
-    """
-    length = headers.get("content-length", "0")
-    if length.isdigit() and int(length) > most:
-        raise _too_large(most)
-    parts, size = list[bytes](), 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise HttpError(400, "the client left before its request was whole")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            raise _too_large(most)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _too_large(most: int) -> HttpError:
-    return HttpError(413, f"the body has more than {most} bytes; send it in several requests")
 
 
 def _is_open(scope: Scope) -> bool:

@@ -351,7 +351,7 @@ def test_what_all_hold_is_not_counted_above_a_number_of_replicas() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"remember_bytes": 255}, {"slack": 0.9}, {"slack": float("nan")}, {"slack": float("inf")},
-     {"recent": 0}, {"load_penalty": -1}, {"load_penalty": float("nan")}],
+     {"in_flight_slack": 0}, {"recent": 0}, {"load_penalty": -1}, {"load_penalty": float("nan")}],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
@@ -365,7 +365,8 @@ class SlowRouter:
     """Lists that are gone through; the newest window comes last."""
 
     def __init__(self, remembered: int, slack: float, recent: int, penalty: float) -> None:
-        self.remembered, self.slack, self.recent, self.penalty = remembered, slack, recent, penalty
+        self.remembered, self.recent, self.penalty = remembered, recent, penalty
+        self.slack, self.in_flight_slack = slack, slack * 1.5
         self.windows = dict[str, list[int]]()
         self.in_flight = dict[str, int]()
         self.last = list[str]()
@@ -397,10 +398,10 @@ class SlowRouter:
             self.in_flight[name] -= 1
 
     def key(self, name: str, names: list[str], request: Sketch) -> tuple[object, ...]:
-        def too_many(count: dict[str, int], least: float = 0) -> bool:
-            total = sum(count[other] for other in names)
-            most = max(int(self.slack * (total + 1) / len(names)), total // len(names) + 1)
-            return count[name] >= max(most, int(self.slack * least))
+        def too_many(count: dict[str, int], slack: float, fewest: int) -> bool:
+            total = max(sum(count[other] for other in names), fewest * len(names))
+            most = max(int(slack * (total + 1) / len(names)), total // len(names) + 1)
+            return count[name] >= most
 
         recent = {other: self.last.count(other) for other in names}
         held = len(set(request.windows) & set(self.windows[name]))
@@ -408,8 +409,8 @@ class SlowRouter:
         score = self.penalty * request.nbytes * (self.in_flight[name] - least)
         score -= request.nbytes / max(1, len(request.windows)) * held
         return (
-            too_many(self.in_flight),
-            too_many(recent, self.recent),
+            too_many(self.in_flight, self.in_flight_slack, 0),
+            too_many(recent, self.slack, 8),
             score,
             self.in_flight[name],
             recent[name],
@@ -431,14 +432,18 @@ CALLS = st.one_of(
     st.lists(CALLS, max_size=60),
     st.sampled_from([1, 8, 40, 1000]),
     st.sampled_from([1, 1.25, 3]),
-    st.integers(1, 4),
+    st.integers(1, 12),
     st.sampled_from([0, 0.05, 1]),
 )
 def test_any_order_of_calls_chooses_as_the_slow_way(
     calls: list[tuple[object, ...]], remembered: int, slack: float, recent: int, penalty: float
 ) -> None:
     fast = WarmRouter(
-        remember_bytes=remembered * STRIDE_BYTES, slack=slack, recent=recent, load_penalty=penalty
+        remember_bytes=remembered * STRIDE_BYTES,
+        slack=slack,
+        in_flight_slack=1.5 * slack,
+        recent=recent,
+        load_penalty=penalty,
     )
     slow = SlowRouter(remembered, slack, recent, penalty)
     for router_ in (fast, slow):
@@ -480,7 +485,7 @@ def test_any_order_of_calls_chooses_as_the_slow_way(
 def test_load_is_within_its_bound(
     requests: list[tuple[Sketch, int]], replicas: int, slack: float
 ) -> None:
-    made = with_replicas(replicas, slack=slack)
+    made = with_replicas(replicas, in_flight_slack=slack)
     for request, ended in requests:
         name = made.choose(request)
         assert name is not None
