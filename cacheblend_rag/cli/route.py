@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="to listen at (127.0.0.1)")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="to listen at (8000)")
     text = "of each replica, about what its memory holds the KV of (4MiB)"
-    parser.add_argument("--remember", type=size, default=4 << 20, metavar="SIZE", help=text)
+    parser.add_argument("--remember", type=size, default="4MiB", metavar="SIZE", help=text)
     text = "times the mean of requests that a replica may get (1.25)"
     parser.add_argument("--slack", type=float, default=1.25, metavar="X", help=text)
     text = "times the mean of those in flight that it may have (1.5)"
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     text = "without a byte from a replica until its answer is given up (never)"
     parser.add_argument("--timeout", type=seconds, metavar="S", help=text)
     text = "of a request (256MiB)"
-    parser.add_argument("--max-body", type=size, default=256 << 20, metavar="SIZE", help=text)
+    parser.add_argument("--max-body", type=size, default="256MiB", metavar="SIZE", help=text)
 
 
 def _route(args: argparse.Namespace, screen: Screen) -> Done:
