@@ -18,7 +18,8 @@ from fastapi.responses import Response
 
 from cacheblend_rag.server.errors import answer
 from cacheblend_rag.server.plugin import CacheBlendEndpoints
-from cacheblend_rag.server.tenants import PREFIX, read
+from cacheblend_rag.server.reading import read
+from cacheblend_rag.server.tenants import PREFIX
 
 # what one process of a fleet knows and the others don't: its jobs, and the requests it answered
 _OF_ONE = re.compile(rf"{re.escape(PREFIX)}/(requests/[^/]+|ingestions/[^/]+(/cancel)?)")
