@@ -24,8 +24,9 @@ from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.upload import upload
 
-# Bytes of layers taken together: operations have fixed costs, and a CPU's cache still holds these.
-_AT_ONCE = 4 << 20
+# Bytes of layers taken together: operations have fixed costs, which are larger on a GPU, and a CPU's
+# cache still holds these.
+_AT_ONCE = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 class TorchExecutor(BlendExecutor):
@@ -51,7 +52,7 @@ class TorchExecutor(BlendExecutor):
             dtype = self.handle.config.model_config.dtype
             nbytes = math.prod(kept.shape(1, end)) * dtype.itemsize
             # Layers are asked for in ascending order, so the next ones come with this one.
-            at_once = 1 if kept.by_layer else max(1, _AT_ONCE // nbytes)
+            at_once = 1 if kept.by_layer else max(1, _AT_ONCE[self.device.type] // nbytes)
             last = min(index + at_once, self.handle.num_layers)
             kv = torch.zeros(kept.shape(last - index, end), dtype=dtype, device=self.device)
             for start, end, offset, _, chunk in self.region.spans:

@@ -32,6 +32,14 @@ def test_quantised_weights_are_exact_at_ratio_1(name: str, tiny_models: Path) ->
         blends_within(blend, EXACT_BF16)
 
 
+@pytest.mark.gpu
+def test_fp8_weights_are_exact_at_ratio_1(tiny_models: Path) -> None:
+    """Rounded by vLLM when it loads them."""
+    path = make("llama", tiny_models)
+    with start_in_process(path, prefix=PREFIX, dtype="bfloat16", quantization="fp8") as blend:
+        blends_within(blend, EXACT_BF16)
+
+
 @pytest.mark.skipif(
     not torch.cpu._is_avx512_supported() and not torch.cuda.is_available(),
     reason="needs a GPU or AVX-512: vLLM's FP8 cache is made of it",
