@@ -449,7 +449,8 @@ def whole_graphs(vllm_config: Any) -> str:
         return "a compiler pass fuses a layer's cache update with its rotation"
     if vllm_config.parallel_config.use_ubatching:
         return "dual batch overlap is on: a step is run in two halves"
-    update = "vllm::unified_kv_cache_update"
+    kind = "mla_" if vllm_config.model_config.use_mla else ""
+    update = f"vllm::unified_{kind}kv_cache_update"
     if mode.has_piecewise_cudagraphs() and update not in (compiling.splitting_ops or []):
         return f"{update} is not among compilation_config.splitting_ops"
     return ""

@@ -228,7 +228,9 @@ def test_only_passes_that_are_on_keep_layers_from_being_changed() -> None:
     from vllm.config import CompilationConfig, ParallelConfig
 
     config = SimpleNamespace(
-        compilation_config=CompilationConfig(), parallel_config=ParallelConfig()
+        compilation_config=CompilationConfig(),
+        parallel_config=ParallelConfig(),
+        model_config=SimpleNamespace(use_mla=False),
     )
     assert schedule.whole_graphs(config) == ""
     passes = config.compilation_config.pass_config
@@ -251,9 +253,10 @@ def compiled(**changes: Any) -> Any:
         **changes,
     }
     ubatching = compiling.pop("use_ubatching", False)
-    parallel = SimpleNamespace(use_ubatching=ubatching)
     return SimpleNamespace(
-        compilation_config=SimpleNamespace(**compiling), parallel_config=parallel
+        model_config=SimpleNamespace(use_mla=compiling.pop("use_mla", False)),
+        compilation_config=SimpleNamespace(**compiling),
+        parallel_config=SimpleNamespace(use_ubatching=ubatching),
     )
 
 
@@ -268,5 +271,6 @@ def test_steps_that_cannot_be_changed_are_known() -> None:
         ({"use_inductor_graph_partition": True}, "use_inductor_graph_partition"),
         ({"pass_config": SimpleNamespace(fuse_rope_kvcache=True)}, "pass"),
         ({"use_ubatching": True}, "dual batch overlap"),
+        ({"use_mla": True}, "unified_mla_kv_cache_update"),
     ]:
         assert word in schedule.whole_graphs(compiled(**changes))
