@@ -24,8 +24,7 @@ from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.upload import upload
 
-# Bytes of layers taken together: operations have fixed costs, which are larger on a GPU, and a CPU's
-# cache still holds these.
+# Bytes of layers taken together: operations have fixed costs, and a CPU's cache still holds these.
 _AT_ONCE = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
