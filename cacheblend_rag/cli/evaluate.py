@@ -20,7 +20,7 @@ from cacheblend_rag.errors import ConfigError, DataError, MissingExtraError
 from cacheblend_rag.evaluate.base import Question
 from cacheblend_rag.evaluate.results import ResultFile, Results, read_results
 from cacheblend_rag.evaluate.rows import Row, make_rows, parse_row
-from cacheblend_rag.evaluate.summary import SetSummary, summarise, to_dict, to_markdown
+from cacheblend_rag.evaluate.summary import SetSummary, interval_text, summarise, to_dict, to_markdown, what_it_tells
 
 STORE = "memory://?capacity=64GiB"  # never full: passages are forgotten before
 
@@ -58,6 +58,14 @@ def add(commands: Any) -> None:
         choices=["tune", "report", "all"],
         default="all",
         help="which half of the questions",
+    )
+    parser.add_argument(
+        "--pool",
+        nargs="+",
+        type=_pool,
+        default=[],
+        metavar="NAME=SET,...",
+        help="also take these sets of questions together",
     )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="mark recomputed tokens")
 
@@ -188,7 +196,7 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _publish(results: Results, args: argparse.Namespace, screen: Screen) -> Done:
-    summaries = summarise(results, split=args.split)
+    summaries = summarise(results, split=args.split, pools=dict(args.pool))
     data = to_dict(results, summaries)
     args.out.mkdir(parents=True, exist_ok=True)
     written = [args.out / "summary.json", args.out / "summary.md"]
@@ -202,6 +210,7 @@ def _publish(results: Results, args: argparse.Namespace, screen: Screen) -> Done
     written += _plots(summaries, args.out, screen)
     for summary in summaries:
         screen.out.print(_table(summary))
+        screen.out.print(what_it_tells(summary), soft_wrap=True, highlight=False, markup=False)
     screen.note.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
     return Done(OK, data)
 
@@ -220,13 +229,13 @@ def _table(summary: SetSummary) -> Table:
     title = f"{summary.set}: {summary.questions} questions"
     if summary.left_out or summary.skipped:
         title += f" ({summary.left_out} unfinished, {summary.skipped} too long)"
-    table = Table("row", summary.measure, "to full", "agree", "changed", "KL", "share", title=title)
+    table = Table("row", summary.measure, "to full [95 %]", "agree", "changed", "KL", "share", title=title)
     for r in summary.rows:
         quality = r.to_full.get("quality")
         table.add_row(
             escape(r.row),
             "" if r.quality is None else f"{r.quality:.3f}",
-            "" if quality is None else f"{quality.mean:+.3f}",
+            "" if quality is None else escape(interval_text(quality)),
             f"{r.agree:.3f}",
             f"{r.changed:.3f}",
             "" if r.kl is None else f"{r.kl:.4f}",
@@ -249,6 +258,14 @@ def _shard(text: str) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 1/4, with I from 1 to N")
     return int(match[1]), int(match[2])
+
+
+def _pool(text: str) -> tuple[str, list[str]]:
+    name, _, sets = text.partition("=")
+    members = list(dict.fromkeys(s for s in sets.split(",") if s))
+    if not name or name == "all" or not members:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SET,SET (NAME not 'all')")
+    return name, members
 
 
 def _engine_arg(text: str) -> tuple[str, Any]:

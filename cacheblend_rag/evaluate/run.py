@@ -9,7 +9,7 @@ prefill's answer, so that the comparison covers every token of it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cacheblend_rag.blend import CacheBlend
@@ -63,9 +63,10 @@ class Evaluation:
         self, questions: Sequence[Question], file: ResultFile, advance: Callable[[int], None]
     ) -> None:
         """Ask what ``file`` does not have yet, and append to it; ``advance`` gets the number of
-        questions that are done.
+        questions that are done. All sets advance together, so that a run that is cut short has
+        about the same share of each.
         """
-        for group in _groups(questions, self.group):
+        for group in _interleaved(_groups(questions, self.group)):
             fits = [q for q in group if self._fits(q, file)]
             todo = [q for q in fits if not all(file.results.has(q, r.name) for r in self.rows)]
             if todo:
@@ -250,3 +251,16 @@ def _groups(questions: Sequence[Question], size: int) -> Iterator[list[Question]
         group.append(question)
     if group:
         yield group
+
+
+def _interleaved(groups: Iterable[list[Question]]) -> list[list[Question]]:
+    """The groups, each at the share of its set that it ends; those of one set keep their order."""
+    by_set: dict[str, list[list[Question]]] = {}
+    for group in groups:
+        by_set.setdefault(group[0].set, []).append(group)
+    placed = [
+        ((number + 1) / len(mine), group)
+        for mine in by_set.values()
+        for number, group in enumerate(mine)
+    ]
+    return [group for _, group in sorted(placed, key=lambda pair: pair[0])]

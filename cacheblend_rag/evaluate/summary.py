@@ -18,6 +18,7 @@ from cacheblend_rag.evaluate.rows import FULL
 from cacheblend_rag.evaluate.score import (
     Interval,
     best,
+    detectable,
     exact,
     f1,
     normalised,
@@ -59,7 +60,9 @@ class RowSummary:
     """One row over one set. Means, but for ``ttft_s``, a median.
 
     ``to_full`` and ``to_hkvd``: paired differences of ``quality``, ``agree``, ``kl`` to the full
-    prefill and to HKVD at the same ratio and prefix, with 95 % intervals.
+    prefill and to HKVD at the same ratio and prefix, with 95 % intervals. ``detectable``: the
+    difference of ``quality`` to the full prefill that these questions can tell, see
+    ``score.detectable``.
     """
 
     row: str
@@ -78,11 +81,14 @@ class RowSummary:
     speedup: float | None
     to_full: Mapping[str, Interval]
     to_hkvd: Mapping[str, Interval]
+    detectable: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetSummary:
-    """All rows of one set, or of all sets of questions together (``all``)."""
+    """All rows of one set, of several that are pooled under a name, or of all sets of questions
+    together (``all``).
+    """
 
     set: str
     measure: str  # F1 or Rouge-L
@@ -92,14 +98,17 @@ class SetSummary:
     rows: Sequence[RowSummary]
 
 
-def summarise(results: Results, *, split: str = "all") -> list[SetSummary]:
+def summarise(
+    results: Results, *, split: str = "all", pools: Mapping[str, Sequence[str]] | None = None
+) -> list[SetSummary]:
     """A summary a set; more than one set of questions are also taken together.
 
     Args:
         split: ``tune``, ``report`` or ``all``.
+        pools: further sets of questions to take together, by the name of each pool.
 
     Raises:
-        DataError: no question is finished.
+        DataError: no question is finished; a pool has a set that is not there, or has no F1.
     """
     names = _row_names(results)
     tables: dict[str, list[dict[str, Scores]]] = {}
@@ -124,11 +133,26 @@ def summarise(results: Results, *, split: str = "all") -> list[SetSummary]:
         for name, rows in sorted(tables.items())
     ]
     questions = [s.set for s in summaries if s.measure == "F1" and s.questions]
-    if len(questions) > 1:
-        pooled = [scored for name in questions for scored in tables[name]]
-        counts = [sum(c.get(n, 0) for n in questions) for c in (left_out, skipped)]
-        summaries.append(_summary("all", "F1", names, pooled, *counts))
+    everything = {"all": questions} if len(questions) > 1 else {}
+    for pool, members in {**(pools or {}), **everything}.items():
+        _check_pool(pool, members, measures, skipped)
+        pooled = [scored for name in members for scored in tables.get(name, ())]
+        counts = [sum(c.get(n, 0) for n in members) for c in (left_out, skipped)]
+        summaries.append(_summary(pool, "F1", names, pooled, *counts))
     return summaries
+
+
+def _check_pool(
+    pool: str, members: Sequence[str], measures: Mapping[str, str], skipped: Mapping[str, int]
+) -> None:
+    if pool in measures:
+        raise DataError(f"the pool {pool!r} has the name of a set: give it another")
+    known = {name for name, measure in measures.items() if measure == "F1"}
+    if absent := sorted(set(members) - known - (set(skipped) - set(measures))):
+        raise DataError(
+            f"the pool {pool!r} has {', '.join(absent)}; the sets of questions are "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def score(asked: Asked, answer: Answer, full: Answer) -> Scores:
@@ -178,6 +202,7 @@ def _row(row: str, table: Sequence[Mapping[str, Scores]], names: Sequence[str]) 
     hkvd = _same_ratio(row)
     pairs = [(s[row].ttft_s, s[FULL].ttft_s) for s in table]
     kls = [s.kl for s in mine if s.kl is not None]
+    to_full = _pairs(table, row, FULL, "quality")
     return RowSummary(
         row=row,
         questions=len(mine),
@@ -195,6 +220,7 @@ def _row(row: str, table: Sequence[Mapping[str, Scores]], names: Sequence[str]) 
         speedup=_median(full / own if own and full else None for own, full in pairs),
         to_full=_differences(table, row, FULL) if row != FULL else {},
         to_hkvd=_differences(table, row, hkvd) if hkvd in names and row != hkvd else {},
+        detectable=detectable(to_full) if row != FULL else None,
     )
 
 
@@ -209,11 +235,34 @@ def _differences(
 ) -> dict[str, Interval]:
     found = {}
     for name in ("quality", "agree", "kl"):
-        pairs = [(getattr(s[row], name), getattr(s[other], name)) for s in table]
-        values = [a - b for a, b in pairs if a is not None and b is not None]
-        if values:
+        if values := _pairs(table, row, other, name):
             found[name] = paired_interval(values)
     return found
+
+
+def _pairs(
+    table: Sequence[Mapping[str, Scores]], row: str, other: str, name: str
+) -> list[float]:
+    """What is more in ``row`` than in ``other``, question by question."""
+    pairs = [(getattr(s[row], name), getattr(s[other], name)) for s in table]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def what_it_tells(summary: SetSummary) -> str:
+    """What difference to the full prefill these questions can tell, in a sentence."""
+    found = [(r.detectable, r.row) for r in summary.rows if r.detectable is not None]
+    if not found:
+        return (
+            f"What difference in {summary.measure} {summary.questions} questions can tell is not "
+            "known: it takes answers of known quality, some of which differ."
+        )
+    (least, easiest), (most, hardest) = min(found), max(found)
+    span = f"{least:.3f} ({easiest})"
+    span += f" to {most:.3f} ({hardest})" if hardest != easiest else ""
+    return (
+        f"{summary.questions} questions tell a true difference in {summary.measure} to the full "
+        f"prefill of {span} from none, in four of five samples (paired, two-sided, 5 %)."
+    )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -244,7 +293,7 @@ def to_markdown(results: Results, summaries: Sequence[SetSummary]) -> str:
         notes = [f"{s.questions} questions"]
         notes += [f"{s.left_out} unfinished left out"] if s.left_out else []
         notes += [f"{s.skipped} too long"] if s.skipped else []
-        parts += [f"### {s.set} ({', '.join(notes)})", "", *_table(s), ""]
+        parts += [f"### {s.set} ({', '.join(notes)})", "", *_table(s), "", what_it_tells(s), ""]
     return "\n".join(parts)
 
 
@@ -259,12 +308,12 @@ def _table(s: SetSummary) -> list[str]:
             r.row,
             _number(r.quality),
             _number(r.exact),
-            _interval(r.to_full.get("quality")),
-            _interval(r.to_hkvd.get("quality")),
+            interval_text(r.to_full.get("quality")),
+            interval_text(r.to_hkvd.get("quality")),
             _number(r.agree),
             _number(r.changed),
             _number(r.kl, 4),
-            _interval(r.to_hkvd.get("kl")),
+            interval_text(r.to_hkvd.get("kl")),
             "" if r.ratio is None else f"{r.recomputed:.0f} ({r.ratio:.1%})",
             "" if r.ttft_s is None else f"{r.ttft_s * 1000:.0f} ms ({r.speedup:.2f}x)",
         ]
@@ -276,5 +325,6 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _interval(value: Interval | None) -> str:
+def interval_text(value: Interval | None) -> str:
+    """A mean and its interval, for a table; nothing for None."""
     return "" if value is None else f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"

@@ -96,6 +96,24 @@ def test_passages_are_forgotten_before_memory_is_full(
     assert len(forgotten.ingested) - len(kept.ingested) == 4, "four of them twice"
 
 
+def test_all_sets_advance_together(
+    engines: Sequence[FakeEngine], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
+    got = run(
+        capsys, MODEL, "--data", data, other, "--out", tmp_path / "o", "--only-rows", "reuse",
+        "--pool", "both=own,other",
+    )  # fmt: skip
+    assert [(s["set"], s["questions"]) for s in got["sets"]] == [
+        ("other", 2), ("own", 5), ("both", 7), ("all", 7)
+    ]  # fmt: skip
+    lines = map(json.loads, (tmp_path / "o" / "answers-1of1.jsonl").read_text().splitlines())
+    order = [line["set"] for line in lines if line["type"] == "question"]
+    assert order == ["own", "own", "other", "own", "own", "own", "other"]
+    assert "false" in refused(capsys, "--report", tmp_path / "o", "--pool", "both=own,false")
+
+
 def test_parted_answers_are_asked_again(
     engines: Sequence[FakeEngine],
     data: Path,

@@ -16,8 +16,16 @@ from cacheblend_rag.evaluate.base import Question
 from cacheblend_rag.evaluate.coloured import page
 from cacheblend_rag.evaluate.results import Answer, ResultFile, read_results
 from cacheblend_rag.evaluate.rows import make_rows, parse_row, parse_selector, with_prefix
-from cacheblend_rag.evaluate.score import best, exact, f1, normalised, paired_interval, rouge_l
-from cacheblend_rag.evaluate.summary import summarise, to_dict, to_markdown
+from cacheblend_rag.evaluate.score import (
+    best,
+    detectable,
+    exact,
+    f1,
+    normalised,
+    paired_interval,
+    rouge_l,
+)
+from cacheblend_rag.evaluate.summary import summarise, to_dict, to_markdown, what_it_tells
 
 SETTINGS = {"model": "m", "dtype": "float32"}
 
@@ -48,6 +56,19 @@ def test_intervals_hold_the_mean_and_shrink() -> None:
     assert paired_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="no difference"):
         paired_interval([])
+
+
+def test_a_detectable_difference_is_found_four_times_in_five() -> None:
+    draw = np.random.default_rng(5)
+    scatter = draw.normal(0, 0.3, 400)
+    least = detectable(scatter.tolist())
+    assert least == pytest.approx(2.802 * scatter.std(ddof=1) / 20, rel=1e-3)
+    found = 0
+    for _ in range(1000):
+        sample = draw.normal(least, 0.3, 400)
+        found += abs(sample.mean()) > 1.96 * sample.std(ddof=1) / 20
+    assert 0.76 < found / 1000 < 0.84
+    assert detectable([0.1]) is None and detectable([0.2, 0.2, 0.2]) is None
 
 
 def test_rows() -> None:
@@ -181,6 +202,36 @@ def test_shards_are_joined_and_sets_pooled(tmp_path: Path) -> None:
     assert (both.set, both.questions, both.rows[1].quality) == ("all", 11, 6 / 11)
     halves = [summarise(read_results(paths[:1]), split=h) for h in ("tune", "report")]
     assert sum(max(x.questions for x in half) for half in halves) == 6
+
+
+def test_pools_and_what_their_questions_tell(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", range(8))
+    with ResultFile(path, SETTINGS) as file:
+        for name, right in (("t", "Rome"), ("u", "Oslo")):
+            for n in range(4):
+                file.add_question(question(n, set=name))
+                file.add(
+                    answer(n, row, right, set=name) for row in ("full", "query@0.1", "hkvd@0.1")
+                )
+    results = read_results([path])
+    [*_, pool, whole] = summarise(results, pools={"two": ["s", "t"]})
+    assert (pool.set, pool.questions, whole.set, whole.questions) == ("two", 12, "all", 16)
+    rows = {row.row: row for row in pool.rows}
+    assert rows["full"].detectable is None
+    assert rows["query@0.1"].to_full["quality"].mean == pytest.approx(-4 / 12)
+    differences = [-1.0] * 4 + [0.0] * 8
+    assert rows["query@0.1"].detectable == detectable(differences)
+    told = what_it_tells(pool)
+    assert "12 questions" in told and f"{detectable(differences):.3f} (query@0.1)" in told
+    assert told in to_markdown(results, [pool])
+    [u] = [s for s in summarise(results) if s.set == "u"]
+    assert "not known" in what_it_tells(u), "no answer differs: their scatter is not known"
+    for pools, says in (
+        ({"two": ["s", "v"]}, "has v; the sets of questions are s, t, u"),
+        ({"s": ["t"]}, "the name of a set"),
+    ):
+        with pytest.raises(DataError, match=says):
+            summarise(results, pools=pools)
 
 
 def test_summaries_need_no_gold_answer(tmp_path: Path) -> None:
