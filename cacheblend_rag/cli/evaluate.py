@@ -20,7 +20,14 @@ from cacheblend_rag.errors import ConfigError, DataError, MissingExtraError
 from cacheblend_rag.evaluate.base import Question
 from cacheblend_rag.evaluate.results import ResultFile, Results, read_results
 from cacheblend_rag.evaluate.rows import Row, make_rows, parse_row
-from cacheblend_rag.evaluate.summary import SetSummary, interval_text, summarise, to_dict, to_markdown, what_it_tells
+from cacheblend_rag.evaluate.summary import (
+    SetSummary,
+    interval_text,
+    summarise,
+    to_dict,
+    to_markdown,
+    what_it_tells,
+)
 
 STORE = "memory://?capacity=64GiB"  # never full: passages are forgotten before
 
@@ -229,7 +236,9 @@ def _table(summary: SetSummary) -> Table:
     title = f"{summary.set}: {summary.questions} questions"
     if summary.left_out or summary.skipped:
         title += f" ({summary.left_out} unfinished, {summary.skipped} too long)"
-    table = Table("row", summary.measure, "to full [95 %]", "agree", "changed", "KL", "share", title=title)
+    table = Table(
+        "row", summary.measure, "to full [95 %]", "agree", "changed", "KL", "share", title=title
+    )
     for r in summary.rows:
         quality = r.to_full.get("quality")
         table.add_row(

@@ -240,9 +240,7 @@ def _differences(
     return found
 
 
-def _pairs(
-    table: Sequence[Mapping[str, Scores]], row: str, other: str, name: str
-) -> list[float]:
+def _pairs(table: Sequence[Mapping[str, Scores]], row: str, other: str, name: str) -> list[float]:
     """What is more in ``row`` than in ``other``, question by question."""
     pairs = [(getattr(s[row], name), getattr(s[other], name)) for s in table]
     return [a - b for a, b in pairs if a is not None and b is not None]
