@@ -12,16 +12,16 @@ from unittest import mock
 
 import pytest
 import torch
+from fake_retriever import FakeRetriever, split
 
 from cacheblend_rag import __version__, cli, demo
 from cacheblend_rag.calibration import Calibration
 from cacheblend_rag.engine.base import EngineInfo, EngineOutput, LayerCheck, ModelCheck
-from cacheblend_rag.errors import EngineError, StoreError
+from cacheblend_rag.errors import EngineError
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import BlendReport, SegmentReport
 from cacheblend_rag.result import BlendResult, BlendStream, make_result
-from cacheblend_rag.retrieval import MANIFEST, Document, Passage
 from cacheblend_rag.store import ChunkKV, DiskStore
 
 REFUSAL = "the model mixes attention with recurrent layers"
@@ -125,35 +125,6 @@ def a_report(mode: str, blended: bool) -> BlendReport:
         stages_s={"load": 0.01},
         segments=[SegmentReport(0, 80, "reused", 10, "stored KV", "ab")],
     )
-
-
-class FakeRetriever:
-    """Keeps passages in a file, and finds the first ones."""
-
-    def __init__(self, passages: Sequence[Passage], folder: Path) -> None:
-        self.passages = tuple(passages)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [(p.source, p.number, p.text) for p in passages]
-        (folder / MANIFEST).write_text(json.dumps(rows))
-
-    @classmethod
-    def load(cls, folder: Path) -> FakeRetriever:
-        if not (folder / MANIFEST).exists():
-            raise StoreError(f"{folder} holds no index. Ingest documents first.")
-        rows = json.loads((folder / MANIFEST).read_text())
-        return cls([Passage(*row) for row in rows], folder)
-
-    def search(self, question: str, k: int) -> list[Passage]:
-        return list(self.passages[:k])
-
-
-def split(documents: Sequence[Document], chunk_tokens: int, tokenizer: object) -> list[Passage]:
-    """A passage a paragraph."""
-    return [
-        Passage(document.source, number, text)
-        for document in documents
-        for number, text in enumerate(document.text.strip().split("\n\n"))
-    ]
 
 
 @pytest.fixture(autouse=True)

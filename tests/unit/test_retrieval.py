@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_retriever import make_pdf
 
 from cacheblend_rag import retrieval
 from cacheblend_rag.errors import (
@@ -30,31 +31,6 @@ class Words:
     def encode(self, text: str, /, *, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
         return [len(word) for word in text.split()]
-
-
-def make_pdf(path: Path, *pages: str, password: str | None = None) -> None:
-    """Write a PDF with one line of text on each page."""
-    pypdf = pytest.importorskip("pypdf")
-    from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
-
-    font = DictionaryObject(
-        {
-            NameObject("/Type"): NameObject("/Font"),
-            NameObject("/Subtype"): NameObject("/Type1"),
-            NameObject("/BaseFont"): NameObject("/Helvetica"),
-        }
-    )
-    writer = pypdf.PdfWriter()
-    for text in pages:
-        page = writer.add_blank_page(width=400, height=200)
-        fonts = DictionaryObject({NameObject("/F1"): font})
-        page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
-        content = DecodedStreamObject()
-        content.set_data(f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode())
-        page[NameObject("/Contents")] = content
-    if password:
-        writer.encrypt(password, algorithm="RC4-128")
-    writer.write(path)
 
 
 # --- read -----------------------------------------------------------------------------------------
