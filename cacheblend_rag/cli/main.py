@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from cacheblend_rag._version import __version__
-from cacheblend_rag.cli import calibrate, demo, documents, evaluate, model, route, serve, store
+from cacheblend_rag.cli import (
+    calibrate,
+    capacity,
+    demo,
+    documents,
+    evaluate,
+    model,
+    route,
+    serve,
+    store,
+)
 from cacheblend_rag.cli.base import INTERRUPTED, OUR_ERROR, Done, Screen
 from cacheblend_rag.cli.output import nothing_else_on_stdout, quieten
 from cacheblend_rag.errors import CacheBlendError
@@ -55,6 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cacheblend-rag {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for family in (serve, route, documents, model, evaluate, calibrate, store, demo):
+    for family in (serve, route, capacity, documents, model, evaluate, calibrate, store, demo):
         family.add(commands)
     return parser
