@@ -26,6 +26,7 @@ from cacheblend_rag.undo import on_failure
 MOST_BYTES = 32 << 20  # of a body; servers take 64 MiB if nothing else is set
 _PAGE = 100  # most that a list has
 _ENDED = ("completed", "failed", "cancelled")
+_NOT_STORED = "not_stored"  # the store refused all: a failure to the server, a report here
 _ASK_S = (0.05, 1.0)  # how often a job is asked for: at first, at last
 Text = str | list[int]
 
@@ -51,14 +52,15 @@ class RemoteChunks:
     ) -> IngestReport:
         start = time.perf_counter()
         chunks = _chunks(texts, left_context, documents, self.config.ingest_prefix)
-        jobs: list[Mapping[str, Any]] = []
+        jobs, not_stored = list[Mapping[str, Any]](), dict[str, str]()
         with tqdm(
             total=len(chunks), desc="ingest", unit="chunk", disable=not (progress and chunks)
         ) as bar:
             for batch in batches(chunks, MOST_BYTES):
                 jobs.append(self._job(batch, bar.update))
+                not_stored |= self._not_stored(batch, jobs[-1])
         spent = time.perf_counter() - start
-        return replies.ingested(jobs, self._not_stored(jobs), spent)
+        return replies.ingested(jobs, not_stored, spent)
 
     def _job(self, chunks: Sequence[Any], advance: Callable[[int], object]) -> Mapping[str, Any]:
         """Have one job done; it is cancelled where the caller leaves early."""
@@ -66,8 +68,8 @@ class RemoteChunks:
         job = self._call("POST", "/ingestions", {"chunks": chunks}, headers=key, safe=True)
         with on_failure(partial(self._cancel, job["id"])):
             job = self._followed(job, advance)
-        if job["status"] != "completed":
-            error = job.get("error") or {"message": f"the ingestion was {job['status']}"}
+        error = job.get("error") or {"message": f"the ingestion was {job['status']}"}
+        if job["status"] != "completed" and error.get("code") != _NOT_STORED:
             raise reported_error(error, self._connection.url)
         return job
 
@@ -90,16 +92,17 @@ class RemoteChunks:
             wait = min(wait * 1.5, _ASK_S[1])
             job = self._call("GET", f"/ingestions/{job['id']}")
 
-    def _not_stored(self, jobs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-        """Of jobs that count chunks as not stored, which these are; servers say only how many."""
-        jobs = [job for job in jobs if int(job["counts"].get("not_stored", 0))]
-        keys = {key for job in jobs for key in job.get("keys") or () if key}
-        if not keys:
+    def _not_stored(self, chunks: Sequence[Any], job: Mapping[str, Any]) -> dict[str, str]:
+        """Why chunks of a job were not stored, by their keys; servers say only how many."""
+        if not int(job["counts"].get("not_stored", 0)):
             return {}
-        why = next((job["detail"] for job in jobs if job.get("detail")), "") or (
-            "the store did not keep it; the server's log says why"
-        )
-        return dict.fromkeys(sorted(keys - self.stored()), why)
+        keys = {key for key in job.get("keys") or () if key}
+        why = job.get("detail") or "the store did not keep it; the server's log says why"
+        if job["status"] == "completed":  # some were
+            texts = [chunk["text"] if isinstance(chunk, Mapping) else chunk for chunk in chunks]
+            found = self._call("POST", "/chunks/keys", {"texts": texts}, safe=True)["data"]
+            keys -= {row["id"] for row in found if row["stored"]}
+        return dict.fromkeys(sorted(keys), why)
 
     def prefetch(self, texts: str | Sequence[str | Sequence[int]]) -> None:
         for batch in batches(_texts(texts), MOST_BYTES):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import threading
 import time
 import uuid
@@ -43,7 +44,40 @@ from cacheblend_rag.planner import Space
 from cacheblend_rag.reason import Reason
 
 _T = TypeVar("_T")
+_LONE = re.compile("[\ud800-\udfff]")  # halves of characters
+_MOST_NESTED = 16  # levels of a request's options
 _NOT_HERE = "answers are asked of the server's own endpoints, such as /v1/chat/completions"
+
+
+def check_params(params: object) -> None:
+    """Look at a request's ``kv_transfer_params``, which vLLM hands from process to process as they
+    are. One that can't be written there would end the engine, and all answers with it.
+
+    Raises:
+        ValueError: they are such; vLLM answers 400.
+    """
+    if params is not None and not isinstance(params, dict):
+        raise ValueError("kv_transfer_params must be an object")
+    level: list[Any] = [params]
+    for _ in range(_MOST_NESTED):
+        if any(_LONE.search(text) for value in level for text in _texts_of(value)):
+            raise ValueError("kv_transfer_params has half a character (a lone surrogate)")
+        level = [inner for value in level for inner in _inside(value)]
+        if not level:
+            return
+    raise ValueError(f"kv_transfer_params is nested more than {_MOST_NESTED} levels deep")
+
+
+def _texts_of(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return list(value)
+    return [value] if isinstance(value, str) else []
+
+
+def _inside(value: object) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 class ClientEngine(Engine):
@@ -94,18 +128,23 @@ class ClientEngine(Engine):
         prepared = EngineSetup(None, refusal, compat.installed_version())
         facts = [{"fingerprint": "", **state["facts"]} for state in states]
         self.info = make_info(prepared, config, lambda: facts)
-        self._count(client)
+        self._see_requests(client)
 
-    def _count(self, client: Any) -> None:
-        """Have ``asked`` go up with each call of the client's ``generate``."""
+    def _see_requests(self, client: Any) -> None:
+        """Have ``asked`` go up with each call of the client's ``generate``, and refuse those that
+        would end the engine.
+        """
         generate = client.generate
 
         @functools.wraps(generate)
-        def counted(*args: Any, **options: Any) -> Any:
+        def seen(
+            prompt: Any, sampling_params: Any, request_id: str, *args: Any, **options: Any
+        ) -> Any:
+            check_params((sampling_params.extra_args or {}).get("kv_transfer_params"))
             self.asked += 1
-            return generate(*args, **options)
+            return generate(prompt, sampling_params, request_id, *args, **options)
 
-        client.generate = counted
+        client.generate = seen
 
     @property
     def space(self) -> Space | None:

@@ -24,7 +24,6 @@ from cacheblend_rag.engine import binding
 from cacheblend_rag.engine.binding import RankMessages
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.link import Link
-from cacheblend_rag.engine.names import answers_to
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
@@ -255,15 +254,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         messages = self.link.take()
         return {get_tensor_model_parallel_rank(): messages} if messages else {}
 
-    def reports(self, request: str) -> list[BlendOutcome | dict[str, Any]]:
-        """Of ``recent``, what belongs to a request by the id that its client saw, in order. Those
-        of one place, the tokens of a beam search, stay as they came.
-        """
-        places = {name: answers_to(name, request) for name in list(self.recent)}
-        own = [name for name, place in places.items() if place]
-        return [self.recent[name] for name in sorted(own, key=lambda name: places[name])]
-
     def _remember(self, name: str, done: BlendOutcome | dict[str, Any]) -> None:
+        self.recent.pop(name, None)  # the latest comes last
         self.recent[name] = done
         while len(self.recent) > _KEEP_OUTCOMES:
             self.recent.popitem(last=False)

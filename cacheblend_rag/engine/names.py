@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # one of n answers, one of several prompts or turns, one of the beams at a token of a beam search,
 # and what vLLM adds to make it unique
@@ -19,6 +20,18 @@ def answers_to(name: str, request: str) -> tuple[int, int] | tuple[()]:
     if found is None:
         return ()
     return int(found["prompt"] or 0) + 1, int(found["answer"] or found["beam"] or 0) + 1
+
+
+def answering(names: Iterable[str], request: str) -> list[str]:
+    """Those of vLLM's ``names``, the oldest first, that answer a client's ``request``, by their
+    places. Of several of one place, the latest: clients may give one id (``X-Request-Id``) twice.
+    But the tokens of a beam search stay as they came.
+    """
+    found: dict[object, tuple[tuple[int, int], str]] = {}
+    for name in names:
+        if place := answers_to(name, request):
+            found[name if is_beam(name) else place] = place, name
+    return [name for _, name in sorted(found.values(), key=lambda both: both[0])]
 
 
 def is_beam(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from cacheblend_rag.engine.names import answering, answers_to
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.engine.worker_state import WorkerSide, WorkerState
@@ -34,6 +35,14 @@ class Queries:
     def cacheblend_document_keys(self, document: str) -> Any:
         """The keys that are noted for a document."""
         return self._later(lambda store: store.document_keys(document))
+
+    def cacheblend_list(self) -> Any:
+        """Have the scheduler's side know all that is stored; takes long where that is much."""
+        return self._listed(lambda store: store.follower.list())
+
+    def cacheblend_contains(self, key: str) -> Any:
+        """Whether this rank's store has a chunk; fails where the store can't be asked."""
+        return self._from_answering_rank(lambda store: store.store.contains(key))
 
     def cacheblend_page(
         self, keys: list[Any], after: str, limit: int, document: str | None, fresh: bool = False
@@ -91,10 +100,15 @@ class Queries:
         spans = [list(span) for span in connector.link.take_spans()]
         return {"spans": spans, **connector.step_timer.to_plain()}
 
-    def cacheblend_reports(self, request: str) -> list[dict[str, Any]]:
-        """What was done for the requests of vLLM's that answered a client's request, in order."""
-        found = self._connector().reports(request)
-        return [done.report() if isinstance(done, BlendOutcome) else done for done in found]
+    def cacheblend_reports(self, request: str, space: str | None = None) -> list[dict[str, Any]]:
+        """What was done for the requests of vLLM's that answered a client's request, in order. With
+        ``space`` (``KeySpace.key`` of nothing), for those in that key space.
+        """
+        recent = self._connector().recent
+        own = {n: _report(recent[n]) for n in list(recent) if answers_to(n, request)}
+        if space is not None:
+            own = {name: done for name, done in own.items() if done["space"] == space}
+        return [own[name] for name in answering(own, request)]
 
     def cacheblend_outcome(self, name: str, positions: bool = False) -> dict[str, Any]:
         """What was done for a request whose last output could not carry it: it ended in the step of
@@ -129,3 +143,7 @@ class Queries:
     def _state(self) -> WorkerState:
         """Shared with whoever else stands for this worker: see ``engine/binding.py``."""
         return self._connector().worker_state
+
+
+def _report(done: BlendOutcome | dict[str, Any]) -> dict[str, Any]:
+    return done.report() if isinstance(done, BlendOutcome) else done

@@ -162,8 +162,8 @@ class Claims:
     def begin(self, request: Any) -> None:
         """A request arrived; nothing of it was looked up yet."""
         self._live[request.request_id] = request
-        given = request.kv_transfer_params or {}
-        options = given.get(PARAMS_KEY)
+        given = request.kv_transfer_params
+        options = given.get(PARAMS_KEY) if isinstance(given, Mapping) else None
         if options is None and not self.planning.planner.plans_all:
             return
         name = _name(request, options) if self._names else str(request.request_id)

@@ -6,7 +6,7 @@ Arguments and results are plain lists, strings, numbers and bytes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,18 +171,17 @@ class WorkerExtension(Queries):
         else:
             link.follow(self._state().store.follower)
 
-    def cacheblend_open(self, space: dict[str, Any], known: list[Row] | None = None) -> Any:
-        """Have requests of a space planned.
+    def cacheblend_open(self, space: dict[str, Any], known: Sequence[Row] = ()) -> None:
+        """Have requests of a space planned: by what comes to be known from here on, and by all that
+        is stored with the next ``cacheblend_list``.
 
         Args:
             space: as ``planner.Space.to_plain`` writes it.
-            known: rows of chunks that are taken for stored; None: those that are.
+            known: rows of chunks that are taken for stored.
         """
         self._send(Space.from_plain(space))
-        if known is not None:
+        if known:
             self._send(News(known))
-            return None
-        return self._from_answering_rank(lambda store: store.follower.list())
 
     def cacheblend_limit(self, longest: int | None, costs: dict[str, float] | None) -> None:
         """Blend from now on, ``longest`` tokens of a prompt at most, where it is worth these

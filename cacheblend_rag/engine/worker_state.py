@@ -78,9 +78,6 @@ class WorkerSide(Protocol):
     step_timer: StepTimer
     closing: Callable[[], None] | None
 
-    def reports(self, request: str) -> list[BlendOutcome | dict[str, Any]]:
-        """See ``CacheBlendConnector``."""
-
 
 class StepTimer:
     """How many steps this engine made, and how long one takes: what is computed between two steps

@@ -154,7 +154,12 @@ class Startup(Ingestion, Answers):
             adapter=adapter,
         )
         self._engine.rpc("cacheblend_open", space.to_plain())
+        self._list_stored()
         self._sync()
+
+    def _list_stored(self) -> None:
+        """Have prompts searched for all that is stored."""
+        self._ask_stores("cacheblend_list")
 
     def _store_prompt_prefix(self) -> PromptPrefix | None:
         """The prompt prefix of chats, stored at position 0: exact where a prompt starts with it."""

@@ -17,6 +17,7 @@ Text = str | list[int]
 _CHUNK = ("text", "left_context", "document")
 _MOST_DOCUMENT = 4096  # characters of a document's id
 _TOKENS_A_CHARACTER = 0.4  # more than most texts have
+_MOST_LISTED, _MOST_DIGITS = 100, 9
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,11 @@ class Page:
         given = dict(query)
         only(given, ("after", "limit", *known), "the query")
         self.after = given.get("after")
-        self.limit = _number(given.get("limit", "20"))
+        limit = whole_number(given.get("limit", "20"))
+        if limit is None or not 1 <= limit <= _MOST_LISTED:
+            what = f"limit is {given['limit']!r:.80}; it must be a whole number from 1 to 100"
+            raise _wrong(what, "limit")
+        self.limit = limit
         self.order = given.get("order", "desc")
         self.document = given.get("document")
         if self.order not in ("asc", "desc"):
@@ -146,10 +151,12 @@ class Page:
         }
 
 
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 100):
-        raise _wrong(f"limit is {text!r}; it must be a whole number from 1 to 100", "limit")
-    return int(text)
+def whole_number(text: str) -> int | None:
+    """What a query says in digits; None: it says something else, or more than is ever meant."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0") or "0"
+    return int(digits) if len(digits) <= _MOST_DIGITS else None
 
 
 def _listed(body: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -> list[Any]:

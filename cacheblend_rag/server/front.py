@@ -5,6 +5,8 @@ event loop's.
 from __future__ import annotations
 
 import itertools
+import logging
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,14 +15,17 @@ from cacheblend_rag import __version__
 from cacheblend_rag.blend import CacheBlend
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine.client import ClientEngine
-from cacheblend_rag.errors import StoreError
+from cacheblend_rag.errors import CacheBlendError, StoreError
 from cacheblend_rag.front.learning import LearntIngestion
-from cacheblend_rag.ingest import IngestReport
+from cacheblend_rag.ingest import IngestReport, naming
 from cacheblend_rag.learn import LearnOptions
 from cacheblend_rag.report import make_report
 from cacheblend_rag.server.bodies import Given, Text
 from cacheblend_rag.store.tenants import tenant_id
 from cacheblend_rag.store.url import redacted
+
+logger = logging.getLogger("vllm.cacheblend_rag")
+_LISTS_S = 2.0  # that a tenant's first request waits for a listing of the store
 
 
 class Front(CacheBlend):
@@ -47,6 +52,20 @@ class Front(CacheBlend):
         other.is_tenant = True
         return other
 
+    def _list_stored(self) -> None:
+        """For a tenant, whose first request should not wait for as long as all that is stored may
+        take. Where that is much, its requests find their chunks some seconds later.
+        """
+        thread = threading.Thread(target=self._list_all, name="cacheblend-list", daemon=True)
+        thread.start()
+        thread.join(_LISTS_S)
+
+    def _list_all(self) -> None:
+        try:
+            super()._list_stored()
+        except CacheBlendError as error:  # a store that is away is listed when it is back
+            logger.warning("a tenant's stored chunks could not be listed: %s", error)
+
     def look(self) -> None:
         """Ask the engine anew whether it blends."""
         self.model_check = self._engine.model_check()
@@ -60,18 +79,35 @@ class Front(CacheBlend):
         """Of the next batch of an ingestion."""
         return self._engine.pace.tokens(self.info.max_num_batched_tokens)
 
+    def check_ids(self, chunks: Sequence[Given]) -> None:
+        """Raise PromptError where a chunk has a token id that the model has not."""
+        for number, chunk in enumerate(chunks):
+            for ids in (chunk.text, chunk.left_context):
+                if ids and not isinstance(ids, str):
+                    with naming(f"chunks[{number}]"):
+                        self._check_vocabulary(ids)
+
     def ingest_given(self, batch: Sequence[Given]) -> IngestReport:
-        """Compute and store chunks between the steps of answers."""
+        """Compute and store chunks between the steps of answers.
+
+        Raises:
+            UnavailableError: the store can't be asked, so some were not stored.
+        """
         contexts = [chunk.left_context for chunk in batch]
         left_context = contexts if any(context is not None for context in contexts) else None
         names = [None if c.document is None else self.document(c.document) for c in batch]
         with self._engine.slicing():
-            return self.ingest(
+            report = self.ingest(
                 [chunk.text for chunk in batch],
                 left_context=left_context,
                 documents=names,
                 progress=False,
             )
+        if report.not_stored:
+            # A store that is away keeps nothing, and says so as one that has no room does. But
+            # that may pass, so the caller should try again. It fails here.
+            self._ask_stores("cacheblend_contains", next(iter(report.not_stored)))
+        return report
 
     def learnt_ingestion(self) -> LearntIngestion | None:
         """What has computed what the engine learns; None where it learns nothing."""
@@ -143,9 +179,8 @@ class Front(CacheBlend):
 
     def reports(self, request: str) -> list[dict[str, Any]]:
         """What was done for a client's request: a report for each prompt and answer of it."""
-        found = self._engine.rpc("cacheblend_reports", request)[0]
-        own = self._space.key(())
-        return [_report(done) for done in found if not self.is_tenant or done["space"] == own]
+        space = self._space.key(()) if self.is_tenant else None
+        return [_report(done) for done in self._engine.rpc("cacheblend_reports", request, space)[0]]
 
     def state(self) -> dict[str, Any]:
         """What there is to know of the engine, the model and the store."""

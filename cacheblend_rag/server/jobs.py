@@ -4,29 +4,26 @@ outlives a ``kill -9``. A job's texts are kept until it ends.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.server import pieces
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.errors import HttpError
-from cacheblend_rag.undo import on_failure
+from cacheblend_rag.server.jobs_file import JobsFile
 
 QUEUED, RUNNING = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
+NOT_STORED = "not_stored"  # code of the error of a job whose every new chunk the store refused
 KEPT = 10_000  # jobs that ended
-_SET_ASIDE = 1 << 18  # bytes of disk, in which the end of a job can be noted
 _COUNTED = ("computed", "present", "repeated", "too_short", "too_long")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -39,7 +36,10 @@ CREATE INDEX IF NOT EXISTS open_jobs ON jobs (status, number);
 CREATE TABLE IF NOT EXISTS keys (
     job INTEGER NOT NULL, place INTEGER NOT NULL, key TEXT NOT NULL, PRIMARY KEY (job, place)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS deleted (
+    tenant TEXT NOT NULL, document TEXT NOT NULL, job INTEGER NOT NULL,
+    PRIMARY KEY (tenant, document)
+) WITHOUT ROWID;
 """
 
 
@@ -49,6 +49,7 @@ class Done:
 
     Attributes:
         place: how many of its chunks were taken.
+        deleted: of these, left out as their document was deleted.
         reason, detail: why nothing is computed, where nothing is blended.
     """
 
@@ -59,6 +60,12 @@ class Done:
     bytes: int = 0
     reason: str | None = None
     detail: str = ""
+    deleted: int = 0
+
+    @property
+    def kept_nothing(self) -> bool:
+        """Whether the store refused every chunk, and had none of them before."""
+        return self.not_stored >= max(1, self.counts["computed"]) and not self.counts["present"]
 
     def add(self, report: IngestReport, before: set[str]) -> None:
         """Another batch; ``before``: the keys of those before it."""
@@ -107,7 +114,8 @@ class Job:
     @property
     def has_keys(self) -> bool:
         """Whether the key of each of its chunks is known."""
-        return self.status == COMPLETED and self.done.reason is None
+        refused = self.error is not None and self.error["code"] == NOT_STORED
+        return (self.status == COMPLETED or refused) and self.done.reason is None
 
     @property
     def has_ended(self) -> bool:
@@ -115,15 +123,17 @@ class Job:
         return self.status in (COMPLETED, FAILED, CANCELLED)
 
 
+class UnderWay(NamedTuple):
+    """How far a job is: its number, and how many of its chunks were taken."""
+
+    job: int
+    place: int
+
+
 _FIELDS = (
     "number, id, tenant, status, created_at, completed_at, document, replaces, total, waiting, "
     "done, cancel, error"
 )
-
-
-def is_full(error: sqlite3.Error) -> bool:
-    """Whether it is the disk that has no room."""
-    return str(error) == "database or disk is full"  # SQLite's words; others quote the file's name
 
 
 def _job(row: Sequence[Any]) -> Job:
@@ -134,7 +144,7 @@ def _job(row: Sequence[Any]) -> Job:
     return job
 
 
-class Jobs:
+class Jobs(JobsFile):
     """Safe to use from several threads and processes.
 
     Args:
@@ -143,58 +153,8 @@ class Jobs:
     """
 
     def __init__(self, file: Path, most_waiting: int) -> None:
-        self._most_waiting, self._lock = most_waiting, threading.RLock()
-        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # it has texts, and a secret
-        self._file, self._inode = file, file.stat().st_ino
-        self._db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        # A job that was acknowledged survives a power cut: its texts are nowhere else.
-        self._db.execute("PRAGMA synchronous = FULL")
-        with self._lock:
-            self._db.executescript(_SCHEMA)
-        self._aside = file.with_name(f"{file.name}.aside")
-        self._set_aside()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._check_file()
-            # Several API processes share the file. A transaction that began as a reader could not
-            # become a writer while another one writes.
-            self._db.execute("BEGIN IMMEDIATE")
-            with on_failure(self._roll_back):
-                yield self._db
-                self._db.execute("COMMIT")
-
-    def _roll_back(self) -> None:
-        # A full disk may have ended the transaction. Where it has not, one that could not be
-        # committed would be in the way of all later ones.
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
-
-    def _check_file(self) -> None:
-        """SQLite goes on writing to a file that has no name any more. No later start would find
-        what was acknowledged.
-        """
-        try:
-            there = self._file.stat().st_ino == self._inode
-        except FileNotFoundError:
-            there = False
-        if not there:
-            raise sqlite3.OperationalError(
-                f"{self._file} was removed or replaced while the server ran. Put it back, or start "
-                "the server anew"
-            )
-
-    def _rows(self, query: str, *values: object) -> list[Any]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
-
-    def about(self, name: str, value: str) -> str:
-        """What was noted under ``name`` first: ``value`` where it is this."""
-        with self._writing() as db:
-            db.execute("INSERT OR IGNORE INTO about VALUES (?, ?)", (name, value))
-            return str(db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()[0])
+        super().__init__(file, _SCHEMA)
+        self._most_waiting = most_waiting
 
     def forget_ended(self, engine: str) -> None:
         """Where the KV lived in an engine that is not ``engine``: what ended there is void, and
@@ -283,6 +243,42 @@ class Jobs:
                 db.execute("UPDATE jobs SET cancel = 1 WHERE number = ?", (job.number,))
             return self._one(db, tenant, name)
 
+    def delete_documents(self, tenant: str, documents: Iterable[str]) -> UnderWay | None:
+        """A tenant's documents were deleted: what waits to be computed of them is left out. Returns
+        what is being computed: a batch of it may still be stored.
+        """
+        with self._writing() as db:
+            query = "SELECT MIN(number), MAX(number) FROM jobs WHERE status IN (?, ?)"
+            first, last = db.execute(query, (QUEUED, RUNNING)).fetchone()
+            if last is None:
+                return None
+            db.execute("DELETE FROM deleted WHERE job < ?", (first,))
+            for document in documents:
+                db.execute(
+                    "INSERT OR REPLACE INTO deleted VALUES (?, ?, ?)", (tenant, document, last)
+                )
+                query = (
+                    f"SELECT {_FIELDS} FROM jobs WHERE tenant = ? AND document = ? AND status = ?"
+                )
+                for row in db.execute(query, (tenant, document, QUEUED)).fetchall():
+                    self._end(db, _job(row), CANCELLED, None)
+                query = (
+                    "UPDATE jobs SET cancel = 1 WHERE tenant = ? AND document = ? AND status = ?"
+                )
+                db.execute(query, (tenant, document, RUNNING))
+            return self.under_way(tenant)
+
+    def under_way(self, tenant: str) -> UnderWay | None:
+        """Where the tenant's job is that is being computed; None where none is."""
+        query = f"SELECT {_FIELDS} FROM jobs WHERE tenant = ? AND status = ?"
+        rows = self._rows(query, tenant, RUNNING)
+        return UnderWay(_job(rows[0]).number, _job(rows[0]).done.place) if rows else None
+
+    def deleted(self, job: Job) -> set[str]:
+        """The documents that were deleted since a job was made."""
+        query = "SELECT document FROM deleted WHERE tenant = ? AND job >= ?"
+        return {str(document) for (document,) in self._rows(query, job.tenant, job.number)}
+
     def keys(self, job: Job) -> Sequence[str]:
         """Those of its chunks, so far."""
         query = "SELECT key FROM keys WHERE job = ? ORDER BY place"
@@ -323,43 +319,14 @@ class Jobs:
 
     def end(self, job: Job, status: str, error: Mapping[str, str] | None = None) -> None:
         """A job has ended. This is noted on a full disk as well, where clients wait for it."""
-        try:
-            with self._writing() as db:
-                self._end(db, job, status, error)
-        except sqlite3.OperationalError as full:
-            if not is_full(full) or not self._aside.exists():
-                raise
-            self._aside.unlink(missing_ok=True)
-            with self._writing() as db:
-                self._end(db, job, status, error)
-        finally:
-            self._set_aside()
+        self._write_though_full(lambda db: self._end(db, job, status, error))
 
     def put_back(self, job: Job) -> None:
         """A job was interrupted: it goes on another time."""
         with self._writing() as db:
             db.execute("UPDATE jobs SET status = ? WHERE number = ?", (QUEUED, job.number))
 
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._db.close()
-
     # ---- inside --------------------------------------------------------------------------------
-
-    def _set_aside(self) -> None:
-        """Take as much disk as there is, up to what the end of a job needs by far."""
-        size = _SET_ASIDE
-        if self._aside.exists():
-            return
-        with contextlib.suppress(OSError), self._aside.open("wb") as file:
-            while size >= 1 << 12:
-                try:
-                    os.posix_fallocate(file.fileno(), 0, size)
-                    return
-                except OSError:  # full but for less
-                    size //= 2
-            self._aside.unlink()  # or an empty one would pass for room
 
     def _one(self, db: sqlite3.Connection, tenant: str, name: str) -> Job:
         query = f"SELECT {_FIELDS} FROM jobs WHERE tenant = ? AND id = ?"
@@ -431,6 +398,7 @@ def shown(job: Job, keys: Sequence[str] | None = None) -> dict[str, Any]:
             "total": job.total,
             **done.counts,
             "not_stored": done.not_stored,
+            "deleted": done.deleted,
             "remaining": job.total - done.place,
         },
         "tokens": done.tokens,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, cast
+from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -22,6 +24,7 @@ from cacheblend_rag.server.service import Absent, Service
 from cacheblend_rag.server.tenants import PREFIX
 
 _WAITS_S = 0.05  # between two looks at a job
+_MOST_WAIT_S = 60.0  # for a batch of an ingestion
 _MOST_KEY = 255  # characters of an Idempotency-Key
 
 router = APIRouter(prefix=PREFIX, tags=["cacheblend"])
@@ -56,7 +59,16 @@ class ServerRequest:
         return Page(self.http.query_params.multi_items(), known)
 
     def id(self) -> str:
-        """That in its path."""
+        """That in its path.
+
+        Raises:
+            HttpError: 400: it is not UTF-8, so two of them could look alike.
+        """
+        try:
+            unquote_to_bytes(self.http.scope.get("raw_path") or b"").decode()
+        except UnicodeDecodeError as error:
+            message = "the path is not UTF-8: percent-encode the bytes of UTF-8"
+            raise HttpError(400, message, param="id") from error
         return str(self.http.path_params["id"])
 
 
@@ -151,6 +163,7 @@ async def _ingest(request: ServerRequest, body: Mapping[str, Any], document: str
                 f"{front.config.ingest_prefix!r}: leave it out",
                 param=at,
             )
+    await asyncio.to_thread(front.check_ids, chunks)
     if document is not None:
         chunks = [bodies.Given(c.text, c.left_context, document) for c in chunks]
     create = functools.partial(
@@ -313,6 +326,8 @@ async def delete_documents(request: ServerRequest) -> Answer:
     given, front = bodies.documents(body), await request.front()
     few = None if body.get("only") is None else bodies.keys(body["only"], "only")
     names = [front.document(name) for name in given]
+    if few is None:
+        await _left_out(request, given)
     return _deletion(await asyncio.to_thread(front.forget_documents, names, few))
 
 
@@ -329,6 +344,7 @@ async def document(request: ServerRequest) -> Answer:
 async def delete_document(request: ServerRequest) -> Answer:
     """Forget a document's chunks, but for what other documents have."""
     name, front = bodies.document(request.id(), "id"), await request.front()
+    await _left_out(request, [name])
 
     def forget() -> tuple[bool, int]:
         there = bool(front.registered_documents([front.document(name)]))
@@ -338,23 +354,40 @@ async def delete_document(request: ServerRequest) -> Answer:
     return {"id": name, "object": "cacheblend.document", "deleted": there, "chunks": count}
 
 
+async def _left_out(request: ServerRequest, documents: Sequence[str]) -> None:
+    """Have ingestions that were acknowledged leave out these documents. What they are at is stored
+    when this returns, so that it can be forgotten.
+    """
+    jobs, until = request.service.jobs, time.monotonic() + _MOST_WAIT_S
+    before = await asyncio.to_thread(jobs.delete_documents, request.owner, documents)
+    while before is not None and before == await asyncio.to_thread(jobs.under_way, request.owner):
+        if request.service.engine.is_dead or time.monotonic() > until:
+            raise HttpError(
+                503,
+                "an ingestion is under way and does not get on; try again",
+                code="ingestion_in_progress",
+                retry_after_s=1,
+            )
+        await asyncio.sleep(_WAITS_S)
+
+
 # ---- requests ----------------------------------------------------------------------------------
 
 
-@_endpoint("GET", "/requests/{id}")
+@_endpoint("GET", "/requests/{id:path}")
 async def report(request: ServerRequest) -> Answer:
     """What was done for a request, by the id of its answer."""
     query = dict(request.http.query_params)
     bodies.only(query, ("index",), "the query")
     front, name = await request.front(), request.id()
     found = await asyncio.to_thread(front.reports, name)
-    number = query.get("index", "0")
-    if not (number.isascii() and number.isdigit() and int(number[:9]) < max(1, len(found))):
+    number = bodies.whole_number(query.get("index", "0"))
+    if number is None or number >= max(1, len(found)):
         last = f"there are {len(found)} reports; index begins at 0"
-        raise HttpError(400, f"index is {number!r}: {last}", param="index")
+        raise HttpError(400, f"index is {query['index']!r:.80}: {last}", param="index")
     if not found:
         raise HttpError(404, f"nothing is known of a request {name!r} (any more)", param="id")
-    one = found[int(number)]
+    one = found[number]
     return {"object": "cacheblend.report", "id": name, "reports": len(found), **one}
 
 

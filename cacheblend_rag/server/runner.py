@@ -23,7 +23,15 @@ from cacheblend_rag.front.learning import LearntIngestion
 from cacheblend_rag.ingest import IngestReport, grouped
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.front import Front
-from cacheblend_rag.server.jobs import CANCELLED, COMPLETED, FAILED, Job, Jobs, is_full
+from cacheblend_rag.server.jobs import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    NOT_STORED,
+    Job,
+    Jobs,
+)
+from cacheblend_rag.server.jobs_file import is_full
 from cacheblend_rag.undo import logging_failures
 
 _LOOKS_EVERY_S = 0.5
@@ -37,6 +45,10 @@ logger = logging.getLogger("vllm.cacheblend_rag")
 
 class Interrupted(Exception):
     """The server shuts down."""
+
+
+class NotStoredError(StoreError):
+    """The store refused every chunk of a job."""
 
 
 class Runner:
@@ -73,12 +85,12 @@ class Runner:
         self._thread.join(within_s)
 
     def _serve(self) -> None:
-        while not self._owns():
-            if self._stopped.wait(_LOOKS_EVERY_S):
-                return
         # Whatever ends this, the jobs are kept: another process, or the next start, goes on.
         with closing(self._lock), logging_failures(logger, "ingestions stop"):
             try:
+                while not self._owns():
+                    if self._stopped.wait(_LOOKS_EVERY_S):
+                        return
                 while not self._stopped.is_set():
                     self._serve_while_written()
             except (Interrupted, ClosedError, EngineDeadError):
@@ -114,7 +126,7 @@ class Runner:
         front = self._base
         try:
             front = self._front_of(job.tenant)
-            self._finish(job, self._run(job, front, chunks))
+            whole = self._run(job, front, chunks)
         except (Interrupted, ClosedError, EngineDeadError):
             self._jobs.put_back(job)
             raise
@@ -127,6 +139,8 @@ class Runner:
                 self._jobs.put_back(job)
                 raise Interrupted from error
             self._fail(job, error)
+        else:  # where this can't be noted, it is done again: no job fails that was done
+            self._finish(job, whole)
         return True
 
     def _learn(self) -> bool:
@@ -152,17 +166,32 @@ class Runner:
         for batch in batches(chunks[job.done.place :], front.batch_tokens):
             if self._stopped.is_set():
                 raise Interrupted
-            report = self._ingest(front, batch)
-            job.done.add(report, seen)
-            keys = list(report.keys) or [""] * len(batch)
+            keys = self._compute(job, front, batch, seen)
             seen.update(keys)
             waiting = max(0, job.waiting - sum(chunk.tokens for chunk in batch))
             job.waiting = waiting
             if not self._jobs.progress(job, keys, waiting):
                 return False
+        if job.done.kept_nothing:  # a document keeps what it had
+            raise NotStoredError(f"the store kept none of the chunks; {job.done.detail}")
         if job.replaces and job.done.reason is None and job.document is not None:
             front.replace_document(job.document, seen - {""})
         return True
+
+    def _compute(self, job: Job, front: Front, batch: Sequence[Given], seen: set[str]) -> list[str]:
+        """A batch but for documents that were deleted; the key of each chunk, or nothing."""
+        deleted = self._jobs.deleted(job)
+        kept = [chunk for chunk in batch if chunk.document not in deleted]
+        try:
+            report = self._ingest(front, kept) if kept else IngestReport(chunks=0)
+        except PromptError as error:  # it names the number of a text within the batch
+            first, last = job.done.place, job.done.place + len(batch) - 1
+            raise type(error)(f"of chunks[{first}] to chunks[{last}], {error}") from error
+        job.done.add(report, seen)
+        job.done.place += len(batch) - len(kept)
+        job.done.deleted += len(batch) - len(kept)
+        keys = iter(report.keys)
+        return ["" if chunk.document in deleted else next(keys, "") for chunk in batch]
 
     def _ingest(self, front: Front, batch: Sequence[Given]) -> IngestReport:
         for pause in range(1, _TRIES):
@@ -193,6 +222,8 @@ def batches(chunks: Sequence[Given], most: Callable[[], int]) -> Iterator[list[G
 def _code(error: Exception) -> str:
     if isinstance(error, UnavailableError):
         return "store_unavailable"
+    if isinstance(error, NotStoredError):
+        return NOT_STORED
     if isinstance(error, PromptError):
         return "invalid_chunk"
     return "ingestion_failed"

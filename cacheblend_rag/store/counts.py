@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store import metrics
@@ -19,7 +19,37 @@ Event = Literal["hits", "misses", "evictions", "corrupt", "timed_out", "unavaila
 
 _RECENT = 0.2  # weight of one measurement
 _STALE_S = 60.0  # an older one says nothing of the next load
+_QUICK_S, _COUNT_RESTS = 0.2, 20.0  # a longer count is made again after so many times its length
 _LONGEST_S = 1.0  # a measurement ends, even where there is always another load under way
+
+
+class Held(NamedTuple):
+    """What a store holds."""
+
+    chunks: int
+    nbytes: int
+
+
+class LastCount:
+    """Counts anew what a store holds, unless that takes long: then at most a twentieth of the time
+    is spent on it, and an earlier count is told. May be used from several threads.
+    """
+
+    def __init__(
+        self, count: Callable[[], Held], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._count, self._clock, self._lock = count, clock, Lock()
+        self._last, self._until = Held(0, 0), float("-inf")
+
+    def now(self) -> Held:
+        """What is held, or was; raises what counting raises."""
+        with self._lock:
+            start = self._clock()
+            if start >= self._until:
+                self._last = self._count()
+                took = self._clock() - start
+                self._until = self._clock() + (_COUNT_RESTS * took if took > _QUICK_S else 0.0)
+            return self._last
 
 
 class Load:

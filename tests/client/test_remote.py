@@ -393,6 +393,32 @@ def test_an_ingestion_that_fails_raises_what_the_server_says(
         remote.ingest(TEXTS, progress=False)
 
 
+@pytest.mark.parametrize("refused", [1, len(TEXTS)], ids=["one", "all"])
+def test_what_a_store_refused_is_in_the_report(
+    remote: CacheBlend,
+    behind: CacheBlend,
+    server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: int,
+) -> None:
+    """As in the embedded one's. Where it was all, the job has failed."""
+    ingest, keys = behind.ingest, [behind.key(text) for text in TEXTS[:refused]]
+
+    def refusing(*args: Any, **options: Any) -> IngestReport:
+        report = ingest(*args, **options)
+        behind.forget_keys(keys)
+        why = "not stored: too large"
+        return replace(report, not_stored=dict.fromkeys(keys, why), detail=why)
+
+    monkeypatch.setattr(behind, "ingest", refusing)
+    if refused == len(TEXTS):
+        server.fail_job = {"code": "not_stored", "message": "the store kept none of the chunks"}
+    report = remote.ingest(TEXTS, progress=False)
+    assert report.not_stored == dict.fromkeys(keys, "not stored: too large")
+    assert report.chunks == report.computed == len(report.keys) == len(TEXTS)
+    assert server.count("GET", "/chunks") == 0, "a store may be large"
+
+
 def test_an_ingestion_that_is_left_is_cancelled(
     remote: CacheBlend, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

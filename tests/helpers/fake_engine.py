@@ -94,7 +94,11 @@ class FakeEngine(Engine):
                 return [None]
             case "open", [space, *known]:
                 self.planner.learn(0, Space.from_plain(space))
-                self.planner.learn(0, News(*known) if known else News(self._rows(), whole=True))
+                for rows in known:
+                    self.planner.learn(0, News(rows))
+                return [None]
+            case "list", _:
+                self.planner.learn(0, News(self._rows(), whole=True))
                 return [None]
             case "limit", [longest, costs]:
                 self.planner.learn(0, Limits(longest=longest, costs=costs and Costs(**costs)))

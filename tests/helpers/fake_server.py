@@ -268,7 +268,7 @@ def _job(server: FakeServer, name: str) -> dict[str, Any]:
         "counts": {**counts, **more},
         "tokens": report.tokens,
         "bytes": report.bytes,
-        "keys": list(report.keys) if status == "completed" else None,
+        "keys": list(report.keys) if status == "completed" or report.not_stored else None,
         "error": server.fail_job,
         "reason": report.reason,
         "detail": report.detail,

@@ -50,9 +50,9 @@ class StoringEngine(FakeEngine):
                 return [True for _ in self.ranks]
             case "open", [space]:
                 self.planner.learn(0, Space.from_plain(space))
-                for rank in self.ranks:
-                    rank.follower.list()
                 return [None for _ in self.ranks]
+            case "list", []:
+                return self._later(lambda rank: rank.follower.list())
             case "taken", [tickets]:
                 both = zip(self.ranks, tickets, strict=True)
                 return [[] if n is None else rank.thread.take(n) for rank, n in both]

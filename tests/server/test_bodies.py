@@ -122,8 +122,11 @@ def test_pages() -> None:
         "last_id": "b",
     }
     assert page.of([])["last_id"] is None and not page.of(rows[:2])["has_more"]
-    for query in (("limit", "0"), ("limit", "101"), ("limit", "٣"), ("limit", ""), ("limt", "3")):
-        told(lambda q=query: Page([q]))
+    long = ("0" * 8 + "10000", "0" * 8 + "1" + "0" * 5000, "9" * 5000, "-1", "1.0", "²")
+    for number in ("0", "101", "٣", "", *long):
+        assert told(lambda n=number: Page([("limit", n)]))[0] == "limit"
+    assert Page([("limit", "0" * 5000 + "7")]).limit == 7
+    told(lambda: Page([("limt", "3")]))
     told(lambda: Page([("order", "up")], ("order",)))
 
 

@@ -20,7 +20,7 @@ from cacheblend_rag.errors import (
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.server import jobs as module
-from cacheblend_rag.server import runner
+from cacheblend_rag.server import jobs_file, runner
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.errors import HttpError, as_http
 from cacheblend_rag.server.jobs import Job, Jobs, shown
@@ -61,9 +61,10 @@ class FakeFront:
 
     def __init__(self) -> None:
         self.stored: set[str] = set()
-        self.raises: list[Exception] = []
+        self.raises: list[Exception | None] = []
         self.replaced: list[tuple[str, set[str]]] = []
         self.reason: Reason | None = None
+        self.refuses = set[str]()  # texts
         self.hold = threading.Event()
         self.hold.set()
         self.calls = 0
@@ -84,9 +85,15 @@ class FakeFront:
             return IngestReport(chunks=len(batch), reason=self.reason, detail="not here")
         keys = [f"key of {chunk.text}" for chunk in batch]
         new = set(keys) - self.stored
-        self.stored |= new
+        refused = {key: "too large" for key in new if key.removeprefix("key of ") in self.refuses}
+        self.stored |= new - refused.keys()
         return IngestReport(
-            chunks=len(batch), computed=len(new), present=len(keys) - len(new), tokens=7, keys=keys
+            chunks=len(batch),
+            computed=len(new),
+            present=len(keys) - len(new),
+            not_stored=refused,
+            tokens=7,
+            keys=keys,
         )
 
     def replace_document(self, name: str, keys: set[str]) -> None:
@@ -265,6 +272,34 @@ def test_a_failure_ends_one_job(
     assert ended(jobs, other)["status"] == "completed"
 
 
+def test_a_job_of_which_nothing_was_stored_has_failed(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any]
+) -> None:
+    front.refuses = {"text a", "text b"}
+    nothing = jobs.create("", [A, B], document="d", replaces=True)
+    some, there = jobs.create("", [A, C]), jobs.create("", [A, C])
+    start(jobs)
+    told = ended(jobs, nothing)
+    assert told["status"] == "failed" and told["error"]["code"] == "not_stored"
+    assert "too large" in told["error"]["message"] and told["counts"]["not_stored"] == 2
+    assert told["keys"] == ["key of text a", "key of text b"]
+    assert front.replaced == [], "the document keeps what it had"
+    for job in (some, there):
+        told = ended(jobs, job)
+        assert told["status"] == "completed" and told["counts"]["not_stored"] == 1
+        assert "too large" in told["detail"]
+
+
+def test_the_chunk_that_is_wrong_is_named_by_its_place_in_the_job(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any]
+) -> None:
+    front.raises = [None, EmptyTextError("text 1 of 1: empty")]
+    job = jobs.create("", [A, B, C])
+    start(jobs)
+    message = ended(jobs, job)["error"]["message"]
+    assert message == "of chunks[1] to chunks[1], text 1 of 1: empty"
+
+
 def test_a_store_that_is_away_is_asked_again(
     jobs: Jobs, front: FakeFront, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +311,47 @@ def test_a_store_that_is_away_is_asked_again(
     front.raises = [UnavailableError("away")] * 99
     job = jobs.create("", [B])
     assert ended(jobs, job)["error"]["code"] == "store_unavailable"
+
+
+def test_documents_that_are_deleted_meanwhile(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any]
+) -> None:
+    of = {name: Given(f"text {name}", document=name[0]) for name in ("d1", "e1", "d2", "e2")}
+    front.hold.clear()
+    mixed = jobs.create("", list(of.values()))
+    start(jobs)
+    until(lambda: front.calls == 1)
+    put = jobs.create("", [of["d1"], of["d2"]], document="d", replaces=True)
+    others = jobs.create("red", [of["d1"]], document="d", replaces=True)
+    before = jobs.delete_documents("", ["d"])
+    assert before is not None and before.place == 0 and jobs.under_way("") == before
+    assert jobs.under_way("red") is None
+    later = jobs.create("", [of["d2"]], document="d", replaces=True)
+    assert look(jobs, put)["status"] == "cancelled" and front.calls == 1
+    front.hold.set()
+    told = ended(jobs, mixed)
+    assert told["keys"] == ["key of text d1", "key of text e1", "", "key of text e2"]
+    assert told["counts"]["deleted"] == 1 and told["counts"]["computed"] == 3
+    assert told["counts"]["remaining"] == 0
+    assert jobs.under_way("") != before, "from here on what it stored can be forgotten"
+    assert ended(jobs, others)["status"] == ended(jobs, later)["status"] == "completed"
+    assert front.replaced == [("d", {"key of text d1"}), ("d", {"key of text d2"})]
+    assert jobs.delete_documents("", ["d"]) is None
+
+
+def test_a_put_that_runs_ends_where_its_document_is_deleted(
+    jobs: Jobs, front: FakeFront, start: Callable[..., Any]
+) -> None:
+    front.hold.clear()
+    one, two = (Given(f"text {n}", document="d") for n in "12")
+    put = jobs.create("", [one, two], document="d", replaces=True)
+    start(jobs)
+    until(lambda: front.calls == 1)
+    before = jobs.delete_documents("", ["d"])
+    front.hold.set()
+    assert ended(jobs, put)["status"] == "cancelled"
+    assert front.replaced == [] and front.stored == {"key of text 1"}
+    assert before is not None and jobs.under_way("") is None
 
 
 def test_cancelled(jobs: Jobs, front: FakeFront, start: Callable[..., Any]) -> None:
@@ -410,8 +486,8 @@ def test_the_runner_fails_a_job_whose_progress_finds_no_room(
 
 def test_a_file_that_is_gone_is_no_full_disk() -> None:
     """Whatever its folder is called."""
-    assert not module.is_full(sqlite3.OperationalError("/full/jobs.sqlite was removed"))
-    assert module.is_full(sqlite3.OperationalError("database or disk is full"))
+    assert not jobs_file.is_full(sqlite3.OperationalError("/full/jobs.sqlite was removed"))
+    assert jobs_file.is_full(sqlite3.OperationalError("database or disk is full"))
 
 
 def test_room_is_set_aside_again_once_there_is_some(
@@ -424,7 +500,7 @@ def test_room_is_set_aside_again_once_there_is_some(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "posix_fallocate", full)
+        patch.setattr(jobs_file.os, "posix_fallocate", full)
         jobs.end(jobs.create("", [A]), "completed")
     jobs.end(jobs.create("", [B]), "completed")
     assert aside.stat().st_size

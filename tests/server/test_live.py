@@ -260,6 +260,11 @@ def test_ids_as_a_request_would_send_them(server: LiveServer) -> None:
         ("POST", "/chunks/delete", {}, 400),
         ("POST", "/chunks/delete", {"ids": ["x"]}, 400),
         ("POST", "/chunks/keys", {"texts": [[99999]]}, 400),
+        ("POST", "/ingestions", {"chunks": ["w5", [5, 99999]]}, 400),
+        ("GET", "/ingestions?limit=" + "0" * 8 + "1" + "0" * 5000, None, 400),
+        ("GET", "/requests/absent?index=" + "0" * 9 + "5" * 5000, None, 400),
+        ("GET", "/documents/%ff", None, 400),
+        ("GET", "/requests/a%2Fb", None, 404),
         ("POST", "/documents", {"documents": []}, 400),
         ("GET", "/documents/absent", None, 404),
         ("GET", "/requests/absent", None, 404),
@@ -315,6 +320,7 @@ def test_a_body_of_100_megabytes(server: LiveServer, how: str) -> None:
         {"selector": ["a"]},
         {"selector_options": {"no such": [1] * 1000}},
         {"blend_if": True},
+        {"mode": {"a": [{}]}},
         ["a list"],
         "a text",
         5,
@@ -331,6 +337,57 @@ def test_forged_params_change_nothing(server: LiveServer, keys: list[str], forge
     assert report["reason"] == "malformed_options" and not report["blended"]
     assert server.ask("GET", "")["chunks"] == before
     wrong(server.client.get(f"{BASE}/requests/another's"), 404)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"kv_transfer_params": {"cacheblend": json.loads("[" * 900 + "]" * 900)}},
+        {"kv_transfer_params": {"cacheblend": {"mode": "\ud800"}}},
+        {"kv_transfer_params": {"\udfff": 1}},
+        {"kv_transfer_params": {"cacheblend": {"recompute_ratio": 10**400}}},
+        {"kv_transfer_params": "x"},
+        {"vllm_xargs": {"kv_transfer_params": "x"}},
+    ],
+    ids=["deep", "half", "half name", "huge", "text", "by another name"],
+)
+def test_what_no_process_could_be_handed_is_refused(server: LiveServer, params: Any) -> None:
+    """The first of these ended the engine, and with it the server."""
+    body = json.dumps({"model": "m", "prompt": "w5", "max_tokens": 2, **params})
+    headers = {"Content-Type": "application/json"}
+    wrong(server.client.post("/v1/completions", content=body, headers=headers), 400)
+    assert complete(server, "w5 w6")["choices"]
+
+
+def test_ids_that_clients_choose(server: LiveServer, keys: list[str]) -> None:
+    """With a slash in it; and one that is given twice is the later request."""
+    for prompt in (asking(A), asking(C, B)):
+        body = {"model": "m", "prompt": prompt, "max_tokens": 2}
+        headers = {"X-Request-Id": "mine/ÿ b"}
+        answer = server.client.post(
+            "/v1/completions",
+            json=body,
+            headers={name: value.encode("latin-1") for name, value in headers.items()},
+        ).json()
+        report = server.ask("GET", f"/requests/{quote(answer['id'], safe='')}")
+        assert report["tokens_total"] == answer["usage"]["prompt_tokens"]
+        assert report["reports"] == 1
+
+
+def test_put_and_delete_at_once(server: LiveServer) -> None:
+    """What was deleted last stays deleted, however far its ingestion was."""
+    for pause_s in (0, 0.02, 0.1):
+        body = {"chunks": [text(60) for _ in range(12)]}
+        put = server.ask("PUT", "/documents/race", json=body)
+        time.sleep(pause_s)
+        server.ask("DELETE", "/documents/race")
+        found = server.ask("POST", "/chunks/keys", json={"texts": body["chunks"]})["data"]
+        assert not any(row["stored"] for row in found)
+        wrong(server.client.get(f"{BASE}/documents/race"), 404)
+        assert server.ended(put["id"])["status"] in ("cancelled", "completed")
+        found = server.ask("POST", "/chunks/keys", json={"texts": body["chunks"]})["data"]
+        assert not any(row["stored"] for row in found)
+        wrong(server.client.get(f"{BASE}/documents/race"), 404)
 
 
 # ---- many at once, and those who leave -----------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cacheblend_rag.engine.names import answers_to, is_beam
+from cacheblend_rag.engine.names import answering, answers_to, is_beam
 
 MINE, OTHER = "cmpl-9aa1b78f52a81f8b", "cmpl-1aa1b78f52a81f8b"
 TOKEN = "0123456789abcdef"  # of a beam search
@@ -30,6 +30,14 @@ TOKEN = "0123456789abcdef"  # of a beam search
 )
 def test_places(name: str, place: tuple[int, ...]) -> None:
     assert answers_to(name, MINE) == place
+
+
+def test_an_id_that_a_client_gave_twice_is_the_latest_request() -> None:
+    first, second = f"{MINE}-0-aaaaaaaa", f"{MINE}-0-bbbbbbbb"
+    other, of_another = f"{MINE}-1-cccccccc", f"{OTHER}-0-dddddddd"
+    assert answering([first, other, of_another, second], MINE) == [second, other]
+    tokens = [f"{MINE}-{TOKEN}-beam-0-{unique}" for unique in ("b1b2b3b4", "a1a2a3a4")]
+    assert answering(tokens, MINE) == tokens, "of a beam, as they came"
 
 
 def test_beams() -> None:

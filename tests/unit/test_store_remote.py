@@ -18,6 +18,7 @@ from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store import ChunkInfo, ChunkKV, Encoding, MemoryStore, TieredStore, open_store
 from cacheblend_rag.store.base import ask
 from cacheblend_rag.store.chunk_file import encode
+from cacheblend_rag.store.counts import Held, LastCount
 from cacheblend_rag.store.remote import Backend, BackendError, RemoteStore
 from cacheblend_rag.store.remote.base import News
 from cacheblend_rag.store.seal import Cipher
@@ -75,6 +76,27 @@ def test_put_twice_and_discard(store: RemoteStore) -> None:
     store.discard(key_of(1))
     assert store.get(key_of(1)) is None
     assert store.stats().chunks == 0
+
+
+def test_what_takes_long_to_count_is_counted_seldom() -> None:
+    """Or a dashboard that asks each second would have a large store listed without end."""
+    now, takes, counts = 0.0, 0.1, 0
+
+    def count() -> Held:
+        nonlocal now, counts
+        now, counts = now + takes, counts + 1
+        return Held(counts, 10 * counts)
+
+    last = LastCount(count, lambda: now)
+    assert [last.now().chunks for _ in range(3)] == [1, 2, 3], "quick: always anew"
+    takes = 5.0
+    assert last.now() == Held(4, 40)
+    spent = now
+    while now < spent + 99:
+        assert last.now() == Held(4, 40)
+        now += 1.0
+    now += 1.0
+    assert last.now().chunks == 5
 
 
 def test_scan_tells_every_chunk_once(store: RemoteStore) -> None:

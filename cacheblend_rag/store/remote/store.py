@@ -23,7 +23,7 @@ from cacheblend_rag.store.base import (
     is_key,
 )
 from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encode, possible_sizes
-from cacheblend_rag.store.counts import EventCounts, found_within
+from cacheblend_rag.store.counts import EventCounts, Held, LastCount, found_within
 from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.remote.base import Backend, BackendError, ValuePrefix
@@ -48,6 +48,8 @@ class RemoteStore(KVStore):
     three failures in a row they do so at once, until the other side answers again. The first
     failure warns.
 
+    What is held is counted name by name. Where that takes long, ``stats`` tells an earlier count.
+
     Args:
         backend: the client; closed with the store.
         namespace: keeps what differs by model apart.
@@ -71,6 +73,7 @@ class RemoteStore(KVStore):
         self._guard = Guard(backend, timeout_s)
         self._largest = min(largest_bytes, backend.largest)
         self._counts, self._readers = EventCounts("remote"), Readers(_READERS)
+        self._held = LastCount(self._count)
         self._warned: set[str] = set()
         self._closed = False
 
@@ -152,18 +155,19 @@ class RemoteStore(KVStore):
         return Changes(news.cursor, added, removed, news.whole)
 
     def stats(self) -> StoreStats:
-        chunks = nbytes = 0
+        held = Held(0, 0)
         with contextlib.suppress(UnavailableError):  # the counts of what was done are here
-            for page in self._pages():
-                for name, size in page:
-                    if self._key(name):
-                        chunks, nbytes = chunks + 1, nbytes + size
-        return self._counts.stats(chunks=chunks, nbytes=nbytes)
+            held = self._held.now()
+        return self._counts.stats(chunks=held.chunks, nbytes=held.nbytes)
 
     def close(self) -> None:
         self._closed = True
         self._readers.close()
         self._guard.close()
+
+    def _count(self) -> Held:
+        sizes = [size for page in self._pages() for name, size in page if self._key(name)]
+        return Held(len(sizes), sum(sizes))
 
     def _get(self, key: str, name: str) -> ChunkKV | None:
         value = self._asked(lambda: self._backend.get(name, self._largest))
