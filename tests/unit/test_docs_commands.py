@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINE = re.compile(r"^    (?:cacheblend) ([^#\n]*)", re.MULTILINE)
 PASSAGE = "The last ferry leaves the pier at nine in the evening, and the ships are old. " * 4
+# they run until they are stopped: see test_live.py and test_proxy.py in tests/server
+SERVERS = {"serve", "route"}
 # what stands for something of the reader's
 NAMED = {
     "MODEL": str(MODEL), "DIR": "./store", "OTHER": "./other", "PATH": "docs/old.md",
@@ -38,7 +40,7 @@ def commands(page: Path) -> list[list[str]]:
     found = [shlex.split(line) for line in LINE.findall(text)]
     found += [shlex.split(line) for line in re.findall(r"# and: cacheblend (.*)", text)]
     shown = [[NAMED.get(word, word) for word in line if word != "..."] for line in found]
-    return [line for line in shown if line[0] != "serve"]  # see tests/server/test_live.py
+    return [line for line in shown if line[0] not in SERVERS]
 
 
 @pytest.fixture
@@ -87,4 +89,4 @@ def test_the_commands_of_a_page(
 def test_pages_show_each_command() -> None:
     [parsers] = [a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
     shown = {line[0] for page in PAGES for line in commands(page)}
-    assert shown | {"serve"} >= parsers.keys()
+    assert shown | SERVERS >= parsers.keys()
