@@ -13,7 +13,7 @@ RANK, ALPHA = 4, 8
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def make_adapter(model: Path, seed: int) -> tuple[Path, Path]:
+def make_adapter(model: Path, seed: int, targets: tuple[str, ...] = _TARGETS) -> tuple[Path, Path]:
     """The adapter's folder, and that of the model with the adapter in its weights."""
     weights = load_file(model / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
@@ -24,7 +24,7 @@ def make_adapter(model: Path, seed: int) -> tuple[Path, Path]:
     low_rank = {}
     for key, weight in list(weights.items()):
         name = key.removesuffix(".weight")
-        if name.split(".")[-1] not in _TARGETS:
+        if name.split(".")[-1] not in targets:
             continue
         a = torch.randn(RANK, weight.shape[1], generator=generator) * 0.1
         b = torch.randn(weight.shape[0], RANK, generator=generator) * 0.1
@@ -34,7 +34,7 @@ def make_adapter(model: Path, seed: int) -> tuple[Path, Path]:
     save_file(low_rank, adapter / "adapter_model.safetensors")
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(_TARGETS),
+        "peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(targets),
         "bias": "none", "base_model_name_or_path": str(model), "task_type": "CAUSAL_LM",
     }  # fmt: skip
     (adapter / "adapter_config.json").write_text(json.dumps(config))
