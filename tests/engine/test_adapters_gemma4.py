@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import untried
 from adapters import make_adapter
 from blending import PARTS, PREFIX, PROMPT, blends_as_the_reference, forget_prompts
 from engines import EXACT, FULL_LOGPROBS, logprobs, start_in_process
@@ -19,7 +18,7 @@ from tiny import make
 
 from cacheblend_rag import BlendConfig
 
-pytestmark = [pytest.mark.vllm, pytest.mark.anywhere, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 CHUNKS = [p.ids for p in PARTS if p.stored]
 CONFIG = BlendConfig(ingest_prefix=PREFIX, blend_if="always")
@@ -29,8 +28,6 @@ CONFIG = BlendConfig(ingest_prefix=PREFIX, blend_if="always")
 def test_gemma_4(tiny_models: Path, targets: tuple[str, ...]) -> None:
     from vllm.lora.request import LoRARequest
 
-    untried.skip("lora")
-    untried.skip("kv_heads")
     path = make("gemma4", tiny_models / targets[0])
     folder, merged = make_adapter(path, 1, targets)
     reference = Reference(merged, PREFIX)

@@ -47,7 +47,7 @@ def skip_what_this_gpu_cannot_load(name: str, path: Path, options: dict[str, Any
     import vllm
 
     if options.get("attention_backend") == CPU_LATENT:
-        pytest.skip("a GPU needs 16 bits for latent attention: test_latents_on_a_gpu.py")
+        pytest.skip("a GPU needs 16 bits for latent attention: test_16_bits_on_a_gpu.py")
     what = next((kind for family, kind in UNTRIED.items() if name.startswith(family)), None)
     if what is not None:
         untried.skip(what)

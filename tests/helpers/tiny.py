@@ -291,15 +291,12 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-# latent attention without experts
+# latent attention without experts, of the size that kernels of a GPU take
+_DENSE = {"first_k_dense_replace": 4, "qk_nope_head_dim": 128, "v_head_dim": 128}
 LATENT_DENSE = {
-    "deepseek_v2-dense": (
-        "deepseek_v2", {**FAMILIES["deepseek_v2"][1], "first_k_dense_replace": 4}
-    ),
-    "deepseek_v3-dense": (
-        "deepseek_v3", {**MORE_FAMILIES["deepseek_v3"][1], "first_k_dense_replace": 4}
-    ),
-}  # fmt: skip
+    "deepseek_v2-dense": ("deepseek_v2", {**FAMILIES["deepseek_v2"][1], **_DENSE}),
+    "deepseek_v3-dense": ("deepseek_v3", {**MORE_FAMILIES["deepseek_v3"][1], **_DENSE}),
+}
 _SEES = {
     "hidden_size": 64, "intermediate_size": 128, "patch_size": 14, "depth": 2, "num_heads": 4,
     "out_hidden_size": 256, "spatial_merge_size": 2, "temporal_patch_size": 2,

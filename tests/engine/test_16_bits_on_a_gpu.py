@@ -1,5 +1,5 @@
-"""Latent attention on a GPU, whose kernels take 16 bits only: as near to the reference as rounding
-lets it be. Exactness is shown on the CPU, in ``test_families.py``.
+"""Latent attention and LoRA on a GPU, whose kernels take 16 bits only: as near to the reference as
+rounding lets it be. Exactness is shown on the CPU.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import untried
+from adapters import make_adapter
 from blending import PARTS, PREFIX, PROMPT, QUESTION, forget_prompts
 from engines import FULL_LOGPROBS, logprobs, selected, start_in_process
 from reference import Answer, Reference
 from tiny import LATENT_DENSE, make
+from vllm.lora.request import LoRARequest
 
-from cacheblend_rag import BlendResult, CacheBlend
+from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 from cacheblend_rag.config import PROPAGATION_LENGTH
 
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
@@ -32,15 +34,23 @@ class Family(NamedTuple):
     full: Answer
 
 
-@pytest.fixture(scope="module", params=LATENT_DENSE)
+@pytest.fixture(scope="module", params=[*LATENT_DENSE, "lora"])
 def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family]:
-    untried.skip("latents")
-    path = make(request.param, tiny_models)
-    reference = Reference(path, PREFIX)
+    adapts = request.param == "lora"
+    untried.skip("lora" if adapts else "latents")
+    path = merged = make("llama" if adapts else request.param, tiny_models)
     # the width of a block that all kernels take
     options: dict[str, Any] = {"dtype": "bfloat16", "block_size": 64}
-    with start_in_process(path, prefix=PREFIX, **options) as blend:
-        assert blend.model_check.passed, blend.model_check.detail
+    if adapts:
+        adapter, merged = make_adapter(path, 1)
+        options |= {"enable_lora": True, "max_lora_rank": 8}
+    reference = Reference(merged, PREFIX)
+    with start_in_process(path, prefix=PREFIX, **options) as plain:
+        assert plain.model_check.passed, plain.model_check.detail
+        blend = plain
+        if adapts:
+            config = BlendConfig(ingest_prefix=PREFIX, blend_if="always")
+            blend = plain.with_config(config, LoRARequest("adapter", 1, str(adapter)))
         blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
         yield Family(blend, reference, reference.full(PROMPT, 1))
 
