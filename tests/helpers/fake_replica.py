@@ -32,7 +32,7 @@ Behave = Callable[[Got, asyncio.StreamWriter], Awaitable[None]]
 
 class FakeReplica:
     """Attributes:
-    got: requests other than checks.
+    got, checks: requests.
     behave: what it does with these.
     left: how often a client closed the connection before the answer was whole.
     """
@@ -41,7 +41,7 @@ class FakeReplica:
         self.name, self.models = name, models
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.got = list[Got]()
+        self.got, self.checks = list[Got](), list[Got]()
         self.behave: Behave = self.answer
         self.is_healthy, self.left = True, 0
         self._server: asyncio.Server | None = None
@@ -73,9 +73,10 @@ class FakeReplica:
     async def _handle(
         self, got: Got, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        if got.target == "/health":
+        if got.target.endswith("/health"):
+            self.checks.append(got)
             await respond(writer, 200 if self.is_healthy else 503)
-        elif got.target == "/v1/models":
+        elif got.target.endswith("/v1/models"):
             data = [{"id": name, "object": "model"} for name in self.models]
             await respond(writer, 200, json.dumps({"object": "list", "data": data}).encode())
         else:

@@ -92,6 +92,31 @@ async def test_requests_and_answers_pass_as_they_are() -> None:
         async with httpx.AsyncClient(trust_env=False) as other:
             assert (await other.get(f"{proxy.url}/v1/files")).status_code == 429
         assert "cookie" not in proxy.replicas[0].got[-1].headers  # another client's
+        checks = proxy.replicas[0].checks
+        count = len(checks)
+        await until(lambda: len(checks) > count + 1)
+        assert "cookie" not in checks[-1].headers
+
+
+async def test_paths_pass_as_they_were_written() -> None:
+    """Not resolved: a replica's URL may have a path of its own, which none may lead out of."""
+    elsewhere = FakeReplica("elsewhere")
+    await elsewhere.start()
+    fake = FakeReplica("r0")
+    fake.url += "/own"
+    async with proxied([fake], started=False) as proxy:
+        await fake.start()
+        await until(lambda: up(proxy, "r0"))
+        port = httpx.URL(proxy.url).port
+        host = f"127.0.0.1:{elsewhere.port}"
+        for path in ("/../x", "/%2e%2e/x", "/v1/../../y", f"//{host}/x", "/a%2Fb?c=%zz&d=../e"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            assert fake.got.pop().target == f"/own{path}"
+            writer.close()
+        assert not elsewhere.got and not fake.got
+    await elsewhere.kill()
 
 
 async def test_a_request_without_a_body_has_none() -> None:
@@ -211,11 +236,24 @@ async def test_ingestions_are_one_replicas_and_reports_are_found() -> None:
             replica.behave = only(replica.name, f"/id{n}")
         for n in range(3):
             assert (await proxy.client.get(f"/v1/cacheblend/requests/id{n}")).text == f"r{n}"
-        assert (await proxy.client.get("/v1/cacheblend/requests/id9")).status_code == 404
+            assert (await proxy.client.get(f"/v1/cacheblend/ingestions/id{n}")).text == f"r{n}"
+        absent = await proxy.client.get("/v1/cacheblend/requests/id9")
+        assert absent.status_code == 404 and absent.json()["error"]["type"] == "NotFoundError"
         before = asked(proxy)
         for _ in range(5):
-            await proxy.client.get("/v1/cacheblend/ingestions/id0")
+            await proxy.client.post("/v1/cacheblend/ingestions", json={})
         assert asked(proxy) == {**before, "r0": before["r0"] + 5}
+        proxy.replicas[1].behave = lambda got, writer: respond(writer, 200, b"r1")
+        cancelled = await proxy.client.post("/v1/cacheblend/ingestions/id1/cancel")
+        assert cancelled.text == "r1" and asked(proxy)["r2"] == before["r2"]
+
+        async def dies(got: Got, writer: asyncio.StreamWriter) -> None:
+            writer.close()
+
+        proxy.replicas[1].behave = dies
+        assert (await proxy.client.get("/v1/cacheblend/requests/id2")).text == "r2"
+        lost = await proxy.client.post("/v1/cacheblend/ingestions/id2/cancel")
+        assert lost.status_code == 502
         pinned = {"x-cacheblend-replica": (await proxy.state())["r2"]["id"]}
         answer = await proxy.client.get("/v1/cacheblend/ingestions/id2", headers=pinned)
         assert (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -26,7 +27,8 @@ from cacheblend_rag.server.reading import read
 logger = logging.getLogger("cacheblend_rag.route")
 
 OURS = "/v1/cacheblend"  # ingestions, documents and lists: jobs belong to one server
-REPORTS = f"{OURS}/requests/"  # of answers, which any replica may have given
+# What one replica knows and the others don't: the answers that it gave, and its jobs.
+_OF_ONE = re.compile(rf"{re.escape(OURS)}/(requests/[^/]+|ingestions/[^/]+(/cancel)?)")
 _SMALL = 1 << 16  # bytes of a body that is read at once; a longer one takes a thread
 # Nothing was sent yet: the request may go elsewhere.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
@@ -73,7 +75,7 @@ class Forward:
             await answer(error)(scope, receive, send)
 
     async def _serve(self, asked: Asked, send: Started) -> None:
-        if asked.method in ("GET", "HEAD") and asked.path.startswith(REPORTS):
+        if asked.method in ("GET", "POST") and _OF_ONE.fullmatch(asked.path):
             await self._ask_around(asked, send)
             return
         tried = list[Replica]()
@@ -107,7 +109,7 @@ class Forward:
         return [replica.name] if replica.up and replica.name not in names else []
 
     async def _ask_around(self, asked: Asked, send: Started) -> None:
-        """The first answer that is not 404. What only reads may be asked for again."""
+        """The first answer that is not 404: who says that did nothing."""
         tried, is_absent = list[Replica](), False
         for name in self._able(asked):
             if (replica := self._fleet.replicas.get(name)) is None:
@@ -121,9 +123,11 @@ class Forward:
                     is_absent = True
             except httpx.HTTPError as error:
                 self._lost(replica, error, surely=isinstance(error, _NOT_SENT))
+                if asked.method != "GET" and not isinstance(error, _NOT_SENT):
+                    raise _lost_error(replica, error) from error
         if not is_absent:
             raise _nobody(tried)
-        raise not_found("report of a request", asked.path.removeprefix(REPORTS))
+        raise not_found("request or job", asked.path.removeprefix(f"{OURS}/"))
 
     async def _relay(self, asked: Asked, replica: Replica, send: Started) -> None:
         """One request to one replica, to its end.
@@ -144,14 +148,15 @@ class Forward:
 
     @asynccontextmanager
     async def _response(self, asked: Asked, replica: Replica) -> AsyncIterator[httpx.Response]:
-        base = httpx.URL(replica.url)
-        target = base.raw_path.rstrip(b"/") + asked.target
+        url = httpx.URL(replica.url)
+        target = url.raw_path.rstrip(b"/") + asked.target
         request = httpx.Request(
             asked.method,
-            base.copy_with(raw_path=target),
+            url,
             headers=asked.headers,
             content=asked.body,
-            extensions={"timeout": self._client.timeout.as_dict()},
+            # As it was written: in a URL, dots would be resolved.
+            extensions={"timeout": self._client.timeout.as_dict(), "target": target},
         )
         response = await self._client.send(request, stream=True)
         try:
@@ -234,7 +239,7 @@ async def _gone(receive: Receive) -> None:
 
 async def _asked(scope: Scope, receive: Receive, most: int) -> Asked:
     """Raises:
-    HttpError: 413: it is too large.
+    HttpError: 413: it is too large; 400: it is none.
     """
     body = await read(receive, Headers(scope=scope), most)
     is_json = "json" in Headers(scope=scope).get("content-type", "")
@@ -246,6 +251,8 @@ async def _asked(scope: Scope, receive: Receive, most: int) -> Asked:
             sketch, model = _looked_at(body)
     client = scope.get("client")
     path = scope.get("raw_path") or scope["path"].encode()
+    if not path.startswith(b"/"):
+        raise HttpError(400, "the path of a request begins with /")
     query = scope.get("query_string", b"")
     return Asked(
         scope["method"],
