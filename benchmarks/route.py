@@ -36,7 +36,7 @@ CHUNKS, CHUNK_BYTES, PER_REQUEST, GROUP = 4000, 900, 6, 40
 ZIPF, TOPICAL = 0.9, 0.8
 PLACES, BUSY = 8, 0.7
 SYSTEM = "Answer from the passages below, briefly, and say so where they have no answer.\n\n"
-PENALTY = inspect.signature(WarmRouter).parameters["load_penalty"].default
+SLACK = inspect.signature(WarmRouter).parameters["in_flight_slack"].default
 WINDOW = 500  # requests, over which load is compared
 
 
@@ -156,9 +156,9 @@ def common_beginning(one: str, two: str) -> int:
 class Warm(Policy):
     """The real router."""
 
-    def __init__(self, replicas: Replicas, seed: int, remember: int, penalty: float) -> None:
+    def __init__(self, replicas: Replicas, seed: int, remember: int, slack: float) -> None:
         super().__init__(replicas, seed)
-        self.router = WarmRouter(remember_bytes=remember, load_penalty=penalty)
+        self.router = WarmRouter(remember_bytes=remember, in_flight_slack=slack)
         for n in range(len(replicas.in_flight)):
             self.router.add(str(n))
 
@@ -240,7 +240,7 @@ def over_mean(counts: Sequence[int]) -> float:
 Make = Callable[[Replicas], Policy]
 
 
-def policies(fit: int, factors: Sequence[float], penalties: Sequence[float]) -> dict[str, Make]:
+def policies(fit: int, factors: Sequence[float], slacks: Sequence[float]) -> dict[str, Make]:
     """By name.
 
     Args:
@@ -251,11 +251,11 @@ def policies(fit: int, factors: Sequence[float], penalties: Sequence[float]) -> 
         "two choices": lambda replicas: TwoChoices(replicas, 1),
         "prefix": lambda replicas: Prefix(replicas, 1),
     }
-    for factor, penalty in itertools.product(factors, penalties):
+    for factor, slack in itertools.product(factors, slacks):
         size = int(fit * CHUNK_BYTES * factor)
         name = "warm" + (f", view x {factor:g}" if len(factors) > 1 else "")
-        name += f", penalty {penalty:g}" if len(penalties) > 1 else ""
-        found[name] = functools.partial(Warm, seed=1, remember=size, penalty=penalty)
+        name += f", in flight {slack:g}" if len(slacks) > 1 else ""
+        found[name] = functools.partial(Warm, seed=1, remember=size, slack=slack)
     return found
 
 
@@ -271,7 +271,8 @@ def main() -> None:
         "--remember-factors", type=float, nargs="+", default=[1.0],
         help="what the router remembers of a replica, over what its memory holds",
     )  # fmt: skip
-    parser.add_argument("--penalties", type=float, nargs="+", default=[PENALTY], help="for load")
+    text = "times the mean in flight that a replica may have"
+    parser.add_argument("--slacks", type=float, nargs="+", default=[SLACK], help=text)
     args = parser.parse_args()
     texts = corpus(args.seed)
     print("| traffic | replicas | memory | policy | in memory | load | in 500 | in flight | us |")
@@ -281,7 +282,7 @@ def main() -> None:
             requests = list(traffic(texts, count, topics, args.requests, args.seed + 1))
             for memory in args.memory:
                 fit = max(1, int(CHUNKS * memory))
-                for name, make in policies(fit, args.remember_factors, args.penalties).items():
+                for name, make in policies(fit, args.remember_factors, args.slacks).items():
                     replicas = Replicas(count, fit)
                     r = run(requests, replicas, make(replicas))
                     kind = "topics" if topics else "none"

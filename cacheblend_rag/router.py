@@ -127,6 +127,9 @@ def _ids(values: Sequence[Any]) -> bytes:
     return b""
 
 
+_Key = tuple[bool, bool, float, int, int]
+
+
 class ReplicaState(NamedTuple):
     """What is known of a replica: counts of requests and of windows."""
 
@@ -225,8 +228,11 @@ class WarmRouter:
             in_flight: requests of each replica, from whoever knows better: who sees only a part of
                 the traffic, or never says when an answer has ended.
         """
-        keys = self._keys(request, among, in_flight)
-        return min(keys)[-1] if keys else None
+        order = self._order(request, among, in_flight)
+        if not order:
+            return None
+        best = min(order)[0]
+        return min((self._tie(request, r), r.name) for key, _, r in order if key == best)[1]
 
     def rank(
         self,
@@ -235,7 +241,9 @@ class WarmRouter:
         in_flight: Mapping[str, int] | None = None,
     ) -> list[str]:
         """All replicas that ``choose`` may choose from, the best first."""
-        return [key[-1] for key in sorted(self._keys(request, among, in_flight))]
+        order = self._order(request, among, in_flight)
+        ranked = sorted((key, self._tie(request, r), r.name) for key, _, r in order)
+        return [name for _, _, name in ranked]
 
     def sent(self, name: str, request: Sketch) -> None:
         """A request was sent to a replica, and is in flight until ``done``."""
@@ -261,12 +269,11 @@ class WarmRouter:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _keys(
+    def _order(
         self, request: Sketch, among: Iterable[str] | None, in_flight: Mapping[str, int] | None
-    ) -> list[tuple[bool, bool, float, int, int, int, str]]:
+    ) -> list[tuple[_Key, int, _Replica]]:
         """What replicas are ordered by, the best first: within the bounds, most warm bytes less the
-        penalty, fewest in flight, fewest sent of late; what is left is by the text, so that all
-        routers choose alike.
+        penalty, fewest in flight, fewest sent of late. Behind it a number, and the replica.
         """
         names = self._replicas if among is None else dict.fromkeys(among)
         replicas = [r for name in names if (r := self._replicas.get(name)) is not None]
@@ -280,20 +287,26 @@ class WarmRouter:
         most_flying = _most(self._in_flight_slack, sum(flying), len(replicas))
         recent = sum(r.recent for r in replicas)
         most_recent = _most(self._slack, max(recent, _FEWEST * len(replicas)), len(replicas))
-        least, first = min(flying), request.windows[0] if request.windows else 0
-        penalty = self._load_penalty * request.nbytes
+        least, penalty = min(flying), self._load_penalty * request.nbytes
         return [
             (
-                load >= most_flying,
-                r.recent >= most_recent,
-                penalty * (load - least) - weight * held.get(r.name, 0),
-                load,
-                r.recent,
-                (r.seed ^ first) * 0x9E3779B97F4A7C15 & _MASK,
-                r.name,
+                (
+                    load >= most_flying,
+                    r.recent >= most_recent,
+                    penalty * (load - least) - (weight * held[r.name] if r.name in held else 0),
+                    load,
+                    r.recent,
+                ),
+                number,
+                r,
             )
-            for r, load in zip(replicas, flying, strict=True)
+            for number, (r, load) in enumerate(zip(replicas, flying, strict=True))
         ]
+
+    def _tie(self, request: Sketch, replica: _Replica) -> int:
+        """By the text, so that all routers choose alike where nothing else decides."""
+        first = request.windows[0] if request.windows else 0
+        return (replica.seed ^ first) * 0x9E3779B97F4A7C15 & _MASK
 
     def _weight(self, request: Sketch) -> float:
         """Bytes of text that a window of the request stands for."""
