@@ -48,15 +48,22 @@ class Speculating(NamedTuple):
         assert llm.reset_prefix_cache()
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+# what a GPU's user gets: steps that are one graph, with several rows a request
+COMPILED = [pytest.param(f"{name} compiled", marks=pytest.mark.gpu) for name in ("eagle", "ngram")]
+
+
+@pytest.fixture(scope="module", params=[*TARGETS, *COMPILED])
 def speculating(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Speculating]:
     """In a process of its own: once vLLM has looked n-grams up, no other engine starts in it."""
     untried.skip("speculation")
-    path, spec = make_drafting(request.param, tiny_models)
-    reference = Reference(make(TARGETS[request.param], tiny_models), PREFIX)
+    method, _, compiled = request.param.partition(" ")
+    path, spec = make_drafting(method, tiny_models)
+    reference = Reference(make(TARGETS[method], tiny_models), PREFIX)
     options = {
         "speculative_config": spec, "disable_log_stats": False, "async_scheduling": False
     }  # fmt: skip
+    if compiled:
+        options["enforce_eager"] = False
     begin = start_in_process if untried.TRIED else start
     with begin(path, prefix=PREFIX, **options) as blend:
         assert blend.model_check.passed, blend.model_check.detail
