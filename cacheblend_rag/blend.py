@@ -19,6 +19,7 @@ from cacheblend_rag.errors import (
     ConfigError,
     EngineError,
 )
+from cacheblend_rag.front.shadowing import ShadowThread
 from cacheblend_rag.front.startup import Startup
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.models import resolve_model
@@ -66,6 +67,10 @@ class CacheBlend(Startup):
             self.model_check: ModelCheck = self._check_model()
             if self.model_check.passed:
                 self._limit(self._measure_costs())
+                if config.shadow:
+                    self._check_shadow()
+                    self._open_space()
+                    self._shadows = ShadowThread(self._engine.rpc)
 
     @staticmethod
     def connect(
@@ -129,6 +134,7 @@ class CacheBlend(Startup):
         self._numbers, self._session = itertools.count(), uuid.uuid4().hex[:8]
         self._closed, self._home = False, Home()
         self._preparing = DaemonPool(_PREPARING, "cacheblend-prepare")
+        self._shadows: ShadowThread | None = None
         self._lora: Any = None  # of this front's requests
         self._adapter = ""  # digest of it
         self._namespaces = {config.namespace}  # of all fronts to this engine
@@ -158,6 +164,10 @@ class CacheBlend(Startup):
         """
         self._check_open()
         _check_learn(config, self.config.learn)
+        if config.shadow and not self.config.shadow:
+            raise ConfigError(
+                "shadow is set when an engine starts: give it to the first CacheBlend, too"
+            )
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.config, other._name = config, space or uuid.uuid4().hex
@@ -188,6 +198,10 @@ class CacheBlend(Startup):
         """What the keys of this engine's chunks depend on, besides their tokens."""
         return self._space
 
+    def _check_shadow(self) -> None:
+        if refusal := next(filter(None, self._engine.rpc("cacheblend_shadow_refusal")), ""):
+            raise ConfigError(f"shadow={self.config.shadow} can't be had: {refusal}. Leave it out")
+
     def stats(self) -> list[dict[str, int]]:
         """Counts of the chunk store; of ``memory://``, which each rank has for itself, one dict a
         rank. Empty where blending is off. Where several namespaces share the engine, only the
@@ -203,6 +217,8 @@ class CacheBlend(Startup):
         if not self._closed and self._home.is_here:
             self._closed = True
             self._preparing.close(drop=True)
+            if self._shadows is not None:
+                self._shadows.close()
             self._engine.close()
 
     def __reduce__(self) -> Any:

@@ -43,11 +43,20 @@ class Calibration:
     questions: int
     data: tuple[str, ...] = ()
 
+    def to_plain(self) -> dict[str, Any]:
+        """As a table."""
+        return asdict(self)
+
     def save(self, path: Path) -> None:
         """Write it as JSON; folders are made."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = {"format": FORMAT, **asdict(self)}
+        data = {"format": FORMAT, **self.to_plain()}
         path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def from_plain(data: Mapping[str, Any]) -> Calibration:
+    """The calibration that ``to_plain`` wrote."""
+    return Calibration(**{**data, "data": tuple(data["data"])})
 
 
 def resolved(config: BlendConfig, calibration: Calibration | None) -> BlendConfig:
@@ -63,6 +72,18 @@ def resolved(config: BlendConfig, calibration: Calibration | None) -> BlendConfi
         selector_options=calibration.selector_options,
         propagation_length=calibration.propagation_length,
     )
+
+
+def ratio_of(config: BlendConfig) -> float:
+    """The ratio of a configuration that was ``resolved``."""
+    assert config.recompute_ratio != "auto"
+    return float(config.recompute_ratio)
+
+
+def sent(config: BlendConfig, calibration: Calibration | None) -> BlendConfig:
+    """What an engine's requests ask for: ``auto`` where a controller decides in the engine."""
+    found = resolved(config, calibration)
+    return replace(found, recompute_ratio="auto") if config.is_controlled else found
 
 
 def usual_path(fingerprint: str) -> Path:
@@ -94,7 +115,7 @@ def _read(path: Path) -> Calibration:
         version = data.pop("format")
         if version != FORMAT:
             raise ConfigError(f"the calibration {path} has format {version}, not {FORMAT}. {_FIX}")
-        found = Calibration(**{**data, "data": tuple(data["data"])})
+        found = from_plain(data)
         resolved(BlendConfig(recompute_ratio="auto"), found)  # raises ConfigError
     except OSError as error:
         raise ConfigError(f"the calibration {path} cannot be read: {error}. {_FIX}") from error

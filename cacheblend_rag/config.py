@@ -12,6 +12,8 @@ from cacheblend_rag.errors import ConfigError, PromptError, StoreError
 from cacheblend_rag.learn.options import LearnOptions
 from cacheblend_rag.options import PER_REQUEST, BlendIf, BlendOptions, Mode, refuse_unknown
 from cacheblend_rag.select import create_selector
+from cacheblend_rag.shadow.options import ShadowOptions, check_share
+from cacheblend_rag.shadow.sampling import check_template
 from cacheblend_rag.store.url import parse_size, redacted
 from cacheblend_rag.token_ids import token_ids
 
@@ -47,7 +49,8 @@ class BlendConfig:
             prefilled, vLLM's prefix cache is not read); ``off`` (plain vLLM with its prefix cache).
         recompute_ratio: share of the reused tokens to recompute, 0 to 1 (CacheBlend, section 4.2),
             or ``auto``: ratio, selector, its options and propagation length are those that
-            ``cacheblend calibrate`` found for this model; the defaults where it found none.
+            ``cacheblend calibrate`` found for this model; the defaults where it found none. With
+            ``shadow``, that ratio is where a controller begins: see ``changed_allowed``.
         selector: which of them: a name of ``cacheblend_rag.select.selectors()``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
         propagation_length: each recomputed token also corrects the reused tokens near it in its
@@ -79,6 +82,13 @@ class BlendConfig:
             ``memory`` keeps them in the memory of the engine, ``store`` puts them into the store;
             ``off`` learns nothing. See docs/serving.md.
         learn_options: how much, and for how long: see ``learn.LearnOptions``.
+        shadow: share of the blended requests whose answer is also computed exactly, while nobody
+            asks, to measure how far it is from that: see docs/serving.md. 0: none.
+        shadow_options: how it is drawn and bounded: see ``shadow.ShadowOptions``.
+        changed_allowed: share of answers that may differ from an exact prefill's. With ``shadow``
+            and the ratio ``auto``, the ratio is moved to keep it, template by template.
+        template: what metrics and the controller call the prompt template; None: it is told by the
+            tokens before the first chunk.
     """
 
     mode: Mode = "blend"
@@ -98,6 +108,10 @@ class BlendConfig:
     namespace: str = ""
     learn: Learn = "off"
     learn_options: Mapping[str, Any] = field(default_factory=dict)
+    shadow: float = 0.0
+    shadow_options: Mapping[str, Any] = field(default_factory=dict)
+    changed_allowed: float = 0.05
+    template: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
@@ -105,6 +119,11 @@ class BlendConfig:
         _one_of("learn", self.learn, get_args(Learn))
         LearnOptions.of(self.learn_options)  # raises ConfigError
         object.__setattr__(self, "learn_options", MappingProxyType(dict(self.learn_options)))
+        ShadowOptions.of(self.shadow_options)  # raises ConfigError
+        object.__setattr__(self, "shadow_options", MappingProxyType(dict(self.shadow_options)))
+        check_share("shadow", self.shadow)
+        check_share("changed_allowed", self.changed_allowed)
+        check_template(self.template)
         _check_ratio(self.recompute_ratio)
         if (
             isinstance(self.propagation_length, bool)
@@ -170,9 +189,15 @@ class BlendConfig:
 
     def request_defaults(self) -> dict[str, Any]:
         """As plain data, what requests may change, and what else decides their plans."""
-        names = (*PER_REQUEST, "min_chunk_tokens")
+        names = (*PER_REQUEST, "min_chunk_tokens", "shadow", "changed_allowed")
         options = {name: getattr(self, name) for name in names}
-        return {**options, "selector_options": dict(self.selector_options)}
+        tables = ("selector_options", "shadow_options")
+        return {**options, **{name: dict(getattr(self, name)) for name in tables}}
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether the ratio is moved by what the shadow finds."""
+        return self.recompute_ratio == "auto" and self.shadow > 0 and self.mode == "blend"
 
     def digest(self) -> str:
         """Tells configurations apart, without saying what they are."""

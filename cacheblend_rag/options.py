@@ -29,6 +29,7 @@ class BlendOptions(TypedDict, total=False):
     selector_options: Mapping[str, Any]
     propagation_length: int
     blend_if: BlendIf
+    template: str | None
     chat_template_kwargs: Mapping[str, Any]
 
 

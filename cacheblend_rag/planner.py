@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cacheblend_rag.calibration import Calibration, resolved
+from cacheblend_rag.calibration import Calibration, from_plain, resolved
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.errors import CacheBlendError, ConfigError
@@ -24,6 +24,8 @@ from cacheblend_rag.options import PER_REQUEST, blend_options, unknown_option
 from cacheblend_rag.plan import NoPlan, Plan, PromptPrefix, make_plan
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.salts import tenant_salt
+from cacheblend_rag.shadow.sampling import Drawn, Shadowed
+from cacheblend_rag.shadow.steering import Steered, Steering
 
 _OWN = ("space", "request_id")  # in addition to the options of a request
 _OTHER_ADAPTER = "the request's LoRA adapter is not that of its chunks"
@@ -61,7 +63,8 @@ class Space:
         )
         keys, options = self.keys.to_plain(), dict(self.options)
         own = {"name": self.name, "keys": keys, "prompt_prefix": prompt_prefix, "options": options}
-        return {**own, "adapter": self.adapter}
+        calibration = None if self.calibration is None else self.calibration.to_plain()
+        return {**own, "adapter": self.adapter, "calibration": calibration}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Space:
@@ -72,7 +75,8 @@ class Space:
             if data["prompt_prefix"]
             else None
         )
-        own = {"options": data["options"], "adapter": data["adapter"]}
+        calibration = data["calibration"] and from_plain(data["calibration"])
+        own = {"options": data["options"], "adapter": data["adapter"], "calibration": calibration}
         return cls(name=data["name"], keys=keys, prompt_prefix=prompt_prefix, **own)
 
 
@@ -112,13 +116,13 @@ class Expected(NamedTuple):
     keys: Sequence[str]
 
 
-Message = Space | Limits | News | Lost | Learning | Expected  # to who plans
+Message = Space | Limits | News | Lost | Learning | Expected | Shadowed  # to who plans
 
 
 class Planned(NamedTuple):
     """A plan or why there is none, the request's mode, the seconds that it took by stage, whether
-    the blend has to prove something, and the chunks that were found; None where none were looked
-    for.
+    the blend has to prove something, the chunks that were found (None where none were looked for),
+    and that the answer is to be shadowed, if it was drawn.
     """
 
     plan: Plan | NoPlan
@@ -126,6 +130,7 @@ class Planned(NamedTuple):
     seconds: Mapping[str, float]
     proves: bool = False
     matches: Sequence[Match] | None = None
+    drawn: Drawn | None = None
 
 
 class Planner:
@@ -142,6 +147,7 @@ class Planner:
         self._limits = Limits(_NOT_YET)
         self._spaces: dict[str, Space] = {}
         self._configs: dict[str, BlendConfig] = {}
+        self.steering = Steering()
         self._default: str | None = None
         self.learning: Learning | None = None
 
@@ -162,6 +168,8 @@ class Planner:
             self.learning = message
         elif isinstance(message, Expected):
             self.known.expect(*message)
+        elif isinstance(message, Shadowed):
+            self.steering.learn(message)
         else:
             self._open(message)
 
@@ -190,9 +198,10 @@ class Planner:
         """
         start = time.perf_counter()
         try:
-            space, config = self._settings(options)
+            space, asked = self._settings(options)
         except CacheBlendError as error:
             return Planned(NoPlan(Reason.MALFORMED_OPTIONS, str(error)), "blend", {})
+        config = resolved(asked, space.calibration)
         if config.mode in ("off", "full"):
             return Planned(NoPlan(Reason.MODE, f"mode is {config.mode!r}"), config.mode, {})
         if self._limits.why_not is not None:
@@ -207,11 +216,23 @@ class Planner:
         if own is not None:
             matches = _between(matches, own.locate(token_ids, min_tokens=least), least)
         located = time.perf_counter()
-        plan = self._make(token_ids, matches, space, config)
+        steered = Steered(config)
+        if matches:
+            head = token_ids[: matches[0].start]
+            steered = self.steering.steer(asked, config, space.name, space.keys, head)
+        plan: Plan | NoPlan
+        if steered.why_not is not None:
+            plan = NoPlan(*steered.why_not)
+        else:
+            plan = self._make(token_ids, matches, space, steered.config)
+        drawn = None
         if isinstance(plan, Plan):
             plan = replace(plan, space=space.keys.key(()))
+            # What proves a blend is exact, and shadows are computed by the model alone.
+            if not (self._limits.proving or adapter):
+                drawn = self.steering.drawn(space.name, steered)
         seconds = {"locate": located - start, "plan": time.perf_counter() - located}
-        return Planned(plan, config.mode, seconds, self._limits.proving, matches)
+        return Planned(plan, config.mode, seconds, self._limits.proving, matches, drawn)
 
     def prompt(
         self,
@@ -226,7 +247,8 @@ class Planner:
         learnt as a chunk of its own.
         """
         assert self.learning is not None
-        space, config = self._settings(options)
+        space, asked = self._settings(options)
+        config = resolved(asked, space.calibration)
         whole = [match for match in matches if match.offset <= ANCHOR_MARGIN]
         is_salted = _is_salted(space.name, salt)
 
@@ -267,6 +289,7 @@ class Planner:
     def _open(self, space: Space) -> None:
         self._spaces[space.name] = space
         self._configs[space.name] = BlendConfig(**space.options)
+        self.steering.open(space.name, self._configs[space.name])
         self.known.open(space.name, space.keys)
         if space.default:
             self._default = space.name
@@ -299,7 +322,6 @@ class Planner:
             config = self._configs[name].for_call(blend_options(options))
         except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
             raise ConfigError(f"refused option: {error}") from error
-        config = resolved(config, space.calibration)
         return space, config
 
 

@@ -19,6 +19,10 @@ class Reason(StrEnum):
     PREFILL_AS_QUICK = "prefill_as_quick"
     """A plain prefill is predicted to take no longer than a blend."""
 
+    CHANGED_TOO_OFTEN = "changed_too_often"
+    """No ratio keeps the share of changed answers of the prompt's template within what is allowed.
+    """
+
     # what the engine finds when it comes to the request
     PREFIX_CACHED = "prefix_cached"
     """vLLM's prefix cache holds all that would be blended."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, Why
+from cacheblend_rag.shadow.report import ShadowReport
 
 _COMPUTED = ("fresh", "missing", "timed_out")
 _DETAILS = {
@@ -53,6 +54,8 @@ class BlendReport:
             ``select`` and ``recompute``, on a GPU by its own clock.
         bytes_loaded: bytes of KV taken from the store, on one rank.
         segments: the prompt from left to right.
+        shadow: of a request that was drawn to be computed again, what is known so far; None of the
+            others. ``CacheBlend.shadow`` asks anew.
     """
 
     mode: str
@@ -71,6 +74,7 @@ class BlendReport:
     stages_s: Mapping[str, float] = field(default_factory=dict)
     bytes_loaded: int = 0
     segments: Sequence[SegmentReport] = ()
+    shadow: ShadowReport | None = None
 
     @property
     def missing_keys(self) -> tuple[str, ...]:
@@ -100,7 +104,7 @@ def make_report(
         why_not: why it was not asked to blend; None if it was.
         engine: ``prefix_cached``, and, where it did not blend, ``reason`` and ``detail``; of a
             blend the ``plan``, ``recomputed`` per segment, ``missing``, ``timed_out`` and
-            ``unavailable`` segment numbers, ``seconds``, ``bytes``.
+            ``unavailable`` segment numbers, ``seconds``, ``bytes``; ``shadow`` where it was drawn.
     """
     cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
     common: dict[str, Any] = {
@@ -130,6 +134,7 @@ def make_report(
         selector=plan.selector,
         bytes_loaded=int(engine["bytes"]),
         segments=segments,
+        shadow=ShadowReport.of(engine.get("shadow")),
         **common,
     )
 

@@ -330,6 +330,13 @@ _CONFIG: dict[str, tuple[Any, str]] = {
     "gpu_cache": (str, "SIZE:GPU memory for chunks that are used often"),
     "learn": (("off", "memory", "store"), ":compute text that comes again in prompts (off)"),
     "learn_options": (_table, "JSON:how much is learnt, and for how long"),
+    "shadow": (
+        share,
+        "S:share of blended answers that are computed again, exactly (0)",
+    ),
+    "shadow_options": (_table, "JSON:how these are drawn and bounded"),
+    "changed_allowed": (share, "S:of answers, what the ratio auto keeps with --shadow (0.05)"),
+    "template": (str, "NAME:of the prompt template, in metrics"),
 }
 
 

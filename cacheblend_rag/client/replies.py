@@ -12,6 +12,7 @@ from cacheblend_rag.engine.base import EngineInfo, EngineOutput, ModelCheck, Par
 from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import BlendReport, SegmentReport
+from cacheblend_rag.shadow.report import ShadowReport
 from cacheblend_rag.tools import ToolCallPiece
 
 _TOKEN = "token_id:"  # how vLLM writes an id where a token's text would stand
@@ -94,7 +95,8 @@ def report(data: Mapping[str, Any]) -> BlendReport:
     given = {n: v for n, v in data.items() if n in known and (v is not None or n not in _TIMES)}
     own = [{n: row[n] for n in SegmentReport._fields if n in row} for row in given["segments"]]
     given["segments"] = [SegmentReport(**row) for row in own]
-    return BlendReport(**{**given, "reason": reason(given.get("reason"))})
+    shadow = ShadowReport.of(given.get("shadow"))
+    return BlendReport(**{**given, "reason": reason(given.get("reason")), "shadow": shadow})
 
 
 def model_check(state: Mapping[str, Any]) -> ModelCheck:

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from cacheblend_rag import calibration, model_check
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.engine import compat
+from cacheblend_rag.engine import compat, shadow
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.start import WORKER, EngineSetup, chat_template, make_info
@@ -131,6 +131,7 @@ def _bind(
         Limits(why_not=why_not, longest=report.max_tokens, costs=worker._blender().costs)
     )
     learning = _learning(config, vllm_config)
+    _check_shadow(worker, config)
     # what is learnt is in the memory of this process
     follows = linked or parse_url(config.store).scheme == "memory" or learning is not None
     memory = parse_size(config.gpu_cache) if config.gpu_cache else 0
@@ -157,13 +158,29 @@ def _learning(config: BlendConfig, vllm_config: Any) -> Learning | None:
     """
     if config.learn == "off":
         return None
+    _needs_endpoints("learn", "which have computed what was learnt", vllm_config)
+    return Learning(LearnOptions.of(config.learn_options), config.learn == "store")
+
+
+def _needs_endpoints(option: str, why: str, vllm_config: Any) -> None:
     if vllm_config.parallel_config.worker_extension_cls != WORKER:
         raise ConfigError(
-            "learn needs our endpoints, which have computed what was learnt: start the server by "
-            "`cacheblend serve`, or add VLLM_PLUGINS=cacheblend and --worker-extension-cls "
-            f"{WORKER}"
+            f"{option} needs our endpoints, {why}: start the server by `cacheblend serve`, or add "
+            f"VLLM_PLUGINS=cacheblend and --worker-extension-cls {WORKER}"
         )
-    return Learning(LearnOptions.of(config.learn_options), config.learn == "store")
+
+
+def _check_shadow(worker: _Worker, config: BlendConfig) -> None:
+    """That answers can be computed again, where they are to be.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    if not config.shadow:
+        return
+    _needs_endpoints("shadow", "which have answers computed again", worker.vllm_config)
+    if refusal := shadow.why_not(worker._state().parts[0]):
+        raise ConfigError(f"shadow={config.shadow} can't be had: {refusal}. Leave it out")
 
 
 def follow(

@@ -256,6 +256,14 @@ def engine_refusal(config: VllmConfig) -> Why | None:
     return None
 
 
+def sampling_refusal(config: VllmConfig) -> str:
+    """Why a step's rows can't be seen where they are sampled from; empty if they can."""
+    # Since 0.32: each rank then samples for some of the requests, by another call.
+    if getattr(config.parallel_config, "enable_batch_sharded_sampling", False):
+        return "batch-sharded sampling is on"
+    return ""
+
+
 def _speculation_refusal(config: VllmConfig) -> str:
     """What of speculative decoding was not tested; empty if it was."""
     method = str(config.speculative_config.method)

@@ -182,8 +182,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
             for message in self._bind(linked=True).messages:
                 self.link.send(message)
         step: Step = connector_metadata.step
-        if step.spans:  # of a scheduler's side in another process
+        # of a scheduler's side in another process
+        if step.spans:
             self.link.add_spans(step.spans)
+        for job in step.shadows:
+            self.link.add_shadow(job)
+        if self.worker_state.shadow is not None:
+            self.worker_state.shadow.hidden.watch(step.watch)
         for name, report in step.plain.items():
             self._remember(name, report)
         if self.rows is not None:

@@ -271,8 +271,11 @@ class ModelHandle:
         """The number of the layer that vLLM calls ``name``."""
         return list(self.attention).index(name)
 
-    def run(self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
+    def run(
+        self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor
+    ) -> torch.Tensor | None:
         """Run the model over these tokens, ``step`` doing the attention. All ranks do it together.
+        Returns what the model hands to its output layer, [T, hidden size]; None where it stopped.
 
         Args:
             step: called once a layer, from the first on, until it stops the pass.
@@ -280,18 +283,20 @@ class ModelHandle:
             positions_T: int64 positions on the model's device.
         """
         if self.ranks.alone:
-            self._run(step, ids_T, positions_T)
-            return
+            return self._run(step, ids_T, positions_T)
         self.ranks.agree()
         # Other ranks go on through the collectives of this forward, so this one goes through them
         # as well, with whatever numbers, and raises at the end.
         guarded = _Guarded(step)
-        self._run(guarded, ids_T, positions_T)
+        hidden_TE = self._run(guarded, ids_T, positions_T)
         if guarded.error is not None:
             raise guarded.error
+        return hidden_TE
 
     @torch.inference_mode()
-    def _run(self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
+    def _run(
+        self, step: Pass, ids_T: torch.Tensor, positions_T: torch.Tensor
+    ) -> torch.Tensor | None:
         context = create_forward_context(
             attn_metadata=step,  # only has to be something: our proxies don't read it
             vllm_config=self.config,
@@ -305,7 +310,7 @@ class ModelHandle:
         try:
             # Also inside a step of vLLM's, whose own context comes back afterwards.
             with override_forward_context(context), self.adapters.during(len(ids_T)):
-                self.model(
+                hidden_TE: torch.Tensor = self.model(
                     # as vLLM's own: a compiled model does not check the dtype it was compiled for
                     input_ids=ids_T.int(),
                     positions=positions_T,
@@ -313,7 +318,8 @@ class ModelHandle:
                     inputs_embeds=None,
                 )
         except _StopForward:  # where it was to end
-            pass
+            return None
+        return hidden_TE
 
     def write(
         self, index: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, slots_T: torch.Tensor

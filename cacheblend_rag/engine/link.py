@@ -14,8 +14,10 @@ from weakref import WeakValueDictionary
 
 from cacheblend_rag.learn import Span
 from cacheblend_rag.planner import Message
+from cacheblend_rag.shadow import ShadowJob
 
 _MOST_SPANS = 1000  # that wait to be computed
+_MOST_SHADOWS = 256  # that wait to be taken by the worker, which counts those that it drops
 
 if TYPE_CHECKING:
     from cacheblend_rag.engine.rows import StepRows
@@ -39,6 +41,7 @@ class Link:
         self.rows: StepRows | None = None
         self.has_worker = False
         self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
+        self._shadows: deque[ShadowJob] = deque(maxlen=_MOST_SHADOWS)
         self._messages: list[Message] = []
         self._lock = Lock()
         self._news: Follower | None = None
@@ -94,6 +97,17 @@ class Link:
         found = list[Span]()
         while self._spans:
             found.append(self._spans.popleft())
+        return found
+
+    def add_shadow(self, job: ShadowJob) -> None:
+        """The scheduler's side saw the end of an answer that was drawn."""
+        self._shadows.append(job)
+
+    def take_shadows(self) -> list[ShadowJob]:
+        """What was added since the call before."""
+        found = list[ShadowJob]()
+        while self._shadows:
+            found.append(self._shadows.popleft())
         return found
 
     def end(self) -> None:

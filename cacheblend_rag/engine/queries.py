@@ -8,11 +8,13 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from cacheblend_rag.engine import shadow
 from cacheblend_rag.engine.names import answering, answers_to
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.engine.worker_state import WorkerSide, WorkerState
 from cacheblend_rag.keys import KeySpace
+from cacheblend_rag.shadow import Shadowed
 
 
 class Queries:
@@ -99,6 +101,35 @@ class Queries:
         connector = self._connector()
         spans = [list(span) for span in connector.link.take_spans()]
         return {"spans": spans, **connector.step_timer.to_plain()}
+
+    def cacheblend_shadow(self, parts: int, steps: int) -> dict[str, Any]:
+        """Compute so many parts of the answers that are to be computed again, where the engine has
+        made no step but the first ``steps``. Returns the ``steps`` so far, the ``step_s`` of a
+        recent one, the ``seconds`` of the slice, what waits (see ``ShadowWorker.news``), and of
+        an answer that is ``done`` its namespace, template, ratio and ``Figures``.
+        """
+        connector, worker = self._connector(), self._state().shadow
+        timer = connector.step_timer.to_plain()
+        found: dict[str, Any] = {**timer, "seconds": 0.0, "done": None}
+        if worker is None:  # the model is not blended
+            return {**found, "waiting": 0, "tokens": 0, "dropped": {}}
+        worker.add(connector.link.take_shadows())
+        # Counted alike by all ranks, so all of them compute, or none.
+        done = worker.go_on(parts) if timer["steps"] == steps else None
+        if timer["steps"] == steps:
+            connector.step_timer.exclude(worker.seconds)
+            found["seconds"] = worker.seconds
+        job, figures = done or (None, None)
+        if job is not None and figures is not None:
+            drawn = job.drawn
+            connector.link.send(Shadowed(drawn.key, job.ratio, figures.changed))
+            found["done"] = [drawn.namespace, drawn.template, job.ratio, list(figures)]
+        return {**found, **worker.news()}
+
+    def cacheblend_shadow_refusal(self) -> str:
+        """Why answers of this engine can't be computed again; empty if they can."""
+        state = self._state()
+        return shadow.why_not(state.parts[0]) if state.shadow is not None else ""
 
     def cacheblend_reports(self, request: str, space: str | None = None) -> list[dict[str, Any]]:
         """What was done for the requests of vLLM's that answered a client's request, in order. With

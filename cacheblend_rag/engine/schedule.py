@@ -24,10 +24,13 @@ from cacheblend_rag.engine.names import is_beam
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.planning import Planning
 from cacheblend_rag.engine.rows import Scheduled
+from cacheblend_rag.engine.watching import Watch, Watching
 from cacheblend_rag.learn import Span
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan
 from cacheblend_rag.planner import Planned, Planner
 from cacheblend_rag.reason import Reason, RefusedError, Why
+from cacheblend_rag.shadow import Drawn, ShadowJob
+from cacheblend_rag.shadow.report import waiting
 
 _MOST_ENDED = 1024
 _CACHED = Why(Reason.PREFIX_CACHED, "vLLM's prefix cache holds all that would be blended")
@@ -50,6 +53,7 @@ class Step(NamedTuple):
         gone: requests that were preempted.
         plain: reports of requests that are not blended, by the caller's names.
         spans: chunks that were learnt, and are to be computed.
+        watch: rows of answers that are shadowed; shadows: answers that ended.
     """
 
     tasks: dict[str, BlendTask]
@@ -57,6 +61,8 @@ class Step(NamedTuple):
     gone: set[str]
     plain: dict[str, dict[str, Any]]
     spans: Sequence[Span] = ()
+    watch: Watch | None = None
+    shadows: Sequence[ShadowJob] = ()
 
 
 @dataclass
@@ -72,6 +78,7 @@ class _Tracked:
         space: whose it is, see ``Planner.space_id``.
         shared: tokens found in vLLM's prefix cache that others may use too.
         claim: of the blend under way; None before and once all of its rows are scheduled.
+        drawn: its answer is to be shadowed, if it is blended.
     """
 
     request: Any  # vLLM's own
@@ -87,6 +94,7 @@ class _Tracked:
     space: str = ""
     shared: int = 0
     claim: _Claim | None = None
+    drawn: Drawn | None = None
     begun: bool = False  # its blend went to the workers once
     complete: bool = False  # all rows of the blend were scheduled
     outcome_known: bool = True  # of the latest blend
@@ -97,7 +105,10 @@ class _Tracked:
     def planned(self) -> dict[str, Any]:
         """The scheduler's part of the report."""
         plan = self.plan.to_dict() if self.plan is not None and self.begun else None
+        drawn = self.drawn if plan is not None else None
+        shadow = {} if drawn is None else {"shadow": waiting(drawn.template)}
         return {
+            **shadow,
             "mode": self.mode,
             "plan": plan,
             "seconds": dict(self.seconds),
@@ -156,6 +167,7 @@ class Claims:
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
         self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
         self._ahead = Ahead(link)
+        self._watching = Watching(link)
         # Plain requests too: a blend may be given blocks that one of them is still writing.
         self._live: dict[str, Any] = {}  # all requests that did not end, planned or not
 
@@ -193,7 +205,7 @@ class Claims:
         if tracked.planning is None or not tracked.planning.done():
             return
         planned, tracked.planning = tracked.planning.result(), None
-        plan, tracked.mode, tracked.seconds, tracked.proves, _ = planned
+        plan, tracked.mode, tracked.seconds, tracked.proves, _, tracked.drawn = planned
         if isinstance(plan, NoPlan):
             tracked.why_not = Why(*plan)
             return
@@ -280,6 +292,9 @@ class Claims:
         claim, plan = tracked.claim, tracked.plan
         # Here and not in ``there``: vLLM asks there for requests that then find no room.
         tracked.begun, tracked.complete, tracked.outcome_known = True, False, False
+        drawn = tracked.drawn
+        if drawn and not self._watching.begin(request, tracked.name, plan.ratio, drawn):
+            tracked.drawn = None
         task = BlendTask(
             request_id=request.request_id,
             name=tracked.name,
@@ -306,8 +321,12 @@ class Claims:
         self._ahead.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
         self._drop_without_outcome(gone)
-        if not any(self._has_claim(name) for name in scheduled.num_scheduled_tokens):
-            return Step(tasks, {}, gone, plain, self.planning.observer.take())
+        names = scheduled.num_scheduled_tokens
+        watches = self._watching.has_any(names)
+        watch = self._watching.step(_batch(scheduled)) if watches else None
+        more = self.planning.observer.take(), watch, self._watching.take()
+        if not any(self._has_claim(name) for name in names):
+            return Step(tasks, {}, gone, plain, *more)
         # Where the rows of a claim stand in the step depends on the rows of all other requests.
         # All requests of the step, not only blends: so workers need no lengths from their runner,
         # which keeps them in other places in each of vLLM's versions.
@@ -319,7 +338,7 @@ class Claims:
             # scheduled: the request's own next look-up comes after them.
             if tracked is not None and claim and part.computed + part.known >= claim.total:
                 tracked.claim, tracked.complete = None, True
-        return Step(tasks, batch, gone, plain, self.planning.observer.take())
+        return Step(tasks, batch, gone, plain, *more)
 
     def _drop_without_outcome(self, preempted: Iterable[str]) -> None:
         """vLLM ends a request whose blocks were lost with an error only while it runs. One that was
@@ -365,6 +384,7 @@ class Claims:
         self._ahead.forget(request.request_id)
         if tracked is None:
             return None
+        self._watching.ended(request, blended=tracked.complete and not tracked.why_not)
         if tracked.complete and not tracked.why_not and tracked.plan is not None:
             # Not before the end: with the answer's blocks, the next turn of a chat finds this one
             # whole.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from threading import Condition
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from vllm.forward_context import override_forward_context
@@ -24,6 +24,8 @@ from cacheblend_rag.engine.ingest import Ingestor
 from cacheblend_rag.errors import EngineError
 from cacheblend_rag.store.base import ChunkKV
 from cacheblend_rag.store.part import Heads
+
+_T = TypeVar("_T")
 
 
 class _Dropped(BaseException):
@@ -84,7 +86,7 @@ class PartBudget:
             self._changed.notify_all()
 
 
-class _BudgetedPass(Pass):
+class BudgetedPass(Pass):
     """A pass that asks its budget before and behind every attention."""
 
     def __init__(self, step: Pass, budget: PartBudget) -> None:
@@ -112,25 +114,94 @@ class _BudgetedIngestor(Ingestor):
         self._budget = budget
 
     def _run(self, step: Pass, ids: Sequence[int], positions: Sequence[int]) -> None:
-        super()._run(_BudgetedPass(step, self._budget), ids, positions)
+        super()._run(BudgetedPass(step, self._budget), ids, positions)
+
+
+class SlicedWork(Generic[_T]):
+    """One piece of work at a time, in a thread of its own, which goes on slice by slice.
+
+    Attributes:
+        seconds: what the last slice took.
+    """
+
+    def __init__(self, device: torch.device, name: str) -> None:
+        self.budget = PartBudget()
+        self._device, self._thread = device, DaemonPool(1, name)
+        self._result: Future[_T] | None = None
+        self.seconds = 0.0
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is work whose result was not taken."""
+        return self._result is not None
+
+    def begin(self, work: Callable[[], _T]) -> None:
+        """Have ``work`` done by the next calls of ``go_on``; what was begun before is dropped. It
+        spends ``budget`` before each of its parts.
+        """
+        if self._result is not None:
+            self.budget.cancel()
+        self.budget.begin()
+        self._result = self._thread.submit(self._in_thread(work))
+
+    def go_on(self, parts: int) -> bool:
+        """Do so many parts; returns whether all is done."""
+        start = time.perf_counter()
+        done = self.budget.grant(parts)
+        if self._device.type == "cuda":
+            # Or the next step would queue behind the slice's kernels, and the slice's time would be
+            # that of queueing them.
+            torch.cuda.current_stream().synchronize()
+        self.seconds = time.perf_counter() - start
+        return done
+
+    def take(self) -> _T:
+        """The result; raises what the work raised."""
+        assert self._result is not None
+        result, self._result = self._result, None
+        return result.result()
+
+    def _in_thread(self, work: Callable[[], _T]) -> Callable[[], _T]:
+        """``work`` for the other thread, with the settings and the stream of this one."""
+        # Both are properties of a thread in PyTorch. With another number of threads, matrix
+        # products on a CPU are summed in another order, and a slice would no longer equal the
+        # whole, bit for bit.
+        threads, stream = torch.get_num_threads(), self._stream()
+
+        def run() -> _T:
+            try:
+                if torch.get_num_threads() != threads:
+                    torch.set_num_threads(threads)
+                self.budget.await_parts()
+                with _on(stream), torch.inference_mode():
+                    return work()
+            # Whatever happened, or the engine's thread would wait for ever.
+            finally:
+                self.budget.end()
+
+        return run
+
+    def _stream(self) -> Any:
+        return torch.cuda.current_stream() if self._device.type == "cuda" else None
 
 
 class SlicedIngestor:
     """Computes the chunks of one ingestion at a time.
 
     Attributes:
-        seconds: what the last slice took.
         learnt: nobody asked for these chunks.
     """
 
     def __init__(self, handle: ModelHandle, heads: Heads | None = None) -> None:
-        self._budget = PartBudget()
-        self._ingestor = _BudgetedIngestor(handle, heads, self._budget)
-        self._device = handle.device
-        self._thread = DaemonPool(1, "cacheblend-ingest")
+        self._work = SlicedWork[list[ChunkKV]](handle.device, "cacheblend-ingest")
+        self._ingestor = _BudgetedIngestor(handle, heads, self._work.budget)
         self._name, self._keys = "", list[str]()
-        self._computed: Future[list[ChunkKV]] | None = None
-        self.seconds, self.learnt = 0.0, False
+        self.learnt = False
+
+    @property
+    def seconds(self) -> float:
+        """What the last slice took."""
+        return self._work.seconds
 
     def begin(
         self,
@@ -145,12 +216,8 @@ class SlicedIngestor:
         """Have these chunks computed by the next calls of ``go_on`` with this ``name``; what was
         begun before is dropped.
         """
-        if self._computed is not None:
-            self._budget.cancel()
+        self._work.begin(lambda: self._ingestor.compute(chunks, prefix_ids, contexts))
         self._name, self._keys, self.learnt = name, list(keys), learnt
-        self._budget.begin()
-        work = self._in_thread(lambda: self._ingestor.compute(chunks, prefix_ids, contexts))
-        self._computed = self._thread.submit(work)
 
     def go_on(self, name: str, parts: int) -> bool:
         """Compute so many parts; returns whether all is done.
@@ -158,45 +225,13 @@ class SlicedIngestor:
         Raises:
             EngineError: nothing of that name is under way.
         """
-        if self._computed is None or name != self._name:
+        if not self._work.is_begun or name != self._name:
             raise EngineError("another ingestion took the place of this one; begin it again")
-        start = time.perf_counter()
-        done = self._budget.grant(parts)
-        if self._device.type == "cuda":
-            # Or the next step would queue behind the slice's kernels, and the slice's time would be
-            # that of queueing them.
-            torch.cuda.current_stream().synchronize()
-        self.seconds = time.perf_counter() - start
-        return done
+        return self._work.go_on(parts)
 
     def take(self) -> tuple[list[str], list[ChunkKV]]:
         """Keys and chunks; raises what computing them raised."""
-        assert self._computed is not None
-        computed, self._computed = self._computed, None
-        return self._keys, computed.result()
-
-    def _in_thread(self, work: Callable[[], list[ChunkKV]]) -> Callable[[], list[ChunkKV]]:
-        """``work`` for the other thread, with the settings and the stream of this one."""
-        # Both are properties of a thread in PyTorch. With another number of threads, matrix
-        # products on a CPU are summed in another order, and a slice would no longer equal the
-        # whole, bit for bit.
-        threads, stream = torch.get_num_threads(), self._stream()
-
-        def run() -> list[ChunkKV]:
-            try:
-                if torch.get_num_threads() != threads:
-                    torch.set_num_threads(threads)
-                self._budget.await_parts()
-                with _on(stream), torch.inference_mode():
-                    return work()
-            # Whatever happened, or the engine's thread would wait for ever.
-            finally:
-                self._budget.end()
-
-        return run
-
-    def _stream(self) -> Any:
-        return torch.cuda.current_stream() if self._device.type == "cuda" else None
+        return self._keys, self._work.take()
 
 
 @contextmanager

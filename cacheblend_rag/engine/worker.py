@@ -14,7 +14,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.logger import init_logger
 
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.engine import answers, compat
+from cacheblend_rag.engine import answers, compat, shadow
 from cacheblend_rag.engine.adapters import Adapters, request_of
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import as_result
@@ -29,6 +29,7 @@ from cacheblend_rag.engine.rope import context_length, tables_of
 from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import measured
+from cacheblend_rag.engine.shadow import ShadowWorker
 from cacheblend_rag.engine.slices import SlicedIngestor
 from cacheblend_rag.engine.stored import RankStore
 from cacheblend_rag.errors import CacheBlendError
@@ -98,6 +99,8 @@ class WorkerExtension(Queries):
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
             self._state().parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
+            most, recent = shadow.longest(self.vllm_config, self.device), self._connector().recent
+            self._state().shadow = ShadowWorker(handle, tensors, most, recent)
             a_layer = handle.layout.numbers * chosen.dtype.itemsize
             facts["kv_bytes_per_token"] = handle.num_layers * a_layer
             windows = [w for layer in handle.layers if (w := compat.sight(layer).least())]

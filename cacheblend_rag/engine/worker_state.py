@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cacheblend_rag.engine.outcome import BlendOutcome
     from cacheblend_rag.engine.rope import Rerotator
     from cacheblend_rag.engine.rows import StepRows
+    from cacheblend_rag.engine.shadow import ShadowWorker
     from cacheblend_rag.engine.slices import SlicedIngestor
     from cacheblend_rag.engine.stored import RankStore
     from cacheblend_rag.store.part import Heads
@@ -58,6 +59,7 @@ class WorkerState:
     sliced: SlicedIngestor = field(init=False)
     store: RankStore = field(init=False)
 
+    shadow: ShadowWorker | None = None  # once the model is known
     facts: dict[str, Any] = field(default_factory=dict)
     heads: Heads | None = None
     is_replica: bool = False

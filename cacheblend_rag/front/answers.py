@@ -21,6 +21,7 @@ from cacheblend_rag.errors import (
     PromptError,
 )
 from cacheblend_rag.front.base import Front
+from cacheblend_rag.front.shadowing import ShadowThread
 from cacheblend_rag.options import (
     OURS,
     PER_REQUEST,
@@ -51,6 +52,7 @@ from cacheblend_rag.result import (
     make_result,
     unread,
 )
+from cacheblend_rag.shadow.report import ShadowReport
 from cacheblend_rag.tools import ToolUse, tool_use
 
 
@@ -86,6 +88,7 @@ class Answers(Front):
     _session: str
     _numbers: Iterator[int]
     _preparing: DaemonPool
+    _shadows: ShadowThread | None  # None: another process has shadows computed, or nobody
 
     # a text is also a sequence of texts: the first one is meant
     @overload
@@ -162,6 +165,13 @@ class Answers(Front):
         refuse_unknown(tools, TOOL_OPTIONS, "tokenize")
         config = self.config.for_call({"chat_template_kwargs": chat_template_kwargs or {}})
         return self._ids(prompt, config, tool_use(tools))
+
+    def shadow(self, result: BlendResult) -> ShadowReport | None:
+        """What is known by now of an answer that was drawn to be computed again (``shadow`` of the
+        configuration); None where it was not drawn, or is forgotten: the last 1,024 are kept.
+        """
+        outcome = self._engine.rpc("cacheblend_outcome", result.request_id)[0]
+        return ShadowReport.of(outcome.get("shadow"))
 
     @property
     def takes_messages(self) -> bool:
@@ -263,6 +273,8 @@ class Answers(Front):
             tokenize_s=waited,
         )
         metrics.observe(report)
+        if report.shadow is not None and self._shadows is not None:
+            self._shadows.wake()
         return make_result(prepared.request.token_ids, pieces, report, prepared.request_id)
 
     def _engine_part(
@@ -286,9 +298,8 @@ class Answers(Front):
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
         if self._tokenizer is None:
             sampling.setdefault("detokenize", False)
-        config = calibration.resolved(
-            self.config.for_call(blend_options(options)), self.calibration
-        )
+        asked = self.config.for_call(blend_options(options))
+        config = calibration.sent(asked, self.calibration)
         lora_request = options.get("lora_request", self._lora)
         return _Options(config, sampling, lora_request, tool_use(options))
 

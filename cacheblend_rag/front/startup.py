@@ -9,6 +9,7 @@ import time
 import uuid
 from array import array
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from cacheblend_rag import calibration, model_check
@@ -57,7 +58,8 @@ class Startup(Ingestion, Answers):
         report = self._probe(report)
         if report.passed:
             self._longest = report.max_tokens
-            self._open_space()
+            # What is measured at start is no traffic.
+            self._open_space(replace(self.config, shadow=0.0))
         else:
             self._engine.rpc("cacheblend_unbind")
         return report
@@ -141,9 +143,9 @@ class Startup(Ingestion, Answers):
             weights = hashlib.sha256(f"{weights}/{self._adapter}".encode()).hexdigest()
         return KeySpace(weights, prefix, config.namespace, by_document)
 
-    def _open_space(self) -> None:
-        """Have this front's requests planned by its own configuration."""
-        options = calibration.resolved(self.config, self.calibration).request_defaults()
+    def _open_space(self, config: BlendConfig | None = None) -> None:
+        """Have this front's requests planned by its own configuration, or by ``config``."""
+        options = calibration.sent(config or self.config, self.calibration).request_defaults()
         prompt_prefix = self._store_prompt_prefix()
         adapter = "" if self._lora is None else adapter_name(self._lora)
         space = Space(
@@ -151,6 +153,7 @@ class Startup(Ingestion, Answers):
             keys=self._space,
             prompt_prefix=prompt_prefix,
             options=options,
+            calibration=self.calibration,
             adapter=adapter,
         )
         self._engine.rpc("cacheblend_open", space.to_plain())

@@ -17,6 +17,7 @@ from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.engine.client import ClientEngine
 from cacheblend_rag.errors import CacheBlendError, StoreError
 from cacheblend_rag.front.learning import LearntIngestion
+from cacheblend_rag.front.shadowing import Shadowing
 from cacheblend_rag.ingest import IngestReport, naming
 from cacheblend_rag.learn import LearnOptions
 from cacheblend_rag.report import make_report
@@ -120,6 +121,12 @@ class Front(CacheBlend):
             self.info.max_num_batched_tokens,
             self._sync,
         )
+
+    def shadowing(self) -> Shadowing | None:
+        """What has answers computed again; None where none are drawn."""
+        if not self.config.shadow or not self.model_check.passed:
+            return None
+        return Shadowing(self._engine.rpc, lambda: self._engine.asked)
 
     def document(self, name: str) -> str:
         """What the store calls a document of this namespace."""

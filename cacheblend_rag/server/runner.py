@@ -20,6 +20,7 @@ from cacheblend_rag.errors import (
     UnavailableError,
 )
 from cacheblend_rag.front.learning import LearntIngestion
+from cacheblend_rag.front.shadowing import Shadowing
 from cacheblend_rag.ingest import IngestReport, grouped
 from cacheblend_rag.server.bodies import Given
 from cacheblend_rag.server.front import Front
@@ -58,6 +59,7 @@ class Runner:
         front_of: the front of a namespace.
         lock: file that says which process runs them.
         learnt: what is computed where there is no job; None: nothing.
+        shadowing: what is computed where nothing else is to do; None: nothing.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class Runner:
         front_of: Callable[[str], Front],
         lock: Path,
         learnt: LearntIngestion | None = None,
+        shadowing: Shadowing | None = None,
     ) -> None:
-        self._learnt, self._warned, self._file_warned = learnt, False, False
+        self._shadowing, self._learnt = shadowing, learnt
+        self._warned, self._file_warned = set[str](), False
         self._jobs, self._front_of, self._base = jobs, front_of, front_of("")
         self._lock: IO[bytes] = lock.open("wb")
         self._wanted, self._stopped = threading.Event(), threading.Event()
@@ -101,7 +105,7 @@ class Runner:
         try:
             self._jobs.resume()
             while not self._stopped.is_set():
-                if not self._run_one() and not self._learn():
+                if not (self._run_one() or self._learn() or self._shadow()):
                     self._wanted.wait(_LOOKS_EVERY_S)
                     self._wanted.clear()
         except sqlite3.Error as error:
@@ -145,18 +149,28 @@ class Runner:
 
     def _learn(self) -> bool:
         """Compute some of what was learnt; returns whether there may be more to do at once."""
-        if self._learnt is None:
-            return False
+        return self._learnt is not None and self._aside(
+            self._learnt.once, "what was learnt could not be computed"
+        )
+
+    def _shadow(self) -> bool:
+        """Compute some of an answer again; returns whether there may be more to do at once."""
+        return self._shadowing is not None and self._aside(
+            self._shadowing.once, "answers could not be computed again"
+        )
+
+    def _aside(self, once: Callable[[], bool], failed: str) -> bool:
+        """What nobody waits for: where it fails, the log says so once."""
         try:
-            return self._learnt.once()
+            return once()
         except (ClosedError, EngineDeadError):
             raise
         except CacheBlendError as error:
             if self._base.is_over:
                 raise Interrupted from error
-            if not self._warned:
-                logger.warning("what was learnt could not be computed: %s", error)
-            self._warned = True
+            if failed not in self._warned:
+                logger.warning("%s: %s", failed, error)
+            self._warned.add(failed)
             return False
 
     def _run(self, job: Job, front: Front, chunks: Sequence[Given]) -> bool:

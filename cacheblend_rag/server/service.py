@@ -61,7 +61,11 @@ class Service:
             self.jobs.forget_ended(str(self.engine.state["instance"]))
         self._secret = self.jobs.about("secret", secrets.token_hex(32))
         self.runner = Runner(
-            self.jobs, self.front_of, folder / f"{name}.lock", self.front.learnt_ingestion()
+            self.jobs,
+            self.front_of,
+            folder / f"{name}.lock",
+            self.front.learnt_ingestion(),
+            self.front.shadowing(),
         )
         self.engine.before_end(self.close)
 
