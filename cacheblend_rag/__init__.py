@@ -23,6 +23,7 @@ from cacheblend_rag.ingest import IngestReport
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import BlendReport, SegmentReport
 from cacheblend_rag.result import AsyncBlendStream, BlendResult, BlendStream
+from cacheblend_rag.shadow.report import ShadowReport
 
 __all__ = [
     "AsyncBlendStream",
@@ -47,6 +48,7 @@ __all__ = [
     "Reason",
     "SegmentReport",
     "ServerError",
+    "ShadowReport",
     "StoreError",
     "__version__",
 ]

@@ -7,14 +7,14 @@ happens. The store counts for itself, in the engine's process: ``cacheblend_rag.
 ``cacheblend_recompute_ratio``            histogram: share of the chunks' tokens that was recomputed
 ``cacheblend_ttft_seconds``       blended histogram of the time to the first token
 ``cacheblend_shadow_kl``          (below) histogram: KL(exact || blended) in nats, an answer's mean
-``cacheblend_shadow_agreement``   (below) histogram: share of an answer's tokens that exact agrees to
+``cacheblend_shadow_agreement``   (below) histogram: share of an answer's tokens that are exact's
 ``cacheblend_shadow_answers_total``       the same answers by ``changed``: no, first (token), later
 ``cacheblend_shadow_dropped_total`` reason drawn answers that were never computed again
 ================================= ======= ========================================================
 
 Those of the shadow are counted by ``namespace`` (empty for the server's own, else a digest),
-``template`` and ``ratio``, and ``other`` stands for all behind the first 64 pairs of the former two.
-A server has them in the process that runs its ingestions.
+``template`` and ``ratio``; ``other`` stands for all behind the first 64 pairs of the first two. A
+server has them in the process that runs its ingestions.
 """
 
 from __future__ import annotations

@@ -21,7 +21,14 @@ from types import ModuleType
 from typing import Any
 
 import cacheblend_rag
-from cacheblend_rag import BlendConfig, BlendReport, IngestReport, ModelCheck, SegmentReport
+from cacheblend_rag import (
+    BlendConfig,
+    BlendReport,
+    IngestReport,
+    ModelCheck,
+    SegmentReport,
+    ShadowReport,
+)
 from cacheblend_rag import errors as errors_module
 from cacheblend_rag import reason as reason_module
 from cacheblend_rag.cli.main import _parser
@@ -88,7 +95,7 @@ def stores() -> Iterator[str]:
 
 def reports() -> Iterator[str]:
     yield "## Reports\n"
-    for kind in (BlendReport, IngestReport, ModelCheck):
+    for kind in (BlendReport, ShadowReport, IngestReport, ModelCheck):
         yield f"### {kind.__name__}\n"
         yield plain(inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0] + "\n"
         described = attributes(kind)

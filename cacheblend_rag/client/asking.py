@@ -34,6 +34,7 @@ from cacheblend_rag.prompt import (
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.report import BlendReport, make_report
 from cacheblend_rag.result import AsyncBlendStream, Begun, BlendResult, BlendStream, make_result
+from cacheblend_rag.shadow.report import ShadowReport
 from cacheblend_rag.token_ids import token_ids
 from cacheblend_rag.tools import ToolUse, tool_use
 from cacheblend_rag.undo import on_failure
@@ -250,6 +251,10 @@ class RemoteAnswers:
             total_s=0.0,
             tokenize_s=0.0,
         )
+
+    def shadow(self, result: BlendResult) -> ShadowReport | None:
+        data = self._report_data(result.request_id)
+        return None if data is None else replies.report(data).shadow
 
     def _report_data(self, name: str) -> Mapping[str, Any] | None:
         for wait in (*_REPORT_WAITS_S, None):

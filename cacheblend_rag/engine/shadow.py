@@ -158,11 +158,13 @@ class ShadowWorker:
             elif not all(number in kept for number in range(answer)):
                 self._drop(job, "not_kept")
             else:
-                blended_AE = torch.stack([kept[number] for number in range(answer)])
-                self._job = job
-                self._work.begin(lambda: self._computed(job, blended_AE))
+                self._start(job, torch.stack([kept[number] for number in range(answer)]))
                 return True
         return False
+
+    def _start(self, job: ShadowJob, blended_AE: torch.Tensor) -> None:
+        self._job = job
+        self._work.begin(lambda: self._computed(job, blended_AE))
 
     def _computed(self, job: ShadowJob, blended_AE: torch.Tensor) -> Figures | None:
         handle, total = self._handle, len(job.token_ids)

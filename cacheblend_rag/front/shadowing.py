@@ -12,9 +12,7 @@ from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.pacing import Pace, Progress
 
 _QUIET_S = 0.5  # without a step: nobody asks
-_OTHERS_S = (
-    20.0  # after which the engine is asked all the same: another process may have been asked
-)
+_OTHERS_S = 20.0  # after which it is asked all the same: another process may have been asked
 _IDLE_S = 0.01  # of a slice: as long as the first one who asks may have to wait
 _LOOKS_EVERY_S = 0.1  # while something waits
 _END_S = 2.0
