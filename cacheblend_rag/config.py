@@ -119,11 +119,7 @@ class BlendConfig:
         _one_of("learn", self.learn, get_args(Learn))
         LearnOptions.of(self.learn_options)  # raises ConfigError
         object.__setattr__(self, "learn_options", MappingProxyType(dict(self.learn_options)))
-        ShadowOptions.of(self.shadow_options)  # raises ConfigError
-        object.__setattr__(self, "shadow_options", MappingProxyType(dict(self.shadow_options)))
-        check_share("shadow", self.shadow)
-        check_share("changed_allowed", self.changed_allowed)
-        check_template(self.template)
+        self._check_shadow()
         _check_ratio(self.recompute_ratio)
         if (
             isinstance(self.propagation_length, bool)
@@ -164,6 +160,13 @@ class BlendConfig:
         object.__setattr__(self, "chat_template_kwargs", arguments)
         object.__setattr__(self, "selector_options", MappingProxyType(dict(self.selector_options)))
         create_selector(self.selector, self.selector_options)  # raises ConfigError
+
+    def _check_shadow(self) -> None:
+        ShadowOptions.of(self.shadow_options)  # raises ConfigError
+        object.__setattr__(self, "shadow_options", MappingProxyType(dict(self.shadow_options)))
+        check_share("shadow", self.shadow)
+        check_share("changed_allowed", self.changed_allowed)
+        check_template(self.template)
 
     def __repr__(self) -> str:
         """Without the store's user and password: it ends up in messages and traces."""

@@ -28,6 +28,7 @@ from cacheblend_rag.engine.upload import upload
 from cacheblend_rag.engine.watching import Watch
 from cacheblend_rag.shadow import Figures, ShadowJob
 from cacheblend_rag.shadow import report as reports
+from cacheblend_rag.undo import logging_failures
 
 _MOST_KEPT = 96  # answers: those that are generated, and the most that may wait
 _ROWS = 8  # that go through the output layer at once: their logits are large
@@ -125,16 +126,14 @@ class ShadowWorker:
         if not self._work.go_on(parts):
             return None
         job, self._job = self._job, None
-        try:
+        # Memory that ran out, or whatever it was: nobody waits for it.
+        with logging_failures(logger, "an answer could not be computed again"):
             figures = self._work.take()
-        # Memory that ran out, or whatever it was: an answer that nobody waits for goes uncompared.
-        except Exception:
-            logger.exception("an answer could not be computed again")
-            self._drop(job, "failed")
-            return None
-        if figures is not None:
-            self._note(job, reports.done(job.drawn.template, figures))
-        return job, figures
+            if figures is not None:
+                self._note(job, reports.done(job.drawn.template, figures))
+            return job, figures
+        self._drop(job, "failed")
+        return None
 
     def news(self) -> dict[str, Any]:
         """How many wait, how many tokens the next slice is of, and how many were dropped for which

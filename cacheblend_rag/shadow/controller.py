@@ -4,8 +4,9 @@ For each template it keeps a count of changed answers beyond those allowed. Ever
 adds 1 if it was changed, and takes away the target. At ``UP`` the ratio goes a step up, and ``UP``
 is taken from the count; at ``-DOWN`` it goes a step down, and ``DOWN`` is added. So a step down
 takes ``DOWN / target`` unchanged answers at least. Whatever the traffic does, the changed answers
-among the shadowed ones exceed the allowed ones by ``UP`` times the steps of the ladder and one at
+among those that count exceed the allowed ones by ``UP`` times the steps of the ladder and one at
 most. That is the argument of adaptive conformal inference (Gibbs and Candes, 2021), for a ladder.
+An answer counts if it was shadowed and is known before the next step is made.
 
 Above the last step blending is off: every answer is exact then. It is tried again after as many
 requests as would have brought the count down, and after each trial in vain twice as many.
@@ -104,12 +105,9 @@ class Controller:
     def learn(self, template: str, ratio: float, changed: bool) -> None:
         """An answer that was blended at ``ratio`` was shadowed."""
         known = self._templates.get(template)
-        if known is None or known.step >= len(known.aim.ladder):
-            return
-        ladder = known.aim.ladder
-        # Of answers from before the last step, those count that say no less of this one: what was
-        # changed at a higher ratio, or unchanged at a lower one.
-        if ratio < ladder[known.step] if changed else ratio > ladder[known.step]:
+        ladder = () if known is None else known.aim.ladder
+        # Answers from before the last step tell nothing of this one.
+        if known is None or known.step >= len(ladder) or ratio != ladder[known.step]:
             return
         known.excess += changed - known.aim.changed_allowed
         if known.excess >= UP:

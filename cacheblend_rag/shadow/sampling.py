@@ -22,7 +22,7 @@ class Drawn(NamedTuple):
 
     Attributes:
         namespace, template: as metrics name them.
-        key: of the template, for the controller.
+        key: of the template, for the controller; empty where the ratio is the request's own.
         most_tokens, most_waiting: see ``ShadowOptions``.
     """
 

@@ -70,7 +70,7 @@ class Steering:
         of = Drawn(
             namespace=tenant_id(keys.namespace) if keys.namespace else "",
             template=template,
-            key=f"{space}/{template}",
+            key=f"{space}/{template}" if asked.is_controlled else "",
             most_tokens=options.most_tokens,
             most_waiting=options.most_waiting,
         )

@@ -89,7 +89,7 @@ def test_blended_requests_are_drawn_with_their_template() -> None:
     assert one is not None and two is not None and one.template != two.template
     assert one == plan(planner).drawn
     named = plan(planner, template="answers-v2").drawn
-    assert named is not None and named.template == "answers-v2" and named.key == "s/answers-v2"
+    assert named is not None and named.template == "answers-v2"
 
 
 def test_what_is_not_blended_is_not_drawn() -> None:
@@ -139,6 +139,11 @@ def test_a_request_with_a_ratio_of_its_own_keeps_it() -> None:
     planned = plan(planner, recompute_ratio=0.4)
     assert isinstance(planned.plan, Plan) and planned.plan.ratio == 0.4
     assert planned.drawn is not None  # it is measured all the same
+    for _ in range(9):  # and steers nobody else
+        planner.learn(0, Shadowed(planned.drawn.key, 0.4, True))
+    others = plan(planner)
+    assert isinstance(others.plan, Plan) and others.plan.ratio == 0.15
+    assert others.drawn is not None and others.drawn.key == f"s/{others.drawn.template}"
 
 
 def test_a_space_travels_with_its_calibration() -> None:

@@ -51,16 +51,15 @@ def test_between_two_steps_nothing_moves() -> None:
         assert ratio(controller) == 0.15
 
 
-def test_what_came_before_a_step_counts_where_it_says_no_less_of_it() -> None:
+def test_answers_at_another_ratio_than_the_one_in_force_do_not_count() -> None:
     controller = Controller()
     assert ratio(controller) == 0.15
-    for _ in range(3):  # at a lower ratio than the one chosen: no news
-        controller.learn("t", 0.05, True)
+    for other in (0.05, 0.1, 0.2, 0.5):
+        for changed in (True, False):
+            for _ in range(40):
+                controller.learn("t", other, changed)
     assert ratio(controller) == 0.15
-    for _ in range(40):  # at a higher one
-        controller.learn("t", 0.5, False)
-    assert ratio(controller) == 0.15
-    controller.learn("t", 0.5, True)
+    feed(controller, "x")
     assert ratio(controller) == 0.20
 
 
