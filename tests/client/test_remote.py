@@ -35,6 +35,8 @@ from cacheblend_rag import (
 from cacheblend_rag.client import RemoteCacheBlend
 from cacheblend_rag.client import chunks as client_chunks
 from cacheblend_rag.errors import UnavailableError
+from cacheblend_rag.shadow import Figures
+from cacheblend_rag.shadow import report as reports
 
 TEXTS = [f"Passage {i}. " + f"The ship of number {i} sailed to harbour {i}. " * 8 for i in range(4)]
 PROMPT = "\n\n".join([*TEXTS, "Where did ship 2 sail?"])
@@ -109,6 +111,20 @@ def test_answers_are_the_embedded_ones(
     assert 0 < got.report.ttft_s <= got.report.total_s
     assert got.report.stages_s.keys() == expected.report.stages_s.keys()
     assert got.request_id.startswith("cmpl-")
+
+
+def test_what_the_shadow_found_is_asked_of_the_server(
+    remote: CacheBlend, server: FakeServer
+) -> None:
+    result = remote.generate(PROMPT)
+    assert result.report.shadow is None and remote.shadow(result) is None
+    figures = Figures(tokens=4, kl=0.1, agreement=0.75, changed=True, first_changed=False)
+    server.reports[result.request_id]["shadow"] = reports.done("t", figures)
+    found = remote.shadow(result)
+    assert found is not None and found.state == "done"
+    assert (found.tokens, found.kl, found.agreement) == (4, 0.1, 0.75)
+    del server.reports[result.request_id]
+    assert remote.shadow(result) is None  # it is forgotten
 
 
 def test_several_prompts_are_answered_in_order(remote: CacheBlend, server: FakeServer) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,6 +300,20 @@ def test_prometheus_has_histograms_by_template_and_ratio() -> None:
     dropped = {"reason": "failed"}
     found = prometheus.REGISTRY.get_sample_value("cacheblend_shadow_dropped_total", dropped)
     assert found is not None and found >= 3
+
+
+def test_the_dashboard_asks_for_metrics_and_names_that_are_there() -> None:
+    pytest.importorskip("prometheus_client")
+    board = json.loads((Path(__file__).parents[2] / "examples/grafana.json").read_text())
+    queries = " ".join(t["expr"] for panel in board["panels"] for t in panel.get("targets", ()))
+    instruments = metrics._shadow_instruments()
+    assert instruments is not None
+    exposed = {f"{metric._name}_total": set(metric._labelnames) for metric in instruments[2:]}
+    asked = dict.fromkeys(re.findall(r"\bcacheblend_\w+", queries))
+    assert asked and asked.keys() <= exposed.keys()
+    used = re.findall(r"by \((\w+)\) \(increase\(cacheblend_shadow|\{(changed)!=", queries)
+    assert {name for pair in used for name in pair if name} == {"template", "changed"}
+    assert {"template", "changed"} <= exposed["cacheblend_shadow_answers_total"]
 
 
 def test_reports_have_it_and_clients_read_it() -> None:
