@@ -53,7 +53,8 @@ def forced(blend: CacheBlend, prompt: tuple[int, ...], answer: tuple[int, ...]) 
 
 
 def test_the_figures_are_those_of_an_exact_run_forced_to_say_the_answer(blend: CacheBlend) -> None:
-    result = blend.generate(PROMPT, **SAMPLING)
+    # others have rows in the same steps
+    _, result, _ = blend.generate([words(33), PROMPT, words(50)], **SAMPLING)
     assert result.report.blended and result.report.shadow is not None
     assert result.report.shadow.state == "waiting"
     found = computed(blend, result)
