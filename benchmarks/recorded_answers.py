@@ -35,7 +35,7 @@ from cacheblend_rag.shadow.steering import Steering
 LEAST_WORDS = 150
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -58,7 +58,7 @@ def main() -> None:
     three.add_argument("--changed-allowed", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     three.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05, 0.1, 0.2, 0.5])
     three.set_defaults(run=simulate)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.run(args)
 
 

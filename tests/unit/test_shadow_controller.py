@@ -125,7 +125,7 @@ def test_templates_do_not_mix_and_the_least_used_ones_are_forgotten() -> None:
     assert ratio(controller, "b") == 0.15
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     outcomes=st.lists(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]), max_size=12),
     allowed=st.sampled_from([0.01, 0.05, 0.2]),
