@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,17 +150,25 @@ class ShadowWorker:
         while self._waiting:
             job = self._waiting.popleft()
             kept = self.hidden.take(job.request_id)
-            answer = len(job.token_ids) - job.prompt_tokens
-            if not isinstance(self._recent.get(job.name), BlendOutcome):
-                self._drop(job, "not_blended")
-            elif len(job.token_ids) > self._longest:
-                self._drop(job, "too_long")
-            elif not all(number in kept for number in range(answer)):
-                self._drop(job, "not_kept")
+            refusal = self._refusal(job, kept)
+            # A blend may have failed on one rank alone, and the forward is for all of them.
+            if self._handle.ranks.any([bool(refusal)])[0]:
+                self._drop(job, refusal or "not_blended")
             else:
-                self._start(job, torch.stack([kept[number] for number in range(answer)]))
+                self._start(job, torch.stack([kept[number] for number in range(len(kept))]))
                 return True
         return False
+
+    def _refusal(self, job: ShadowJob, kept: dict[int, torch.Tensor]) -> str:
+        """Why an answer is not computed again; empty if it is. Cuts ``kept`` to the answer."""
+        answer = len(job.token_ids) - job.prompt_tokens
+        for number in [number for number in kept if number >= answer]:
+            del kept[number]  # of a token that was sampled behind the end
+        if not isinstance(self._recent.get(job.name), BlendOutcome):
+            return "not_blended"
+        if len(job.token_ids) > self._longest:
+            return "too_long"
+        return "" if len(kept) == answer else "not_kept"
 
     def _start(self, job: ShadowJob, blended_AE: torch.Tensor) -> None:
         self._job = job
@@ -180,7 +189,8 @@ class ShadowWorker:
         for start in range(0, len(answer), _ROWS):
             self._work.budget.spend()
             some = slice(start, start + _ROWS)
-            rows += self._compared(exact_AE[some], blended_AE[some], answer[some])
+            compared = partial(self._compared, exact_AE[some], blended_AE[some], answer[some])
+            rows += handle.ranks.all_or_none(compared)  # or others would wait for one that failed
         return Figures.of(rows) if rows else None
 
     def _compared(

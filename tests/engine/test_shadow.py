@@ -5,8 +5,10 @@ notices it.
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,12 @@ import torch
 from engines import EXACT, FULL_LOGPROBS, logprobs, start_in_process
 from tiny import Words, make
 
-from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
+from cacheblend_rag import BlendConfig, BlendResult, CacheBlend, ConfigError
+from cacheblend_rag.engine.link import Link
+from cacheblend_rag.engine.rows import Scheduled
+from cacheblend_rag.engine.shadow import ShadowWorker, why_not
+from cacheblend_rag.engine.watching import Watch, Watching
+from cacheblend_rag.shadow import Drawn, ShadowJob
 from cacheblend_rag.shadow.report import ShadowReport
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
@@ -112,3 +119,86 @@ def test_requests_that_are_not_blended_have_no_shadow(blend: CacheBlend) -> None
     result = blend.generate(PROMPT, mode="full", **SAMPLING)
     assert result.report.shadow is None and blend.shadow(result) is None
     assert blend.generate(words(50), **SAMPLING).report.shadow is None
+
+
+def test_a_second_front_draws_only_where_the_first_does(blend: CacheBlend) -> None:
+    quiet = blend.with_config(BlendConfig(ingest_prefix=PREFIX, blend_if="always"))
+    result = quiet.generate(PROMPT, **SAMPLING)
+    assert result.report.blended and result.report.shadow is None
+    blend.config, before = BlendConfig(), blend.config
+    try:
+        with pytest.raises(ConfigError, match="give it to the first CacheBlend"):
+            blend.with_config(CONFIG)
+    finally:
+        blend.config = before
+
+
+# ---- without an engine ---------------------------------------------------------------------------
+
+
+DRAWN = Drawn("", "t", "s/t", most_tokens=4, most_waiting=16)
+
+
+def request(name: str = "r", prompt: int = 100, answer: int = 0) -> Any:
+    ids = list(range(prompt))
+    return SimpleNamespace(
+        request_id=name,
+        num_prompt_tokens=prompt,
+        prompt_token_ids=ids,
+        output_token_ids=list(range(answer)),
+    )
+
+
+def test_rows_of_watched_answers_are_numbered_from_the_first_token() -> None:
+    watching = Watching(Link())
+    assert watching.begin(request(), "name", 0.15, DRAWN)
+    assert watching.has_any(["x", "r"]) and not watching.has_any(["x"])
+    other = Scheduled(0, 7)
+    assert watching.step({"r": Scheduled(40, 50), "x": other}) is None  # within the prompt
+    first = watching.step({"r": Scheduled(90, 10), "x": other})
+    assert first == Watch({"r": 10, "x": 7}, {"r": 0})
+    assert watching.step({"r": Scheduled(102, 1)}) == Watch({"r": 1}, {"r": 3})
+    assert watching.step({"r": Scheduled(103, 1)}) is None  # no more than are compared
+
+
+def test_few_are_watched_at_a_time_and_what_failed_is_not_computed() -> None:
+    link = Link()
+    watching = Watching(link)
+    begun = [watching.begin(request(f"r{n}"), f"n{n}", 0.15, DRAWN) for n in range(10)]
+    assert begun == [True] * 8 + [False] * 2
+    assert watching.begin(request("r0"), "n0", 0.15, DRAWN)  # again, after a preemption
+    watching.ended(request("r0", answer=9), blended=True)
+    watching.ended(request("r1", answer=9), blended=False)
+    watching.ended(request("r2", answer=0), blended=True)  # it was aborted before a token came
+    watching.ended(request("r9", answer=9), blended=True)  # not watched
+    [job] = watching.take()
+    assert (job.name, job.prompt_tokens, job.token_ids[100:]) == ("n0", 100, (0, 1, 2, 3))
+    link.has_worker = True
+    watching.ended(request("r3", answer=1), blended=True)
+    assert watching.take() == [] and len(link.take_shadows()) == 1  # the worker takes it itself
+
+
+def test_the_oldest_goes_where_too_many_wait() -> None:
+    handle: Any = SimpleNamespace(model=None, device=torch.device("cpu"))
+    recent: OrderedDict[str, Any] = OrderedDict(n3={"shadow": {}}, n4={})
+    worker = ShadowWorker(handle, Any, 100, recent)  # type: ignore[arg-type]
+    jobs = [ShadowJob(f"r{n}", f"n{n}", (1, 2), 1, 0.15, DRAWN) for n in range(20)]
+    worker.add(jobs)
+    assert worker.news() == {"waiting": 16, "tokens": 2, "dropped": {"others_came": 4}}
+    assert worker.news()["dropped"] == {}
+    assert recent["n3"]["shadow"]["state"] == "dropped" and recent["n4"] == {}
+
+
+def test_engines_that_can_not_have_a_shadow_say_why() -> None:
+    def refusal(sharing: tuple[str, ...] = (), **config: Any) -> str:
+        parallel = SimpleNamespace(enable_batch_sharded_sampling=False)
+        plain = {"lora_config": None, "speculative_config": None, "parallel_config": parallel}
+        handle: Any = SimpleNamespace(sharing=sharing, config=SimpleNamespace(**plain | config))
+        return why_not(handle)
+
+    assert refusal() == ""
+    assert "LoRA" in refusal(lora_config=object())
+    assert "speculative" in refusal(speculative_config=object())
+    assert "share KV" in refusal(sharing=("layer",))
+    sharded = SimpleNamespace(enable_batch_sharded_sampling=True)
+    assert "batch-sharded" in refusal(parallel_config=sharded)
