@@ -117,6 +117,17 @@ class Rerotator:
         """Positions the tables cover."""
         return self._cos_TXP.shape[1]
 
+    def check_reaches(self, max_model_len: int) -> None:
+        """Raise UnsupportedModelError where an engine takes longer prompts than the tables have
+        positions. vLLM itself reads beyond them there.
+        """
+        if self.positions < max_model_len:
+            detail = (
+                f"the RoPE table ends after {self.positions} positions and max_model_len is "
+                f"{max_model_len}; start the engine with max_model_len={self.positions}"
+            )
+            raise UnsupportedModelError(Reason.ROPE_TABLES, detail)
+
     def sample(self) -> list[list[int]]:
         """Some of the tables, rounded so far that machines agree on it: rows of cosine and sine in
         64ths, at positions that tell every frequency apart. Then the table of each layer, where

@@ -97,6 +97,7 @@ class WorkerExtension(Queries):
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
+            rope.check_reaches(max_len)
             self._state().parts = handle, rope, cache
             self._connector().rows = StepRows(handle, cache, tensors)
             most, recent = shadow.longest(self.vllm_config, self.device), self._connector().recent

@@ -13,7 +13,8 @@ import torch
 from cacheblend_rag.engine import selfcheck
 from cacheblend_rag.engine.forward import UnsupportedModelError
 from cacheblend_rag.engine.isolated import LayerKV
-from cacheblend_rag.engine.rope import Rerotator, tables_of
+from cacheblend_rag.engine.rope import Rerotator, Table, tables_of
+from cacheblend_rag.reason import Reason
 
 pytestmark = pytest.mark.vllm
 
@@ -234,3 +235,13 @@ def test_what_has_no_tables_is_refused() -> None:
     ):
         with pytest.raises(UnsupportedModelError, match=says):
             tables_of(torch.nn.ModuleList([module]), 4096, 32)
+
+
+def test_prompts_longer_than_the_table_are_refused() -> None:
+    """Of dynamic scaling, vLLM serves longer ones than its table has positions."""
+    table = torch.ones(256, 4), torch.zeros(256, 4)
+    rope = Rerotator([Table(*table, True)], [0], torch.device("cpu"))
+    rope.check_reaches(256)
+    with pytest.raises(UnsupportedModelError, match="max_model_len=256") as refused:
+        rope.check_reaches(257)
+    assert refused.value.why.reason is Reason.ROPE_TABLES
