@@ -81,7 +81,7 @@ class Reason(StrEnum):
     NO_ROPE = "no_rope"
     """No layer of the model rotates its keys by position."""
     ROPE_TABLES = "rope_tables"
-    """The model's RoPE tables depend on more than the position."""
+    """The model's RoPE tables depend on more than the position, or end before ``max_model_len``."""
     ALIBI = "alibi"
     """The model's attention is biased by distance."""
     ATTENTION_LAYER = "attention_layer"

@@ -130,9 +130,9 @@ def page(tested: Sequence[Tested]) -> Iterator[str]:
     yield "itself; the test mends that.\n"
     yield "Any other model is judged by its own check at the start: `cacheblend check MODEL`. It"
     yield "blends if moved keys, our attention and ratio 1 are right on this machine. Multi-head"
-    yield "latent attention (MLA), Gemma 3n, Gemma 4 and Llama 4 are blended by the CPU engine;"
-    yield "a GPU refuses them. Models that take images were run on a CPU only. vLLM's V2 model"
-    yield "runner, the default on a GPU since 0.29, refuses to blend them.\n"
+    yield "latent attention (MLA), Gemma 3n and Gemma 4 are blended by the CPU engine; a GPU"
+    yield "refuses them. Models that take images were run on a CPU only. vLLM's V2 model runner,"
+    yield "which a GPU takes for dense models, refuses to blend them.\n"
     yield "Speculative decoding: [what is blended beside it](serving.md#speculative-decoding).\n"
     yield "| architecture | tested as | ratio 1 |\n| --- | --- | --- |"
     for one in sorted(set(tested)):

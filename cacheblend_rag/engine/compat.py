@@ -21,7 +21,7 @@ OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 # What no GPU has run, and every GPU refuses.
 NOT_RUN_ON_A_GPU = frozenset(
-    {"chunks", "images_v2", "kv_heads", "latents", "lora", "shared_kv", "speculation"}
+    {"images_v2", "kv_heads", "latents", "lora", "shared_kv", "speculation"}
 )
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "

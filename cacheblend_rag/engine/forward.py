@@ -250,10 +250,6 @@ class ModelHandle:
             raise UnsupportedModelError(Reason.KV_HEADS, detail)
         if self.sharing and not compat.was_run("shared_kv"):
             raise UnsupportedModelError(Reason.SHARED_KV, f"layers that share KV {only}")
-        within_chunks = any(compat.sight(layer).chunk is not None for layer in self.layers)
-        if within_chunks and not compat.was_run("chunks"):
-            detail = f"layers that attend within chunks of positions {only}"
-            raise UnsupportedModelError(Reason.ATTENTION_LAYER, detail)
 
     @property
     def num_layers(self) -> int:

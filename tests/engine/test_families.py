@@ -36,7 +36,7 @@ SINCE_0_32 = {
 }  # fmt: skip
 CPU_LATENT = "CPU_MLA"  # where there is AMX, vLLM's own choice is bf16
 # see ``ModelHandle``
-UNTRIED = {"gemma3n": "shared_kv", "gemma4": "kv_heads", "llama4": "chunks"}
+UNTRIED = {"gemma3n": "shared_kv", "gemma4": "kv_heads"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
