@@ -71,11 +71,13 @@ def _route(args: argparse.Namespace, screen: Screen) -> Done:
         lifespan="on",
     )
     server = uvicorn.Server(config)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order, and raises it
+    # After a good end uvicorn raises what interrupted it; it exits where it could not start.
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         server.run()
     if not server.started:
         raise ConfigError(
-            f"the proxy did not start on {args.host}:{args.port}; its log has the cause"
+            f"the proxy did not start on {args.host}:{args.port}: the lines above have the cause. "
+            "Another --port may be free"
         )
     return Done(OK, {"replicas": args.replica})
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,8 +31,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import free_port
 
+from cacheblend_rag import cli
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.router import WarmRouter
+from cacheblend_rag.server.proxy import health
 from cacheblend_rag.server.proxy.app import proxy_app
 from cacheblend_rag.server.proxy.events import _MOST, WholeEvents
 from cacheblend_rag.server.proxy.headers import request_headers, response_headers
@@ -480,6 +483,25 @@ async def test_one_check_that_fails_is_none() -> None:
         await until(lambda: down(proxy, "r0"))
 
 
+async def test_many_replicas_are_checked_a_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_AT_ONCE", 3)
+    monkeypatch.setattr(health, "_A_SECOND", 10)
+    running, most, rounds = 0, 0, 0
+
+    async def ask(self: Any, replica: Any) -> None:
+        nonlocal running, most, rounds
+        running, rounds = running + 1, rounds + 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        running -= 1
+
+    monkeypatch.setattr(health.HealthChecks, "_ask", ask)
+    async with proxied(replicas(8), started=False, check_s=0.01) as proxy:
+        assert (await proxy.client.get("/health")).status_code == 200
+        await asyncio.sleep(0.3)
+    assert most == 3 and rounds <= 16  # at the start, and once in .8 s
+
+
 # --- for who runs it ------------------------------------------------------------------------------
 
 
@@ -595,6 +617,14 @@ def test_the_command_runs_and_needs_no_engine() -> None:
         _, errors = process.communicate(timeout=30)
     assert process.returncode in (0, -signal.SIGTERM), errors
     assert "Traceback" not in errors
+
+
+def test_a_port_that_is_taken_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = ["route", "--replica", "http://127.0.0.1:1", "--port", str(port)]
+        assert cli.main(arguments) == 1
+    assert f"did not start on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 # --- pure parts -----------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def proxy_app(urls: Sequence[str], router: WarmRouter, options: ProxyOptions) ->
         timeout=httpx.Timeout(options.timeout_s, connect=options.connect_timeout_s, pool=None),
         limits=httpx.Limits(keepalive_expiry=_IDLE_S, max_keepalive_connections=100),
         trust_env=False,  # replicas are reached directly
+        verify=httpx.create_ssl_context(),  # SSL_CERT_FILE counts, though
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # they are for clients
     )
     health = HealthChecks(fleet, client, options)
@@ -55,8 +56,9 @@ def proxy_app(urls: Sequence[str], router: WarmRouter, options: ProxyOptions) ->
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await health.check_all()
         checking = asyncio.create_task(health.run())
+        with contextlib.suppress(TimeoutError):  # requests are refused until a replica is up
+            await asyncio.wait_for(health.checked.wait(), options.check_timeout_s)
         try:
             yield
         finally:
@@ -116,8 +118,7 @@ class Admin:
         if not isinstance(value, str):
             raise HttpError(400, f"{named} must be a text", param=named)
         if what == "add":
-            self._fleet.add(value)
-            self._health.hurry()
+            self._health.hurry(self._fleet.add(value))
         elif value not in self._fleet.replicas:
             raise not_found("replica", value)
         elif what == "remove":

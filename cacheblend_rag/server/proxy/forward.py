@@ -191,7 +191,7 @@ class Forward:
         logger.warning("replica %s: %s: %s", replica.name, type(error).__name__, error)
         if surely:
             self._fleet.failed(replica, f"{type(error).__name__}: {error}", surely=True)
-        self._health.hurry()
+        self._health.hurry(replica)
 
 
 class Started:

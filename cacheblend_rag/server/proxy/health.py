@@ -11,44 +11,57 @@ import httpx
 from cacheblend_rag.server.proxy.fleet import Fleet, Replica
 from cacheblend_rag.server.proxy.options import ProxyOptions
 
-_PAUSE_S = 0.2  # between checks, however often they are hurried
+_PAUSE_S = 0.2  # between two checks of suspects
+_AT_ONCE, _A_SECOND = 64, 100  # checks, at most: they take time from answers
 
 logger = logging.getLogger("cacheblend_rag.route")
 
 
 class HealthChecks:
     """Args:
-    fleet: is informed.
-    client: asks.
+        fleet: is informed.
+        client: asks.
+
+    Attributes:
+        checked: whether all were checked once.
     """
 
     def __init__(self, fleet: Fleet, client: httpx.AsyncClient, options: ProxyOptions) -> None:
         self._fleet, self._client, self._options = fleet, client, options
-        self._hurry = asyncio.Event()
+        self._hurry, self._suspects = asyncio.Event(), dict[str, Replica]()
+        self._turn, self.checked = asyncio.Semaphore(_AT_ONCE), asyncio.Event()
 
-    def hurry(self) -> None:
-        """Check all now: something is wrong with one, or one is new."""
+    def hurry(self, replica: Replica) -> None:
+        """Check this one now: something is wrong with it, or it is new."""
+        self._suspects[replica.name] = replica
         self._hurry.set()
 
     async def run(self) -> None:
         """For ever, until it is cancelled."""
         while True:
-            await self.check_all()
-            try:
-                await asyncio.wait_for(self._hurry.wait(), self._options.check_s)
-            except TimeoutError:
-                continue
-            self._hurry.clear()
-            await asyncio.sleep(min(_PAUSE_S, self._options.check_s))
+            await asyncio.gather(*map(self._check, list(self._fleet.replicas.values())))
+            self.checked.set()
+            most = len(self._fleet.replicas) / _A_SECOND
+            await self._rest(max(self._options.check_s, most))
 
-    async def check_all(self) -> None:
-        """Each once, all at once."""
-        await asyncio.gather(*map(self._check, list(self._fleet.replicas.values())))
+    async def _rest(self, seconds: float) -> None:
+        """Until all are checked again; suspects are checked meanwhile."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (left := end - loop.time()) > 0:
+            try:
+                await asyncio.wait_for(self._hurry.wait(), left)
+            except TimeoutError:
+                return
+            self._hurry.clear()
+            suspects, self._suspects = self._suspects, {}
+            await asyncio.gather(*map(self._check, suspects.values()))
+            await asyncio.sleep(min(_PAUSE_S, self._options.check_s))
 
     async def _check(self, replica: Replica) -> None:
         was_up = replica.up
         try:
-            async with asyncio.timeout(self._options.check_timeout_s):
+            async with self._turn, asyncio.timeout(self._options.check_timeout_s):
                 models = await self._ask(replica)
         except TimeoutError:
             seconds = self._options.check_timeout_s
