@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from cacheblend_kernels.launch import Launcher
 from cacheblend_kernels.paged import PagedKV, Propagation, check_cache, has_whole_rows
 from cacheblend_kernels.reference import CUTOFF
 
-_TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
+_TOKENS, _ROWS = 64, 16  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
 
 
@@ -50,15 +51,21 @@ def propagate(
     for each in (*propagation, cos_XP, sin_XP):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
-    strides = (k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2))
-    _propagate_kernel[(_PROGRAMS, groups)](
-        k_TGD, v_TGD, propagation.chunk_N, propagation.position_R, propagation.chunk_R,
-        propagation.before_N, propagation.pass_2, propagation.propagation_length_1, cache.table, k,
-        v, cos_XP, sin_XP, cache.length, k_TGD.stride(0), v_TGD.stride(0), *strides,
-        SIZE=size, GROUPS=groups, DIM=dim, PAIRS=pairs, NEOX=is_neox,
-        BLOCK_P=max(16, triton.next_power_of_2(pairs)),
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), REST=2 * pairs < dim, BLOCK_N=_TOKENS,
-        BLOCK_R=_ROWS, CUTOFF=CUTOFF, num_warps=4,
+    _launch(
+        (_PROGRAMS, groups, 1),
+        (
+            k_TGD, v_TGD, propagation.chunk_N, propagation.position_R, propagation.chunk_R,
+            propagation.before_N, propagation.pass_2, propagation.propagation_length_1,
+            cache.table, k, v, cos_XP, sin_XP, cache.length, k_TGD.stride(0), v_TGD.stride(0),
+            *k.stride()[:3], *v.stride()[:3],
+        ),
+        {
+            "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
+            "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
+            "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": 2 * pairs < dim,
+            "BLOCK_N": _TOKENS, "BLOCK_R": _ROWS, "CUTOFF": CUTOFF,
+        },
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -171,3 +178,6 @@ def _difference(new, old, column, mask):
     return tl.load(new[:, None] + column[None], mask=mask, other=0.0).to(tl.float32) - tl.load(
         old[:, None] + column[None], mask=mask, other=0.0
     )
+
+
+_launch = Launcher(_propagate_kernel)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cacheblend_kernels.launch import Launcher
 from cacheblend_kernels.paged import PagedKV, check_cache
 
 _TOKENS = 16  # a program
@@ -71,15 +72,19 @@ def rotate_and_scatter(
     for each in (*sources, cos_NP, sin_NP, positions_N, address_K2):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
-    grid = (triton.cdiv(n, _TOKENS), groups, layers)
-    _rotate_and_scatter_kernel[grid](
-        sources.address_KC, sources.length_C, sources.chunk_N, sources.row_N,
-        cos_NP, sin_NP, positions_N, cache.table, address_K2, k,
-        n, len(sources.length_C),
-        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-        SIZE=size, GROUPS=groups, DIM=dim, PAIRS=pairs, NEOX=is_neox,
-        BLOCK_N=_TOKENS, BLOCK_P=triton.next_power_of_2(pairs),
-        BLOCK_D=triton.next_power_of_2(dim), ALIGNED=is_aligned, num_warps=4,
+    _launch(
+        (triton.cdiv(n, _TOKENS), groups, layers),
+        (
+            sources.address_KC, sources.length_C, sources.chunk_N, sources.row_N,
+            cos_NP, sin_NP, positions_N, cache.table, address_K2, k, n, len(sources.length_C),
+            *k.stride()[:3], *v.stride()[:3],
+        ),
+        {
+            "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
+            "BLOCK_N": _TOKENS, "BLOCK_P": triton.next_power_of_2(pairs),
+            "BLOCK_D": triton.next_power_of_2(dim), "ALIGNED": is_aligned,
+        },
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -141,3 +146,6 @@ def _rotate_and_scatter_kernel(
     si = tl.load(sin + at, mask=some)
     tl.store(to_k[:, None] + first[None], (a * co - b * si).to(kind), some)
     tl.store(to_k[:, None] + second[None], (b * co + a * si).to(kind), some)
+
+
+_launch = Launcher(_rotate_and_scatter_kernel)
