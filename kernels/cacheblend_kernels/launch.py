@@ -51,7 +51,7 @@ class Launcher:
         if compiled is not None:
             compiled[grid](*values, *constants.values())
             return
-        names = self._kernel.arg_names
+        names = list(self._kernel.arg_names)
         assert list(constants) == names[len(values) :], f"{names} are called in another order"
         # None where Triton interprets the kernel: nothing was compiled then.
         compiled = self._kernel[grid](*values, **constants, num_warps=num_warps)
