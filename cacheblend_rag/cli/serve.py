@@ -104,7 +104,7 @@ def plain(args: argparse.Namespace, theirs: Sequence[str]) -> Command:
         *rest,
         *(["--served-model-name", "smollm2-135m-instruct"] if _unnamed(embedded, rest) else []),
         *([] if len(options) < len(rest) else ["--enable-prompt-tokens-details"]),
-        *_on_a_cpu(rest),
+        *_by_device(rest),
         *_arguments(args, rest),
         *("--worker-extension-cls", WORKER),
         *("--kv-transfer-config", json.dumps(connector(args, rest))),
@@ -199,14 +199,23 @@ def _without(words: Sequence[str], option: str) -> list[str]:
     return [word for word in words if word.replace("_", "-") != option]
 
 
-def _on_a_cpu(rest: Sequence[str]) -> list[str]:
+def _by_device(rest: Sequence[str]) -> list[str]:
     """What a CPU needs: compiling takes a compiler and half a minute; small blocks leave less of a
-    prompt's last chunk to compute.
+    prompt's last chunk to compute. On a GPU, CUDA graphs for steps as large as a blend's.
     """
     import torch
 
+    from cacheblend_rag.engine.start import GRAPH_OPTIONS, graph_sizes
+
     if torch.cuda.is_available():
-        return []
+        options = [f"--{name.replace('_', '-')}" for name in GRAPH_OPTIONS]
+        # ``--compilation-config.mode`` and the like, and the short ``-O2`` and ``-cc``.
+        words = [word.partition(".")[0] for word in rest]
+        if _has(words, *options, "--no-enforce-eager") or any(
+            word.startswith(("-O", "-cc", "-sc")) for word in rest
+        ):
+            return []
+        return ["--cudagraph-capture-sizes", *map(str, graph_sizes())]
     eager = [] if _has(rest, "--enforce-eager", "--no-enforce-eager") else ["--enforce-eager"]
     blocks = [] if _has(rest, "--block-size") else ["--block-size", "32"]
     return [*eager, *blocks]

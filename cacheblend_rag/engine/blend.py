@@ -20,7 +20,7 @@ from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask
 from cacheblend_rag.engine.proof import Proof
 from cacheblend_rag.engine.rope import Rerotator
-from cacheblend_rag.engine.upload import Array, upload
+from cacheblend_rag.engine.upload import Array, upload, upload_all
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, RefusedError, Why
 from cacheblend_rag.select import Evidence, KVDeviation, QuestionAttention, create_selector
@@ -109,7 +109,17 @@ class Blender:
             # a disk.
             found = self._fetch(plan, set())  # all is in memory: nothing to consider
             self._fetched[request_id] = found
-            self._executors.stage({key: chunk for key, chunk in found.chunks.items() if chunk})
+            chunks = {key: chunk for key, chunk in found.chunks.items() if chunk}
+            self._executors.stage(chunks, self._first_needed(plan))
+
+    def _first_needed(self, plan: Plan) -> int:
+        """The last layer whose KV decides which tokens are computed. Where none does, the one in
+        the middle: what comes behind it is in time later.
+        """
+        wanted = create_selector(plan.selector, plan.selector_options).evidence
+        if isinstance(wanted, QuestionAttention) and 0 < plan.ratio < 1:
+            return wanted.among(self.handle.sees_all)[-1]
+        return self.handle.num_layers // 2
 
     def is_fast(self, plan: Plan) -> bool:
         """Whether all chunks are in memory."""
@@ -167,7 +177,7 @@ class Blender:
         # are missing use up the budget first, so a blend takes no longer for them while the budget
         # lasts.
         budget = min(max(task.computes - num_must, 0), num_candidates)
-        must, candidate = upload(must_E.nonzero()[0], device), upload(candidate_E, device)
+        must, candidate = upload_all([must_E.nonzero()[0], candidate_E], device)
         clock.mark("load")
         if 0 < budget < num_candidates:
             picked = self._pick(executor, task, candidate, budget)

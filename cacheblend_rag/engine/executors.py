@@ -25,8 +25,12 @@ class ExecutorFactory:
     def __call__(self, region: Region) -> BlendExecutor:
         return TorchExecutor(region, self._handle, self._rope, self._cache)
 
-    def stage(self, sources: Mapping[str, ChunkKV]) -> None:
-        """Begin to bring the chunks of a request whose executor is not made yet, if that helps."""
+    def stage(self, sources: Mapping[str, ChunkKV], through: int) -> None:
+        """Begin to bring the chunks of a request whose executor is not made yet, if that helps.
+
+        Args:
+            through: the last layer that is brought before the request's executor asks for more.
+        """
 
     def costs(self) -> dict[str, float]:
         """Measured seconds, see ``cacheblend_rag.costs.Costs``; empty where none were measured."""

@@ -30,7 +30,7 @@ from cacheblend_rag.engine.isolated import prefill_seconds
 from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, PropagationHook, QuestionPass
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
-from cacheblend_rag.engine.upload import upload
+from cacheblend_rag.engine.upload import Array, upload, upload_all
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV
 from cacheblend_rag.undo import on_failure
@@ -85,13 +85,13 @@ class KernelCache:
             [[k.data_ptr(), v.data_ptr()] for k, v in self._views], device=handle.device
         )
 
-    def table(self, blocks: Sequence[int], device: torch.device) -> torch.Tensor:
+    def table(self, blocks: Sequence[int]) -> Array:
         """int32 block table for the kernels, whose blocks may be smaller than the scheduler's."""
         assert all(blocks), "a blend would write into the null block, which all requests share"
         # Some backends cut the scheduler's blocks into smaller ones, which follow one another.
         parts = self._block_size // self._views[0][0].shape[1]
         table = np.array(blocks, dtype=np.int32)[:, None] * parts
-        return upload((table + np.arange(parts, dtype=np.int32)).ravel(), device)
+        return (table + np.arange(parts, dtype=np.int32)).ravel()
 
     def view(self, index: int, table: torch.Tensor, length: torch.Tensor, most: int) -> PagedKV:
         """Layer ``index`` as a request with these blocks sees it."""
@@ -128,16 +128,14 @@ class KernelExecutor(BlendExecutor):
         self._propagation: Propagation | None = None
         self._computed = 0  # tokens, in earlier forwards
         sources = {s.key: s.chunk for s in region.spans}
-        # First of all, since the copies take longest. The uploads below are small and get in
-        # between.
+        # First of all, since the copies take longest. What is uploaded below gets in between.
         self._transfer = staging.begin(sources)
         with on_failure(self.give_up):  # no memory
             self._upload(sources)
 
     def _upload(self, sources: Mapping[str, ChunkKV]) -> None:
         """What the kernels need to know of this request."""
-        region, kernels, rope = self.region, self._kernels, self.rope
-        self._table = kernels.table(region.task.blocks, self.device)
+        region = self.region
         # What vLLM's prefix cache holds is shared with other requests, and right already.
         new_E = region.stored_E.copy()
         new_E[: region.write_from] = False
@@ -147,14 +145,21 @@ class KernelExecutor(BlendExecutor):
             chunk_E[s.start : s.end] = number[s.key]
         at = new_E.nonzero()[0]
         rows = np.stack([at, region.old_E[at], chunk_E[at], region.offset_E[at]])
-        self._positions_N, old_N, chunk_N, row_N = upload(rows, self.device)
-        self._delta = rope.delta(old_N, self._positions_N)
-        self._chunk_N, self._row_N = chunk_N.int(), row_N.int()
-        # Addresses and lengths in one upload; the same below.
         lengths = np.array([[len(chunk.token_ids) for chunk in sources.values()]], dtype=np.int64)
-        table = upload(np.concatenate([self._transfer.address_LS, lengths]), self.device)
-        self._address_LS, self._length_S = table[:-1], table[-1]
-        self._lengths = upload(np.array([region.end, region.asked], dtype=np.int32), self.device)
+        # All in one upload: each takes the host as long as a kernel or two.
+        rows_4N, addresses, self._table, self._lengths = upload_all(
+            [
+                rows,
+                np.concatenate([self._transfer.address_LS, lengths]),
+                self._kernels.table(region.task.blocks),
+                np.array([region.end, region.asked], dtype=np.int32),
+            ],
+            self.device,
+        )
+        self._positions_N, old_N, chunk_N, row_N = rows_4N
+        self._address_LS, self._length_S = addresses[:-1], addresses[-1]
+        self._delta = self.rope.delta(old_N, self._positions_N)
+        self._chunk_N, self._row_N = chunk_N.int(), row_N.int()
 
     def view(self, index: int) -> PagedKV:
         """This request's paged cache of layer ``index``."""
@@ -317,9 +322,9 @@ class KernelExecutorFactory(ExecutorFactory):
             self._graphs,
         )
 
-    def stage(self, sources: Mapping[str, ChunkKV]) -> None:
+    def stage(self, sources: Mapping[str, ChunkKV], through: int) -> None:
         with torch.inference_mode():  # as everything that writes the same memory
-            self._staging.stage(sources)
+            self._staging.stage(sources, through)
 
     def costs(self) -> dict[str, float]:
         ask = self._graphs.seconds(64)

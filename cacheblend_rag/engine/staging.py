@@ -5,7 +5,7 @@ Shape legend: L layers, S source chunks, K layers of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,9 +15,13 @@ from cacheblend_rag.engine.outcome import gpu_seconds
 from cacheblend_rag.store.base import ChunkKV
 from cacheblend_rag.undo import on_failure
 
-_BUFFERS = 4  # a transfer
+_BUFFERS = 4, 8  # of a transfer, the least and the most
+_SHARE = 100  # they take this part of the GPU's memory, between the two
 _GROUP_BYTES = 96 << 20  # aimed at: small enough to start soon, large enough to run at full speed
 _ALIGNMENT = 16  # bytes that the kernel moves at once
+
+
+_Pieces = Sequence[torch.Tensor]  # of consecutive layers each
 
 
 class Buffers:
@@ -27,15 +31,17 @@ class Buffers:
     apart.
     """
 
-    def __init__(self, nbytes: int, device: torch.device, stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self, count: int, nbytes: int, device: torch.device, stream: torch.cuda.Stream
+    ) -> None:
         self.nbytes = nbytes
-        self.memory = torch.empty(_BUFFERS, nbytes, dtype=torch.uint8, device=device)
+        self.memory = torch.empty(count, nbytes, dtype=torch.uint8, device=device)
         self.memory.record_stream(stream)
         # PyTorch hands out memory in the order of one stream. What it was before may still be read
         # by what the computing stream has queued, so the copy stream waits for that; and it must
         # not go back while the copy stream writes.
         stream.wait_stream(torch.cuda.current_stream(device))
-        self.free: list[torch.cuda.Event | None] = [None] * _BUFFERS
+        self.free: list[torch.cuda.Event | None] = [None] * count
 
 
 class Staging:
@@ -44,15 +50,21 @@ class Staging:
     def __init__(self, device: torch.device, num_layers: int, device_cache: DeviceCache) -> None:
         self.device, self.num_layers, self.device_cache = device, num_layers, device_cache
         self.stream = torch.cuda.Stream(device)
+        # As many as a question's layers fill while vLLM prepares the step, where there is room.
+        least, most = _BUFFERS
+        memory = torch.cuda.get_device_properties(device).total_memory
+        self.num_buffers = min(max(memory // _SHARE // _GROUP_BYTES, least), most)
         self._pause = torch.zeros(1, dtype=torch.uint8, device=device)
         self._idle: list[Buffers] = []
         self._expected: tuple[dict[str, ChunkKV], Transfer] | None = None
 
-    def stage(self, sources: Mapping[str, ChunkKV]) -> None:
-        """Start the transfer that ``begin`` will be asked for next; in vain if it is another."""
+    def stage(self, sources: Mapping[str, ChunkKV], through: int) -> None:
+        """Start the transfer that ``begin`` will be asked for next, up to layer ``through``; in
+        vain if it is another.
+        """
         self._forget()
         self._expected = dict(sources), Transfer(self, sources)
-        self._expected[1].start()
+        self._expected[1].start(through)
 
     def begin(self, sources: Mapping[str, ChunkKV]) -> Transfer:
         """A transfer of all layers of ``sources``, chunks by key, to the GPU."""
@@ -98,7 +110,7 @@ class Staging:
         # Too small ones are freed. At most one set is kept, so that the memory that idles stays
         # bounded.
         self._idle.clear()
-        return Buffers(nbytes, self.device, self.stream)
+        return Buffers(self.num_buffers, nbytes, self.device, self.stream)
 
     def give_back(self, buffers: Buffers) -> None:
         """For the next transfer."""
@@ -121,7 +133,10 @@ class Transfer:
         self._ready: dict[int, torch.cuda.Event] = {}
         self._cached: list[CachedChunk] = []  # kept until the request is done with them
         self._filling: list[tuple[str, CachedChunk, ChunkKV]] = []
-        self._passing: list[tuple[int, ChunkKV]] = []  # byte offset in a buffer
+        # Bytes of each group of layers on the host, and where they go: to a place in GPU memory
+        # each, or to an offset in a buffer.
+        self._to_stay: list[tuple[_Pieces, _Pieces]] = []
+        self._passing: list[tuple[int, _Pieces]] = []
         self._buffers: Buffers | None = None
         self._started = 0
         self._most: int | None = None  # groups that may be started, where not all
@@ -159,21 +174,30 @@ class Transfer:
         # layer waiting.
         self._group = max(1, min(_GROUP_BYTES // max(1, a_layer), num_layers))
         self._num_groups = -(-num_layers // self._group) if copied else 0
+        for _, cached, chunk in self._filling:
+            there = cached.kv.split(self._group)
+            self._to_stay.append((there, chunk.kv_L2NHD.split(self._group)))
         offset = 0
         for i, chunk in passing:
             step = chunk.nbytes // num_layers
             self.address_LS[:, i] = offset + layers % self._group * step
-            self._passing.append((offset, chunk))
+            # As plain bytes, cut at once: the host queues these copies while a GPU has nothing to
+            # do, and each operation on a tensor takes it as long as a copy.
+            flat = chunk.kv_L2NHD.reshape(-1).view(torch.uint8)
+            self._passing.append((offset, flat.split(step * self._group)))
             offset += step * self._group
         self._buffers = staging.take(offset) if passing else None
         if self._buffers is not None:
             # Known before anything is copied, so that all addresses go to the GPU in one upload.
-            slot = layers // self._group % _BUFFERS
+            slot = layers // self._group % staging.num_buffers
             starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
             self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
 
-    def start(self) -> None:
-        """Bring as much as there are buffers for."""
+    def start(self, through: int) -> None:
+        """Bring layers up to ``through``, as far as there are buffers for them, and no more by
+        itself.
+        """
+        self.hold(through)
         if self._num_groups:
             self._arrive(0)
 
@@ -211,7 +235,7 @@ class Transfer:
         # stream.
         if self._buffers is not None:
             done = torch.cuda.current_stream(self._staging.device).record_event()
-            self._buffers.free[layers.start // self._group % _BUFFERS] = done
+            self._buffers.free[layers.start // self._group % len(self._buffers.free)] = done
         if layers.stop == self._staging.num_layers:
             # Whole on the computing stream's clock: whoever reads it next is queued behind this.
             for _, cached, _ in self._filling:
@@ -226,27 +250,24 @@ class Transfer:
         # As many groups ahead as there are buffers. More would have to wait for the layers that
         # read them.
         most = self._num_groups if self._most is None else max(self._most, number + 1)
-        while self._started < min(number + _BUFFERS, most):
+        while self._started < min(number + self._staging.num_buffers, most):
             self._start(self._started)
             self._started += 1
         return number
 
     def _start(self, number: int) -> None:
         stream = self._staging.stream
-        first = number * self._group
-        last = min(first + self._group, self._staging.num_layers)
         with torch.cuda.stream(stream):
             if number:
                 self._staging.pause()
-            for _, cached, chunk in self._filling:
-                cached.kv[first:last].copy_(chunk.kv_L2NHD[first:last], non_blocking=True)
+            for there, here in self._to_stay:
+                there[number].copy_(here[number], non_blocking=True)
             if self._buffers is not None:
-                free = self._buffers.free[number % _BUFFERS]
+                slot = number % len(self._buffers.free)
+                free, memory = self._buffers.free[slot], self._buffers.memory[slot]
                 if free is not None:
                     stream.wait_event(free)
-                for offset, chunk in self._passing:
-                    stored = chunk.kv_L2NHD[first:last]
-                    nbytes = stored.numel() * stored.element_size()
-                    target = self._buffers.memory[number % _BUFFERS, offset : offset + nbytes]
-                    target.view(stored.dtype).view(stored.shape).copy_(stored, non_blocking=True)
+                for offset, pieces in self._passing:
+                    piece = pieces[number]
+                    memory[offset : offset + len(piece)].copy_(piece, non_blocking=True)
             self._ready[number] = stream.record_event()

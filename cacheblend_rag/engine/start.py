@@ -34,6 +34,16 @@ WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 _TOOL_PARSER, _TOOL_PLUGIN = "tool_call_parser", "tool_parser_plugin"
 _TEMPLATE = "chat_template"
 BY_FRONT_DOOR = {"opened_by": "cacheblend_rag.CacheBlend"}  # extra config of the connector
+# Options by which users choose the steps that vLLM captures as CUDA graphs.
+GRAPH_OPTIONS = (
+    "compilation_config",
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+    "enforce_eager",
+    "optimization_level",
+    "performance_mode",
+    "speculative_config",  # has vLLM add sizes of its own
+)
 _GUARD = 'put what starts an engine under `if __name__ == "__main__":`'
 
 
@@ -72,7 +82,7 @@ def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSe
         if name not in known:
             more = {_TOOL_PARSER, _TOOL_PLUGIN, _TEMPLATE}
             raise unknown_option(name, {*known, *more}, "vLLM's engine")
-    defaults = _defaults()
+    defaults = _defaults(options)
     # Before our connector is among the options: some models can't even start with one.
     refusal = _model_refusal(kind, model, {**defaults, **options})
     ours: dict[str, Any] = {} if refusal else _connector_options()
@@ -136,8 +146,8 @@ def _connector_options() -> dict[str, Any]:
     }
 
 
-def _defaults() -> dict[str, Any]:
-    """Our defaults for options the user did not set."""
+def _defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our defaults for options the user did not set; ``given``: those that were set."""
     from vllm.platforms import current_platform
 
     options: dict[str, Any] = {"disable_log_stats": True}
@@ -153,7 +163,16 @@ def _defaults() -> dict[str, Any]:
             "PYTORCH_CUDA_ALLOC_CONF",
             "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
         )
+        if not any(name in given for name in GRAPH_OPTIONS):
+            options["cudagraph_capture_sizes"] = list(graph_sizes())
     return options
+
+
+def graph_sizes() -> tuple[int, ...]:
+    """Rows of a step that vLLM captures as CUDA graphs: its own sizes up to 512, and those of most
+    blends. A larger step is launched kernel by kernel, which takes a host longer than the GPU.
+    """
+    return (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), *range(576, 2049, 64))
 
 
 def _model_refusal(kind: Any, model: str, options: Mapping[str, Any]) -> Why | None:

@@ -34,7 +34,7 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
             ({"a": a}, {"a": chunk(300)}),
         ):
             device_cache.discard("a")
-            staging.stage(ahead)
+            staging.stage(ahead, LAYERS // 2)
             assert staging._expected is not None
             begun = staging._expected[1]
             transfer = staging.begin(wanted)
@@ -44,8 +44,8 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
             for key in (*ahead, *wanted):
                 device_cache.discard(key)
             assert arrived(transfer, wanted)
-        staging.stage({"a": a})
-        staging.stage({"b": b})
+        staging.stage({"a": a}, 0)
+        staging.stage({"b": b}, LAYERS - 1)
         assert device_cache.get("a") is None, "what was given up does not stay half filled"
 
 
@@ -53,8 +53,7 @@ def test_a_transfer_held_starts_no_more_by_itself(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "_GROUP_BYTES", 1)  # a layer each
     device, a = torch.device("cuda"), chunk(300)
     transfer = Staging(device, LAYERS, DeviceCache(0, device)).begin({"a": a})
-    transfer.hold(1)
-    transfer.start()
+    transfer.start(1)
     assert transfer._started == 2
     transfer.arrive(1)
     assert transfer._started == 2

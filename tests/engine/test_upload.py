@@ -30,7 +30,7 @@ def test_arrays_arrive_whatever_the_gpu_is_at(sees: bool) -> None:
             if turn % 50 == 0:
                 for _ in range(20):
                     busy = busy @ busy.T
-            sent.append((array.copy(), uploads(array)))
+            sent.append((array.copy(), uploads([array])[0]))
         array[...] = 0  # the caller may use it again at once
     torch.cuda.synchronize()
     for array, there in sent:
@@ -40,7 +40,27 @@ def test_arrays_arrive_whatever_the_gpu_is_at(sees: bool) -> None:
 @gpu
 def test_an_array_larger_than_the_memory_is_copied() -> None:
     array = np.arange(100_000)
-    assert np.array_equal(Uploads(torch.device("cuda"), 1 << 16)(array).cpu().numpy(), array)
+    assert np.array_equal(Uploads(torch.device("cuda"), 1 << 16)([array])[0].cpu().numpy(), array)
+
+
+@gpu
+def test_several_arrays_arrive_together() -> None:
+    device, rng = torch.device("cuda"), np.random.default_rng(1)
+    uploads = Uploads(device, 1 << 16)
+    arrays = [
+        rng.integers(0, 100, shape).astype(dtype)
+        for shape, dtype in [
+            ((3, 5), np.int64),
+            ((0,), np.int64),
+            ((7,), np.bool_),
+            ((2,), np.int32),
+        ]
+    ]
+    for _ in range(500):
+        there = uploads(arrays)
+    for array, copy in zip(arrays, there, strict=True):
+        assert copy.dtype == torch.from_numpy(array).dtype
+        assert np.array_equal(copy.cpu().numpy(), array)
 
 
 @gpu

@@ -13,7 +13,7 @@ from live_server import entry_points
 from tiny import make, make_with_tokenizer
 
 from cacheblend_rag.cli import main, serve
-from cacheblend_rag.engine import launch, register
+from cacheblend_rag.engine import launch, register, start
 from cacheblend_rag.errors import ConfigError, StoreError
 from cacheblend_rag.server.service import state_folder
 
@@ -69,6 +69,32 @@ def test_nothing_given(printed: Callable[..., Any]) -> None:
     assert printed()[1]["kv_connector_extra_config"] == {}
     words, _ = printed("--no-enable-prompt-tokens-details")
     assert "--enable-prompt-tokens-details" not in words
+
+
+def test_steps_as_large_as_a_blends_are_cuda_graphs(
+    printed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--cudagraph-capture-sizes" not in printed()[0], "there is no GPU here"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    words, _ = printed("--seed", "1")
+    first = words.index("--cudagraph-capture-sizes") + 1
+    sizes = [int(word) for word in words[first : first + len(start.graph_sizes())]]
+    assert sizes == sorted(set(sizes)) and sizes[0] == 1 and 512 in sizes and sizes[-1] == 2048
+    assert words[first + len(sizes)].startswith("--"), "vLLM reads numbers up to the next option"
+    assert "--enforce-eager" not in words and "--block-size" not in words
+    for theirs in (
+        ["--max-cudagraph-capture-size", "256"],
+        ["--cudagraph_capture_sizes=8"],
+        ["--compilation-config.mode=0"],
+        ["-O1"],
+        ["--enforce-eager"],
+        ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+    ):
+        assert str(sizes[-1]) not in printed(*theirs)[0], theirs
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: False)
+    assert start._defaults({})["cudagraph_capture_sizes"] == sizes
+    for name in start.GRAPH_OPTIONS:
+        assert "cudagraph_capture_sizes" not in start._defaults({name: 1})
 
 
 def test_chat_templates_are_for_requests_and_chunks(
