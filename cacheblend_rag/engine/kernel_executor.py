@@ -271,8 +271,7 @@ class KernelExecutor(BlendExecutor):
         # Filled on the device, not copied from the host, which would wait.
         propagation.pass_2[:1].fill_(self._computed)
         self._computed += len(tile)
-        hook = PropagationHook(propagation, self.rope)
-        return lambda index, k, v: hook(index, self.view(index), k, v)
+        return PropagationHook(propagation, self.rope, self.view)
 
 
 class KernelExecutorFactory(ExecutorFactory):

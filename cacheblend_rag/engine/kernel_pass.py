@@ -7,13 +7,13 @@ Shape legend: T tokens of the pass, G KV heads, N context tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cacheblend_kernels.attention import Extra, question_scores, scattered_attention
 from cacheblend_kernels.paged import PagedKV, Propagation
-from cacheblend_kernels.propagate import propagate
+from cacheblend_kernels.propagate import Propagator
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.rope import Rerotator
@@ -24,19 +24,21 @@ NEVER = 1 << 30  # position of a key that no row may see
 View = Callable[[int], PagedKV]
 
 
-class PropagationHook(NamedTuple):
-    """What a forward does to the reused tokens around those it computes."""
+class PropagationHook:
+    """What a forward does to the reused tokens around those it computes.
 
-    propagation: Propagation
-    rope: Rerotator
+    Args:
+        view: a layer's paged cache.
+    """
 
-    def __call__(self, index: int, view: PagedKV, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
+    def __init__(self, propagation: Propagation, rope: Rerotator, view: View) -> None:
+        cos_TXP, sin_TXP = rope.from_start
+        self._propagate = Propagator(propagation, cos_TXP, sin_TXP, is_neox=rope.is_neox)
+        self._table_of, self._view = rope.table_of, view
+
+    def __call__(self, index: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:
         """Move them by what these fresh K and V of layer ``index`` show."""
-        (cos_TXP, sin_TXP), table = self.rope.from_start, self.rope.table_of(index)
-        neox = self.rope.is_neox
-        propagate(
-            self.propagation, k_TGD, v_TGD, view, cos_TXP[table], sin_TXP[table], is_neox=neox
-        )
+        self._propagate(self._table_of(index), k_TGD, v_TGD, self._view(index))
 
 
 class QuestionPass(Pass):

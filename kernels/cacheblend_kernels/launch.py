@@ -33,13 +33,17 @@ class Launcher:
         values: tuple[torch.Tensor | int | float, ...],
         constants: Mapping[str, Any],
         num_warps: int,
-    ) -> None:
+    ) -> Any:
         """Queue the kernel on the current stream.
 
         Args:
             grid: programs by dimension.
             values: its arguments that are no constants, in order.
             constants: the others, in the order of its parameters.
+
+        Returns:
+            The kernel as Triton compiled it, which takes all of its arguments in order; None where
+            Triton interprets it.
         """
         kind = (
             torch.cuda.current_device() if torch.cuda.is_available() else -1,
@@ -50,13 +54,14 @@ class Launcher:
         compiled = self._compiled.get(kind)
         if compiled is not None:
             compiled[grid](*values, *constants.values())
-            return
+            return compiled
         names = list(self._kernel.arg_names)
         assert list(constants) == names[len(values) :], f"{names} are called in another order"
         # None where Triton interprets the kernel: nothing was compiled then.
         compiled = self._kernel[grid](*values, **constants, num_warps=num_warps)
         if compiled is not None:
             self._compiled[kind] = compiled
+        return compiled
 
 
 def _kind(value: torch.Tensor | int | float) -> object:

@@ -7,6 +7,8 @@ size, P rotated pairs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from cacheblend_kernels.reference import CUTOFF
 
 _TOKENS, _ROWS = 64, 16  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
+_WARPS = 4
 
 
 def propagate(
@@ -41,6 +44,68 @@ def propagate(
         cos_XP, sin_XP: float32 tables of a turn from position 0 to each position.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
     """
+    _launch(
+        *_arguments(propagation, k_TGD, v_TGD, cache, cos_XP, sin_XP, is_neox), num_warps=_WARPS
+    )
+
+
+class Propagator:
+    """``propagate`` for one layer of a pass after the other. What the layers share is checked and
+    made ready at the first, since a host that does it for each is slower than a GPU.
+
+    Args:
+        cos_TXP, sin_TXP: the tables of ``propagate``, of which a layer has one.
+    """
+
+    def __init__(
+        self,
+        propagation: Propagation,
+        cos_TXP: torch.Tensor,
+        sin_TXP: torch.Tensor,
+        *,
+        is_neox: bool,
+    ) -> None:
+        self._propagation, self._is_neox = propagation, is_neox
+        self._tables = list(zip(cos_TXP, sin_TXP, strict=True))
+        self._ready: dict[int, tuple[object, Any, list[Any]]] = {}
+
+    def __call__(
+        self, table: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV
+    ) -> None:
+        """The same as ``propagate`` with this table.
+
+        Args:
+            cache: a layer's; all have the strides, the dtype and the block table of the first.
+        """
+        k, v = cache.k_BSGD, cache.v_BSGD
+        like = (
+            k_TGD.stride(), v_TGD.stride(), k_TGD.shape,
+            # Triton compiles anew for other multiples of 16.
+            *(x.data_ptr() % 16 == 0 for x in (k_TGD, v_TGD, k, v)),
+        )  # fmt: skip
+        known, run, values = self._ready.get(table, (None, None, []))
+        if known == like:
+            run(k_TGD, v_TGD, *values[2:9], k, v, *values[11:])
+            return
+        cos_XP, sin_XP = self._tables[table]
+        grid, given, constants = _arguments(
+            self._propagation, k_TGD, v_TGD, cache, cos_XP, sin_XP, self._is_neox
+        )
+        compiled = _launch(grid, given, constants, num_warps=_WARPS)
+        if compiled is not None:
+            self._ready[table] = like, compiled[grid], [*given, *constants.values()]
+
+
+def _arguments(
+    propagation: Propagation,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    cache: PagedKV,
+    cos_XP: torch.Tensor,
+    sin_XP: torch.Tensor,
+    is_neox: bool,
+) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
+    """Grid, arguments and constants of the kernel, checked."""
     groups, dim = k_TGD.shape[1:]
     pairs = cos_XP.shape[1]
     _, size, _, _ = cache.k_BSGD.shape
@@ -51,7 +116,7 @@ def propagate(
     for each in (*propagation, cos_XP, sin_XP):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
-    _launch(
+    return (
         (_PROGRAMS, groups, 1),
         (
             k_TGD, v_TGD, propagation.chunk_N, propagation.position_R, propagation.chunk_R,
@@ -65,7 +130,6 @@ def propagate(
             "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": 2 * pairs < dim,
             "BLOCK_N": _TOKENS, "BLOCK_R": _ROWS, "CUTOFF": CUTOFF,
         },
-        num_warps=4,
     )  # fmt: skip
 
 

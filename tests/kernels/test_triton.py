@@ -15,7 +15,7 @@ from cacheblend_kernels.reference import moved, placed, question_attention
 
 pytest.importorskip("triton", reason="this platform has no Triton")
 from cacheblend_kernels.attention import Extra, _parts, question_scores, scattered_attention
-from cacheblend_kernels.propagate import Propagation, propagate
+from cacheblend_kernels.propagate import Propagation, Propagator, propagate
 from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
 
 pytestmark = pytest.mark.anywhere
@@ -137,6 +137,39 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
     for new, old, want in zip((new_k, new_v), (old_k, old_v), expected, strict=True):
         torch.testing.assert_close(new.float(), want.float(), atol=bound, rtol=1e-2)
         assert (want - old)[moves].abs().max() > 0.1
+
+
+def test_layers_that_share_what_is_made_ready_once() -> None:
+    """Fresh K and V as parts of one product, and once elsewhere in memory; two tables."""
+    torch.manual_seed(3)
+    context, groups, dim, rows, dtype = 300, 2, 64, 40, torch.float16
+    layers = [paged(context, 16, groups, dim, dtype) for _ in range(5)]
+    table, length = layers[0].table, layers[0].length
+    layers = [layer._replace(table=table, length=length) for layer in layers]
+    twins = [c._replace(k_BSGD=c.k_BSGD.clone(), v_BSGD=c.v_BSGD.clone()) for c in layers]
+    position_R = torch.arange(3, 3 + 7 * rows, 7, device=DEVICE)
+    chosen = torch.zeros(context, dtype=torch.bool, device=DEVICE)
+    chosen[position_R] = True
+    chunk_N = torch.zeros(context, dtype=torch.int32, device=DEVICE)
+    propagation = Propagation(
+        chunk_N.masked_fill(chosen, -1), position_R, chunk_N[position_R],
+        F.pad(chosen.cumsum(0), (1, 0)).int(),
+        torch.tensor([0, rows], dtype=torch.int32, device=DEVICE),
+        torch.tensor([9.0], device=DEVICE),
+    )  # fmt: skip
+    angle = torch.arange(context, device=DEVICE)[:, None] * torch.rand(2, 1, dim // 2).to(DEVICE)
+    cos, sin = angle.cos(), angle.sin()
+    run = Propagator(propagation, cos, sin, is_neox=True)
+    for number, (cache, twin) in enumerate(zip(layers, twins, strict=True)):
+        qkv = torch.randn(rows, 4 * groups * dim, device=DEVICE).to(dtype)
+        first = 3 if number == 2 else 0  # not at a multiple of 16 bytes
+        parts = qkv[:, first : first + 2 * groups * dim].split(groups * dim, -1)
+        k, v = (part.view(rows, groups, dim) for part in parts)
+        propagate(propagation, k, v, twin, cos[number % 2], sin[number % 2], is_neox=True)
+        before = cache.k_BSGD.clone()
+        run(number % 2, k, v, cache)
+        assert not torch.equal(cache.k_BSGD, before)
+        assert torch.equal(cache.k_BSGD, twin.k_BSGD) and torch.equal(cache.v_BSGD, twin.v_BSGD)
 
 
 def twin_of(q, positions, cache, context, *, extra, known, window, scale, softcap):  # type: ignore[no-untyped-def]
