@@ -98,7 +98,7 @@ def about(load: Load, args: argparse.Namespace) -> str:
     return (
         f"{versions(load.blend)}, {args.shape}, {args.chunks} of {args.pool} "
         f"x {args.chunk_tokens} tokens, {args.output_tokens} output tokens, "
-        f"ratio {args.ratio}, tile {args.tile}, {time.strftime('%Y-%m-%d')}"
+        f"ratio {args.ratio}, {time.strftime('%Y-%m-%d')}"
     )
 
 
