@@ -182,7 +182,7 @@ async def proxied(
     if started:
         for replica in replicas:
             await replica.start()
-    settings = {"check_s": 0.05, "check_timeout_s": 1.0, "admin_key": "root", **options}
+    settings = {"check_s": 0.05, "check_timeout_s": 5.0, "admin_key": "root", **options}
     router, port = WarmRouter(), free_port()
     app = proxy_app([r.url for r in replicas], router, ProxyOptions(**settings))
     quiet: Any = {"log_level": "critical", "date_header": False, "proxy_headers": False}

@@ -54,9 +54,10 @@ def test_warm_routing_costs_nothing_where_traffic_has_no_topics() -> None:
 
 def test_bounds_of_scale_are_kept_on_a_small_scale() -> None:
     scale = benchmark("fleet_scale")
-    found = scale.feed(150, 2, 10) | scale.router(40, 512, 50)
-    assert {name for name in scale.BOUNDS if not name.startswith("index")} <= found.keys()
-    over = {name: found[name] for name in found if found[name] > scale.BOUNDS.get(name, 1e99)}
-    assert not over
+    found = scale.feed(150, 2, 10) | scale.router(40, 512, 50) | scale.index(3000)
+    assert found.keys() >= scale.BOUNDS.keys()
+    # not times, which are for machines that do nothing else, nor the index, whose arrays grow ahead
+    sizes = [n for n in scale.BOUNDS if "_bytes_" in n and not n.startswith("index")]
+    assert len(sizes) == 2 and all(found[name] <= scale.BOUNDS[name] for name in sizes)
     assert found["feed_bytes_a_changed_chunk"] > 1600  # the chunk's token ids came
-    assert scale.index(3000)["index_bytes_a_chunk"] > 4 * scale.TOKENS
+    assert found["index_bytes_a_chunk"] > 4 * scale.TOKENS
