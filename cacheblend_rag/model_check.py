@@ -67,15 +67,18 @@ def _attention_check(info: EngineInfo) -> tuple[Reason | None, str]:
 
 
 def check_prefill(
-    report: ModelCheck, plain: Distribution, blended: Distribution, blended_at_all: bool
+    report: ModelCheck, plain: Distribution, blended: Distribution, why_not: str = ""
 ) -> ModelCheck:
-    """Judge ratio 1 against a plain prefill of the same prompt."""
+    """Judge ratio 1 against a plain prefill of the same prompt.
+
+    ``why_not``: why it was not blended; empty if it was.
+    """
     error = total_variation(plain, blended)
     bound = report.tolerance[1]
     reason, detail = None, ""
-    if not blended_at_all:
+    if why_not:
         reason = Reason.PROBE_NOT_BLENDED
-        detail = "the probe prompt was not blended by the engine"
+        detail = f"the probe prompt was not blended by the engine: {why_not}"
     elif not error <= bound:
         reason = Reason.RATIO_ONE_DIFFERS
         detail = (

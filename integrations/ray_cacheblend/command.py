@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from ray_cacheblend.extra import ray_module
 from ray_cacheblend.ingestion import COUNTS, ingest
 
 _ADDRESS = re.compile(r"auto|(ray://)?[A-Za-z0-9._\-\[\]:]+:[0-9]+")
+_CONNECT_S = 5.0
 _NUMBER = "_cacheblend_number"  # column: which of the texts it is
 
 
@@ -94,14 +96,12 @@ def _cluster(address: str, workers: int, gpus: int) -> Iterator[None]:
             f"{address!r} is no address of a Ray cluster. Write --ray for workers on this machine, "
             "or --ray with host:port, ray://host:port or auto; paths come before it"
         )
+    _check_answers(address)
     ray = ray_module()
     try:
         ray.init(address=address, log_to_driver=False, **_local(address, workers))
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise EngineError(
-            f"there is no Ray cluster at {address}: {error}. Start one there (ray start --head), "
-            "or write --ray without an address for workers on this machine"
-        ) from error
+        raise _absent(address, error) from error
     try:
         _check_room(ray.cluster_resources(), address, workers, gpus)
         yield
@@ -109,6 +109,24 @@ def _cluster(address: str, workers: int, gpus: int) -> Iterator[None]:
         raise _cause(error) from error
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would go on trying for minutes."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _absent(address, error) from error
+
+
+def _absent(address: str, error: BaseException) -> EngineError:
+    return EngineError(
+        f"there is no Ray cluster at {address}: {error}. Start one there (ray start --head), or "
+        "write --ray without an address for workers on this machine"
+    )
 
 
 def _local(address: str, workers: int) -> dict[str, Any]:

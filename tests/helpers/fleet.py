@@ -13,11 +13,16 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 from servers import RedisServer
 from tiny import VOCAB
+
+from cacheblend_rag.errors import PromptError
+from cacheblend_rag.ingest import IngestReport
+from ray_cacheblend.ingestion import Step
 
 ROOT = Path(__file__).parents[2]
 ENGINE = {  # of a tiny model
@@ -33,6 +38,19 @@ def texts(count: int, seed: int, size: int = 40) -> list[str]:
     """Of words that are a tiny model's tokens, no two of them alike."""
     draw = random.Random(seed)
     return [" ".join(f"w{draw.randrange(3, VOCAB)}" for _ in range(size)) for _ in range(count)]
+
+
+class Noting(Step):
+    """A worker without an engine, whose keys are the texts; one of them is no text to it."""
+
+    def _open(self) -> Any:
+        def ingest(given: list[str], **options: Any) -> IngestReport:
+            if "bad" in given:
+                raise PromptError("this is no text")
+            return IngestReport(chunks=len(given), computed=len(given), keys=given)
+
+        check = SimpleNamespace(passed=True, detail="")
+        return SimpleNamespace(model_check=check, ingest=ingest, close=lambda: None)
 
 
 @contextlib.contextmanager

@@ -218,6 +218,14 @@ def test_what_is_no_address_is_refused(address: str) -> None:
         ingest_texts([], [], address=address, workers=1, model="a/b", config=STORE, engine_args={})
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:99999"])
+def test_where_no_cluster_is(address: str) -> None:
+    """Ray would try for minutes."""
+    named = {"workers": 1, "model": "a/b", "config": STORE, "engine_args": {}}
+    with pytest.raises(EngineError, match=r"no Ray cluster at .*ray start --head"):
+        ingest_texts([], [], address=address, **named)
+
+
 def test_what_a_worker_raised_is_raised_here() -> None:
     ours = PromptError("text 3: it is no text")
     around = RuntimeError("a task failed")

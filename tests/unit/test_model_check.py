@@ -81,10 +81,10 @@ OPEN = ModelCheck(passed=True, tolerance=(LAYERS, PREFILL), max_tokens=96)
 
 
 def test_the_same_distribution_passes() -> None:
-    report = model_check.check_prefill(OPEN, EVEN, dict(EVEN), True)
+    report = model_check.check_prefill(OPEN, EVEN, dict(EVEN))
     assert report.passed and report.prefill_error == 0.0 and report.max_tokens == 96
     near = {7: math.log(0.5 + 0.9 * PREFILL), 8: math.log(0.5 - 0.9 * PREFILL)}
-    assert model_check.check_prefill(OPEN, EVEN, near, True).passed
+    assert model_check.check_prefill(OPEN, EVEN, near).passed
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_same_distribution_passes() -> None:
     ],
 )
 def test_another_distribution_is_refused(blended: dict[int, float]) -> None:
-    report = model_check.check_prefill(OPEN, EVEN, blended, True)
+    report = model_check.check_prefill(OPEN, EVEN, blended)
     assert not report.passed and report.reason is Reason.RATIO_ONE_DIFFERS
     assert "recomputing every token" in report.detail
 
@@ -109,21 +109,22 @@ def test_unlikely_tokens_count_as_likely_ones() -> None:
     flat = {token: math.log(0.005) for token in range(20)}
     half = replace(OPEN, tolerance=model_check.tolerance("bfloat16"))
     others = {token + 20: probability for token, probability in flat.items()}
-    assert model_check.check_prefill(half, flat, dict(flat), True).passed
-    assert not model_check.check_prefill(half, flat, others, True).passed
+    assert model_check.check_prefill(half, flat, dict(flat)).passed
+    assert not model_check.check_prefill(half, flat, others).passed
     for same, passes in ((19, True), (10, False)):
         mixed = dict(list(flat.items())[:same] + list(others.items())[same:])
-        assert model_check.check_prefill(half, flat, mixed, True).passed is passes
+        assert model_check.check_prefill(half, flat, mixed).passed is passes
 
 
 @pytest.mark.parametrize("nothing", [{}, {7: NAN}])
 def test_two_answers_that_say_nothing_are_not_alike(nothing: dict[int, float]) -> None:
-    assert not model_check.check_prefill(OPEN, nothing, dict(nothing), True).passed
+    assert not model_check.check_prefill(OPEN, nothing, dict(nothing)).passed
 
 
 def test_a_probe_that_was_not_blended_proves_nothing() -> None:
-    report = model_check.check_prefill(OPEN, EVEN, EVEN, False)
+    report = model_check.check_prefill(OPEN, EVEN, EVEN, "the store was slow")
     assert not report.passed and report.reason is Reason.PROBE_NOT_BLENDED
+    assert report.detail.endswith("by the engine: the store was slow")
 
 
 # ---- sliding windows -----------------------------------------------------------------------------
