@@ -88,7 +88,7 @@ class BlendConfig:
         changed_allowed: share of answers that may differ from an exact prefill's. With ``shadow``
             and the ratio ``auto``, the ratio is moved to keep it, template by template.
         template: what metrics and the controller call the prompt template; None: it is told by the
-            tokens before the first chunk.
+            prompt prefix, where a prompt has it, else by all tokens before the first chunk.
     """
 
     mode: Mode = "blend"

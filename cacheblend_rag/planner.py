@@ -218,7 +218,7 @@ class Planner:
         located = time.perf_counter()
         steered = Steered(config)
         if matches:
-            head = token_ids[: matches[0].start]
+            head = _head(token_ids[: matches[0].start], space.prompt_prefix)
             steered = self.steering.steer(asked, config, space.name, space.keys, head)
         plan: Plan | NoPlan
         if steered.why_not is not None:
@@ -323,6 +323,14 @@ class Planner:
         except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
             raise ConfigError(f"refused option: {error}") from error
         return space, config
+
+
+def _head(before: Sequence[int], prompt_prefix: PromptPrefix | None) -> Sequence[int]:
+    """What tells a prompt's template: its usual first tokens where it has these, since the question
+    may stand behind them; else all ``before`` its first chunk.
+    """
+    usual = () if prompt_prefix is None else prompt_prefix.token_ids
+    return usual if usual and tuple(before[: len(usual)]) == usual else before
 
 
 def _is_salted(space: str, salt: str | None) -> bool:

@@ -123,7 +123,7 @@ def ratio_name(ratio: float) -> str:
 
 
 def template_name(space: str, head: Sequence[int]) -> str:
-    """A digest of what a prompt has before its first chunk. Tenants' ones differ.
+    """A digest of what a prompt begins with. Tenants' ones differ.
 
     Args:
         space: tells apart whose prompts these are.

@@ -61,7 +61,7 @@ class Steering:
         Args:
             asked: the request's; config: the same with the ratio that ``auto`` begins at.
             space: name of the request's; keys: its key space.
-            head: the prompt's token ids before its first chunk.
+            head: the token ids that the prompt's template is told by.
         """
         if not config.shadow:
             return Steered(config)

@@ -16,7 +16,7 @@ from cacheblend_rag.client import replies
 from cacheblend_rag.front.shadowing import Shadowing
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import News
-from cacheblend_rag.plan import NoPlan, Plan
+from cacheblend_rag.plan import NoPlan, Plan, PromptPrefix
 from cacheblend_rag.planner import Limits, Planned, Planner, Space
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.report import BlendReport, make_report
@@ -93,6 +93,24 @@ def test_blended_requests_are_drawn_with_their_template() -> None:
     assert one == plan(planner).drawn
     named = plan(planner, template="answers-v2").drawn
     assert named is not None and named.template == "answers-v2"
+
+
+def test_prompts_with_the_usual_beginning_are_of_one_template() -> None:
+    usual = tuple(range(50, 60))
+    config = BlendConfig(blend_if="always", shadow=1.0)
+    planner = Planner(32)
+    prefix = PromptPrefix("p", usual)
+    options = config.request_defaults()
+    planner.learn(
+        0, Space(name="s", keys=KEYS, prompt_prefix=prefix, options=options, default=True)
+    )
+    planner.learn(0, News([row(KEYS.key(CHUNK), CHUNK)]))
+    planner.learn(0, Limits())
+    found = [
+        plan(planner, head=head).drawn for head in (usual, (*usual, 7, 8), (*usual, 9), usual[:9])
+    ]
+    names = [drawn and drawn.template for drawn in found]
+    assert names[0] == names[1] == names[2] != names[3]  # a question may stand there
 
 
 def test_what_is_not_blended_is_not_drawn() -> None:
