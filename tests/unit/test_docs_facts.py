@@ -140,10 +140,16 @@ def test_quality_is_the_same_on_both_pages() -> None:
         "CacheBlend's selection (`hkvd`)": ("`hkvd` 0.15 (CacheBlend)", "`hkvd` (CacheBlend)"),
         'naive reuse (`mode="reuse"`)': ("naive reuse", "naive reuse"),
     }
+    kinds = rows(quality, "| | questions | full prefill | default, 0.15 |")
+    several = {r[0]: r[1:] for r in kinds}["several passages"]
+    of_several = dict(zip(named, (several[2], several[4], several[5]), strict=True))
+    assert f"over several passages ({several[1]})" in README
+    assert f"{several[0]} over several passages" in README
     table: dict[str, Any] = {r[0]: r[1:] for r in rows(README, "| | recomputed | F1, 1.5B model")}
     assert table.keys() == named.keys()
     for name, (of_large, of_small) in named.items():
         f1, difference, _, changed, kl = large[of_large]
         assert table[name][1:4] == [f"{f1} ({difference})", changed, kl]
+        assert table[name][5] == of_several[name]
         assert float(table[name][4]) == pytest.approx(float(small[of_small]), abs=0.0005)
     assert f"(full prefill {large['full prefill'][0]})" in README
