@@ -42,7 +42,9 @@ class CapacityInputs:
     chunks: float = _input("chunks in a request", 6, _ASSUMED, 1)
     fresh_tokens: float = _input("tokens of a request that are in no chunk", 200, _ASSUMED, 0)
     answer_tokens: float = _input("tokens of an answer", 200, _ASSUMED, 0)
-    zipf: float = _input("exponent of Zipf's law, by which chunks are asked for", 0.9, _ASSUMED, 0)
+    zipf: float = _input(
+        "exponent of Zipf's law, by which chunks are asked for", 0.9, _ASSUMED, 0, 10
+    )
     memory_bytes: float = _input("bytes of KV in a replica's memory", 64 * 2**30, _ASSUMED, 0)
     store_bytes: float = _input("bytes of KV in the store; 0: all fits", 0, _ASSUMED, 0)
     store_gbit: float = _input("Gbit a second from the store to a replica", 25, _ASSUMED, 1e-6)

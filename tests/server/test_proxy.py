@@ -206,6 +206,11 @@ async def test_a_model_is_asked_of_those_that_have_it() -> None:
             await proxy.ask(topic(1), model="a")
         assert asked(proxy)["r1"] == 4
         assert (await proxy.ask(model="nobody's")).status_code == 200  # it is a replica's to refuse
+        await fakes[1].kill()
+        await until(lambda: down(proxy, "r1"))
+        before = asked(proxy)
+        assert (await proxy.ask(model="b")).status_code == 503  # it is away, and others lack it
+        assert asked(proxy) == before
 
 
 async def test_a_busy_replica_gets_less() -> None:

@@ -80,15 +80,18 @@ class Fleet:
         return next((r for r in self.replicas.values() if r.id == id_), None)
 
     def fit(self, model: str | None, without: Iterable[str] = ()) -> list[str]:
-        """Names of those that may be asked for a model, in order. Where none says that it has the
-        model, any may say that it has not.
+        """Names of those that may be asked for a model, in order. None where all that have it are
+        away; where nobody has it, any may say so.
         """
         left_out = set(without)
         able = [
             r for r in self.replicas.values() if r.up and not r.draining and r.name not in left_out
         ]
-        having = [r for r in able if model is None or r.models is None or model in r.models]
-        return [r.name for r in having or able]
+        if model is None:
+            return [r.name for r in able]
+        having = [r.name for r in able if r.models is None or model in r.models]
+        is_known = any(r.models and model in r.models for r in self.replicas.values())
+        return having if having or is_known else [r.name for r in able]
 
     def take(self, request: Sketch, among: Iterable[str]) -> Replica | None:
         """The replica to send a request to, which is in flight from now on; None: there is none."""
