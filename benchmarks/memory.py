@@ -1,13 +1,15 @@
 """How much memory a CPU engine takes for prompt lengths that it has not seen before.
 
-    python benchmarks/memory.py plain [--lengths 60] [--model DIR]
-    python benchmarks/memory.py blend
-    ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 python benchmarks/memory.py plain
+    python benchmarks/memory.py products --lengths 200
+    python benchmarks/memory.py plain [--lengths 30] [--model DIR]
+    python benchmarks/memory.py blend [--lengths 30]
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY=256 python benchmarks/memory.py products --lengths 200
 
 `plain` is vLLM without our connector, `blend` is CacheBlend, which blends each prompt. Both are
 asked the same prompts, one at a time, in this process: of lengths that are new, and of the same
 lengths again with other words. What an engine keeps for a length, it takes in the first of the two
-only. What it leaks by request, it takes in both.
+only. What it leaks by request, it takes in both. `products` is no engine: only the operation that
+vLLM multiplies matrices by on such a CPU, with as many rows as the prompts have tokens.
 
 Linux with glibc only. `in use` is what programs hold of the heap, `kept` what the C library keeps
 of what they gave back, `code` are pages that were written to be executed.
@@ -78,6 +80,22 @@ def prompts(lengths: Sequence[int], passages: Sequence[Sequence[int]], seed: str
     return found
 
 
+def products(model: Path, passages: Sequence[Sequence[int]]) -> Ask:
+    """The four matrix products of a layer of SmolLM2-135M, by vLLM's own operation."""
+    import torch
+    import vllm._C  # noqa: F401  (it registers the operation)
+    from vllm._custom_ops import create_onednn_mm, onednn_mm
+
+    shapes = [(576, 960), (576, 576), (576, 3072), (1536, 576)]
+    handlers = [(size, create_onednn_mm(torch.randn(size, width), 32)) for size, width in shapes]
+
+    def ask(ids: Sequence[int]) -> None:
+        for size, handler in handlers:
+            onednn_mm(handler, torch.randn(len(ids), size), None)
+
+    return ask
+
+
 def plain(model: Path, passages: Sequence[Sequence[int]]) -> Ask:
     """vLLM alone."""
     from vllm import LLM, SamplingParams
@@ -92,7 +110,7 @@ def blend(model: Path, passages: Sequence[Sequence[int]]) -> Ask:
     from cacheblend_rag import BlendConfig, CacheBlend
 
     config = BlendConfig(blend_if="always", ingest_prefix="bos")
-    engine = CacheBlend(str(model), config=config, **OPTIONS)
+    engine = CacheBlend(str(model), config=config, engine="batch", **OPTIONS)
     engine.ingest([list(passage) for passage in passages], progress=False)
 
     def ask(ids: Sequence[int]) -> None:
@@ -104,8 +122,8 @@ def blend(model: Path, passages: Sequence[Sequence[int]]) -> Ask:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("plain", "blend"))
-    parser.add_argument("--lengths", type=int, default=60)
+    parser.add_argument("what", choices=("products", "plain", "blend"))
+    parser.add_argument("--lengths", type=int, default=30)
     parser.add_argument("--model")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all of it in this process
@@ -113,7 +131,8 @@ def main() -> None:
     passages = [
         [draw.randrange(1000, 40000) for _ in range(PASSAGE_TOKENS)] for _ in range(PASSAGES)
     ]
-    ask = {"plain": plain, "blend": blend}[args.what](Path(resolve_model(args.model)), passages)
+    start = {"products": products, "plain": plain, "blend": blend}[args.what]
+    ask = start(Path(resolve_model(args.model)), passages)
     for ids in prompts([900, 901], passages, "warm-up"):
         ask(ids)
     print(f"{args.what}, {args.lengths} lengths; MiB")
@@ -122,10 +141,10 @@ def main() -> None:
     for begin in (FIRST_TOKENS, FIRST_TOKENS + args.lengths):
         lengths = list(range(begin, begin + args.lengths))
         for name in ("new lengths", "the same again"):
-            start = time.perf_counter()
+            began = time.perf_counter()
             for ids in prompts(lengths, passages, f"{name} {begin}"):
                 ask(ids)
-            numbers = (*memory(), time.perf_counter() - start)
+            numbers = (*memory(), time.perf_counter() - began)
             print(name.ljust(20), *(f"{part:9.0f}" for part in numbers), flush=True)
 
 

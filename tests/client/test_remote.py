@@ -62,7 +62,7 @@ def same_ingestion(one: IngestReport, other: IngestReport) -> bool:
 # ---- the same methods ----------------------------------------------------------------------------
 
 
-WAYS_TO_MAKE_ONE = {"connect", "around"}
+WAYS_TO_MAKE_ONE = {"connect", "from_engine"}
 
 
 def public(kind: type) -> dict[str, Any]:
