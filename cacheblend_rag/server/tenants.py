@@ -92,9 +92,12 @@ class Who:
             HttpError: 401: it isn't known.
         """
         if self._keys is None:
-            if namespace := headers.get(str(self._header), "").strip():
-                return namespace
-            raise HttpError(401, f"the proxy gave no {self._header} header")
+            given = [value.strip() for value in headers.getlist(str(self._header))]
+            if len(given) > 1:  # a proxy that adds its own behind that of a client
+                raise HttpError(401, f"{self._header} came more than once; the proxy must set it")
+            if not given or not given[0]:
+                raise HttpError(401, f"the proxy gave no {self._header} header")
+            return given[0]
         scheme, _, key = headers.get("Authorization", "").partition(" ")
         found = self._keys.of(key.strip()) if scheme.lower() == "bearer" else None
         if found is None:

@@ -189,6 +189,8 @@ async def test_a_header_of_a_proxy() -> None:
     assert answer.json()["whose"] == "red"
     for missing in ({}, {"x-team": " "}):
         assert (await asked.get("/v1/cacheblend", headers=missing)).status_code == 401
+    forged = [("x-team", "blue"), ("x-team", "red")]  # the client's, and the proxy's behind it
+    assert (await asked.get("/v1/cacheblend", headers=forged)).status_code == 401
 
 
 @pytest.mark.parametrize(
