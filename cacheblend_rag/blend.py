@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from cacheblend_rag import calibration
-from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.config import BlendConfig, config_of
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import Engine, ModelCheck, create_engine
 from cacheblend_rag.engine.base import plain_adapter
 from cacheblend_rag.errors import (
     ConfigError,
     EngineError,
+    ModelError,
 )
 from cacheblend_rag.front.shadowing import ShadowThread
 from cacheblend_rag.front.startup import Startup
@@ -25,6 +26,7 @@ from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.planner import Space
 from cacheblend_rag.process import Home
+from cacheblend_rag.store.url import parse_url
 from cacheblend_rag.undo import on_failure
 
 # Threads that prepare prompts for event loops. With two, a loop waits for its turn behind both.
@@ -59,9 +61,10 @@ class CacheBlend(Startup):
         engine: str = "serving",
         **engine_args: Any,
     ) -> None:
-        config = config or BlendConfig()
+        config = config_of(config)
         _check_learn(config, "off")
-        self._take(create_engine(engine, resolve_model(str(model)), engine_args), config)
+        parse_url(config.store)  # a wrong one is told before the model is loaded
+        self._take(create_engine(engine, resolve_model(_named(model)), engine_args), config)
         with on_failure(self._engine.close):
             self.calibration = calibration.find(self.info.fingerprint, self.config.calibration)
             self.model_check: ModelCheck = self._check_model()
@@ -237,6 +240,12 @@ class CacheBlend(Startup):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _named(model: object) -> str:
+    if not isinstance(model, str | Path):
+        raise ModelError(f"model is {model!r}; name a folder, or one of the hub such as org/name")
+    return str(model)
 
 
 def _check_learn(config: BlendConfig, engine_learns: str) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError, PromptError, StoreError
 from cacheblend_rag.learn.options import LearnOptions
@@ -112,6 +112,13 @@ class BlendConfig:
     shadow_options: Mapping[str, Any] = field(default_factory=dict)
     changed_allowed: float = 0.05
     template: str | None = None
+
+    if not TYPE_CHECKING:  # whose names are those of the fields
+
+        def __new__(cls, **options: Any) -> BlendConfig:
+            """Refuse a field that there is not, with the one that was meant."""
+            refuse_unknown(options, [f.name for f in fields(cls)], "BlendConfig")
+            return object.__new__(cls)
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
@@ -272,3 +279,28 @@ def _check_characters(name: str, text: str) -> None:
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:
     if value not in tuple(known):
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+
+
+def config_of(given: object) -> BlendConfig:
+    """What was given as a configuration; the default one for None.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if given is None:
+        return BlendConfig()
+    if not isinstance(given, BlendConfig):
+        raise ConfigError(f"config is {given!r}; it must be a BlendConfig: BlendConfig(mode='off')")
+    return given
+
+
+def refuse_fields_of_start(names: Iterable[str]) -> None:
+    """What holds for all calls is no option of one.
+
+    Raises:
+        ConfigError: the first such name.
+    """
+    at_start = {f.name for f in fields(BlendConfig)} - set(BlendOptions.__annotations__)
+    for name in names:
+        if name in at_start:
+            raise ConfigError(f"{name} is set at start, for all calls: BlendConfig({name}=...)")

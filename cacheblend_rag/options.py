@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast
 from cacheblend_rag.errors import ConfigError
 
 _Table = TypeVar("_Table")
-_RENAMED = {"reach": "propagation_length", "when": "blend_if"}
+_RENAMED = {"reach": "propagation_length", "when": "blend_if", "ratio": "recompute_ratio"}
 Mode = Literal["blend", "full", "reuse", "off"]
 BlendIf = Literal["faster", "always"]
 

@@ -47,5 +47,5 @@ def _whole(item: Any) -> int:
         raise PromptError("token ids are one row of whole numbers; pass each row by itself, ids[0]")
     number = item.item() if hasattr(item, "item") else item  # NumPy's and PyTorch's scalars
     if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise PromptError(f"{number!r} is no token id; pass text, or whole numbers as token ids")
+        raise PromptError(f"{number!r} is no token id; pass one text, or whole numbers as ids")
     return operator.index(number)

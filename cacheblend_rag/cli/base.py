@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from cacheblend_rag.cli.parser import Parser
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.models import cache_home
 from cacheblend_rag.store.tenants import tenant_id
@@ -37,7 +38,8 @@ Run = Callable[[argparse.Namespace, Screen], Done]
 
 def command(commands: Any, name: str, run: Run, text: str) -> argparse.ArgumentParser:
     """A new command; every one has ``--json``."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser: Parser = commands.add_parser(name, help=text, description=text)
+    parser.refuses_rest = True
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=run)
     return parser
@@ -46,13 +48,14 @@ def command(commands: Any, name: str, run: Run, text: str) -> argparse.ArgumentP
 def add_store(parser: argparse.ArgumentParser) -> None:
     """``--store``, a folder."""
     default = cache_home() / "store"
-    parser.add_argument("--store", type=folder, default=default, metavar="DIR", help=f"({default})")
+    text = f"the store's folder ({default})"
+    parser.add_argument("--store", type=folder, default=default, metavar="DIR", help=text)
 
 
 def add_any_store(parser: argparse.ArgumentParser) -> None:
     """``--store``, a folder or the URL of another store."""
     default = cache_home() / "store"
-    text = f"or the URL of a shared one, for --ray ({default})"
+    text = f"the store's folder ({default}), or the URL of a shared one, for --ray"
     parser.add_argument("--store", type=folder_or_url, default=default, metavar="DIR", help=text)
 
 
@@ -92,7 +95,9 @@ def share(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= (value := float(text)) <= 1:
             return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a share, 0 to 1")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a share; give a number from 0 to 1, such as 0.15"
+    )
 
 
 def size(text: str) -> int:

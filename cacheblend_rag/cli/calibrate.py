@@ -21,7 +21,11 @@ def add(commands: Any) -> None:
     parser = command(commands, "calibrate", _calibrate, text)
     add_asking(parser, out="cacheblend-calibrate", group=8)
     parser.add_argument(
-        "--changed", type=share, default=0.2, metavar="S", help="share of answers that may change"
+        "--changed",
+        type=share,
+        default=0.2,
+        metavar="S",
+        help="share of answers that may change (0.2)",
     )
     parser.add_argument("--file", type=Path, help="where to keep it (where 'auto' looks for it)")
 

@@ -26,7 +26,7 @@ from cacheblend_rag.retrieval import Retriever, load_documents, split
 def add(commands: Any) -> None:
     """Add the command of this file."""
     show = command(commands, "demo", _demo, "answer questions with and without CacheBlend")
-    show.add_argument("--questions", type=positive, metavar="N", help="only the first N")
+    show.add_argument("--questions", type=positive, metavar="N", help="only the first N questions")
     add_model(show)
 
 

@@ -54,9 +54,19 @@ from cacheblend_rag.store.url import redacted
 def add(commands: Any) -> None:
     """Add the commands of this file."""
     ingest = command(commands, "ingest", _ingest, "split documents, index them, store their KV")
-    ingest.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=".txt, .md, .pdf")
     ingest.add_argument(
-        "--chunk-tokens", type=at_least_32, default=200, metavar="N", help="tokens a chunk (200)"
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="files .txt, .md and .pdf, or folders of them",
+    )
+    ingest.add_argument(
+        "--chunk-tokens",
+        type=at_least_32,
+        default=200,
+        metavar="N",
+        help="tokens of a passage (200)",
     )
     add_any_store(ingest)
     add_namespace(ingest)
@@ -64,15 +74,19 @@ def add(commands: Any) -> None:
     add_workers(ingest)
 
     ask = command(commands, "ask", _ask, "answer a question from what was ingested")
-    ask.add_argument("question", help="in words, one argument")
+    ask.add_argument("question", help="in words, within quotes")
     ask.add_argument("--k", type=positive, default=6, help="passages in the prompt (6)")
-    ask.add_argument("--mode", choices=get_args(Mode), default="blend", help="how to serve it")
-    ask.add_argument("--ratio", type=share, metavar="R", help="share to recompute (0.15)")
+    ask.add_argument(
+        "--mode", choices=get_args(Mode), default="blend", help="how to serve the prompt (blend)"
+    )
+    ask.add_argument(
+        "--ratio", type=share, metavar="R", help="share of the reused tokens to recompute (0.15)"
+    )
     ask.add_argument(
         "--selector", choices=sorted(selectors()), help="which tokens those are (query)"
     )
     ask.add_argument(
-        "--max-tokens", type=positive, default=128, metavar="N", help="of the answer (128)"
+        "--max-tokens", type=positive, default=128, metavar="N", help="longest answer (128)"
     )
     add_store(ask)
     add_namespace(ask)

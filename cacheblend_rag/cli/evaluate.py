@@ -29,6 +29,7 @@ from cacheblend_rag.evaluate.summary import (
     what_it_tells,
 )
 
+_SHOW = "write which tokens each row recomputed, for N questions of each file, as HTML (0)"
 STORE = "memory://?capacity=64GiB"  # never full: passages are forgotten before
 
 
@@ -40,7 +41,11 @@ def add(commands: Any) -> None:
         "--report", nargs="+", type=Path, metavar="FILE", help="only join and score these results"
     )
     parser.add_argument(
-        "--selectors", nargs="*", default=["query", "hkvd"], metavar="S", help="rows of these"
+        "--selectors",
+        nargs="*",
+        default=["query", "hkvd"],
+        metavar="S",
+        help="a row of each (query hkvd)",
     )
     parser.add_argument(
         "--ratios",
@@ -48,12 +53,14 @@ def add(commands: Any) -> None:
         type=share,
         default=[0.15],
         metavar="R",
-        help="each selector at these",
+        help="each selector at each of these (0.15)",
     )
     text = "ingest prefixes of the row 'reuse'; the first one is that of all rows"
     parser.add_argument("--prefixes", nargs="+", default=["auto", "none"], metavar="P", help=text)
-    parser.add_argument("--rows", nargs="*", default=[], metavar="ROW", help="more rows by name")
-    parser.add_argument("--only-rows", nargs="+", metavar="ROW", help="these and full, no others")
+    parser.add_argument(
+        "--rows", nargs="*", default=[], metavar="ROW", help="more rows, such as hkvd@0.3"
+    )
+    parser.add_argument("--only-rows", nargs="+", metavar="ROW", help="these rows and full only")
     parser.add_argument(
         "--cut", type=positive, metavar="WORDS", help="cut passages into chunks of so many words"
     )
@@ -64,7 +71,7 @@ def add(commands: Any) -> None:
         "--split",
         choices=["tune", "report", "all"],
         default="all",
-        help="which half of the questions",
+        help="which half of the questions (all)",
     )
     parser.add_argument(
         "--pool",
@@ -74,20 +81,30 @@ def add(commands: Any) -> None:
         metavar="NAME=SET,...",
         help="also take these sets of questions together",
     )
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="mark recomputed tokens")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help=_SHOW)
 
 
 def add_asking(parser: argparse.ArgumentParser, *, out: str, group: int) -> None:
     """What a command needs that asks questions, see ``ask``."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder (embedded)")
     parser.add_argument(
-        "--data", nargs="+", type=Path, metavar="PATH", help="files of questions, or folders"
+        "--data",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="files of questions, or folders of them",
     )
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"({out})")
-    parser.add_argument("--seed", type=int, default=7, help="shuffles each file's questions")
-    parser.add_argument("--limit", type=positive, metavar="N", help="questions a file")
     parser.add_argument(
-        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N parts"
+        "--out", type=Path, default=Path(out), metavar="DIR", help=f"results ({out})"
+    )
+    parser.add_argument("--seed", type=int, default=7, help="of the order of questions (7)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="most questions of a file")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="only the I-th of N parts, such as 1/4",
     )
     parser.add_argument(
         "--group",
@@ -96,15 +113,15 @@ def add_asking(parser: argparse.ArgumentParser, *, out: str, group: int) -> None
         metavar="N",
         help=f"questions asked together; with 1 they are timed ({group})",
     )
-    parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer")
-    parser.add_argument("--dtype", help="(float32 on a CPU, else the model's own)")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="longest answer")
+    parser.add_argument("--dtype", help="of the model (float32 on a CPU, else its own)")
     parser.add_argument(
         "--engine-arg",
         nargs="*",
         type=_engine_arg,
         default=[],
         metavar="NAME=VALUE",
-        help="vLLM's engine arguments by their own names",
+        help="vLLM's engine arguments, such as max_model_len=8192",
     )
 
 

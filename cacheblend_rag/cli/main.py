@@ -23,6 +23,7 @@ from cacheblend_rag.cli import (
 )
 from cacheblend_rag.cli.base import INTERRUPTED, OUR_ERROR, Done, Screen
 from cacheblend_rag.cli.output import nothing_else_on_stdout, quieten
+from cacheblend_rag.cli.parser import Parser
 from cacheblend_rag.errors import CacheBlendError
 
 
@@ -58,10 +59,10 @@ def _served(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cacheblend",
-        description="RAG answers with a sooner first token: documents' KV is computed once, then "
-        "blended into every prompt that contains them.",
+        description="A shorter time to first token for RAG: the KV of documents is computed once, "
+        "then blended into every prompt that contains them.",
     )
     parser.add_argument("--version", action="version", version=f"cacheblend-rag {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

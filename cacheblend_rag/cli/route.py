@@ -22,21 +22,23 @@ def add(commands: Any) -> None:
         f"{API_KEY} is sent with checks of replicas; clients' own keys are passed on. "
         f"{ADMIN_KEY} opens the endpoint /route to who has this key."
     )
-    text = "a server; once for each"
+    text = "address of a server; repeat it for each"
     parser.add_argument("--replica", action="append", default=[], metavar="URL", help=text)
-    parser.add_argument("--host", default="127.0.0.1", help="to listen at (127.0.0.1)")
-    parser.add_argument("--port", type=port, default=8000, metavar="N", help="to listen at (8000)")
-    text = "of each replica, about what its memory holds the KV of (4MiB)"
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    parser.add_argument(
+        "--port", type=port, default=8000, metavar="N", help="port to listen at (8000)"
+    )
+    text = "bytes of text remembered of each replica: about what its memory holds the KV of (4MiB)"
     parser.add_argument("--remember", type=size, default="4MiB", metavar="SIZE", help=text)
-    text = "times the mean of requests that a replica may get (1.25)"
+    text = "a replica gets at most this many times the mean of requests (1.25)"
     parser.add_argument("--slack", type=float, default=1.25, metavar="X", help=text)
-    text = "times the mean of those in flight that it may have (1.5)"
+    text = "it has at most this many times the mean of requests in flight (1.5)"
     parser.add_argument("--in-flight-slack", type=float, default=1.5, metavar="X", help=text)
-    text = "between two checks of a replica (2)"
+    text = "seconds between two checks of a replica (2)"
     parser.add_argument("--check-every", type=seconds, default=2.0, metavar="S", help=text)
-    text = "without a byte from a replica until its answer is given up (never)"
+    text = "seconds without a byte until a replica's answer is given up (never)"
     parser.add_argument("--timeout", type=seconds, metavar="S", help=text)
-    text = "of a request (256MiB)"
+    text = "most bytes of a request (256MiB)"
     parser.add_argument("--max-body", type=size, default="256MiB", metavar="SIZE", help=text)
 
 

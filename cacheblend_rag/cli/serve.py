@@ -8,10 +8,11 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cacheblend_rag.cli.base import OK, Done, Screen, positive, share
+from cacheblend_rag.cli.parser import Parser
 from cacheblend_rag.config import PREFIXES, BlendConfig
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.models import resolve_model
@@ -76,7 +77,11 @@ def run(arguments: Sequence[str]) -> int:
     if args.print_command:
         print(command.line())
         return OK
-    _start(command)
+    if args.tenants:  # told at once, not after the model was loaded
+        from cacheblend_rag.server.tenants import KeyFile
+
+        KeyFile(args.tenants)
+    _start(command, parser._option_string_actions)
     return OK
 
 
@@ -231,7 +236,7 @@ def _environment(embedded: bool) -> dict[str, str]:
     return found
 
 
-def _start(command: Command) -> None:
+def _start(command: Command, known: Collection[str]) -> None:
     from cacheblend_rag.engine.launch import has_plugins, serve
 
     if not has_plugins():
@@ -240,7 +245,7 @@ def _start(command: Command) -> None:
             "packages. Install it anew: pip install cacheblend-rag (in a clone: make install)"
         )
     os.environ.update(command.environment)
-    serve(command.arguments)
+    serve(command.arguments, known)
 
 
 def _vllm_help(what: str) -> int:
@@ -251,7 +256,7 @@ def _vllm_help(what: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cacheblend serve", **_ABOUT)
+    parser = Parser(prog="cacheblend serve", **_ABOUT)
     _fill(parser)
     return parser
 
@@ -277,19 +282,27 @@ def _add_config(group: Any) -> None:
 
 
 def _add_server(group: Any) -> None:
-    group.add_argument("--state", metavar="DIR", help="folder of the ingestions' jobs")
+    group.add_argument(
+        "--state", metavar="DIR", help="folder where ingestions are kept (the store's)"
+    )
     group.add_argument("--tenants", metavar="FILE", help="TOML: a namespace for each API key")
     group.add_argument(
         "--tenant-header", metavar="NAME", help="header in which a trusted proxy names the tenant"
     )
     group.add_argument(
-        "--page", action="store_true", default=None, help="a page at / to try the server with"
+        "--page", action="store_true", default=None, help="have a page at / to try the server with"
     )
     group.add_argument(
-        "--max-body", type=_size, metavar="SIZE", help="of a request to our endpoints (64MiB)"
+        "--max-body",
+        type=_size,
+        metavar="SIZE",
+        help="most bytes of a request to our endpoints (64MiB)",
     )
     group.add_argument(
-        "--max-queued-tokens", type=positive, metavar="N", help="that may wait to be ingested"
+        "--max-queued-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens of texts that may wait to be ingested (50000000)",
     )
 
 

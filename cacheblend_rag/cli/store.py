@@ -53,7 +53,9 @@ def add(commands: Any) -> None:
     add_store(prune)
 
     out = command(commands, "export", _export, "write the store to one file")
-    out.add_argument("file", type=Path, metavar="FILE.tar", help="is made; must not exist")
+    out.add_argument(
+        "file", type=Path, metavar="FILE.tar", help="file to write; must not exist yet"
+    )
     add_store(out)
     add_namespace(out, None)
 
@@ -62,7 +64,13 @@ def add(commands: Any) -> None:
     add_store(into)
 
     forget = command(commands, "forget", _forget, "drop documents: their passages and their KV")
-    forget.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="as ingested")
+    forget.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="files or folders as they were named to ingest",
+    )
     add_store(forget)
     add_namespace(forget)
 

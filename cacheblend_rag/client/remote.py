@@ -11,7 +11,7 @@ from cacheblend_rag.client import replies, requests
 from cacheblend_rag.client.asking import RemoteAnswers
 from cacheblend_rag.client.chunks import RemoteChunks
 from cacheblend_rag.client.http import Connection
-from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.config import BlendConfig, config_of
 from cacheblend_rag.engine import Engine, ModelCheck
 from cacheblend_rag.errors import ConfigError, EngineError, UnavailableError
 from cacheblend_rag.keys import KeySpace
@@ -37,6 +37,8 @@ class RemoteCacheBlend(RemoteAnswers, RemoteChunks, CacheBlend):
         max_retries: int = 2,
         config: BlendConfig | None = None,
     ) -> None:
+        if config is not None:
+            config_of(config)
         self._connection = Connection(url, api_key, timeout, max_retries)
         self._asked_config = config
         with on_failure(self._connection.close):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.config import BlendConfig, refuse_fields_of_start
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.options import (
     OURS,
@@ -105,6 +105,7 @@ def split(
     ours = blend_options(options)
     asked = config.for_call(ours)
     sampling = sampling_options(options)
+    refuse_fields_of_start(sampling)
     for name in sampling:
         if name in _REFUSED:
             raise ConfigError(f"{name} can't be asked of a server: {_REFUSED[name]}")

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NoReturn
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.start import naming_failures
 from cacheblend_rag.errors import ConfigError
+from cacheblend_rag.options import unknown_option
 from cacheblend_rag.server.options import SERVER, ServerOptions
 
 PLUGIN = "cacheblend"  # the name of both of our entry points
@@ -44,11 +46,15 @@ def has_plugins() -> bool:
     return all(PLUGIN in entry_points(group=group).names for group in groups)
 
 
-def serve(arguments: Sequence[str]) -> None:
+def serve(arguments: Sequence[str], known: Collection[str] = ()) -> None:
     """Run ``vllm serve`` with these arguments, until it has to end.
+
+    Args:
+        known: options that are not vLLM's, one of which may be meant.
 
     Raises:
         EngineMissingError: there is no vLLM that was tested.
+        ConfigError: there is no such option.
         SystemExit: an argument is refused, or asks for help.
     """
     compat.installed_version()
@@ -57,9 +63,18 @@ def serve(arguments: Sequence[str]) -> None:
 
     # As the command does before it imports anything else: processes started later see it.
     compat.cli_env_setup()()
-    parser = FlexibleArgumentParser(prog="cacheblend")
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            if left := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+                names = {*known, *options._option_string_actions}
+                raise unknown_option(left[1], names, "cacheblend serve")
+            super().error(message)
+            raise AssertionError("it ends the process")
+
+    parser = Parser(prog="cacheblend")
     command: Any = ServeSubcommand()
-    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    options = command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", *arguments])
     configure = compat.configure_logging()
     if configure is not None:

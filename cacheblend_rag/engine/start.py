@@ -333,7 +333,24 @@ def sampling_params(options: Mapping[str, Any], params: Mapping[str, Any] | None
         _check_sent(values, made)
         return made
     except compat.refusals() as error:
-        raise ConfigError(f"vLLM refused a sampling parameter: {_first_line(error)}") from error
+        raise ConfigError(f"vLLM refused {_culprit(values)}: {_first_line(error)}") from error
+
+
+def _culprit(values: Mapping[str, Any]) -> str:
+    """The first of these that vLLM refuses alone: its message may not name it."""
+    from vllm import SamplingParams
+
+    refused: tuple[type[Exception], ...] = (ConfigError, *compat.refusals())
+    for name, value in values.items():
+        if name == "extra_args":  # has the plan, too
+            continue
+        if name == "structured_outputs" and isinstance(value, Mapping):  # it became none
+            return name
+        try:
+            _check_sent({name: value}, SamplingParams(**{name: value}))
+        except refused:
+            return f"the sampling parameter {name}={value!r}"
+    return "these sampling parameters together"
 
 
 def _check_sent(values: Mapping[str, Any], params: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack, overload
 
 from cacheblend_rag import calibration, metrics
 from cacheblend_rag.calibration import Calibration
-from cacheblend_rag.config import BlendConfig
+from cacheblend_rag.config import BlendConfig, refuse_fields_of_start
 from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine import EngineOutput, EngineRequest
 from cacheblend_rag.engine.base import ChatTurn, ParserNames, Read
@@ -293,6 +293,7 @@ class Answers(Front):
         """One call's options: ours, the sampling parameters, a LoRA request, and tools."""
         sampling = sampling_options(options)
         known = self._engine.sampling_names
+        refuse_fields_of_start(sampling)
         refuse_unknown(sampling, {*known, *OURS}, "generate")
         if sampling.get("n", 1) != 1:
             raise ConfigError("n must be 1: for several answers pass the prompt several times")

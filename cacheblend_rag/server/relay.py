@@ -16,7 +16,7 @@ import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from cacheblend_rag.server.errors import answer
+from cacheblend_rag.server.errors import or_answer
 from cacheblend_rag.server.plugin import CacheBlendEndpoints
 from cacheblend_rag.server.reading import read
 from cacheblend_rag.server.tenants import PREFIX
@@ -88,12 +88,14 @@ def add_relay(app: FastAPI, ask: Callable[[Asked], Awaitable[Answered]], max_bod
     """
 
     async def relay(request: Request) -> Response:
-        try:
-            body = await read(request.receive, request.headers, max_body)
-            reply = await ask(Asked(request.method, _target(request), _given(request), body))
-        except Exception as error:  # whatever it is, the client is told, and the log has it
-            return answer(error)
+        reply = await or_answer(asked(request))
+        if isinstance(reply, Response):
+            return reply
         return Response(reply.body, reply.status, dict(reply.headers))
+
+    async def asked(request: Request) -> Answered:
+        body = await read(request.receive, request.headers, max_body)
+        return await ask(Asked(request.method, _target(request), _given(request), body))
 
     for path in (PREFIX, PREFIX + "/{rest:path}"):
         app.router.add_route(path, relay, methods=_METHODS, include_in_schema=False)

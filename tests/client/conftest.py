@@ -18,7 +18,7 @@ from cacheblend_rag.client import failures
 def behind() -> Iterator[CacheBlend]:
     """The front door in the server's process."""
     with pytest.MonkeyPatch.context() as patch:
-        config = BlendConfig(ingest_prefix="document", store="memory://?max_size=1GiB")
+        config = BlendConfig(ingest_prefix="document", store="memory://?capacity=1GiB")
         with fake_blend(patch, config=config) as blend:
             yield blend
 

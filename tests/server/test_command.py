@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,30 @@ def test_what_is_refused(
 def test_what_the_parser_refuses(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["serve", *words])
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [("--max-model-length", "--max-model-len"), ("--recompute-ration", "--recompute-ratio")],
+)
+def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(
+    option: str, meant: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr("cacheblend_rag.engine.launch.has_plugins", lambda: True)
+    assert main(["serve", option, "5"]) == 1
+    assert f"no option '{option}'. Did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_tenants_are_read_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("it was started")
+
+    monkeypatch.setattr(serve, "_start", never)
+    assert main(["serve", "--tenants", str(tmp_path / "none.toml")]) == 1
+    assert "can't be read" in capsys.readouterr().err
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

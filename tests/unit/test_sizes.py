@@ -27,6 +27,7 @@ CATCH_ALL = {
     "cacheblend_rag/engine/graphs.py": 1,  # served without CUDA graphs, logged
     "cacheblend_rag/server/errors.py": 1,  # answered, and logged
     "cacheblend_rag/server/runner.py": 1,  # the job fails with it
+    "cacheblend_rag/server/proxy/health.py": 1,  # why the replica is left out
     "cacheblend_rag/store/database.py": 2,  # the next best database, warned of
     "cacheblend_rag/store/follow.py": 1,  # warned of, asked again
 }
