@@ -21,7 +21,7 @@ OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 # What no GPU has run, and every GPU refuses.
 NOT_RUN_ON_A_GPU = frozenset(
-    {"images_v2", "kv_heads", "latents", "lora", "shared_kv", "speculation"}
+    {"drafts_in_graphs", "images_v2", "kv_heads", "latents", "lora", "mtp", "ngram", "shared_kv"}
 )
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
@@ -269,8 +269,10 @@ def _speculation_refusal(config: VllmConfig) -> str:
     method = str(config.speculative_config.method)
     if method not in TESTED_DRAFTS:
         return f"by the method {method} was not tested; tested were {', '.join(TESTED_DRAFTS)}"
-    if not was_run("speculation"):
-        return "was tested with the CPU engine only"
+    if not was_run(method):
+        return f"by the method {method} was tested with the CPU engine only"
+    if not (config.model_config.enforce_eager or was_run("drafts_in_graphs")):
+        return "was not tested in CUDA graphs; start the engine with enforce_eager=True"
     # Then vLLM's scheduler counts drafts as taken before it knows, and a step's metadata, which is
     # made of its numbers, would have a sequence longer than it is.
     if config.scheduler_config.async_scheduling:

@@ -73,22 +73,25 @@ def test_latent_attention_is_refused_where_it_was_not_tested(
 
 
 @pytest.mark.parametrize("is_ahead", [True, False])
+@pytest.mark.parametrize("is_eager", [True, False])
 @pytest.mark.parametrize("is_cpu", [True, False])
 @pytest.mark.parametrize("method", [*compat.TESTED_DRAFTS, "dflash"])
 def test_speculation_is_refused_where_it_was_not_tested(
-    method: str, is_cpu: bool, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
+    method: str, is_cpu: bool, is_eager: bool, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler that is ahead of its drafts' fate has lengths that they may not come to."""
     monkeypatch.setattr(compat, "_is_cpu", lambda: is_cpu)
+    monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"ngram", "drafts_in_graphs"}))
     options: Any = SimpleNamespace(
         lora_config=None,
+        model_config=SimpleNamespace(enforce_eager=is_eager),
         speculative_config=SimpleNamespace(method=method),
         scheduler_config=SimpleNamespace(async_scheduling=is_ahead),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
     )
     refused = compat.engine_refusal(options)
-    is_tested = is_cpu and method in compat.TESTED_DRAFTS and not is_ahead
-    assert (refused is None) is is_tested
+    is_tested = method != "dflash" and (is_cpu or (is_eager and method != "ngram"))
+    assert (refused is None) is (is_tested and not is_ahead)
     assert refused is None or refused.reason is Reason.SPECULATIVE_DECODING
 
 
