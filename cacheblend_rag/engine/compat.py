@@ -21,7 +21,7 @@ OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 # What no GPU has run, and every GPU refuses.
 NOT_RUN_ON_A_GPU = frozenset(
-    {"drafts_in_graphs", "images_v2", "kv_heads", "latents", "lora", "mtp", "ngram", "shared_kv"}
+    {"drafts_in_graphs", "images_v2", "kv_heads", "lora_in_graphs", "mtp", "ngram", "shared_kv"}
 )
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
@@ -180,8 +180,9 @@ def model_refusal(model: ModelConfig) -> Why | None:
             Reason.HYBRID,
             "the model mixes attention with recurrent layers, which have no per-token KV cache",
         )
-    if getattr(model, "use_mla", False) and (refused := _mla_refusal(model)):
-        return Why(Reason.MLA, f"the model uses multi-head latent attention (MLA) {refused}")
+    if getattr(model, "use_mla", False) and hasattr(model.hf_text_config, "index_topk"):
+        detail = "over keys that an indexer picks, which has a cache of its own"
+        return Why(Reason.MLA, f"the model uses multi-head latent attention (MLA) {detail}")
     if _shares_unlike_kv(getattr(model, "hf_text_config", None)):
         return Why(
             Reason.SHARED_KV,
@@ -213,13 +214,6 @@ def _shares_unlike_kv(config: Any) -> bool:
     return getattr(config, "global_head_dim", None) not in (None, getattr(config, "head_dim", None))
 
 
-def _mla_refusal(model: ModelConfig) -> str:
-    """What of latent attention was not tested; empty if it was."""
-    if hasattr(model.hf_text_config, "index_topk"):
-        return "over keys that an indexer picks, which has a cache of its own"
-    return "" if was_run("latents") else "and was tested with the CPU engine only"
-
-
 def was_run(what: str) -> bool:
     """Whether ``what`` was seen to be right on this kind of device."""
     return _is_cpu() or what not in NOT_RUN_ON_A_GPU
@@ -234,8 +228,10 @@ def _is_cpu() -> bool:
 def engine_refusal(config: VllmConfig) -> Why | None:
     """Why this engine configuration can't blend exactly; None if it can."""
     parallel = config.parallel_config
-    if config.lora_config is not None and not was_run("lora"):
-        return Why(Reason.LORA, "LoRA is on, and was tested with the CPU engine only")
+    eager = bool(config.model_config.enforce_eager)
+    if config.lora_config is not None and not (eager or was_run("lora_in_graphs")):
+        detail = "LoRA is on, and was not tested in CUDA graphs; start with enforce_eager=True"
+        return Why(Reason.LORA, detail)
     if config.speculative_config is not None and (refused := _speculation_refusal(config)):
         return Why(Reason.SPECULATIVE_DECODING, f"speculative decoding {refused}")
     if parallel.pipeline_parallel_size > 1:

@@ -34,13 +34,21 @@ class Family(NamedTuple):
     full: Answer
 
 
-@pytest.fixture(scope="module", params=[*LATENT_DENSE, "lora"])
+# the latter as a GPU's user gets them
+KINDS = [*LATENT_DENSE, "lora", "deepseek_v2-dense compiled", "lora compiled"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family]:
-    adapts = request.param == "lora"
-    untried.skip("lora" if adapts else "latents")
-    path = merged = make("llama" if adapts else request.param, tiny_models)
+    name, _, compiled = request.param.partition(" ")
+    adapts = name == "lora"
+    if adapts and compiled:
+        untried.skip("lora_in_graphs")
+    path = merged = make("llama" if adapts else name, tiny_models)
     # the width of a block that all kernels take
     options: dict[str, Any] = {"dtype": "bfloat16", "block_size": 64}
+    if compiled:
+        options["enforce_eager"] = False
     if adapts:
         adapter, merged = make_adapter(path, 1)
         options |= {"enable_lora": True, "max_lora_rank": 8}

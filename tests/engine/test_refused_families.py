@@ -51,25 +51,31 @@ def test_refused_family_answers_exactly(name: str, tiny_models: Path) -> None:
     torch.testing.assert_close(got, expected.logprobs, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("is_cpu", [True, False])
 @pytest.mark.parametrize("config", [{"index_topk": 64}, {}])
-def test_latent_attention_is_refused_where_it_was_not_tested(
-    config: dict[str, int], is_cpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Keys that an indexer picks have a cache of their own; a GPU has other kernels."""
-    monkeypatch.setattr(compat, "_is_cpu", lambda: is_cpu)
+def test_latent_attention_over_chosen_keys_is_refused(config: dict[str, int]) -> None:
+    """Keys that an indexer picks have a cache of their own."""
     model: Any = SimpleNamespace(use_mla=True, hf_text_config=SimpleNamespace(**config))
     refused = compat.model_refusal(model)
-    assert (refused is None) is (is_cpu and not config)
+    assert (refused is None) is (not config)
     assert refused is None or refused.reason is Reason.MLA
+
+
+@pytest.mark.parametrize("is_eager", [True, False])
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_adapters_are_refused_where_they_were_not_tested(
+    is_cpu: bool, is_eager: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "_is_cpu", lambda: is_cpu)
+    monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"lora_in_graphs"}))
     options: Any = SimpleNamespace(
         lora_config=object(),
+        model_config=SimpleNamespace(enforce_eager=is_eager),
         speculative_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
     )
-    adapters = compat.engine_refusal(options)
-    assert (adapters is None) is is_cpu
-    assert adapters is None or adapters.reason is Reason.LORA
+    refused = compat.engine_refusal(options)
+    assert (refused is None) is (is_cpu or is_eager)
+    assert refused is None or refused.reason is Reason.LORA
 
 
 @pytest.mark.parametrize("is_ahead", [True, False])
