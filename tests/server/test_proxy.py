@@ -37,6 +37,7 @@ from cacheblend_rag.router import WarmRouter
 from cacheblend_rag.server.proxy import health
 from cacheblend_rag.server.proxy.app import proxy_app
 from cacheblend_rag.server.proxy.events import _MOST, WholeEvents
+from cacheblend_rag.server.proxy.fleet import Fleet
 from cacheblend_rag.server.proxy.headers import request_headers, response_headers
 from cacheblend_rag.server.proxy.health import models_of
 from cacheblend_rag.server.proxy.options import ProxyOptions
@@ -633,6 +634,28 @@ def test_a_port_that_is_taken_is_an_error(capsys: pytest.CaptureFixture[str]) ->
 
 
 # --- pure parts -----------------------------------------------------------------------------------
+
+
+def test_a_replica_is_left_out_after_two_checks_or_one_refusal() -> None:
+    fleet = Fleet(WarmRouter(), checks=2)
+    one = fleet.add("http://a:1/v1")
+    assert (one.name, fleet.fit(None)) == ("a:1", [])
+    fleet.passed(one, None)
+    fleet.failed(one, "slow")
+    assert fleet.fit(None) == ["a:1"]
+    fleet.passed(one, None)
+    fleet.failed(one, "slow")
+    assert one.up
+    fleet.failed(one, "slow")
+    assert not one.up and one.reason == "slow"
+    fleet.passed(one, None)
+    fleet.failed(one, "refused", surely=True)
+    assert fleet.fit(None) == []
+    fleet.remove("a:1")
+    fleet.failed(one, "gone")  # a check that was on its way
+    fleet.done(one)
+    assert fleet.state() == []
+
 
 MARKS = [b"\n", b"\r\n", b"\r", b"\n\n", b"\r\n\r\n"]
 EVENTS = st.lists(st.sampled_from([b"data: a", b"b" * 40, *MARKS]))

@@ -55,6 +55,17 @@ def test_what_is_not_in_memory_is_fetched_where_that_is_quicker() -> None:
     assert slow.blend_s == pytest.approx(slow.full_s, rel=1e-4)
 
 
+def test_only_what_is_not_in_memory_crosses_the_network() -> None:
+    half = {**HAND, "memory_bytes": 131_072e5, "store_gbit": 100}
+    plan = plan_capacity(CapacityInputs(**half))
+    assert plan.fetches and 0.3 < plan.memory_share < 0.7 < plan.routed_share
+    for share, bytes_s in [
+        (plan.memory_share, plan.network_bytes_s),
+        (plan.routed_share, plan.routed_network_bytes_s),
+    ]:
+        assert bytes_s == pytest.approx((1 - share) * 20 * 6 * 65_536_000)
+
+
 def test_a_store_that_holds_a_part_bounds_what_is_reused() -> None:
     part = {**HAND, "memory_bytes": 0, "store_gbit": 100, "store_bytes": 131_072e5}
     plan = plan_capacity(CapacityInputs(**part))
@@ -104,7 +115,7 @@ def test_bins_of_ranks_equal_ranks(exponent: float, share: float) -> None:
         inside = -np.expm1(-exact * np.exp(middle)).sum()
         low, high = (middle, high) if inside < share * count else (low, middle)
     expected = float((exact * -np.expm1(-exact * np.exp(low))).sum())
-    assert Popularity(count, exponent).hit_rate(share * count) == pytest.approx(expected, abs=1e-4)
+    assert Popularity(count, exponent).hit_rate(share * count) == pytest.approx(expected, abs=5e-6)
 
 
 @pytest.mark.parametrize(("exponent", "held"), [(0.7, 100), (0.9, 400), (1.2, 50)])
