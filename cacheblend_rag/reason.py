@@ -20,8 +20,7 @@ class Reason(StrEnum):
     """A plain prefill is predicted to take no longer than a blend."""
 
     CHANGED_TOO_OFTEN = "changed_too_often"
-    """No ratio keeps the share of changed answers of the prompt's template within what is allowed.
-    """
+    """No ratio keeps the changed answers of the prompt's template within what is allowed."""
 
     # what the engine finds when it comes to the request
     PREFIX_CACHED = "prefix_cached"
