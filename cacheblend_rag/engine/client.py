@@ -140,7 +140,8 @@ class ClientEngine(Engine):
         def seen(
             prompt: Any, sampling_params: Any, request_id: str, *args: Any, **options: Any
         ) -> Any:
-            check_params((sampling_params.extra_args or {}).get("kv_transfer_params"))
+            extra = getattr(sampling_params, "extra_args", None) or {}
+            check_params(extra.get("kv_transfer_params"))
             self.asked += 1
             return generate(prompt, sampling_params, request_id, *args, **options)
 
