@@ -21,7 +21,10 @@ OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 # What no GPU has run, and every GPU refuses.
 NOT_RUN_ON_A_GPU = frozenset(
-    {"drafts_in_graphs", "images_v2", "kv_heads", "lora_in_graphs", "mtp", "ngram", "shared_kv"}
+    {
+        *("drafts_in_graphs", "images_v2", "kv_heads", "latents_by_row", "lora_in_graphs"),
+        *("mtp", "ngram", "shared_kv"),
+    }
 )
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "

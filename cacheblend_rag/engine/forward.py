@@ -250,6 +250,12 @@ class ModelHandle:
             raise UnsupportedModelError(Reason.KV_HEADS, detail)
         if self.sharing and not compat.was_run("shared_kv"):
             raise UnsupportedModelError(Reason.SHARED_KV, f"layers that share KV {only}")
+        for layer in self.layers if self.layout.parts == 1 else ():
+            backend = layer.get_attn_backend()
+            if compat.takes_any_run(backend.get_builder_cls()) or compat.was_run("latents_by_row"):
+                continue
+            detail = f"latent attention (MLA) by the backend {backend.get_name()} was not run"
+            raise UnsupportedModelError(Reason.MLA, f"{detail}; FLASH_ATTN_MLA was")
 
     @property
     def num_layers(self) -> int:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from cacheblend_rag.engine import compat, layout, rows
+from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
+from cacheblend_rag.reason import Reason
 
 LATENT, ROTATED = 8, 4
 
@@ -79,3 +81,21 @@ def test_stored_latents_are_placed_before_fresh_ones_are_written(is_old: bool) -
     assert not moved[3].numel()
     assert written[1] is kv_c and written[2] is k_pe
     assert written[3] == ("cache", "slots", "auto", "scale")
+
+
+@pytest.mark.parametrize("support", ["VARLEN", "UNIFORM"])
+def test_a_backend_that_was_not_run_is_refused(
+    support: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "_is_cpu", lambda: False)
+    builder = SimpleNamespace(query_len_support=SimpleNamespace(name=support))
+    backend = SimpleNamespace(get_builder_cls=lambda: builder, get_name=lambda: "FLASHMLA")
+    layers = [SimpleNamespace(get_attn_backend=lambda: backend)]
+    kept = layout.KVLayout(1, 1, 1, 576)
+    handle: Any = SimpleNamespace(layout=kept, layers=layers, sharing=[])
+    if support == "VARLEN":
+        ModelHandle._check_was_run_on_a_gpu(handle)
+        return
+    with pytest.raises(UnsupportedModelError, match="FLASHMLA was not run") as refused:
+        ModelHandle._check_was_run_on_a_gpu(handle)
+    assert refused.value.why.reason is Reason.MLA
