@@ -53,6 +53,7 @@ NOT_LISTED = {
     Reason.PREFILL_AS_QUICK,
     Reason.PREFIX_CACHED,
     Reason.CHUNKS_MISSING,
+    Reason.CHANGED_TOO_OFTEN,
     Reason.BLEND_FAILED,
     Reason.MALFORMED_OPTIONS,
     Reason.PLANNING_FAILED,
