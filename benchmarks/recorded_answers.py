@@ -18,6 +18,7 @@ import argparse
 import json
 import lzma
 import random
+import re
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.set_defaults(run=shorten)
     two = commands.add_parser("collect")
     two.add_argument("results", nargs="+", type=Path)
+    two.add_argument("--selector", default="query", help="rows of others are left out")
     two.add_argument("--multi-hop", nargs="+", default=[], metavar="SET")
     two.add_argument("--out", type=Path, required=True)
     two.set_defaults(run=collect)
@@ -106,7 +108,8 @@ def collect(args: argparse.Namespace) -> None:
     files = [f for p in args.results for f in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p])]
     results = read_results(files)
     rows = {row: _ratio(row) for answers in results.answers.values() for row in answers}
-    ratios = {row: ratio for row, ratio in rows.items() if ratio is not None}
+    own = re.compile(re.escape(args.selector) + "[:@]")
+    ratios = {row: ratio for row, ratio in rows.items() if ratio is not None and own.match(row)}
     ordered = sorted(ratios, key=lambda row: ratios[row])
     found: dict[str, list[str]] = {"single_passage": [], "multi_hop": []}
     for (name, _), answers in sorted(results.answers.items()):
