@@ -75,8 +75,10 @@ class Startup(Ingestion, Answers):
         if probe is None:
             return report
         name = f"probe-{self._name}"
-        # behind the probe's own prefix, so that the first chunk's KV is exact, and has no rows
-        space = KeySpace(self.info.fingerprint, probe.prompt_prefix, self.config.namespace)
+        # behind the probe's own prefix, so that the first chunk's KV is exact, and has no rows; and
+        # by a key of this front alone: others that start over the same store forget theirs
+        own = hashlib.sha256(f"{self.info.fingerprint}/{name}".encode()).hexdigest()
+        space = KeySpace(own, probe.prompt_prefix, self.config.namespace)
         key = space.key(probe.chunk)
         self._ingest([Chunk(key, probe.chunk)], probe.prompt_prefix)
         # whether the store took it or not: then it is missing, and computed with the others

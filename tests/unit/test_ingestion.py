@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
-from fake_engine import fake_blend, sent
+from fake_engine import MODEL, fake_blend, install, sent
 
 from cacheblend_rag import (
     BlendConfig,
@@ -204,3 +204,13 @@ def test_adapters_warn_of_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.warns(UserWarning, match=r"1 of 2 texts .* smaller chunks"):
         report = shared.ingest([TEXTS[0], LONG], NAMES[:2], progress=False)
     assert report.computed == 1 and shared.registered_documents(NAMES) == {NAMES[0]}
+
+
+def test_starts_over_one_store_have_probes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the first to end its check would forget the chunk of the other's, which never blends."""
+    engines = install(monkeypatch)
+    for _ in range(2):
+        CacheBlend(MODEL)
+    first, second = (engine.ingested[0] for engine in engines)
+    assert first != second
+    assert not any(engine.stored & {first, second} for engine in engines)
