@@ -220,7 +220,10 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _publish(results: Results, args: argparse.Namespace, screen: Screen) -> Done:
-    summaries = summarise(results, split=args.split, pools=dict(args.pool))
+    pools = dict(args.pool)
+    if len(pools) < len(args.pool):
+        raise ConfigError("two pools have the same name: give each its own (--pool NAME=SET,SET)")
+    summaries = summarise(results, split=args.split, pools=pools)
     data = to_dict(results, summaries)
     args.out.mkdir(parents=True, exist_ok=True)
     written = [args.out / "summary.json", args.out / "summary.md"]
@@ -289,8 +292,11 @@ def _shard(text: str) -> tuple[int, int]:
 def _pool(text: str) -> tuple[str, list[str]]:
     name, _, sets = text.partition("=")
     members = list(dict.fromkeys(s for s in sets.split(",") if s))
-    if not name or name == "all" or not members:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SET,SET (NAME not 'all')")
+    # the name is part of files' names
+    if not re.fullmatch(r"[\w.+-]+", name) or name == "all" or not members:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=SET,SET with a NAME of letters, digits and .+-_ other than 'all'"
+        )
     return name, members
 
 

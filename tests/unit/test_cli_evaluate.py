@@ -111,7 +111,12 @@ def test_all_sets_advance_together(
     lines = map(json.loads, (tmp_path / "o" / "answers-1of1.jsonl").read_text().splitlines())
     order = [line["set"] for line in lines if line["type"] == "question"]
     assert order == ["own", "own", "other", "own", "own", "own", "other"]
-    assert "false" in refused(capsys, "--report", tmp_path / "o", "--pool", "both=own,false")
+    report = ["--report", tmp_path / "o", "--pool"]
+    assert "false" in refused(capsys, *report, "both=own,false")
+    assert "the same name" in refused(capsys, *report, "a=own", "a=other")
+    for wrong in ("a/b=own", "all=own", "=own", "a="):
+        with pytest.raises(SystemExit):
+            cli.main(["eval", *map(str, report), wrong])
 
 
 def test_parted_answers_are_asked_again(
