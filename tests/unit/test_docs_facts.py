@@ -66,6 +66,14 @@ def test_the_table_of_endpoints_is_whole() -> None:
     }
 
 
+def test_contributors_are_told_of_every_verb() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert len(targets) > 10
+    assert targets - named == {"help"}
+
+
 def test_the_table_of_learning_has_its_defaults() -> None:
     table = rows(page("serving.md"), "| option | meaning | default |")
     found = {name.strip("`"): value.replace(",", "") for name, _, value in table}
