@@ -15,7 +15,7 @@ from blending import PARTS, PREFIX, PROMPT, QUESTION, agree, blends_as_the_refer
 from engines import EXACT, FULL_LOGPROBS, logprobs, selected, start_in_process
 from reference import Reference
 from renamed import RENAMED, make_renamed
-from tiny import FAMILIES, MORE_FAMILIES, make
+from tiny import FAMILIES, MORE_FAMILIES, VARIANTS, make
 
 from cacheblend_rag import CacheBlend
 from cacheblend_rag.engine import rows as step_rows
@@ -117,6 +117,12 @@ def test_family(family: Family, record_property: Record) -> None:
 @of(*MORE_FAMILIES)
 def test_more_families(family: Family, record_property: Record) -> None:
     record_property("ratio 1", blends_as_the_reference(*family))
+
+
+@pytest.mark.slow
+@of(*VARIANTS)
+def test_variants(family: Family) -> None:
+    blends_as_the_reference(*family)
 
 
 @pytest.mark.slow

@@ -21,13 +21,21 @@ pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
 EXACT_BF16 = 0.05 if torch.cuda.is_available() else EXACT
 
 
-@pytest.mark.parametrize("name", QUANTISED)
-def test_quantised_weights_are_exact_at_ratio_1(name: str, tiny_models: Path) -> None:
+OF_LLAMA = [(name, "llama") for name in QUANTISED]
+# windows, tables that differ by layer, layers that do not rotate
+OF_OTHERS = [
+    pytest.param(name, family, marks=pytest.mark.slow)
+    for name, family in (("awq", "gemma3"), ("gptq", "smollm3"), ("w8a8", "qwen3"))
+]
+
+
+@pytest.mark.parametrize(("name", "family"), [*OF_LLAMA, *OF_OTHERS])
+def test_quantised_weights_are_exact_at_ratio_1(name: str, family: str, tiny_models: Path) -> None:
     if name in ("gptq", "awq") and not (
         torch.cpu._is_avx512_supported() or torch.cuda.is_available()
     ):
         pytest.skip("needs a GPU or AVX-512: vLLM's kernel for four-bit weights is made of it")
-    path = make_quantised(name, tiny_models)
+    path = make_quantised(name, tiny_models, family)
     with start_in_process(path, prefix=PREFIX, dtype="bfloat16") as blend:
         blends_within(blend, EXACT_BF16)
 
@@ -44,8 +52,14 @@ def test_fp8_weights_are_exact_at_ratio_1(tiny_models: Path) -> None:
     not torch.cpu._is_avx512_supported() and not torch.cuda.is_available(),
     reason="needs a GPU or AVX-512: vLLM's FP8 cache is made of it",
 )
-def test_an_fp8_cache_costs_its_rounding(tiny_models: Path) -> None:
-    path = make("llama", tiny_models)
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "gemma4", "gpt_oss"))],
+)
+def test_an_fp8_cache_costs_its_rounding(family: str, tiny_models: Path) -> None:
+    if torch.cuda.is_available() and family != "llama":
+        pytest.skip("needs a GPU that was run with it")
+    path = make(family, tiny_models)
     with start_in_process(path, prefix=PREFIX, dtype="bfloat16", kv_cache_dtype="fp8") as blend:
         blends_within(blend, 0.1)
 

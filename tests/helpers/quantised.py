@@ -92,12 +92,12 @@ QUANTISED: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] =
 }  # fmt: skip
 
 
-def make_quantised(name: str, folder: Path) -> Path:
-    """The tiny Llama, its linear layers rounded; the output head and all else in bfloat16."""
-    path = folder / f"llama-{name}"
+def make_quantised(name: str, folder: Path, family: str = "llama") -> Path:
+    """A tiny model, its linear layers rounded; the output head and all else in bfloat16."""
+    path = folder / f"{family}-{name}"
     if (path / "config.json").exists():
         return path
-    source = make("llama", folder)
+    source = make(family, folder)
     rounded, says = QUANTISED[name]
     found: Tensors = {}
     for key, weight in load_file(source / "model.safetensors").items():

@@ -291,6 +291,21 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+# families of other sizes and scalings
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "head-80": ("llama", {"head_dim": 80}),
+    "head-96": ("llama", {"head_dim": 96}),
+    "one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "linear": ("llama", {"rope_parameters": {**_DEFAULT, "rope_type": "linear", "factor": 4.0}}),
+    "dynamic": ("llama", {"rope_parameters": {**_DEFAULT, "rope_type": "dynamic", "factor": 4.0}}),
+    "phi3-short": (
+        "phi3",
+        {
+            "pad_token_id": 0, "max_position_embeddings": 8192,
+            "rope_parameters": {**_LONG, "original_max_position_embeddings": 4096},
+        },
+    ),
+}  # fmt: skip
 # latent attention without experts, of the size that kernels of a GPU take
 _DENSE = {"first_k_dense_replace": 4, "qk_nope_head_dim": 128, "v_head_dim": 128}
 LATENT_DENSE = {
@@ -497,7 +512,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make(name: str, folder: Path, **changes: Any) -> Path:
     """A folder with a random model of family ``name``, the same at every call."""
-    kind, differs = {**FAMILIES, **MORE_FAMILIES, **LATENT_DENSE, **REFUSED}[name]
+    others = {**MORE_FAMILIES, **VARIANTS, **LATENT_DENSE, **REFUSED}
+    kind, differs = {**FAMILIES, **others}[name]
     return save_random(folder / name, kind, {**differs, **changes})
 
 
