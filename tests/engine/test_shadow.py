@@ -4,7 +4,6 @@ notices it.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import EXACT, FULL_LOGPROBS, logprobs, start_in_process
+from engines import EXACT, logprobs, start_in_process
+from shadows import CHUNKS, CONFIG, PREFIX, PROMPT, SAMPLING, computed, forced
 from tiny import Words, make
 
-from cacheblend_rag import BlendConfig, BlendResult, CacheBlend, ConfigError
+from cacheblend_rag import BlendConfig, CacheBlend, ConfigError
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.shadow import ShadowWorker, why_not
@@ -26,11 +26,7 @@ from cacheblend_rag.shadow.report import ShadowReport
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
 
-words = Words(11)
-PREFIX, CHUNKS = words(4), [words(70), words(64), words(90)]
-PROMPT = (*words(40), *(t for chunk in CHUNKS for t in chunk), *words(20))
-SAMPLING: dict[str, Any] = {**FULL_LOGPROBS, "max_tokens": 12}
-CONFIG = BlendConfig(ingest_prefix=PREFIX, blend_if="always", recompute_ratio=0.05, shadow=1.0)
+words = Words(13)
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +34,6 @@ def blend(tiny_models: Path) -> Iterator[CacheBlend]:
     with start_in_process(make("llama", tiny_models), config=CONFIG) as opened:
         opened.ingest(CHUNKS, progress=False)
         yield opened
-
-
-def computed(blend: CacheBlend, result: BlendResult) -> ShadowReport:
-    """The shadow of an answer, once it is there."""
-    ends = time.monotonic() + 30
-    while time.monotonic() < ends:
-        found = blend.shadow(result)
-        assert found is not None
-        if found.state != "waiting":
-            return found
-        time.sleep(0.05)
-    raise AssertionError("the answer was never computed again")
-
-
-def forced(blend: CacheBlend, prompt: tuple[int, ...], answer: tuple[int, ...]) -> torch.Tensor:
-    """[tokens, vocab] log-probabilities of vLLM's own prefills behind each token of the answer."""
-    options: dict[str, Any] = {**SAMPLING, "max_tokens": 1, "mode": "full"}
-    prompts = [(*prompt, *answer[:n]) for n in range(len(answer))]
-    return torch.cat([logprobs(r) for r in blend.generate(prompts, **options)])
 
 
 def test_the_figures_are_those_of_an_exact_run_forced_to_say_the_answer(blend: CacheBlend) -> None:
