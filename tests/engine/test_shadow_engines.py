@@ -12,7 +12,7 @@ from engines import EXACT, logprobs, start, start_in_process
 from shadows import CHUNKS, CONFIG, PROMPT, SAMPLING, computed, forced
 from tiny import Words, make
 
-from cacheblend_rag import BlendConfig, CacheBlend, ConfigError
+from cacheblend_rag import CacheBlend
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -67,15 +67,3 @@ def test_in_processes_of_its_own(tiny_models: Path) -> None:
             blended = logprobs(result)
             kl = (exact.exp() * (exact - blended)).sum(-1).mean().item()
             assert report.kl == pytest.approx(kl, rel=1e-3, abs=EXACT)
-
-
-def test_an_engine_that_can_not_have_it_says_so_at_start(tiny_models: Path) -> None:
-    config = BlendConfig(ingest_prefix=(), shadow=0.1)
-    with pytest.raises(ConfigError, match=r"shadow=0.1 can't be had: the engine serves LoRA"):
-        start(
-            make("llama", tiny_models),
-            config=config,
-            enable_lora=True,
-            max_lora_rank=8,
-            dtype="bfloat16",
-        )

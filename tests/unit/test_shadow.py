@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import MODEL, FakeEngine, install
 
-from cacheblend_rag import BlendConfig, ConfigError, metrics
+from cacheblend_rag import BlendConfig, CacheBlend, ConfigError, metrics
 from cacheblend_rag.calibration import Calibration
 from cacheblend_rag.client import replies
 from cacheblend_rag.front.shadowing import Shadowing
@@ -203,6 +204,33 @@ def test_refused_options_say_what_would_do(options: dict[str, Any], says: str) -
 def test_options_are_plain_data() -> None:
     options = ShadowOptions(seed=3, most_waiting=4)
     assert ShadowOptions.of(options.to_plain()) == options
+
+
+@pytest.mark.parametrize("refusal", ["", "speculative decoding is on"])
+def test_an_engine_that_can_not_have_it_says_so_at_start(
+    refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answers = list[str](), FakeEngine.rpc
+
+    def rpc(self: FakeEngine, method: str, *args: Any) -> list[Any]:
+        if not method.startswith("cacheblend_shadow"):
+            return answers(self, method, *args)
+        asked.append(method)
+        none = {"steps": 0, "step_s": 0.0, "seconds": 0.0, "waiting": 0, "tokens": 0}
+        own = {**none, "done": None, "dropped": {}}
+        return [refusal] if method == "cacheblend_shadow_refusal" else [own]
+
+    monkeypatch.setattr(FakeEngine, "rpc", rpc)
+    started = install(monkeypatch)
+    config = BlendConfig(shadow=0.1, recompute_ratio="auto")
+    if not refusal:
+        with CacheBlend(MODEL, config=config) as blend:
+            space = blend.engine.planner._spaces[blend._name]  # type: ignore[attr-defined]
+            assert space.options["shadow"] == 0.1 and space.options["recompute_ratio"] == "auto"
+        return
+    with pytest.raises(ConfigError, match=r"shadow=0.1 can't be had: speculative decoding is on"):
+        CacheBlend(MODEL, config=config)
+    assert asked == ["cacheblend_shadow_refusal"] and started[0].closed
 
 
 # ---- driving it ----------------------------------------------------------------------------------
