@@ -132,7 +132,7 @@ def page(tested: Sequence[Tested]) -> Iterator[str]:
     yield "Gemma 4 are blended by the CPU engine; a GPU refuses them. Models that take images were"
     yield "run on a CPU only. vLLM's V2 model runner, which a GPU takes for dense models, refuses"
     yield "to blend them. Latent attention (MLA) and Llama 4 ran on an H200 with vLLM 0.26, without"
-    yield "experts: at ratio 1 as a full prefill.\n"
+    yield "experts and CUDA graphs: at ratio 1 as a full prefill.\n"
     yield "Speculative decoding: [what is blended beside it](serving.md#speculative-decoding).\n"
     yield "| architecture | tested as | ratio 1 |\n| --- | --- | --- |"
     for one in sorted(set(tested)):
