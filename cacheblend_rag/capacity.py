@@ -177,7 +177,8 @@ class Popularity:
             middle = (low + high) / 2
             inside = sum(n * -math.expm1(-p * math.exp(middle)) for n, p in self._bins)
             low, high = (middle, high) if inside < held else (low, middle)
-        return sum(n * p * -math.expm1(-p * math.exp(low)) for n, p in self._bins)
+        found = sum(n * p * -math.expm1(-p * math.exp(low)) for n, p in self._bins)
+        return min(1.0, found)  # but for rounding
 
 
 def _integral(exponent: float) -> Callable[[float, float], float]:
