@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cacheblend_rag.errors import ConfigError, PromptError, StoreError
 from cacheblend_rag.learn.options import LearnOptions
-from cacheblend_rag.options import PER_REQUEST, BlendIf, BlendOptions, Mode, refuse_unknown
+from cacheblend_rag.options import (
+    PER_REQUEST,
+    BlendIf,
+    BlendOptions,
+    Mode,
+    Refine,
+    refuse_unknown,
+)
 from cacheblend_rag.select import create_selector
 from cacheblend_rag.shadow.options import ShadowOptions, check_share
 from cacheblend_rag.shadow.sampling import check_template
@@ -74,6 +81,10 @@ class BlendConfig:
             ``{"enable_thinking": False}``. Those of a call are added to them.
         blend_if: ``faster`` blends where the measured costs predict a gain over a plain prefill
             (they are measured on a GPU only), ``always`` blends whatever is found.
+        refine: ``idle`` computes a blend's tokens again while its answer is generated and no other
+            request is in the engine, some with each step, so that the KV becomes a full prefill's;
+            a number is how many with each step. ``off`` leaves the KV as it was blended. On the CPU
+            engine; reports say where it can't be had (docs/refinement.md).
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
             no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.
@@ -103,6 +114,7 @@ class BlendConfig:
     likely_system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     blend_if: BlendIf = "faster"
+    refine: Refine = "off"
     store: str = "memory://"
     gpu_cache: str | None = None
     namespace: str = ""
@@ -124,6 +136,7 @@ class BlendConfig:
         _one_of("mode", self.mode, get_args(Mode))
         _one_of("blend_if", self.blend_if, get_args(BlendIf))
         _one_of("learn", self.learn, get_args(Learn))
+        _check_refine(self.refine)
         LearnOptions.of(self.learn_options)  # raises ConfigError
         object.__setattr__(self, "learn_options", MappingProxyType(dict(self.learn_options)))
         self._check_shadow()
@@ -259,6 +272,16 @@ def _check_ratio(ratio: object) -> None:
         raise ConfigError(f"recompute_ratio must be a number or 'auto', got {ratio!r}")
     if not 0 <= ratio <= 1:
         raise ConfigError(f"recompute_ratio is {ratio}, but it is a share: 0 (reuse all) to 1")
+
+
+def _check_refine(refine: object) -> None:
+    if refine in ("off", "idle") and isinstance(refine, str):
+        return
+    if isinstance(refine, bool) or not isinstance(refine, int) or not 1 <= refine < 1 << 31:
+        raise ConfigError(
+            f"refine is {refine!r}; it must be 'off', 'idle' or a number of tokens a step, 1 or "
+            "more"
+        )
 
 
 def _check_text(name: str, value: object) -> None:

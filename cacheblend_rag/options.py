@@ -18,6 +18,7 @@ _Table = TypeVar("_Table")
 _RENAMED = {"reach": "propagation_length", "when": "blend_if", "ratio": "recompute_ratio"}
 Mode = Literal["blend", "full", "reuse", "off"]
 BlendIf = Literal["faster", "always"]
+Refine = int | Literal["off", "idle"]
 
 
 class BlendOptions(TypedDict, total=False):
@@ -29,6 +30,7 @@ class BlendOptions(TypedDict, total=False):
     selector_options: Mapping[str, Any]
     propagation_length: int
     blend_if: BlendIf
+    refine: Refine
     template: str | None
     chat_template_kwargs: Mapping[str, Any]
 

@@ -1,4 +1,5 @@
-"""How much of an ingestion is computed at once, so that answers do not wait for it. Pure.
+"""How much of an ingestion, or of a refinement, is computed at once, so that answers do not wait
+for it. Pure.
 
 A batch is computed in parts: each layer is two, see ``engine/slices.py``.
 """
@@ -12,6 +13,7 @@ IDLE_S = 0.05  # of a slice while nobody asks: as long as the first one who asks
 _SHARE = 0.5  # of a step, of a slice while somebody asks
 _BUSY_S = 0.5  # as long as this after the last step, somebody asks
 _LEAST_TOKENS = 256  # smaller batches cost more than they spare
+_LEAST_REFINED = 16  # fewer tokens take as long
 
 
 class Progress(NamedTuple):
@@ -89,3 +91,28 @@ class Pace:
         if 0 <= self._steps < others:
             self._asked_at = now
         self._steps = others
+
+
+@dataclass
+class RefinePace:
+    """How many tokens are computed again with a step of an answer, by what they took before: as
+    long as the step itself, and no longer than ``IDLE_S``. So long may the first one who asks have
+    to wait.
+
+    Attributes:
+        most: tokens of a step at most.
+    """
+
+    most: int
+    _tokens: int = _LEAST_REFINED
+
+    def tokens(self) -> int:
+        """That come with the next step."""
+        return min(self._tokens, self.most)
+
+    def learn(self, tokens: int, seconds: float, step_s: float) -> None:
+        """So many tokens took so long, and ``step_s`` a step without them; 0: that is not known."""
+        wanted = min(IDLE_S, step_s or IDLE_S)
+        fitting = int(tokens * wanted / max(seconds, 1e-6))
+        # A few tokens take nearly as long as one, so more of them fit than these seconds say.
+        self._tokens = max(_LEAST_REFINED, min(fitting, 2 * max(tokens, _LEAST_REFINED)))

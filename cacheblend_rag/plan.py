@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.locate import Match
-from cacheblend_rag.options import BlendIf
+from cacheblend_rag.options import BlendIf, Refine
 from cacheblend_rag.reason import Reason, Why
 
 PARAMS_KEY = "cacheblend"  # in vLLM's kv_transfer_params
@@ -65,6 +65,7 @@ class Plan:
     selector_options: Mapping[str, Any]
     propagation_length: int = 0
     blend_if: BlendIf = "always"
+    refine: Refine = "off"
     space: str = ""
 
     @property
@@ -78,6 +79,7 @@ class Plan:
             "segments": [[s.start, s.end, s.key, s.offset, int(s.kind)] for s in self.segments],
             "question_start": self.question_start,
             "blend_if": self.blend_if,
+            "refine": self.refine,
             **self._choosing(),
         }
 
@@ -186,6 +188,7 @@ def make_plan(
         selector_options=dict(config.selector_options),
         propagation_length=config.propagation_length,
         blend_if=config.blend_if if config.mode == "blend" else "always",
+        refine=config.refine,
     )
     refusal = costs.refusal(plan) if costs is not None and plan.blend_if == "faster" else None
     return NoPlan(*refusal) if refusal else plan

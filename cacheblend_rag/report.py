@@ -10,6 +10,9 @@ from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, Why
 from cacheblend_rag.shadow.report import ShadowReport
 
+_ENDED_FIRST = (
+    "the answer ended before all was computed again; that goes on only while no other request runs"
+)
 _COMPUTED = ("fresh", "missing", "timed_out")
 _DETAILS = {
     Kind.FRESH: "no stored chunk covers these tokens",
@@ -45,6 +48,11 @@ class BlendReport:
         tokens_recomputed: of chunks found in the prompt, recomputed against the fused KV.
         tokens_fresh: computed because nothing stored covers them (glue, question, missing chunks).
         tokens_prefix_cached: taken from vLLM's own prefix cache.
+        tokens_refined: computed again while the answer was generated (``refine``); in no other
+            count.
+        refined: whether all were in the end: the request's KV is a full prefill's, and in vLLM's
+            prefix cache as such.
+        refine_detail: why not, where a blend was to be refined.
         recompute_ratio: asked for; None where nothing was blended.
         selector: name of the selector; None where nothing was blended.
         ttft_s: seconds from submitting the request to its first token.
@@ -67,6 +75,9 @@ class BlendReport:
     tokens_recomputed: int = 0
     tokens_fresh: int = 0
     tokens_prefix_cached: int = 0
+    tokens_refined: int = 0
+    refined: bool = False
+    refine_detail: str = ""
     recompute_ratio: float | None = None
     selector: str | None = None
     ttft_s: float = 0.0
@@ -104,7 +115,8 @@ def make_report(
         why_not: why it was not asked to blend; None if it was.
         engine: ``prefix_cached``, and, where it did not blend, ``reason`` and ``detail``; of a
             blend the ``plan``, ``recomputed`` per segment, ``missing``, ``timed_out`` and
-            ``unavailable`` segment numbers, ``seconds``, ``bytes``; ``shadow`` where it was drawn.
+            ``unavailable`` segment numbers, ``seconds``, ``bytes``, and what was ``refined`` or
+            why it was ``not_refined``; ``shadow`` where it was drawn.
     """
     cached = min(int(engine.get("prefix_cached", 0)), tokens_total)
     common: dict[str, Any] = {
@@ -135,8 +147,22 @@ def make_report(
         bytes_loaded=int(engine["bytes"]),
         segments=segments,
         shadow=ShadowReport.of(engine.get("shadow")),
+        **_refined(plan, engine),
         **common,
     )
+
+
+def _refined(plan: Plan, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """What was computed again of a blend."""
+    done = engine.get("refined") or {}
+    is_exact = bool(done.get("exact"))
+    why_not = engine.get("not_refined") or done.get("detail") or _ENDED_FIRST
+    detail = "" if is_exact or plan.refine == "off" else why_not
+    return {
+        "tokens_refined": int(done.get("tokens", 0)),
+        "refined": is_exact,
+        "refine_detail": detail,
+    }
 
 
 def _not_blended(

@@ -324,6 +324,10 @@ def _ratio(text: str) -> float | str:
     return text if text == "auto" else share(text)
 
 
+def _refine(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
 def _prefix(text: str) -> Any:
     if text in PREFIXES:
         return text
@@ -349,6 +353,7 @@ _CONFIG: dict[str, tuple[Any, str]] = {
     "likely_system_prompt": (str, "TEXT:the one that your requests probably use"),
     "chat_template_kwargs": (_table, "JSON:arguments of the chat template"),
     "blend_if": (("faster", "always"), ":blend where it is faster, or always (faster)"),
+    "refine": (_refine, "N:tokens of a blend computed again with each step, idle or off (off)"),
     "gpu_cache": (str, "SIZE:GPU memory for chunks that are used often"),
     "learn": (("off", "memory", "store"), ":compute text that comes again in prompts (off)"),
     "learn_options": (_table, "JSON:how much is learnt, and for how long"),

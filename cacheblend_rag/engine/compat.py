@@ -23,7 +23,7 @@ TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 NOT_RUN_ON_A_GPU = frozenset(
     {
         *("drafts_in_graphs", "images_v2", "kv_heads", "latents_by_row", "lora_in_graphs"),
-        *("mtp", "ngram", "shared_kv"),
+        *("mtp", "ngram", "refinement", "shared_kv"),
     }
 )
 _FIX = (
@@ -325,6 +325,30 @@ def drop_output_in_flight(request: Any) -> None:
     elif request.num_output_placeholders:
         request.async_tokens_to_discard = request.num_output_placeholders
         request.num_output_placeholders = 0
+
+
+def refinement_refusal(config: VllmConfig, kv_cache_config: Any) -> str:
+    """Why blends of this engine can't be refined; empty if they can. What was not tested is
+    refused.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    # Several kinds of layers that share a group come as one spec of another type, and latent
+    # attention as a subclass.
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    refused = {
+        "on a GPU": not was_run("refinement"),
+        "on several ranks": config.parallel_config.world_size > 1,
+        "with speculative decoding": config.speculative_config is not None,
+        "with latent attention (MLA), or layers of several kinds": type(spec)
+        is not FullAttentionSpec,
+        "with sliding windows or chunks of positions": any(
+            getattr(spec, name, None) for name in ("sliding_window", "attention_chunk_size")
+        ),
+    }
+    return next(
+        (f"refinement was not tested {what}" for what, is_so in refused.items() if is_so), ""
+    )
 
 
 def longest_blend(kv_cache_config: Any) -> int | None:

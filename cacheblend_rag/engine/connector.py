@@ -24,7 +24,8 @@ from cacheblend_rag.engine import binding
 from cacheblend_rag.engine.binding import RankMessages
 from cacheblend_rag.engine.blend import Blender
 from cacheblend_rag.engine.link import Link
-from cacheblend_rag.engine.outcome import BlendOutcome
+from cacheblend_rag.engine.outcome import BlendOutcome, Refine, Refined
+from cacheblend_rag.engine.refiner import Refiner
 from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
 from cacheblend_rag.engine.start import BY_FRONT_DOOR
@@ -45,13 +46,14 @@ class BlendMetadata(KVConnectorMetadata):
 @dataclass
 class BlendResults(KVConnectorWorkerMetadata):
     """Workers to scheduler: outcomes by request, as plain data, why blends failed, which requests
-    could not even be computed, and what else each rank reports.
+    could not even be computed, what each rank reports besides, and what was refined.
     """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, Why] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
     messages: dict[int, list[Message]] = field(default_factory=dict)
+    refined: list[tuple[str, Refined]] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
@@ -61,6 +63,7 @@ class BlendResults(KVConnectorWorkerMetadata):
             other.failed | self.failed,
             other.lost | self.lost,
             other.messages | self.messages,
+            self.refined,  # by one rank only
         )
 
 
@@ -69,7 +72,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     Attributes:
         claims: the scheduler's side.
-        rows: the worker's side; None until the worker is bound.
+        rows, refiner: the worker's side; None until the worker is bound.
         link: to the other side.
         worker_state, step_timer: of the worker's side.
         recent: what was done for the last requests, by the caller's names, for ``rpc``.
@@ -86,6 +89,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
             Claims(vllm_config, kv_cache_config, names=not self._binds) if scheduling else None
         )
         self.rows: StepRows | None = None
+        self.refiner: Refiner | None = None
         self.recent: OrderedDict[str, BlendOutcome | dict[str, Any]] = OrderedDict()
         self.worker_state, self.step_timer = WorkerState(), StepTimer()
         self.closing: Callable[[], None] | None = None  # closes the worker's store
@@ -149,6 +153,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
                 self.claims.planning.deliver(rank, messages)
             self.claims.lose(results.lost)
             self.claims.results(results.outcomes, results.failed)
+            self.claims.refinements.take(results.refined)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -156,6 +161,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """The report's engine part leaves with the last output."""
         assert self.claims is not None
         return False, self.claims.finished(request)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Where the names of blocks are kept, before the first step."""
+        assert self.claims is not None
+        self.claims.refinements.pool = gpu_block_pool
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """What the workers sent when they were bound."""
@@ -194,10 +204,17 @@ class CacheBlendConnector(KVConnectorBase_V1):
         if self.rows is not None:
             self.rows.forget(step.gone)
             self.rows.begin_step(step.tasks, step.batch)
+            for refine in step.refines:
+                self._refine(refine)
         else:
             # The scheduler has claimed tokens for it: blocks that nobody writes must not be read.
             for name, task in step.tasks.items():  # a worker that does not know its model
                 self._lost[name] = set(task.own_blocks(self._block_size))
+
+    def _refine(self, refine: Refine) -> None:
+        assert self.refiner is not None  # there as long as the rows are
+        outcome = self.recent.get(refine.name)
+        self.refiner.run(refine, outcome if isinstance(outcome, BlendOutcome) else None)
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         """The worker has its model now."""
@@ -226,6 +243,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             # An aborted request is not among the preempted ones, and its executor may hold a
             # transfer.
             self.rows.forget(finished_req_ids)
+        if self.refiner is not None:
+            self.refiner.forget(finished_req_ids)
         return None, None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -253,7 +272,10 @@ class CacheBlendConnector(KVConnectorBase_V1):
         lost, self._lost = set(self._lost), {}
         # In one process the scheduler's side has them already, by the link.
         messages = {} if self.link.has_scheduler else self._messages()
-        return BlendResults(outcomes, failed, lost, messages) if ready or lost or messages else None
+        refined = self.refiner.done() if self.refiner is not None else []
+        if not (ready or lost or messages or refined):
+            return None
+        return BlendResults(outcomes, failed, lost, messages, refined)
 
     def _messages(self) -> dict[int, list[Message]]:
         messages = self.link.take()

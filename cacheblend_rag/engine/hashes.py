@@ -5,7 +5,8 @@ block's end. It puts blocks into its cache under the same hashes when it allocat
 blend is before they are written. So a blend's new blocks get hashes that nobody else has; the
 chain of the blocks that follow goes on from there. When the blend is whole, ``BlendedPrefixes``
 tells later requests that begin with the same tokens and ask for the same settings which hashes to
-look for. A block that was never written can so be found by nobody but the request that owns it.
+look for. When refinement has made a request's KV exact, its blocks get the hashes that vLLM gives.
+A block that was never written can so be found by nobody but the request that owns it.
 """
 
 from __future__ import annotations
@@ -83,11 +84,14 @@ class Prefix(NamedTuple):
         prompt = request.prompt_token_ids
         full = min(len(prompt) // per_hash, len(of_prompt))
         rest = tuple(prompt[full * per_hash :])
-        return cls(full, rest, _exact(request, of_prompt), list(request.block_hashes))
+        return cls(full, rest, plain(request, of_prompt), list(request.block_hashes))
 
 
-def _exact(request: Any, of_prompt: Sequence[bytes]) -> list[bytes]:
-    """The hashes a request would have had without a blend, by vLLM's own hasher."""
+def plain(request: Any, of_prompt: Sequence[bytes]) -> list[bytes]:
+    """The hashes a request would have had without a blend, by vLLM's own hasher.
+
+    ``of_prompt``: the hashes of its prompt's blocks before they were changed.
+    """
     # vLLM's hasher goes on from the last hash that is there. So it computes those of the answer as
     # if the prompt had not been blended.
     blended, request.block_hashes = request.block_hashes, list(of_prompt)
@@ -98,6 +102,35 @@ def _exact(request: Any, of_prompt: Sequence[bytes]) -> list[bytes]:
         return list(request.block_hashes)
     finally:
         request.block_hashes, request._block_hasher = blended, hasher
+
+
+def cached(pool: Any, hashes: Sequence[bytes]) -> int:
+    """How many blocks vLLM would find by ``hashes``; 0 where its ``pool`` is not known."""
+    count = 0
+    while pool is not None and count < len(hashes) and pool.get_cached_block(hashes[count], [0]):
+        count += 1
+    return count
+
+
+def make_plain(pool: Any, request: Any, of_prompt: Sequence[bytes], block_size: int) -> None:
+    """Give the blocks of a request all of whose KV has become exact the hashes that they would have
+    had without a blend. Everybody finds them then, and those that are filled later.
+
+    Args:
+        pool: vLLM's block pool.
+        of_prompt: the hashes of its prompt's blocks before they were changed.
+    """
+    hidden, hashes = request.block_hashes, plain(request, of_prompt)
+    blocks = []
+    # By their hashes, not by their numbers: nobody else has these, and vLLM takes a block's away
+    # when it hands the block on. So what is found is this request's, whatever happened meanwhile.
+    for before, after in zip(hidden, hashes, strict=False):
+        found = pool.get_cached_block(before, [0]) if before != after else None
+        blocks.append(found[0] if found else pool.null_block)
+    pool.evict_blocks({block.block_id for block in blocks if not block.is_null})
+    hasher = getattr(request, "_block_hasher", None)
+    request.block_hashes, request._block_hasher = hashes, getattr(hasher, "plain", hasher)
+    pool.cache_full_blocks(request, blocks, 0, len(blocks), block_size, 0)  # but the null block
 
 
 class BlendedPrefixes:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,6 +60,41 @@ class BlendTask:
     def first_row(self) -> int:
         """The position of the first row as vLLM counts."""
         return self.end - self.rows
+
+
+class Refine(NamedTuple):
+    """Tokens of a request under way that are computed again, from the scheduler to the worker.
+
+    Attributes:
+        request_id: vLLM's own; name: the caller's.
+        start: position of the first of ``token_ids``. All before it are exact.
+        blocks: numbers of the request's paged blocks, the first positions' first.
+        is_last: with these, all KV of the request is exact.
+    """
+
+    request_id: str
+    name: str
+    start: int
+    token_ids: tuple[int, ...]
+    blocks: tuple[int, ...]
+    is_last: bool
+
+
+class Refined(NamedTuple):
+    """What became of a ``Refine``, from the worker to the scheduler.
+
+    Attributes:
+        tokens: that were computed; seconds: that it took.
+        step_s: seconds of a step without it; 0: not known.
+        is_last: as in ``Refine``.
+        failure: why it was not done; empty if it was.
+    """
+
+    tokens: int
+    seconds: float
+    step_s: float
+    is_last: bool
+    failure: str
 
 
 class Clock:
@@ -123,6 +158,7 @@ class BlendOutcome:
         bytes: of stored KV used.
         chosen: int64 positions computed, ascending, on the host; on a GPU they arrive there with
             the clock's last mark.
+        refined: what was computed again since, as ``refined_so_far`` has it.
     """
 
     clock: Clock
@@ -134,6 +170,7 @@ class BlendOutcome:
     unavailable: list[int] = field(default_factory=list)
     bytes: int = 0
     chosen: torch.Tensor | None = None
+    refined: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:
@@ -164,6 +201,7 @@ class BlendOutcome:
             "seconds": seconds,
             "bytes": self.bytes,
             "lost": [self.segments[i].key for i in gone],
+            "refined": self.refined,
         }
 
     def report(self) -> dict[str, Any]:

@@ -18,11 +18,18 @@ from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.base import adapter_name
 from cacheblend_rag.engine.blend import rows_of
-from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, hide, tokens_per_hash
+from cacheblend_rag.engine.hashes import (
+    BlendedPrefixes,
+    Prefix,
+    cached,
+    hide,
+    tokens_per_hash,
+)
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.names import is_beam
-from cacheblend_rag.engine.outcome import BlendTask
+from cacheblend_rag.engine.outcome import BlendTask, Refine
 from cacheblend_rag.engine.planning import Planning
+from cacheblend_rag.engine.refinement import Refinements
 from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.watching import Watch, Watching
 from cacheblend_rag.learn import Span
@@ -54,6 +61,7 @@ class Step(NamedTuple):
         plain: reports of requests that are not blended, by the caller's names.
         spans: chunks that were learnt, and are to be computed.
         watch: rows of answers that are shadowed; shadows: answers that ended.
+        refines: tokens of answers under way that are computed again before the model runs.
     """
 
     tasks: dict[str, BlendTask]
@@ -63,6 +71,7 @@ class Step(NamedTuple):
     spans: Sequence[Span] = ()
     watch: Watch | None = None
     shadows: Sequence[ShadowJob] = ()
+    refines: Sequence[Refine] = ()
 
 
 @dataclass
@@ -76,6 +85,7 @@ class _Tracked:
         exact: the exact hashes of the prompt's blocks.
         per_hash: tokens a hash stands for.
         space: whose it is, see ``Planner.space_id``.
+        follows_blend: its blocks are looked for where an earlier blend has left them.
         shared: tokens found in vLLM's prefix cache that others may use too.
         claim: of the blend under way; None before and once all of its rows are scheduled.
         drawn: its answer is to be shadowed, if it is blended.
@@ -92,6 +102,7 @@ class _Tracked:
     exact: Sequence[bytes] = ()
     per_hash: int = 1
     space: str = ""
+    follows_blend: bool = False
     shared: int = 0
     claim: _Claim | None = None
     drawn: Drawn | None = None
@@ -101,6 +112,7 @@ class _Tracked:
     prefix_cached: int = 0
     outcome: dict[str, Any] = field(default_factory=dict)
     prefix: Prefix | None = None  # its blocks, once it ended
+    not_refined: str = ""  # why not, where it was asked for
 
     def planned(self) -> dict[str, Any]:
         """The scheduler's part of the report."""
@@ -114,6 +126,7 @@ class _Tracked:
             "seconds": dict(self.seconds),
             "space": self.space,
             "tokens": len(self.request.prompt_token_ids or ()),
+            "not_refined": self.not_refined,
         }
 
     def report(self) -> dict[str, Any]:
@@ -134,6 +147,22 @@ class _Tracked:
         first = self.shared // self.per_hash
         hide(self.request, first, uuid.uuid4().hex)
         self.complete = False
+
+    def nothing_to_refine(self, write_from: int, block_size: int) -> str:
+        """Why its blend can't be refined, ``write_from`` tokens of which are in the cache; empty if
+        nothing speaks against it.
+        """
+        assert self.plan is not None
+        first = _first_approximate(self.plan)
+        if self.plan.ratio == 1 or max(first, write_from) >= self.plan.end:
+            return "there was nothing to refine: the blend is exact"
+        if self.follows_blend and write_from > first:
+            return "it begins with blocks of an earlier blend, which others may read"
+        if self.drawn is not None:  # which tells what a ratio is worth
+            return "the answer was drawn to be shadowed, as it is without refinement"
+        if self.exact and self.per_hash != block_size:
+            return "vLLM hashes a part of a block"
+        return ""
 
     def share(self, prefixes: BlendedPrefixes) -> None:
         """Its blocks are complete: others may use them."""
@@ -162,6 +191,11 @@ class Claims:
         self._hash_block_size = getattr(cache, "hash_block_size", None)
         self._whole_graphs = whole_graphs(vllm_config)
         self._requests: dict[str, _Tracked] = {}
+        self.refinements = Refinements(
+            compat.refinement_refusal(vllm_config, kv_cache_config),
+            self._block_size,
+            int(vllm_config.scheduler_config.max_num_batched_tokens),
+        )
         self._prefixes = BlendedPrefixes()
         self._ended: OrderedDict[str, _Tracked] = OrderedDict()  # whose outcomes have not come
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
@@ -218,8 +252,12 @@ class Claims:
         # The blocks of an earlier blend with this beginning are as good as those of a new one, and
         # vLLM finds them by itself.
         known = self._prefixes.find(exact, request.prompt_token_ids, plan.settings, per)
+        if known is not None and plan.blend_if == "faster":
+            pool = self.refinements.pool
+            if 0 < cached(pool, exact) >= cached(pool, known):
+                known = None  # as much is there that is exact
         if known is not None:
-            request.block_hashes = known
+            request.block_hashes, tracked.follows_blend = known, True
         elif plan.blend_if == "always":  # exact KV is no reason not to
             # What comes before the first approximate token is exact, so plain requests may share
             # those blocks.
@@ -240,6 +278,8 @@ class Claims:
         # it found at first is known to be written, and of use to others.
         if not tracked.begun:
             tracked.shared = tracked.prefix_cached = hit
+        else:
+            self.refinements.stop(request.request_id)
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
             return self._not_blended(tracked)
@@ -291,10 +331,15 @@ class Claims:
             return
         claim, plan = tracked.claim, tracked.plan
         # Here and not in ``there``: vLLM asks there for requests that then find no room.
+        is_first = not tracked.begun
         tracked.begun, tracked.complete, tracked.outcome_known = True, False, False
         drawn = tracked.drawn
         if drawn and not self._watching.begin(request, tracked.name, plan.ratio, drawn):
             tracked.drawn = None
+        if is_first:
+            _begin_refinement(self.refinements, tracked, claim.write_from, blocks)
+        else:
+            self.refinements.stop(request.request_id, is_blended_anew=True)
         task = BlendTask(
             request_id=request.request_id,
             name=tracked.name,
@@ -321,12 +366,15 @@ class Claims:
         self._ahead.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
         self._drop_without_outcome(gone)
+        for name in gone:
+            self.refinements.stop(name)
+        self.refinements.take_blocks(scheduled)
         names = scheduled.num_scheduled_tokens
         watches = self._watching.has_any(names)
         watch = self._watching.step(_batch(scheduled)) if watches else None
         more = self.planning.observer.take(), watch, self._watching.take()
         if not any(self._has_claim(name) for name in names):
-            return Step(tasks, {}, gone, plain, *more)
+            return Step(tasks, {}, gone, plain, *more, self._refines(scheduled))
         # Where the rows of a claim stand in the step depends on the rows of all other requests.
         # All requests of the step, not only blends: so workers need no lengths from their runner,
         # which keeps them in other places in each of vLLM's versions.
@@ -348,6 +396,18 @@ class Claims:
             tracked = self._requests.get(name)
             if tracked is not None and not tracked.outcome_known:
                 compat.drop_output_in_flight(tracked.request)
+
+    def _refines(self, scheduled: Any) -> Sequence[Refine]:
+        """What is computed again with a step that has no rows of a blend. Nothing, where a request
+        waits, or another one has rows in the step: nobody is to be later for it.
+        """
+        name = next(iter(scheduled.num_scheduled_tokens), "")
+        if not self.refinements.has(name) or self._live.keys() != {name}:
+            return ()
+        tracked = self._requests.get(name)
+        if tracked is None or not tracked.complete or not tracked.outcome or tracked.why_not:
+            return ()
+        return self.refinements.next(name, tracked.name, _batch(scheduled)[name].computed)
 
     def results(self, outcomes: Mapping[str, dict[str, Any]], failed: Mapping[str, Why]) -> None:
         """What the workers did."""
@@ -385,6 +445,8 @@ class Claims:
         if tracked is None:
             return None
         self._watching.ended(request, blended=tracked.complete and not tracked.why_not)
+        refined = self.refinements.report(request.request_id)
+        self.refinements.forget(request.request_id)
         if tracked.complete and not tracked.why_not and tracked.plan is not None:
             # Not before the end: with the answer's blocks, the next turn of a chat finds this one
             # whole.
@@ -396,11 +458,25 @@ class Claims:
                 while len(self._ended) > _MOST_ENDED:
                     self._ended.popitem(last=False)
         # vLLM hands this on with the request's last output, as ``kv_transfer_params``.
-        return {PARAMS_KEY: tracked.report()}
+        return {PARAMS_KEY: {**tracked.report(), "refined": refined}}
 
     def _has_claim(self, name: str) -> bool:
         tracked = self._requests.get(name)
         return tracked is not None and tracked.claim is not None
+
+
+def _begin_refinement(
+    refinements: Refinements, tracked: _Tracked, write_from: int, blocks: Sequence[int]
+) -> None:
+    """Note from where on a blend is to be computed again, if that is wanted and can be had."""
+    request, plan = tracked.request, tracked.plan
+    if plan is None or plan.refine == "off":
+        return
+    why_not = tracked.nothing_to_refine(write_from, refinements.block_size)
+    tracked.not_refined = why_not or refinements.refusal(request)
+    if not tracked.not_refined:
+        start = max(_first_approximate(plan), write_from)
+        refinements.begin(request, plan.refine, start, blocks, tracked.exact)
 
 
 def _name(request: Any, options: object) -> str:

@@ -25,6 +25,7 @@ from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
 from cacheblend_rag.engine.heads import heads_of
 from cacheblend_rag.engine.ingest import Ingestor
 from cacheblend_rag.engine.queries import Queries
+from cacheblend_rag.engine.refiner import Refiner
 from cacheblend_rag.engine.rope import context_length, tables_of
 from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
@@ -102,6 +103,7 @@ class WorkerExtension(Queries):
             self._connector().rows = StepRows(handle, cache, tensors)
             most, recent = shadow.longest(self.vllm_config, self.device), self._connector().recent
             self._state().shadow = ShadowWorker(handle, tensors, most, recent)
+            self._connector().refiner = Refiner(cache, self._connector().step_timer)
             a_layer = handle.layout.numbers * chosen.dtype.itemsize
             facts["kv_bytes_per_token"] = handle.num_layers * a_layer
             windows = [w for layer in handle.layers if (w := compat.sight(layer).least())]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cacheblend_rag.engine.ingest import Ingestor
     from cacheblend_rag.engine.link import Link
     from cacheblend_rag.engine.outcome import BlendOutcome
+    from cacheblend_rag.engine.refiner import Refiner
     from cacheblend_rag.engine.rope import Rerotator
     from cacheblend_rag.engine.rows import StepRows
     from cacheblend_rag.engine.shadow import ShadowWorker
@@ -75,6 +76,7 @@ class WorkerSide(Protocol):
 
     link: Link
     rows: StepRows | None
+    refiner: Refiner | None
     recent: OrderedDict[str, BlendOutcome | dict[str, Any]]
     worker_state: WorkerState
     step_timer: StepTimer

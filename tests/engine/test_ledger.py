@@ -5,7 +5,8 @@ A slot's entry stands for all that its KV depends on: the tokens up to its posit
 stored KV is among what it was computed from, and by which settings. Blends fail and are refused,
 requests are aborted, preempted and asked again; none may ever be answered from an entry that is not
 its own, nor one that wants exact KV from any other, nor a block be found by an exact hash before it
-holds that.
+holds that. Blends are refined, too: no block is written that others may read, or that is not the
+request's any more.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import torch
 from tiny import Words, make
 
 from cacheblend_rag.engine.connector import CacheBlendConnector
-from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
+from cacheblend_rag.engine.hashes import cached
+from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock, Refine, Refined
 from cacheblend_rag.engine.rows import Finished, Scheduled
 from cacheblend_rag.engine.start import prepare
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import News
-from cacheblend_rag.plan import PARAMS_KEY
+from cacheblend_rag.plan import PARAMS_KEY, Kind
 from cacheblend_rag.planner import Limits, Space
 from cacheblend_rag.reason import Reason, Why
 
@@ -76,15 +78,15 @@ class Ledger:
 
     def compute(self, blocks: Sequence[int], own: Own, at: Array) -> bool:
         """Positions ``at``, ascending, over all those before the last of them; whether that holds
-        what it should.
+        what it should. Each is exact if all before it are.
         """
         last = int(at[-1])
         self.slot[self.slots(blocks, at)] = own.exact[at]
         read = self.slot[self.slots(blocks, np.arange(last + 1))]
-        is_exact = bool((read == own.exact[: last + 1]).all())
+        is_exact = np.logical_and.accumulate(read == own.exact[: last + 1])
         right = bool(((read == own.exact[: last + 1]) | (read == own.blended[: last + 1])).all())
-        if not is_exact:
-            self.slot[self.slots(blocks, at)] = own.blended[at] if right else RUBBISH
+        near = at[~is_exact[at]]
+        self.slot[self.slots(blocks, near)] = own.blended[near] if right else RUBBISH
         return right
 
     def place(self, blocks: Sequence[int], own: Own, at: Array) -> None:
@@ -189,11 +191,52 @@ class Rows:
             self._ledger.compute(task.blocks, own, there)
 
     def _chosen(self, task: BlendTask) -> Array:
-        """The positions that are computed: all behind the plan, and others at random."""
-        behind = np.arange(max(task.plan.end, task.write_from), task.end)
-        near = range(task.write_from, task.plan.end)
-        some = sorted(self._draw.sample(near, task.computes - len(behind)))
-        return np.concatenate([np.array(some, dtype=np.int64), behind])
+        """The positions that are computed: all that nothing is stored of, and others at random."""
+        fresh = [set(range(s.start, s.end)) for s in task.plan.segments if s.kind is Kind.FRESH]
+        must = set().union(range(task.plan.end, task.end), *fresh) - set(range(task.write_from))
+        others = sorted(set(range(task.write_from, task.end)) - must)
+        some = self._draw.sample(others, task.computes - len(must))
+        return np.array(sorted(must.union(some)), dtype=np.int64)
+
+
+class Refiner:
+    """Stands where ``refiner.Refiner`` does: what is computed again is noted, some of it fails."""
+
+    def __init__(self, ledger: Ledger, pool: Any, rows: Mapping[str, Row]) -> None:
+        self._ledger, self._pool, self._rows = ledger, pool, rows
+        self.fails: Iterator[bool] = iter(())
+        self.met: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._done: list[tuple[str, Refined]] = []
+        self._failed: set[str] = set()
+
+    def run(self, refine: Refine, outcome: BlendOutcome | None) -> None:
+        name, count = refine.request_id, len(refine.token_ids)
+        row, end = self._rows[name], refine.start + count
+        if refine.token_ids != tuple(row.tokens[refine.start : end]):
+            self.wrong.append(f"{name} is refined with tokens of another")
+        if row.blocks != list(refine.blocks):
+            self.wrong.append(f"{name} is refined in blocks of another")
+        touched = refine.blocks[refine.start // BLOCK : (end - 1) // BLOCK + 1]
+        if any(self._pool.blocks[block].ref_cnt != 1 for block in touched):
+            self.wrong.append(f"{name} is refined in blocks that others read, or that are free")
+        if name in self._failed or next(self.fails, False):
+            self._failed.add(name)
+            self.met["not refined"] += 1
+        else:
+            own = Own.of(row.tokens, row.settings)
+            self._ledger.compute(row.blocks, own, np.arange(refine.start, end))
+            self.met["refined"] += count
+            self.met["refined to the end"] += refine.is_last
+        failure = "on purpose" if name in self._failed else ""
+        self._done.append((name, Refined(count, 0.01, 0.01, refine.is_last, failure)))
+
+    def done(self) -> list[tuple[str, Refined]]:
+        done, self._done = self._done, []
+        return done
+
+    def forget(self, names: Iterable[str]) -> None:
+        self._failed -= set(names)
 
 
 class Row(NamedTuple):
@@ -215,6 +258,9 @@ class Runner:
         self.blends = Rows(self.ledger)
         self.connector.rows = self.blends  # type: ignore[assignment]
         self._rows: dict[str, Row] = {}
+        pool = scheduler.kv_cache_manager.block_pool
+        self.refiner = Refiner(self.ledger, pool, self._rows)
+        self.connector.refiner = self.refiner  # type: ignore[assignment]
         self._draw = random.Random(2)
 
     def execute(self, output: Any) -> Any:
@@ -314,7 +360,7 @@ class Ground:
         assert planning._busy is not None
         planning._busy.result()  # or whether a request waits a step for its plan were chance
         self._ahead, self._in_flight = ahead, deque[tuple[Any, Any]]()
-        self.wrong: list[str] = []
+        self.wrong = self.runner.refiner.wrong
         self.ended: dict[str, str] = {}
         self.reports: dict[str, dict[str, Any]] = {}
 
@@ -342,6 +388,14 @@ class Ground:
             for i, block_hash in enumerate(new, len(before)):
                 self._exact[block_hash] = own[i * BLOCK : (i + 1) * BLOCK]
         return new
+
+    def found(self, asked: Asked) -> int:
+        """How many blocks a plain request would find."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        plain = Request("plain", list(asked.ids), SamplingParams(), None, block_hasher=self._hasher)
+        return cached(self.pool, plain.block_hashes)
 
     def abort(self, name: str) -> None:
         from vllm.v1.request import RequestStatus
@@ -527,6 +581,85 @@ def test_a_follow_up_reads_what_was_blended_before_it(model: Path) -> None:
     assert not ground.wrong
 
 
+# ---- refinement ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("refine", ["idle", 24, 1000])
+def test_what_is_refined_is_found_by_everybody(model: Path, refine: str | int, ahead: bool) -> None:
+    ground = Ground(model, blocks=60, ahead=ahead)
+    mine = asked("abc", words(30), refine=refine)
+    ground.add("first", mine, max_tokens=60)
+    request = ground.scheduler.requests["first"]
+    ground.drain()
+    report, tokens = ground.reports["first"]["refined"], tuple(request.all_token_ids)
+    assert report["exact"] and len(mine.ids) < report["tokens"] < len(tokens)
+    further = Asked(tokens + words(20))
+    ground.add("plain", further)
+    ground.add("again", mine)
+    assert mine.params is not None
+    ground.add("next", Asked(further.ids, mine.params))
+    ground.add("always", asked("abc", mine.ids[-30:], blend_if="always"))
+    assert ground.found(further) == (len(tokens) - 1) // BLOCK
+    ground.drain()
+    reasons = {ground.reports[name]["reason"] for name in ("next", "again", "always")}
+    assert reasons == {"prefix_cached"}
+    assert not ground.wrong
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("how", ["abort", "preempt", "end", "fail"])
+@pytest.mark.parametrize("steps", [4, 9, 10])
+def test_what_is_not_refined_to_the_end_is_found_by_no_other(
+    model: Path, how: str, steps: int, ahead: bool
+) -> None:
+    """203 tokens, 32 with each step from the fourth on: the last ones with the tenth."""
+    ground = Ground(model, blocks=60, ahead=ahead)
+    refiner = ground.runner.refiner
+    mine = asked("abc", words(30), refine=32)
+    if how == "fail":
+        refiner.fails = iter([*[False] * (steps - 4), True])
+    ground.add("first", mine, max_tokens=steps if how == "end" else 90)
+    first = ground.scheduler.requests["first"]
+    for _ in range(steps):
+        ground.step()
+    before = refiner.met["refined"]
+    # where the last of it is under way, nobody has heard that all is exact
+    is_exact = ground.scheduler.connector.claims.refinements.report("first").get("exact")
+    if how == "abort":
+        ground.abort("first")
+    elif how == "preempt":
+        ground.scheduler.running.remove(first)
+        ground.scheduler._preempt_request(first, 0.0)
+    ground.step()
+    if how in ("abort", "preempt"):
+        assert refiner.met["refined"] == before
+    ground.drain()
+    if how in ("end", "fail"):
+        is_exact = ground.reports["first"]["refined"]["exact"]
+    assert ground.found(mine) == (len(mine.ids) // BLOCK if is_exact else 0)
+    ground.add("plain", Asked(mine.ids))
+    ground.drain()
+    assert not ground.wrong
+
+
+def test_nothing_is_refined_while_others_run_or_wait(model: Path) -> None:
+    ground = Ground(model, blocks=60)
+    ground.add("first", asked("abc", words(30), refine="idle"), max_tokens=90)
+    ground.add("beside", Asked(words(20)), max_tokens=30)
+    while "beside" not in ground.ended:
+        ground.step()
+        assert not ground.runner.refiner.met["refined"] or "beside" in ground.ended
+    ground.step()
+    assert ground.runner.refiner.met["refined"]
+    ground.add("late", Asked(words(20)), max_tokens=30)
+    before = ground.runner.refiner.met["refined"]
+    ground.step()
+    assert ground.runner.refiner.met["refined"] == before
+    ground.drain()
+    assert ground.reports["first"]["refined"]["exact"] and not ground.wrong
+
+
 # ---- thousands at random -------------------------------------------------------------------------
 
 FATES: list[Fate] = ["blends", "blends", "blends", "refused", "fails"]
@@ -537,6 +670,7 @@ def storm(path: Path, seed: int, requests: int, record: Any, *, ahead: bool, los
     ground = Ground(path, blocks=draw.choice([33, 33, 40, 60, 120]), ahead=ahead)
     fates = [*FATES, "lost"] if loses else FATES
     ground.blends.fates = iter(lambda: draw.choice(fates), None)  # type: ignore[arg-type]
+    ground.runner.refiner.fails = iter(lambda: draw.random() < 0.05, None)
     preempt, counts = ground.scheduler._preempt_request, Counter[str]()
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -546,15 +680,19 @@ def storm(path: Path, seed: int, requests: int, record: Any, *, ahead: bool, los
     ground.scheduler._preempt_request = counted
     names, past = [f"{seed}-{i}" for i in range(requests)], list[Asked]()
     for name in names:
+        alone = draw.random() < 0.15  # or nothing would be refined
+        while alone and ground.scheduler.requests:
+            ground.step()
         if past and draw.random() < 0.5:
             mine = again(draw, draw.choice(past[-6:]))
         else:
             mine = at_random(draw)
             past.append(mine)
-        ground.add(name, mine, max_tokens=draw.choice([1, 2, 30, 90]))
-        for _ in range(draw.choice([0, 1, 1, 2, 6])):
+        ground.add(name, mine, max_tokens=90 if alone else draw.choice([1, 2, 30, 90]))
+        for _ in range(40 if alone else draw.choice([0, 1, 1, 2, 6])):
             live = list(ground.scheduler.requests)
-            ground.step([draw.choice(live)] if live and draw.random() < 0.1 else [])
+            is_aborted = live and draw.random() < (0.01 if alone else 0.1)
+            ground.step([draw.choice(live)] if is_aborted else [])
     ground.drain()
     assert not ground.wrong, ground.wrong[:3]
     assert ground.pool.get_num_free_blocks() == len(ground.pool.blocks) - 1
@@ -563,7 +701,9 @@ def storm(path: Path, seed: int, requests: int, record: Any, *, ahead: bool, los
     assert set(ended) <= {"length", "abort", "error"} and bool(ended["error"]) == loses
     assert sum(ended.values()) == requests and counts["preempted"]
     counts["cached"] = sum(r.get("prefix_cached", 0) > 0 for r in ground.reports.values())
-    for what, count in (ended | counts | ground.blends.met).items():
+    refined = ground.runner.refiner.met
+    assert refined["refined to the end"]
+    for what, count in (ended | counts | ground.blends.met | refined).items():
         record(what, count)
 
 
@@ -572,7 +712,8 @@ def at_random(draw: random.Random) -> Asked:
     question = QUESTION[: draw.choice([2, 9, 40, 85])]
     mode = draw.choice(["blend", "blend", "blend", "off"])
     ratio = draw.choice([0.15, 0.15, 0.5, 1.0])
-    return asked(names, question, mode=mode, recompute_ratio=ratio)
+    refine = draw.choice(["off", "idle", 20, 64])
+    return asked(names, question, mode=mode, recompute_ratio=ratio, refine=refine)
 
 
 def again(draw: random.Random, mine: Asked) -> Asked:

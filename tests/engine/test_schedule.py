@@ -15,6 +15,7 @@ from cacheblend_rag.engine.schedule import Claims
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan, Segment
 from cacheblend_rag.planner import Planned
 from cacheblend_rag.reason import Reason
+from cacheblend_rag.shadow import Drawn
 
 BLOCK = 16
 IDS = tuple(range(1000, 1200))
@@ -38,8 +39,10 @@ class Blocks(SimpleNamespace):
 def claims(monkeypatch: pytest.MonkeyPatch) -> Claims:
     monkeypatch.setattr(schedule, "whole_graphs", lambda config: "")
     monkeypatch.setattr(schedule.compat, "longest_blend", lambda config: None)
+    monkeypatch.setattr(schedule.compat, "refinement_refusal", lambda config, caches: "")
     config = SimpleNamespace(
         cache_config=SimpleNamespace(block_size=BLOCK),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
         kv_transfer_config=SimpleNamespace(engine_id="this"),
     )
     claims = Claims(config, None)
@@ -274,3 +277,24 @@ def test_steps_that_cannot_be_changed_are_known() -> None:
         ({"use_mla": True}, "unified_mla_kv_cache_update"),
     ]:
         assert word in schedule.whole_graphs(compiled(**changes))
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "write_from", "why_not"),
+    [
+        ({}, {}, 0, ""),
+        ({"ratio": 1.0}, {}, 0, "the blend is exact"),
+        ({}, {}, 176, "the blend is exact"),
+        ({}, {"follows_blend": True}, 0, ""),
+        ({}, {"follows_blend": True}, 32, "an earlier blend"),
+        ({}, {"drawn": Drawn("n", "t", "", 9, 9)}, 0, "shadow"),
+        ({}, {"exact": [b"a"], "per_hash": BLOCK // 2}, 0, "a part of a block"),
+        ({}, {"exact": [b"a"], "per_hash": BLOCK}, 0, ""),
+    ],
+)
+def test_what_is_not_refined(
+    plan: dict[str, Any], changes: dict[str, Any], write_from: int, why_not: str
+) -> None:
+    tracked = schedule._Tracked(request(), "r", plan=replace(PLAN, **plan), **changes)
+    found = tracked.nothing_to_refine(write_from, BLOCK)
+    assert bool(found) == bool(why_not) and why_not in found

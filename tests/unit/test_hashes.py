@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from cacheblend_rag.engine.hashes import BlendedPrefixes, Prefix, hide, private, tokens_per_hash
+from cacheblend_rag.engine.hashes import (
+    BlendedPrefixes,
+    Prefix,
+    cached,
+    hide,
+    make_plain,
+    private,
+    tokens_per_hash,
+)
 
 BLOCK = 4
 
@@ -195,3 +203,30 @@ def test_how_many_tokens_a_hash_stands_for() -> None:
     assert tokens_per_hash(request, None, 16) == 16
     request.block_hashes = [b""] * 3
     assert tokens_per_hash(request, 16, 32) == 32
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_what_became_exact_gets_its_hashes_and_what_is_filled_later_too(first: int) -> None:
+    pytest.importorskip("vllm")
+    from vllm.v1.core.block_pool import BlockPool
+
+    pool, request = BlockPool(8, enable_caching=True, hash_block_size=BLOCK), Request(range(9))
+    exact = list(request.block_hashes)
+    hide(request, first, "nonce")
+    blocks = pool.get_new_blocks(3)
+    pool.cache_full_blocks(request, blocks, 0, 2, BLOCK, 0)
+    request.generate(range(20, 24))
+    pool.cache_full_blocks(request, blocks, 2, 3, BLOCK, 0)
+    hidden = list(request.block_hashes)
+    assert cached(pool, hidden) == 3 and cached(pool, chain(request.all)) == first
+    pool.evict_blocks({blocks[1].block_id})  # as if it were another request's by now
+
+    make_plain(pool, request, exact, BLOCK)
+    assert request.block_hashes == chain(request.all)
+    found = [pool.get_cached_block(h, [0]) for h in request.block_hashes]
+    numbers = [None if one is None else one[0].block_id for one in found]
+    assert numbers == [blocks[0].block_id, None, blocks[2].block_id]
+    assert cached(pool, request.block_hashes) == 1 and cached(None, hidden) == 0
+    assert not any(pool.get_cached_block(h, [0]) for h in hidden[first:])
+    request.generate(range(30, 34))
+    assert request.block_hashes == chain(request.all)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cacheblend_rag.pacing import IDLE_S, Pace, Progress
+from cacheblend_rag.pacing import IDLE_S, Pace, Progress, RefinePace
 
 PART_S = 0.004  # of 100 tokens
 STEP_S = 0.030
@@ -64,3 +64,24 @@ def test_steps_are_seen_between_slices() -> None:
     assert not pace.is_busy(1.0) and pace.step_s == STEP_S
     pace.see(8, 0.0, 2.0)
     assert pace.is_busy(2.0) and not pace.is_busy(3.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "step_s", "tokens"),
+    [
+        (0.010, 0.015, 60),  # as long as a step
+        (0.010, 0.400, 80),  # not more than twice as many at once
+        (0.100, 0.400, 20),  # no longer than one may wait
+        (0.100, 0.0, 20),  # a step's time is not known
+        (9.000, 0.015, 16),  # fewer take as long
+        (0.0, 0.015, 80),  # too short to be measured
+    ],
+)
+def test_a_slice_of_refinement(seconds: float, step_s: float, tokens: int) -> None:
+    pace = RefinePace(1000)
+    assert pace.tokens() == 16
+    pace.learn(40, seconds, step_s)
+    assert pace.tokens() == tokens
+    few = RefinePace(12)
+    few.learn(40, seconds, step_s)
+    assert few.tokens() == 12

@@ -59,8 +59,14 @@ def test_a_request_has_options_of_its_own() -> None:
     assert reused(plan(made)) == [KEYS.key(A), KEYS.key(B)]
     assert (plan(made).ratio, plan(made).propagation_length) == (0.15, 64)
     asked = plan(
-        made, recompute_ratio=0.4, propagation_length=0, selector="hkvd", blend_if="always"
+        made,
+        recompute_ratio=0.4,
+        propagation_length=0,
+        selector="hkvd",
+        blend_if="always",
+        refine=64,
     )
+    assert (asked.refine, plan(made).refine) == (64, "off")
     assert (asked.ratio, asked.propagation_length, asked.selector, asked.blend_if) == (
         0.4,
         0,
@@ -120,6 +126,7 @@ REFUSED: list[Any] = [
     {"space": "here", "propagation_length": -1},
     {"space": "here", "propagation_length": 2**40},
     {"space": "here", "blend_if": "sometimes"},
+    *({"space": "here", "refine": wish} for wish in (0, -3, 2**40, True, 8.0, None, "now", [])),
     {"space": "here", "mode": 3},
     {},
     [],
@@ -147,6 +154,7 @@ NAMES = [
     "selector_options",
     "propagation_length",
     "blend_if",
+    "refine",
     "space",
     "x",
 ]
@@ -158,6 +166,7 @@ def test_whatever_a_client_sends(options: dict[str, Any]) -> None:
     found = SERVER.plan(PROMPT, options).plan
     if isinstance(found, Plan):
         assert 0 <= found.ratio <= 1 and found.propagation_length >= 0
+        assert found.refine in ("off", "idle") or int(found.refine) > 0
     else:
         assert found.reason in (Reason.MALFORMED_OPTIONS, Reason.MODE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,3 +153,22 @@ def test_as_plain_data() -> None:
         "key": "a",
     }  # fmt: skip
     assert data["blended"] is True and data["stages_s"] == {"tokenize": 0.2, "load": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("refine", "engine", "tokens", "refined", "detail"),
+    [
+        ("off", {}, 0, False, ""),
+        ("idle", {"refined": {"tokens": 90, "exact": True, "detail": ""}}, 90, True, ""),
+        ("idle", {"refined": {"tokens": 32, "exact": False, "detail": ""}}, 32, False, "ended"),
+        ("idle", {"refined": {"tokens": 8, "exact": False, "detail": "no room"}}, 8, False, "room"),
+        (64, {"not_refined": "on a GPU", "refined": {}}, 0, False, "GPU"),
+        (64, {}, 0, False, "ended before"),
+    ],
+)
+def test_what_was_refined(
+    refine: Any, engine: dict[str, Any], tokens: int, refined: bool, detail: str
+) -> None:
+    report = made(**DONE | {"plan": replace(PLAN, refine=refine).to_dict()}, **engine)
+    assert (report.tokens_refined, report.refined) == (tokens, refined)
+    assert bool(detail) == bool(report.refine_detail) and detail in report.refine_detail
