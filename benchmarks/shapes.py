@@ -68,27 +68,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "pad_token_id": 0,
         "hidden_activation": "gelu_pytorch_tanh",
     },
-    "qwen3-vl-8b": {  # its text part; images are off
-        "model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"],
-        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653, "tie_word_embeddings": False,
-        "text_config": {
-            "model_type": "qwen3_vl_text", "hidden_size": 4096, "intermediate_size": 12288,
-            "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 262144,
-            "rms_norm_eps": 1e-6, "hidden_act": "silu", "dtype": "bfloat16",
-            "rope_theta": 5000000.0,
-            "rope_scaling": {
-                "rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True
-            },
-        },
-        "vision_config": {
-            "model_type": "qwen3_vl", "depth": 27, "hidden_size": 1152, "intermediate_size": 4304,
-            "num_heads": 16, "out_hidden_size": 4096, "patch_size": 16, "spatial_merge_size": 2,
-            "temporal_patch_size": 2, "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-    },
     "gpt-oss-20b": {  # in 16 bits
         "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "hidden_size": 2880,
         "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
@@ -112,25 +91,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
     },
 }  # fmt: skip
-ENGINE_OPTIONS: dict[str, dict[str, Any]] = {"qwen3-vl-8b": {"language_model_only": True}}
 COMMON = {
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "hidden_act": "silu",
     "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 
 
-def _text(shape: dict[str, Any]) -> dict[str, Any]:
-    """What a shape says of text, where it takes images too."""
-    text: dict[str, Any] = shape.get("text_config", shape)
-    return text
-
-
 def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
     """A model's ``config.json``, of so many layers."""
-    config: dict[str, Any] = json.loads(json.dumps({**COMMON, **SHAPES[shape]}))
-    if layers is not None:
-        _text(config)["num_hidden_layers"] = layers
-    return config
+    config = {**COMMON, **SHAPES[shape]}
+    return config if layers is None else {**config, "num_hidden_layers": layers}
 
 
 class Words:
@@ -138,7 +108,7 @@ class Words:
 
     def __init__(self, shape: str, seed: int = 0) -> None:
         self.draw = random.Random(seed)
-        self._vocab = _text(SHAPES[shape])["vocab_size"]
+        self._vocab = SHAPES[shape]["vocab_size"]
 
     def __call__(self, count: int) -> tuple[int, ...]:
         return tuple(self.draw.randrange(2, self._vocab) for _ in range(count))
@@ -212,7 +182,6 @@ def opened(
             skip_tokenizer_init=True,
             dtype=args.dtype,
             max_model_len=tokens + 2048,
-            **ENGINE_OPTIONS.get(args.shape, {}),
             **options,
         ) as blend:
             assert blend.model_check.passed, blend.model_check.detail
