@@ -23,7 +23,7 @@ TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 NOT_RUN_ON_A_GPU = frozenset(
     {
         *("drafts_in_graphs", "images_v2", "kv_heads", "latents_by_row", "lora_in_graphs"),
-        *("mtp", "ngram", "refinement", "shared_kv"),
+        *("mtp", "ngram", "refinement", "shadow", "shared_kv"),
     }
 )
 _FIX = (

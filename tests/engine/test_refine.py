@@ -21,6 +21,12 @@ from cacheblend_rag.reason import Reason
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
 
+
+@pytest.fixture(scope="module", autouse=True)
+def untried_on_a_gpu() -> None:
+    untried.skip("refinement")
+
+
 BLOCK = 32
 words = Words(41)
 PREFIX = words(4)
@@ -31,7 +37,6 @@ ASK: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logprobs": -1}
 
 @pytest.fixture(scope="module")
 def blend(tiny_models: Path) -> Iterator[CacheBlend]:
-    untried.lift()
     untried.skip("refinement")
     config = BlendConfig(ingest_prefix=PREFIX, propagation_length=0)
     options: dict[str, Any] = {
