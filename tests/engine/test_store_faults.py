@@ -287,7 +287,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
         alone = [asked(blend, ids) for ids in asking]
         blender = get_kv_transfer_group().blender
         store, ahead = blender.store, []
-        monkeypatch.setattr(blender._executors, "stage", ahead.append)
+        monkeypatch.setattr(blender._executors, "stage", lambda found, _: ahead.append(found))
         reads = store.stats().hits
         again = asked(blend, (5, *asking[0][1:]))
         keys = {s.key for s in again.report.segments if s.kind == "reused"}
@@ -301,7 +301,7 @@ def test_the_kv_of_a_step_s_first_blend_is_asked_for_ahead(
         for one, other in zip(alone, together, strict=True):
             assert torch.allclose(logprobs(one), logprobs(other), atol=2e-4)
 
-        def fails(sources: object) -> None:
+        def fails(sources: object, through: int) -> None:
             raise RuntimeError("no memory left")
 
         monkeypatch.setattr(blender._executors, "stage", fails)
