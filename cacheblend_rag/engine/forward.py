@@ -237,9 +237,9 @@ class ModelHandle:
         self.layers = list(self.attention.values())
         all_heads = int(config.model_config.get_total_num_kv_heads())
         self.layout = layout.layout_of(self.layers, all_heads)
+        self.ranks = Ranks()
         if device.type == "cuda":
             self._check_was_run_on_a_gpu()
-        self.ranks = Ranks()
         self.adapters = Adapters()
 
     def _check_was_run_on_a_gpu(self) -> None:
@@ -250,7 +250,16 @@ class ModelHandle:
             raise UnsupportedModelError(Reason.KV_HEADS, detail)
         if self.sharing and not compat.was_run("shared_kv"):
             raise UnsupportedModelError(Reason.SHARED_KV, f"layers that share KV {only}")
-        for layer in self.layers if self.layout.parts == 1 else ():
+        is_latent = self.layout.parts == 1
+        is_as_run = self.config.model_config.enforce_eager and self.ranks.alone
+        if is_latent and not (is_as_run or compat.was_run("latents_in_graphs")):
+            detail = (
+                "latent attention (MLA) was not run on a GPU in CUDA graphs, or on several GPUs"
+            )
+            raise UnsupportedModelError(
+                Reason.MLA, f"{detail}; start with enforce_eager=True on one"
+            )
+        for layer in self.layers if is_latent else ():
             backend = layer.get_attn_backend()
             if compat.takes_any_run(backend.get_builder_cls()) or compat.was_run("latents_by_row"):
                 continue

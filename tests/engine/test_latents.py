@@ -92,9 +92,21 @@ def test_a_backend_that_was_not_run_is_refused(
     backend = SimpleNamespace(get_builder_cls=lambda: builder, get_name=lambda: "FLASHMLA")
     layers = [SimpleNamespace(get_attn_backend=lambda: backend)]
     kept = layout.KVLayout(1, 1, 1, 576)
-    handle: Any = SimpleNamespace(layout=kept, layers=layers, sharing=[])
+    handle: Any = SimpleNamespace(
+        layout=kept,
+        layers=layers,
+        sharing=[],
+        config=SimpleNamespace(model_config=SimpleNamespace(enforce_eager=True)),
+        ranks=SimpleNamespace(alone=True),
+    )
     if support == "VARLEN":
         ModelHandle._check_was_run_on_a_gpu(handle)
+        handle.ranks.alone = False
+        with pytest.raises(UnsupportedModelError, match="several GPUs"):
+            ModelHandle._check_was_run_on_a_gpu(handle)
+        handle.ranks.alone, handle.config.model_config.enforce_eager = True, False
+        with pytest.raises(UnsupportedModelError, match="CUDA graphs"):
+            ModelHandle._check_was_run_on_a_gpu(handle)
         return
     with pytest.raises(UnsupportedModelError, match="FLASHMLA was not run") as refused:
         ModelHandle._check_was_run_on_a_gpu(handle)
