@@ -268,7 +268,7 @@ def test_a_chunk_kept_beside_the_store_is_not_read(
         read = asked(blend, ids)
         blender = get_kv_transfer_group().blender
         kept = {info.key: blender.store.get(info.key) for info in blender.store.scan()}
-        monkeypatch.setattr(blender._executors, "held", kept.get)
+        monkeypatch.setattr(blender._executors, "resident", kept.get)
         monkeypatch.setattr(FileSource, "read_into", never)
         again = asked(blend, (3, *ids[1:]))
         assert again.report.tokens_reused == read.report.tokens_reused > 0

@@ -198,6 +198,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
             "rope_parameters": {
                 **_YARN,
+                "factor": 8.0,  # of 128 positions: as many as prompts may have
                 "beta_fast": 32.0,
                 "beta_slow": 1.0,
                 "mscale": 1.0,

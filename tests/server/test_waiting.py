@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,8 @@ def test_a_tenants_first_request_does_not_wait_for_a_large_store(
         ended.set()
         raise StoreError("it went away")
 
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM turns it off
+    caplog.set_level("WARNING", logger="vllm.cacheblend_rag")  # and tests have it log errors only
     monkeypatch.setattr(CacheBlend, "_list_stored", listed)
     monkeypatch.setattr(front, "_LISTS_S", 0.05)
     object.__new__(Front)._list_stored()

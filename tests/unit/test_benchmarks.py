@@ -19,6 +19,8 @@ def options(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
+        if node.func.attr == "set_defaults":
+            found |= {str(keyword.arg) for keyword in node.keywords}
         if node.func.attr == "add_argument":
             words = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
             named = [k.value.value for k in node.keywords if k.arg == "dest"]  # type: ignore[attr-defined]

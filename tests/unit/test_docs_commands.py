@@ -18,7 +18,6 @@ from fake_retriever import FakeRetriever, make_pdf, split
 
 from cacheblend_rag import cli
 from cacheblend_rag.cli.main import _parser
-from cacheblend_rag.models import cache_home
 from cacheblend_rag.store import DiskStore
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +44,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: Path) -> Path:
     """A reader's: documents, questions, and the model's results."""
     shutil.copytree(ROOT / "examples" / "data", tmp_path / "examples" / "data")
     (tmp_path / "docs").mkdir()
@@ -60,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "models").symlink_to(cache_home() / "models")
+    (tmp_path / "home" / "models").symlink_to(embedded.parent)
     monkeypatch.setenv("CACHEBLEND_HOME", str(tmp_path / "home"))
     with DiskStore(tmp_path / "store", namespace="of-an-engine") as store:  # ours keeps no KV
         store.put(key_of(0), chunk_of(0))
