@@ -937,13 +937,18 @@ def test_preempted_blends_answer_as_alone(
         return preempt(*args, **kwargs)
 
     monkeypatch.setattr(scheduler, "_preempt_request", counted)
-    together = blend.generate(prompts, **{**SAMPLING, **options})
-    assert count > 0
-    for one, other in zip(apart, together, strict=True):
-        check_report(other)
-        assert other.report.blended
-        assert other.report.segments == one.report.segments
-        assert_same(one, other)
+    # Chunks come from a disk: where one is late, its request begins behind the others, and all fit.
+    for _ in range(5):
+        reset(blend)
+        together = blend.generate(prompts, **{**SAMPLING, **options})
+        for one, other in zip(apart, together, strict=True):
+            check_report(other)
+            assert other.report.blended
+            assert other.report.segments == one.report.segments
+            assert_same(one, other)
+        if count:
+            return
+    raise AssertionError("nothing was ever preempted")
 
 
 @tight
