@@ -110,9 +110,9 @@ class Blender:
             found = self._fetch(plan, set())  # all is in memory: nothing to consider
             self._fetched[request_id] = found
             chunks = {key: chunk for key, chunk in found.chunks.items() if chunk}
-            self._executors.stage(chunks, self._first_needed(plan))
+            self._executors.stage(chunks, self._last_deciding_layer(plan))
 
-    def _first_needed(self, plan: Plan) -> int:
+    def _last_deciding_layer(self, plan: Plan) -> int:
         """The last layer whose KV decides which tokens are computed. Where none does, the one in
         the middle: what comes behind it is in time later.
         """

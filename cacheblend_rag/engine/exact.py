@@ -36,12 +36,25 @@ def clear(cache: PagedCache, blocks: Sequence[int], most_tokens: int) -> None:
 
 
 def _prefill(cache: PagedCache, task: BlendTask, most_tokens: int) -> None:
-    handle = cache.handle
     clear(cache, task.own_blocks(cache.block_size), most_tokens)
-    ids = upload(np.array(task.token_ids, dtype=np.int64), handle.device)
-    blocks = torch.tensor(task.blocks)
+    some = task.token_ids[task.write_from : task.first_row]
+    compute(cache, some, task.write_from, task.blocks, most_tokens)
+
+
+def compute(
+    cache: PagedCache,
+    token_ids: Sequence[int],
+    start: int,
+    blocks: Sequence[int],
+    most_tokens: int,
+) -> None:
+    """Compute these tokens, which stand at ``start`` and behind it, over what the request's blocks
+    hold before them.
+    """
+    handle, table = cache.handle, torch.tensor(blocks)
+    ids = upload(np.array(token_ids, dtype=np.int64), handle.device)
+    positions = torch.arange(start, start + len(ids))
     # vLLM has reserved the memory for a step of so many tokens, not for more.
-    for tile in torch.arange(task.write_from, task.first_row).split(most_tokens):
+    for some, tile in zip(ids.split(most_tokens), positions.split(most_tokens), strict=True):
         if len(tile):
-            at = upload(tile, handle.device)
-            handle.run(PagedPass(cache, blocks, tile), ids[at], at)
+            handle.run(PagedPass(cache, table, tile), some, upload(tile, handle.device))

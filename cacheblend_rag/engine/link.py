@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from threading import Lock
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
 from cacheblend_rag.learn import Span
 from cacheblend_rag.planner import Message
 from cacheblend_rag.shadow import ShadowJob
 
+_T = TypeVar("_T")
 _MOST_SPANS = 1000  # that wait to be computed
 _MOST_SHADOWS = 256  # that wait to be taken by the worker, which counts those that it drops
 
@@ -94,10 +95,7 @@ class Link:
 
     def take_spans(self) -> list[Span]:
         """What was added since the call before."""
-        found = list[Span]()
-        while self._spans:
-            found.append(self._spans.popleft())
-        return found
+        return _drained(self._spans)
 
     def add_shadow(self, job: ShadowJob) -> None:
         """The scheduler's side saw the end of an answer that was drawn."""
@@ -105,10 +103,7 @@ class Link:
 
     def take_shadows(self) -> list[ShadowJob]:
         """What was added since the call before."""
-        found = list[ShadowJob]()
-        while self._shadows:
-            found.append(self._shadows.popleft())
-        return found
+        return _drained(self._shadows)
 
     def end(self) -> None:
         """The worker blends no more."""
@@ -117,3 +112,11 @@ class Link:
     def _wake(self) -> None:
         if self._on_message is not None:
             self._on_message()
+
+
+def _drained(waiting: deque[_T]) -> list[_T]:
+    """What is there; others may add to it meanwhile."""
+    found = list[_T]()
+    while waiting:
+        found.append(waiting.popleft())
+    return found

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-import numpy as np
-import torch
 from vllm.logger import init_logger
 
-from cacheblend_rag.engine.attention import PagedCache, PagedPass
+from cacheblend_rag.engine.attention import PagedCache
+from cacheblend_rag.engine.exact import compute
 from cacheblend_rag.engine.outcome import BlendOutcome, Clock, Refine, Refined
 from cacheblend_rag.engine.refinement import refined_so_far
-from cacheblend_rag.engine.upload import upload
 
 logger = init_logger("vllm.cacheblend_rag")
 
@@ -48,7 +46,7 @@ class Refiner:
         # handed it on before it heard of them.
         if name not in self._failed:
             try:
-                self._compute(refine)
+                compute(self._cache, refine.token_ids, refine.start, refine.blocks, self._most_rows)
             # Of whatever kind: the answer goes on with the KV that is there, in each layer either
             # the blend's or exact.
             except Exception as error:
@@ -87,12 +85,3 @@ class Refiner:
         """Requests that ended."""
         for name in names:
             self._failed.pop(name, None)
-
-    def _compute(self, refine: Refine) -> None:
-        handle, blocks = self._cache.handle, torch.tensor(refine.blocks)
-        ids = upload(np.array(refine.token_ids, dtype=np.int64), handle.device)
-        at = torch.arange(refine.start, refine.start + len(ids))
-        for some in torch.arange(len(ids)).split(self._most_rows):
-            tile = at[some]
-            here = upload(tile, handle.device)
-            handle.run(PagedPass(self._cache, blocks, tile), ids[some[0] : some[-1] + 1], here)

@@ -84,6 +84,7 @@ class Propagator:
             *(x.data_ptr() % 16 == 0 for x in (k_TGD, v_TGD, k, v)),
         )  # fmt: skip
         known, run, values = self._ready.get(table, (None, None, []))
+        # In the order of ``_arguments``: fresh K and V first, those of the cache at 9.
         if known == like:
             run(k_TGD, v_TGD, *values[2:9], k, v, *values[11:])
             return

@@ -4,7 +4,8 @@ interpreter (``TRITON_INTERPRET=1``, which conftest sets before Triton is import
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.reference import moved, placed, question_attention
 
 pytest.importorskip("triton", reason="this platform has no Triton")
+from cacheblend_kernels import propagate as propagate_module
 from cacheblend_kernels.attention import Extra, _parts, question_scores, scattered_attention
 from cacheblend_kernels.propagate import Propagation, Propagator, propagate
 from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
@@ -139,8 +141,22 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
         assert (want - old)[moves].abs().max() > 0.1
 
 
-def test_layers_that_share_what_is_made_ready_once() -> None:
+class InPlaceOfCompiled:
+    """What Triton would have compiled, where it interprets: takes all arguments in order."""
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., object]:
+        return lambda *args: propagate_module._propagate_kernel[grid](*args, num_warps=4)
+
+
+def test_layers_that_share_what_is_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh K and V as parts of one product, and once elsewhere in memory; two tables."""
+    launch, prepared = propagate_module._launch, []
+
+    def launched(*args: Any, **options: Any) -> Any:
+        prepared.append(args)
+        return launch(*args, **options) or InPlaceOfCompiled()
+
+    monkeypatch.setattr(propagate_module, "_launch", launched)
     torch.manual_seed(3)
     context, groups, dim, rows, dtype = 300, 2, 64, 40, torch.float16
     layers = [paged(context, 16, groups, dim, dtype) for _ in range(5)]
@@ -170,6 +186,7 @@ def test_layers_that_share_what_is_made_ready_once() -> None:
         run(number % 2, k, v, cache)
         assert not torch.equal(cache.k_BSGD, before)
         assert torch.equal(cache.k_BSGD, twin.k_BSGD) and torch.equal(cache.v_BSGD, twin.v_BSGD)
+    assert len(prepared) == 2 * len(layers) - 1, "layer 3 is as layer 1 was"
 
 
 def twin_of(q, positions, cache, context, *, extra, known, window, scale, softcap):  # type: ignore[no-untyped-def]

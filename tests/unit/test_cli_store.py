@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from chunks import chunk_of, key_of, same
+from fake_retriever import FakeRetriever
 
 from cacheblend_rag import cli
 from cacheblend_rag.cli.store import register
-from cacheblend_rag.retrieval import MANIFEST, Passage
+from cacheblend_rag.retrieval import Passage
 from cacheblend_rag.store import DiskStore, Encoding
 from cacheblend_rag.store.folder import namespaces
 from cacheblend_rag.store.marker import VERSION
@@ -237,20 +238,6 @@ def test_a_folder_without_a_store(
 
 
 # --- documents ------------------------------------------------------------------------------------
-
-
-class FakeRetriever:
-    """Keeps passages in a file."""
-
-    def __init__(self, passages: list[Passage], folder: Path) -> None:
-        self.passages = tuple(passages)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [(p.source, p.number, p.text) for p in passages]
-        (folder / MANIFEST).write_text(json.dumps(rows))
-
-    @classmethod
-    def load(cls, folder: Path) -> FakeRetriever:
-        return cls([Passage(*row) for row in json.loads((folder / MANIFEST).read_text())], folder)
 
 
 @pytest.fixture
