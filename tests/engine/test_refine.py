@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import untried
-from engines import EXACT, logprobs, start, start_in_process
+from engines import EXACT, logprobs, start_in_process
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, CacheBlend
@@ -37,7 +37,6 @@ ASK: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logprobs": -1}
 
 @pytest.fixture(scope="module")
 def blend(tiny_models: Path) -> Iterator[CacheBlend]:
-    untried.skip("refinement")
     config = BlendConfig(ingest_prefix=PREFIX, propagation_length=0)
     options: dict[str, Any] = {
         "block_size": BLOCK, "max_num_batched_tokens": 64, "max_num_seqs": 8
@@ -167,12 +166,3 @@ def test_a_failure_leaves_the_answer_and_is_reported(
     assert result.report.tokens_refined == 64 and not result.report.refined
     assert "on purpose" in result.report.refine_detail
     assert len(kv_of(blend, PROMPT)[0]) == 0
-
-
-@pytest.mark.slow
-def test_a_model_with_windows_is_not_refined(tiny_models: Path) -> None:
-    with start(make("gemma2", tiny_models), prefix=PREFIX) as blend:
-        blend.ingest(CHUNKS, progress=False)
-        report = blend.generate(PROMPT, refine="idle", max_tokens=40).report
-        assert report.blended and not report.refined and not report.tokens_refined
-        assert "not tested with sliding windows" in report.refine_detail
