@@ -12,7 +12,6 @@ Figures are medians over rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -33,7 +32,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.schema import TextNode
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
-from shapes import COMMON, SHAPES
+from shapes import SHAPES, save, takes_images
 
 from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.models import embedded_model
@@ -48,7 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    shapes = [shape for shape in SHAPES if not takes_images(shape)]
+    parser.add_argument("--shape", choices=shapes, default="qwen2.5-0.5b")
     parser.add_argument("--chunks", type=int, default=6)
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
@@ -72,7 +72,7 @@ def main() -> None:
 
 def make_model(folder: Path, shape: str) -> None:
     """A model folder of this shape with a real tokenizer and its chat template, but no weights."""
-    Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[shape]}))
+    save(folder, shape)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_model() / name, folder)
 

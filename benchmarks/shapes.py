@@ -59,6 +59,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
         "tie_word_embeddings": False, "rope_theta": 1000000.0,
     },
+    "qwen3-vl-8b": {  # takes images, and is asked with text
+        "model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"],
+        "tie_word_embeddings": False, "text_config": {
+            "model_type": "qwen3_vl_text", "hidden_size": 4096, "intermediate_size": 12288,
+            "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5000000.0, "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20],
+            },
+        },
+        "vision_config": {
+            "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+            "out_hidden_size": 4096, "patch_size": 16, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "image_token_id": 151655, "video_token_id": 151656,
+    },
     "gemma-3-27b": {  # five layers of six have a window
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 5376,
         "intermediate_size": 21504, "num_hidden_layers": 62, "num_attention_heads": 32,
@@ -100,7 +120,42 @@ COMMON = {
 def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
     """A model's ``config.json``, of so many layers."""
     config = {**COMMON, **SHAPES[shape]}
-    return config if layers is None else {**config, "num_hidden_layers": layers}
+    text = config.get("text_config")
+    if layers is None:
+        return config
+    if text is not None:
+        return {**config, "text_config": {**text, "num_hidden_layers": layers}}
+    return {**config, "num_hidden_layers": layers}
+
+
+def takes_images(shape: str) -> bool:
+    """Whether a model of this shape does."""
+    return "vision_config" in SHAPES[shape]
+
+
+def save(folder: Path, shape: str, layers: int | None = None) -> None:
+    """All that vLLM reads of a model but its weights."""
+    (folder / "config.json").write_text(json.dumps(config_of(shape, layers)))
+    if takes_images(shape):
+        processor = {"image_processor_type": "Qwen2VLImageProcessor"}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        _save_tokenizer(folder, SHAPES[shape])
+
+
+def _save_tokenizer(folder: Path, config: dict[str, Any]) -> None:
+    """One that knows the tokens that stand for images: what makes images of a prompt asks it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = {"vision_bos_token": "vision_start", "vision_eos_token": "vision_end"}
+    tokens |= {"image_token": "image", "video_token": "video"}
+    known = {f"<{name}>": int(config[f"{name}_token_id"]) for name in tokens.values()}
+    words = Tokenizer(WordLevel({"<bos>": 0, "<eos>": 1, "<unk>": 2, **known}, "<unk>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        extra_special_tokens={name: f"<{word}>" for name, word in tokens.items()},
+    ).save_pretrained(folder)  # fmt: skip
 
 
 class Words:
@@ -108,7 +163,9 @@ class Words:
 
     def __init__(self, shape: str, seed: int = 0) -> None:
         self.draw = random.Random(seed)
-        self._vocab = SHAPES[shape]["vocab_size"]
+        config = SHAPES[shape]
+        vocab = config.get("text_config", config)["vocab_size"]
+        self._vocab = config.get("vision_start_token_id", vocab)  # none that stands for an image
 
     def __call__(self, count: int) -> tuple[int, ...]:
         return tuple(self.draw.randrange(2, self._vocab) for _ in range(count))
@@ -171,15 +228,16 @@ def opened(
         for name in ("attention_backend", "block_size", "gpu_memory_utilization")
         if (value := getattr(args, name)) is not None
     }
+    if takes_images(args.shape):
+        options["skip_mm_profiling"] = True
     with tempfile.TemporaryDirectory() as folder:
-        config_json = json.dumps(config_of(args.shape, args.layers))
-        Path(folder, "config.json").write_text(config_json)
+        save(Path(folder), args.shape, args.layers)
         with CacheBlend(
             folder,
             config=BlendConfig(**config),
             engine="batch" if in_process else "serving",
             load_format="dummy",
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not takes_images(args.shape),
             dtype=args.dtype,
             max_model_len=tokens + 2048,
             **options,

@@ -34,21 +34,32 @@ class Family(NamedTuple):
     full: Answer
 
 
-# the latter as a GPU's user gets them
-KINDS = [*LATENT_DENSE, "lora", "deepseek_v2-dense compiled", "lora compiled"]
+# by name of vLLM's backend: kernels of these read latents for one query a sequence
+BY_ROW = ("TRITON_MLA", "FLASHMLA")
+# those compiled, and in CUDA graphs, are as a GPU's user gets them
+KINDS = [
+    *LATENT_DENSE, "lora", *(f"{name} compiled" for name in (*LATENT_DENSE, "lora")),
+    *(f"deepseek_v2-dense {backend}" for backend in BY_ROW),
+    "deepseek_v2-dense TRITON_MLA compiled",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family]:
-    name, _, compiled = request.param.partition(" ")
-    adapts = name == "lora"
+    name, *how = request.param.split()
+    adapts, compiled = name == "lora", "compiled" in how
     if compiled:
         untried.skip("lora_in_graphs" if adapts else "latents_in_graphs")
+    backend = next((word for word in how if word in BY_ROW), None)
+    if backend is not None:
+        untried.skip("latents_by_row")
     path = merged = make("llama" if adapts else name, tiny_models)
     # the width of a block that all kernels take
     options: dict[str, Any] = {"dtype": "bfloat16", "block_size": 64}
     if compiled:
         options["enforce_eager"] = False
+    if backend is not None:
+        options["attention_backend"] = backend
     if adapts:
         adapter, merged = make_adapter(path, 1)
         options |= {"enable_lora": True, "max_lora_rank": 8}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,21 +43,17 @@ def skip_what_this_gpu_cannot_load(name: str, path: Path, options: dict[str, Any
     """On a CPU, nothing is skipped."""
     if not torch.cuda.is_available():
         return
-    import vllm
-
     if options.get("attention_backend") == CPU_LATENT:
         pytest.skip("a GPU needs 16 bits for latent attention: test_16_bits_on_a_gpu.py")
     what = next((kind for family, kind in UNTRIED.items() if name.startswith(family)), None)
     if what is not None:
         untried.skip(what)
-    is_old = tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 32)
-    if is_old and (name in SINCE_0_32 or name in RENAMED):
-        pytest.skip(f"needs a GPU with vLLM 0.32; this is {vllm.__version__}")
+    if name in SINCE_0_32 or name in RENAMED:
+        untried.skip_if(untried.too_old(name))
     config = path / "config.json"
     about = json.loads(config.read_text()) if config.exists() else {}
-    has_experts = any(about.get(key) for key in EXPERTS) and not name.endswith("-dense")
-    if has_experts and not find_spec("vllm._moe_C_stable_libtorch"):
-        pytest.skip("needs a GPU machine whose vLLM has its kernels for experts")
+    if any(about.get(key) for key in EXPERTS) and not name.endswith("-dense"):
+        untried.skip_if(untried.lacks_experts())
 
 
 class Family(NamedTuple):
@@ -132,7 +127,7 @@ def test_renamed_families(family: Family, record_property: Record) -> None:
 
 
 @pytest.mark.gpu
-@of("llama", "qwen3", "gemma2", compiled=True)
+@of("llama", "qwen3", "gemma2", "gemma3n", "gemma4", compiled=True)
 def test_compiled_and_in_graphs(family: Family, record_property: Record) -> None:
     """What a GPU's user gets; the other tests run eagerly."""
     record_property("ratio 1", blends_as_the_reference(*family))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import untried
-from engines import EXACT, logprobs, start_in_process
+from engines import EAGER_AND_COMPILED, EXACT, logprobs, start_in_process
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, CacheBlend
@@ -35,12 +35,14 @@ PROMPT = words(9) + CHUNKS[0] + words(3) + CHUNKS[1] + CHUNKS[2] + words(2) + CH
 ASK: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logprobs": -1}
 
 
-@pytest.fixture(scope="module")
-def blend(tiny_models: Path) -> Iterator[CacheBlend]:
+@pytest.fixture(scope="module", params=EAGER_AND_COMPILED)
+def blend(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[CacheBlend]:
     config = BlendConfig(ingest_prefix=PREFIX, propagation_length=0)
     options: dict[str, Any] = {
         "block_size": BLOCK, "max_num_batched_tokens": 64, "max_num_seqs": 8
     }  # fmt: skip
+    if request.param == "compiled":
+        options["enforce_eager"] = False
     with start_in_process(make("llama", tiny_models), config=config, **options) as opened:
         assert opened.model_check.passed, opened.model_check.detail
         opened.ingest(CHUNKS, progress=False)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import untried
-from engines import EXACT, logprobs, start_in_process
+from engines import EAGER_AND_COMPILED, EXACT, logprobs, start_in_process
 from shadows import CHUNKS, CONFIG, PREFIX, PROMPT, SAMPLING, computed, forced
 from tiny import Words, make
 
@@ -37,9 +37,10 @@ def untried_on_a_gpu() -> None:
 words = Words(13)
 
 
-@pytest.fixture(scope="module")
-def blend(tiny_models: Path) -> Iterator[CacheBlend]:
-    with start_in_process(make("llama", tiny_models), config=CONFIG) as opened:
+@pytest.fixture(scope="module", params=EAGER_AND_COMPILED)
+def blend(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[CacheBlend]:
+    options = {"enforce_eager": False} if request.param == "compiled" else {}
+    with start_in_process(make("llama", tiny_models), config=CONFIG, **options) as opened:
         opened.ingest(CHUNKS, progress=False)
         yield opened
 
@@ -184,7 +185,8 @@ def test_engines_that_can_not_have_a_shadow_say_why() -> None:
     assert refusal() == ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compat, "_is_cpu", lambda: False)
-        assert "CPU engine" in refusal(), "no GPU ran it yet"
+        patch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"shadow"}))
+        assert "CPU engine" in refusal()
     assert "LoRA" in refusal(lora_config=object())
     assert "speculative" in refusal(speculative_config=object())
     assert "share KV" in refusal(sharing=("layer",))

@@ -17,12 +17,14 @@ TARGETS = {
     "eagle": "llama",
     "eagle3": "llama",
     "mtp": "ernie4_5_moe",
+    "mtp-dense": "qwen2",  # without experts, as some GPU machines have no kernels for them
 }
 
 
 def make_drafting(method: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """A model, and vLLM's speculative configuration for it."""
     target = make(TARGETS[method], folder)
+    method, _, dense = method.partition("-")
     spec: dict[str, Any] = {"method": method, "num_speculative_tokens": 3}
     if method == "ngram":
         spec |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -33,7 +35,8 @@ def make_drafting(method: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     elif method == "eagle3":
         spec["model"] = str(_eagle3(target, folder / "eagle3"))
     elif method == "mtp":
-        target, spec["num_speculative_tokens"] = _mtp(target, folder / "mtp"), 1
+        make_mtp = _mtp_of_mimo if dense else _mtp
+        target, spec["num_speculative_tokens"] = make_mtp(target, folder / f"mtp{dense}"), 1
     return target, spec
 
 
@@ -84,6 +87,26 @@ def _mtp(target: Path, path: Path) -> Path:
     own |= {f"model.mtp_{name}_norm.0.weight": torch.ones(hidden) for name in ("emb", "hidden")}
     own["model.mtp_linear_proj.0.weight"] = _joining(hidden)
     config = json.loads((target / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    return _save(path, weights | own, config)
+
+
+def _mtp_of_mimo(target: Path, path: Path) -> Path:
+    """The same of MiMo, whose model is Qwen 2's."""
+    weights = load_file(target / "model.safetensors")
+    layer, drafts = "model.layers.0.", "model.mtp_layers.0."
+    own = {
+        drafts + name.removeprefix(layer): w.clone()
+        for name, w in weights.items()
+        if name.startswith(layer)
+    }
+    norm = weights["model.norm.weight"]
+    own |= {
+        f"{drafts}{name}_layernorm.weight": torch.ones_like(norm) for name in ("token", "hidden")
+    }
+    own |= {f"{drafts}final_layernorm.weight": norm.clone()}
+    own[f"{drafts}input_proj.weight"] = _joining(norm.numel())
+    config = json.loads((target / "config.json").read_text())
+    config |= {"num_nextn_predict_layers": 1, "architectures": ["MiMoForCausalLM"]}
     return _save(path, weights | own, config)
 
 

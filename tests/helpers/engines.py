@@ -31,6 +31,8 @@ SHARE: dict[str, Any] = (
 )
 FLASH_DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"  # FlashAttention has no other
 EXACT = 1e-3 if torch.cuda.is_available() else 1e-4  # a GPU's kernels round by batch shape
+# fixtures over both: tests run eagerly, and a GPU's user gets compiled models in CUDA graphs
+EAGER_AND_COMPILED = ["eager", pytest.param("compiled", marks=pytest.mark.gpu)]
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 FULL_LOGPROBS: dict[str, Any] = {**GREEDY, "logprobs": -1}
 

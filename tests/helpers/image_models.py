@@ -24,7 +24,7 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 
 def main(folder: Path, names: list[str]) -> None:
     """For each of ``names``, make the model and the reference over its text part, and compare. One
-    that fails says why in its place.
+    that fails says why in its place. A name may be followed by ``compiled``.
     """
     from vllm.model_executor.layers.rotary_embedding.ernie45_vl_rope import (
         Ernie4_5_VLRotaryEmbedding,
@@ -74,6 +74,9 @@ def error_of(name: str, folder: Path) -> str:
     from tiny import SEEING, as_published, make, make_seeing, make_text_of
 
     options: dict[str, Any] = {"skip_mm_profiling": True, "skip_tokenizer_init": False}
+    name, _, compiled = name.partition(" ")
+    if compiled:
+        options["enforce_eager"] = False
     if name in SEEING:
         reference = Reference(make(SEEING[name][0], folder), PREFIX)
         path = make_seeing(name, folder)
