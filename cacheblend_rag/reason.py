@@ -83,6 +83,8 @@ class Reason(StrEnum):
     """The model's RoPE tables depend on more than the position, or end before ``max_model_len``."""
     ALIBI = "alibi"
     """The model's attention is biased by distance."""
+    OWN_INPUTS = "own_inputs"
+    """The model is given more of a step than tokens and their positions."""
     ATTENTION_LAYER = "attention_layer"
     """The model has attention layers of a class we do not know."""
     SHARED_KV = "shared_kv"

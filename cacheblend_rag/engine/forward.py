@@ -223,6 +223,11 @@ class ModelHandle:
         if getattr(model, "per_layer_embeddings", None) is not None:  # by row of vLLM's step
             detail = "the model takes images, and keeps more of each token than its embedding"
             raise UnsupportedModelError(Reason.ENCODER_INPUTS, detail)
+        if hasattr(model, "get_model_state_cls"):  # such as hashes of the tokens before a token
+            detail = (
+                "the model gets more of a step than tokens and positions, by a state of its own"
+            )
+            raise UnsupportedModelError(Reason.OWN_INPUTS, detail)
         self.attention = {name: layer for name, layer in found.items() if not _shares(layer)}
         if not self.attention:
             raise UnsupportedModelError(Reason.NO_ATTENTION, "the model has no attention layers")

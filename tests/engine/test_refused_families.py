@@ -110,14 +110,22 @@ def test_layers_of_a_draft_model_are_none_of_the_models() -> None:
     assert compat.draft_layers(by_ids) == compat.draft_layers(SimpleNamespace()) == set()
 
 
-def test_a_model_that_keeps_more_of_each_row_than_an_embedding_is_refused() -> None:
-    """Gemma 3n with images: our forwards have other rows than vLLM's step."""
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"per_layer_embeddings": torch.zeros(64, 4, 8)}, Reason.ENCODER_INPUTS),
+        ({"get_model_state_cls": object}, Reason.OWN_INPUTS),
+    ],
+)
+def test_a_model_that_gets_more_than_tokens_and_positions_is_refused(
+    more: dict[str, Any], reason: Reason
+) -> None:
+    """Gemma 3n with images, LongCat's n-grams: our forwards have other rows than vLLM's step."""
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(is_multimodal_model=True),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
-    model = SimpleNamespace(per_layer_embeddings=torch.zeros(64, 4, 8))
     with pytest.raises(RefusedError) as refused:
-        ModelHandle(model, config, torch.device("cpu"))
-    assert refused.value.why.reason is Reason.ENCODER_INPUTS
+        ModelHandle(SimpleNamespace(**more), config, torch.device("cpu"))
+    assert refused.value.why.reason is reason
