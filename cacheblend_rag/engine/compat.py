@@ -23,7 +23,15 @@ TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 NOT_RUN_ON_A_GPU = frozenset(
     {
         *("drafts_in_graphs", "images_v2", "kv_heads", "latents_by_row", "latents_in_graphs"),
-        *("lora_in_graphs", "mtp", "ngram", "refinement", "shadow", "shared_kv"),
+        *(
+            "latents_on_ranks",
+            "lora_in_graphs",
+            "mtp",
+            "ngram",
+            "refinement",
+            "shadow",
+            "shared_kv",
+        ),
     }
 )
 _FIX = (

@@ -255,21 +255,29 @@ class ModelHandle:
             raise UnsupportedModelError(Reason.KV_HEADS, detail)
         if self.sharing and not compat.was_run("shared_kv"):
             raise UnsupportedModelError(Reason.SHARED_KV, f"layers that share KV {only}")
-        is_latent = self.layout.parts == 1
-        is_as_run = self.config.model_config.enforce_eager and self.ranks.alone
-        if is_latent and not (is_as_run or compat.was_run("latents_in_graphs")):
-            detail = (
-                "latent attention (MLA) was not run on a GPU in CUDA graphs, or on several GPUs"
-            )
-            raise UnsupportedModelError(
-                Reason.MLA, f"{detail}; start with enforce_eager=True on one"
-            )
-        for layer in self.layers if is_latent else ():
+        if self.layout.parts == 1:
+            self._check_latents_were_run()
+
+    def _check_latents_were_run(self) -> None:
+        eager, name = bool(self.config.model_config.enforce_eager), "latent attention (MLA)"
+        if not (eager or compat.was_run("latents_in_graphs")):
+            detail = f"{name} was not run in CUDA graphs; start with enforce_eager=True"
+            raise UnsupportedModelError(Reason.MLA, detail)
+        if not (self.ranks.alone or compat.was_run("latents_on_ranks")):
+            raise UnsupportedModelError(Reason.MLA, f"{name} was not run on several GPUs")
+        for layer in self.layers:
             backend = layer.get_attn_backend()
-            if compat.takes_any_run(backend.get_builder_cls()) or compat.was_run("latents_by_row"):
+            if compat.takes_any_run(backend.get_builder_cls()):
                 continue
-            detail = f"latent attention (MLA) by the backend {backend.get_name()} was not run"
-            raise UnsupportedModelError(Reason.MLA, f"{detail}; FLASH_ATTN_MLA was")
+            by = f"{name} by the backend {backend.get_name()}"
+            if not compat.was_run("latents_by_row"):
+                raise UnsupportedModelError(Reason.MLA, f"{by} was not run; FLASH_ATTN_MLA was")
+            if not eager:
+                # Its scratch memory is as large as steps that decode need, and vLLM's graphs have
+                # its address. As many sequences as a blend has rows would have it allocated anew.
+                raise UnsupportedModelError(
+                    Reason.MLA, f"{by} in CUDA graphs; start with enforce_eager=True"
+                )
 
     @property
     def num_layers(self) -> int:

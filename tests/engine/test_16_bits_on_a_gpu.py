@@ -40,7 +40,6 @@ BY_ROW = ("TRITON_MLA", "FLASHMLA")
 KINDS = [
     *LATENT_DENSE, "lora", *(f"{name} compiled" for name in (*LATENT_DENSE, "lora")),
     *(f"deepseek_v2-dense {backend}" for backend in BY_ROW),
-    "deepseek_v2-dense TRITON_MLA compiled",
 ]  # fmt: skip
 
 

@@ -83,31 +83,41 @@ def test_stored_latents_are_placed_before_fresh_ones_are_written(is_old: bool) -
     assert written[3] == ("cache", "slots", "auto", "scale")
 
 
-@pytest.mark.parametrize("support", ["VARLEN", "UNIFORM"])
-def test_a_backend_that_was_not_run_is_refused(
-    support: str, monkeypatch: pytest.MonkeyPatch
+_LATENTS = ("latents_by_row", "latents_in_graphs", "latents_on_ranks")
+
+
+@pytest.mark.parametrize(
+    ("support", "eager", "alone", "run", "refusal"),
+    [
+        ("VARLEN", True, True, (), ""),
+        ("VARLEN", False, True, (), "not run in CUDA graphs"),
+        ("VARLEN", True, False, ("latents_in_graphs", "latents_by_row"), "on several GPUs"),
+        ("VARLEN", False, False, ("latents_in_graphs", "latents_on_ranks"), ""),
+        ("UNIFORM", True, True, (), "FLASHMLA was not run"),
+        ("UNIFORM", True, True, ("latents_by_row",), ""),
+        ("UNIFORM", False, True, _LATENTS, "FLASHMLA in CUDA graphs"),
+    ],
+)
+def test_latents_on_a_gpu_blend_as_they_were_run(
+    support: str,
+    eager: bool,
+    alone: bool,
+    run: tuple[str, ...],
+    refusal: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compat, "_is_cpu", lambda: False)
+    monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset(_LATENTS) - set(run))
     builder = SimpleNamespace(query_len_support=SimpleNamespace(name=support))
     backend = SimpleNamespace(get_builder_cls=lambda: builder, get_name=lambda: "FLASHMLA")
-    layers = [SimpleNamespace(get_attn_backend=lambda: backend)]
-    kept = layout.KVLayout(1, 1, 1, 576)
-    handle: Any = SimpleNamespace(
-        layout=kept,
-        layers=layers,
-        sharing=[],
-        config=SimpleNamespace(model_config=SimpleNamespace(enforce_eager=True)),
-        ranks=SimpleNamespace(alone=True),
-    )
-    if support == "VARLEN":
-        ModelHandle._check_was_run_on_a_gpu(handle)
-        handle.ranks.alone = False
-        with pytest.raises(UnsupportedModelError, match="several GPUs"):
-            ModelHandle._check_was_run_on_a_gpu(handle)
-        handle.ranks.alone, handle.config.model_config.enforce_eager = True, False
-        with pytest.raises(UnsupportedModelError, match="CUDA graphs"):
-            ModelHandle._check_was_run_on_a_gpu(handle)
+    handle: Any = ModelHandle.__new__(ModelHandle)
+    handle.layers = [SimpleNamespace(get_attn_backend=lambda: backend)]
+    handle.layout, handle.sharing = layout.KVLayout(1, 1, 1, 576), []
+    handle.config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=eager))
+    handle.ranks = SimpleNamespace(alone=alone)
+    if not refusal:
+        handle._check_was_run_on_a_gpu()
         return
-    with pytest.raises(UnsupportedModelError, match="FLASHMLA was not run") as refused:
-        ModelHandle._check_was_run_on_a_gpu(handle)
+    with pytest.raises(UnsupportedModelError, match=refusal) as refused:
+        handle._check_was_run_on_a_gpu()
     assert refused.value.why.reason is Reason.MLA
