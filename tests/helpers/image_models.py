@@ -31,7 +31,7 @@ def main(folder: Path, names: list[str]) -> None:
     )
     from vllm.multimodal import encoder_budget
 
-    def tokens_of_images(*others: Any, mm_counts: Any) -> dict[str, int]:
+    def tokens_of_images(*others: Any, mm_counts: Any, **more: Any) -> dict[str, int]:
         return dict.fromkeys(mm_counts, 16)
 
     encoder_budget.get_mm_max_toks_per_item = tokens_of_images  # it asks what the stand-ins lack
