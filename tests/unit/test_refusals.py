@@ -23,6 +23,7 @@ WORDS = {
     Reason.MOVED_KEYS_DIFFER: ("self-check", "moves keys otherwise"),
     Reason.ATTENTION_DIFFERS: ("Our own attention must equal vLLM's",),
     Reason.ALIBI: ("ALiBi",),
+    Reason.OWN_INPUTS: ("get more of a step than tokens",),
     Reason.ATTENTION_LAYER: ("attention layers of any other class",),
     Reason.SHARED_KV: ("share KV",),
     Reason.ATTENTION_SINKS: ("attention sinks",),
