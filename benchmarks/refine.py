@@ -7,11 +7,15 @@ prefill answers greedily. Then a blend is made to say the same tokens, with each
 turn, and each token's distribution is compared with the full prefill's, over the whole vocabulary:
 KL in nats, its mean over each quarter of the answer. Behind the answer a next turn is asked, once
 with what the prefix cache holds by then, and once as a full prefill.
+
+The wish ``plain`` is no blend: vLLM alone, with its prefix cache. Its KL and its next turns are
+what other batch shapes do to a full prefill's.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -22,8 +26,10 @@ from shapes import versions
 from tqdm import tqdm
 
 PARTS = 4  # of an answer
+TURN = 32  # tokens of the next turn
 TASK = "Explain in detail, with reasons, what the passages say about this."
 FURTHER = "\nNow say in one sentence which passage matters most, and why:"
+GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
 def main() -> None:
@@ -31,25 +37,28 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # what is compared stays in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from answer_kl import SYSTEM, read
+    from held import HeldAnswers
 
     from cacheblend_rag import BlendConfig, CacheBlend
-    from cacheblend_rag.engine import answers
     from cacheblend_rag.models import resolve_model
 
-    answers.LAST = args.tokens
+    config = BlendConfig(recompute_ratio=args.ratio, system_prompt=SYSTEM, blend_if="always")
     with CacheBlend(
         resolve_model(args.model),
-        config=BlendConfig(recompute_ratio=args.ratio, system_prompt=SYSTEM),
+        config=config,
         engine="batch",
         dtype=args.dtype,
         max_model_len=4096,
+        max_num_batched_tokens=4096,  # a prompt is one step
         enforce_eager=args.eager,
-        logits_processors=[answers.PROCESSOR],
     ) as blend:
+        held = HeldAnswers(args.tokens)
         rows: dict[str, list[dict[str, Any]]] = {wish: [] for wish in args.refine}
         for item in tqdm(read(args.file, args.limit, args.seed), desc="questions"):
-            ask(blend, item, rows, args)
+            ask(blend, held, item, rows, args)
         report(blend, rows, args)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
 
 
 def arguments() -> argparse.Namespace:
@@ -62,18 +71,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--passages", type=int, default=10, help="of each question, at most")
     parser.add_argument("--tokens", type=int, default=200, help="of an answer")
     parser.add_argument("--ratio", type=float, default=0.15)
-    parser.add_argument("--refine", nargs="+", default=["off", "idle"], help="off, idle, a number")
+    parser.add_argument(
+        "--refine", nargs="+", default=["off", "idle"], help="off, idle, a number, or plain"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--eager", action="store_true", help="compile nothing: a start is quick")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
     return parser.parse_args()
 
 
-def ask(blend: Any, item: dict[str, Any], rows: dict[str, list[dict[str, Any]]], args: Any) -> None:
+def ask(
+    blend: Any, held: Any, item: dict[str, Any], rows: dict[str, list[dict[str, Any]]], args: Any
+) -> None:
     """One question: the full prefill's answer, then each row's distributions over it."""
     from answer_kl import SYSTEM, chunk_texts
-
-    from cacheblend_rag.engine import answers
 
     texts = chunk_texts(item)[: args.passages]
     blend.ingest(texts, progress=False)
@@ -81,40 +93,54 @@ def ask(blend: Any, item: dict[str, Any], rows: dict[str, list[dict[str, Any]]],
     user = f"Passages:\n\n{context}\n\nQuestion: {item['question']}\n{TASK}"
     chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
     further = tuple(blend.tokenizer.encode(FURTHER, add_special_tokens=False))
-    common = {"temperature": 0.0, "max_tokens": args.tokens, "ignore_eos": True}
-
-    def say(wish: str, **options: Any) -> Any:
-        return blend.generate(chat, extra_args={answers.KEY: wish}, **common, **options)
-
-    full = say("keep", mode="full")
-    ids = tuple(full.prompt_token_ids)
+    common = {**GREEDY, "max_tokens": args.tokens}
+    with held.keep():
+        full = blend.generate(chat, mode="full", **common)
+    turn = (*full.prompt_token_ids, *full.token_ids, *further)
+    exact = blend.generate(turn, mode="full", max_tokens=TURN, **GREEDY)
     for wish, done in rows.items():
-        blend._engine._llm.llm_engine.reset_prefix_cache()
-        refine = int(wish) if wish.isdigit() else wish
-        got = say("force", refine=refine)
-        [compared] = answers.take_compared([answers.digest(ids)])
-        assert tuple(got.token_ids) == tuple(full.token_ids), "the forced answer was not given"
-        assert got.report.blended and len(compared) == args.tokens, got.report
-        next_turn = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True}
-        turn = ids + tuple(got.token_ids) + further
-        second = blend.generate(turn, **next_turn)
-        plain = blend.generate(turn, mode="full", **next_turn)
+        forget_prompts(blend)
+        options = wished(wish)
+        with held.force() as kl:
+            got = blend.generate(chat, **common, **options)
+        assert got.token_ids == full.token_ids, "the forced answer was not given"
+        assert got.report.blended is (wish != "plain"), got.report
+        mode = {"mode": options["mode"]} if "mode" in options else {}
+        second = blend.generate(turn, max_tokens=TURN, **GREEDY, **mode)
         done.append(
             {
-                "kl": [kl for kl, _ in compared],
-                "report": got.report,
-                "same": second.token_ids == plain.token_ids,
+                "kl": kl,
+                "prompt": got.report.tokens_total,
+                "refined": got.report.refined,
+                "tokens": got.report.tokens_refined,
+                "detail": got.report.refine_detail,
+                "ttft": got.report.ttft_s,
+                "seconds": got.report.total_s,
+                "same": second.token_ids == exact.token_ids,
                 "cached": second.report.tokens_prefix_cached / len(turn),
-                "full_ttft": full.report.ttft_s,
             }
         )
-    answers.drop([answers.digest(ids)])
+
+
+def wished(wish: str) -> dict[str, Any]:
+    """The options of a call that a row stands for."""
+    if wish == "plain":
+        return {"mode": "off"}
+    return {"refine": int(wish) if wish.isdigit() else wish}
+
+
+def forget_prompts(blend: Any) -> None:
+    """Empty vLLM's prefix cache."""
+    engine = blend._engine._llm.llm_engine
+    if not engine.reset_prefix_cache():
+        engine.step()  # one that was scheduled ahead holds blocks
+        assert engine.reset_prefix_cache(), "the prefix cache was not emptied"
 
 
 def report(blend: Any, rows: dict[str, list[dict[str, Any]]], args: Any) -> None:
-    print(f"{versions(blend)}, {args.dtype}, {time.strftime('%Y-%m-%d')}")
     first = next(iter(rows.values()))
-    mean = statistics.mean(row["report"].tokens_total for row in first)
+    mean = statistics.mean(row["prompt"] for row in first)
+    print(f"{versions(blend)}, {args.dtype}, {time.strftime('%Y-%m-%d')}")
     print(
         f"{Path(blend.info.model).name}: {len(first)} questions of {args.file.name} (seed "
         f"{args.seed}), mean prompt {mean:.0f} tokens, ratio {args.ratio}, {args.tokens} tokens "
@@ -132,16 +158,17 @@ def report(blend: Any, rows: dict[str, list[dict[str, Any]]], args: Any) -> None
             for n in range(PARTS)
         ]
         half = statistics.mean(kl for row in done for kl in row["kl"][args.tokens // 2 :])
-        reports = [row["report"] for row in done]
         shown = "".join(f"{kl:10.5f}" for kl in parts)
         print(
-            f"{wish:8}{shown}{half:11.6f}{sum(r.refined for r in reports):9}"
-            f"{statistics.mean(r.tokens_refined for r in reports):8.0f}"
-            f"{statistics.median(r.ttft_s for r in reports):8.2f}"
-            f"{statistics.median(r.total_s for r in reports):10.1f}"
+            f"{wish:8}{shown}{half:11.6f}{sum(row['refined'] for row in done):9}"
+            f"{statistics.mean(row['tokens'] for row in done):8.0f}"
+            f"{statistics.median(row['ttft'] for row in done):8.3f}"
+            f"{statistics.median(row['seconds'] for row in done):10.2f}"
             f"{sum(row['same'] for row in done):16}"
             f"{statistics.mean(row['cached'] for row in done):8.2f}"
         )
+        for detail in {row["detail"] for row in done if row["detail"]}:
+            print(f"{wish:8}{detail}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A batch is computed in parts: each layer is two, see ``engine/slices.py``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ _SHARE = 0.5  # of a step, of a slice while somebody asks
 _BUSY_S = 0.5  # as long as this after the last step, somebody asks
 _LEAST_TOKENS = 256  # smaller batches cost more than they spare
 _LEAST_REFINED = 16  # fewer tokens take as long
+_HARDLY = 1.25  # times as long as the fewest
 
 
 class Progress(NamedTuple):
@@ -96,8 +98,8 @@ class Pace:
 @dataclass
 class RefinePace:
     """How many tokens are computed again with a step of an answer, by what they took before: as
-    long as the step itself, and no longer than ``IDLE_S``. So long may the first one who asks have
-    to wait.
+    long as the step itself, or hardly longer than the fewest take, and no longer than ``IDLE_S``.
+    So long may the first one who asks have to wait.
 
     Attributes:
         most: tokens of a step at most.
@@ -105,6 +107,7 @@ class RefinePace:
 
     most: int
     _tokens: int = _LEAST_REFINED
+    _least_s: float = math.inf  # that any slice took
 
     def tokens(self) -> int:
         """That come with the next step."""
@@ -112,7 +115,12 @@ class RefinePace:
 
     def learn(self, tokens: int, seconds: float, step_s: float) -> None:
         """So many tokens took so long, and ``step_s`` a step without them; 0: that is not known."""
-        wanted = min(IDLE_S, step_s or IDLE_S)
+        self._least_s = min(self._least_s, seconds)
+        # On a GPU a thousand tokens take hardly longer than sixteen do: the host needs as long for
+        # either, and longer than for a step, which is one graph.
+        wanted = min(IDLE_S, max(step_s or IDLE_S, _HARDLY * self._least_s))
+        if tokens < self._tokens and seconds <= wanted:
+            return  # the last ones of a request, or asked for before more were known to fit
         fitting = int(tokens * wanted / max(seconds, 1e-6))
         # A few tokens take nearly as long as one, so more of them fit than these seconds say.
         self._tokens = max(_LEAST_REFINED, min(fitting, 2 * max(tokens, _LEAST_REFINED)))

@@ -12,11 +12,12 @@ import pytest
 import torch
 import untried
 from engines import EAGER_AND_COMPILED, EXACT, logprobs, start_in_process
+from refining import ASK, BLOCK, CHUNKS, PREFIX, PROMPT, kv_of, reset
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.engine.attention import PagedPass
-from cacheblend_rag.engine.hashes import cached
+from cacheblend_rag.engine.refiner import Refiner
 from cacheblend_rag.reason import Reason
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
@@ -27,12 +28,7 @@ def untried_on_a_gpu() -> None:
     untried.skip("refinement")
 
 
-BLOCK = 32
-words = Words(41)
-PREFIX = words(4)
-CHUNKS = [words(n) for n in (70, 100, 64, 90)]
-PROMPT = words(9) + CHUNKS[0] + words(3) + CHUNKS[1] + CHUNKS[2] + words(2) + CHUNKS[3] + words(25)
-ASK: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logprobs": -1}
+words = Words(42)
 
 
 @pytest.fixture(scope="module", params=EAGER_AND_COMPILED)
@@ -53,45 +49,6 @@ def blend(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[CacheBl
 def nothing_cached(request: pytest.FixtureRequest) -> None:
     if "blend" in request.fixturenames:
         reset(request.getfixturevalue("blend"))
-
-
-def core(blend: CacheBlend) -> Any:
-    return blend._engine._llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
-
-
-def reset(blend: CacheBlend) -> None:
-    scheduler = core(blend).scheduler
-    if not scheduler.reset_prefix_cache():  # a step that was scheduled ahead holds blocks
-        core(blend).step()
-        assert scheduler.reset_prefix_cache()
-
-
-def kv_of(blend: CacheBlend, ids: tuple[int, ...]) -> list[torch.Tensor]:
-    """What the blocks hold that a plain request with these tokens finds, layer by layer."""
-    from vllm import SamplingParams
-    from vllm.v1.request import Request
-
-    pool, hasher = (
-        core(blend).scheduler.kv_cache_manager.block_pool,
-        core(blend).request_block_hasher,
-    )
-    plain = Request("plain", list(ids), SamplingParams(), None, block_hasher=hasher)
-    found = plain.block_hashes[: cached(pool, plain.block_hashes)]
-    blocks = torch.tensor(
-        [pool.get_cached_block(h, [0])[0].block_id for h in found], dtype=torch.int64
-    )
-    held = []
-    for layer in connector().rows.handle.layers:
-        at = list(layer.kv_cache.shape).index(pool.num_gpu_blocks)
-        held.append(layer.kv_cache.index_select(at, blocks).movedim(at, 0).clone())
-    return held
-
-
-def connector() -> Any:
-    """The worker's side of it."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    return get_kv_transfer_group()
 
 
 @pytest.mark.parametrize("refine", [32, "idle", 1000])
@@ -128,6 +85,46 @@ def test_a_follow_up_is_a_plain_engines(blend: CacheBlend) -> None:
         plain = blend.generate(further, mode="full", max_tokens=20, **ASK)
         assert second.token_ids == plain.token_ids
         torch.testing.assert_close(logprobs(second), logprobs(plain), atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["full", "blend"])
+def test_who_comes_meanwhile_is_answered_as_alone(
+    blend: CacheBlend, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed again while another request is there, and all of it afterwards."""
+    other = words(40) + CHUNKS[2] + CHUNKS[0] + words(20)
+    alone = blend.generate(other, mode=mode, max_tokens=12, **ASK)
+    reset(blend)
+    blend.generate(words(70), mode="off", max_tokens=1)  # other blocks for what follows
+    engine: Any = blend._engine
+    core, at = engine._llm.llm_engine, []
+    run = Refiner.run
+
+    def noting(self: Refiner, refine: Any, *args: Any) -> None:
+        at.append(core.get_num_unfinished_requests())
+        run(self, refine, *args)
+
+    monkeypatch.setattr(Refiner, "run", noting)
+    one = blend._prepare(PROMPT, {"refine": 16, "max_tokens": 120, **ASK}).request
+    two = blend._prepare(other, {"mode": mode, "max_tokens": 12, **ASK}).request
+    engine._add(core, "one", one)
+    said: dict[str, tuple[int, ...]] = {"one": (), "two": ()}
+    before = 0
+    while core.has_unfinished_requests():
+        for output in core.step():
+            said[output.request_id] += tuple(output.outputs[0].token_ids)
+        if len(said["one"]) == 6 and not before:
+            before = len(at)
+            engine._add(core, "two", two)
+    assert 0 < before < len(at) and set(at) == {1}
+    assert said["two"] == alone.token_ids
+    whole = PROMPT + said["one"]
+    ours = kv_of(blend, whole)
+    assert len(ours[0]) == (len(whole) - 1) // BLOCK
+    reset(blend)
+    blend.generate(whole, mode="off", max_tokens=1)
+    for mine, full in zip(ours, kv_of(blend, whole), strict=True):
+        torch.testing.assert_close(mine, full[: len(mine)], atol=EXACT, rtol=0)
 
 
 def test_an_answer_that_ends_first_leaves_nothing_to_others(blend: CacheBlend) -> None:

@@ -85,3 +85,25 @@ def test_a_slice_of_refinement(seconds: float, step_s: float, tokens: int) -> No
     few = RefinePace(12)
     few.learn(40, seconds, step_s)
     assert few.tokens() == 12
+
+
+def test_slices_grow_where_many_tokens_take_as_long_as_few() -> None:
+    """As on a GPU, whose host needs as long for either."""
+    pace, sizes = RefinePace(8192), list[int]()
+    for _ in range(40):
+        sizes.append(pace.tokens())
+        pace.learn(sizes[-1], 0.012 + sizes[-1] * 5e-6, 0.003)
+    assert sum(sizes[:20]) > 1400
+    assert all(0.014 < 0.012 + size * 5e-6 < 0.016 for size in sizes[-10:])
+
+
+def test_short_slices_do_not_make_the_next_ones_shorter() -> None:
+    pace = RefinePace(1000)
+    for tokens, seconds in ((16, 0.01), (32, 0.012), (64, 0.014)):
+        assert pace.tokens() == tokens
+        pace.learn(tokens, seconds, 0.2)
+    assert pace.tokens() == 128
+    pace.learn(1, 0.009, 0.2)  # a request's last token
+    assert pace.tokens() == 128
+    pace.learn(100, 0.1, 0.2)  # but these were too slow
+    assert pace.tokens() == 50
