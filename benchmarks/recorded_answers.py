@@ -26,8 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cacheblend_rag.calibration import ratio_of
-from cacheblend_rag.config import FIXED_RATIO, BlendConfig
+from cacheblend_rag.calibration import ratio_of, resolved
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.evaluate.results import Answer, read_results
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.shadow import LADDER, Shadowed
@@ -187,7 +187,7 @@ def controlled(
     """What the controller makes of them. What a shadow finds is known ``waiting`` shadows later."""
     steering, keys = Steering(), KeySpace("", ())
     config = replace(config, shadow_options={**config.shadow_options, "seed": seed})
-    begin = replace(config, recompute_ratio=FIXED_RATIO)
+    begin = resolved(config, None)
     steering.open("s", config)
     changed, ratios, shadows, off = 0, 0.0, 0, 0
     found = deque[Shadowed]()

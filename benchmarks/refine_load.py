@@ -8,7 +8,7 @@ with it, taking turns in going first; every prompt has its passages in an order 
 finds blocks of another. Three cases:
 
 - alone: seconds to the first token, and of the answer;
-- beside streams: as many as --streams decode all the time; seconds between their tokens meanwhile;
+- with streams: as many as --streams decode all the time; seconds between their tokens meanwhile;
 - newcomer: while a lone answer is under way, another request comes, after 2 to 40 of its tokens;
   seconds to the newcomer's first token.
 """
@@ -99,15 +99,15 @@ class Load:
         found = await self._alone()
         for wish, refined in self._refined.items():
             print(f"{wish}: {sum(refined)} of {len(refined)} answers were refined to the end")
-        found |= {"beside": await self._beside(), "newcomer": await self._newcomer()}
-        report("a step of another stream", found["beside"])
+        found |= {"with_streams": await self._with_streams(), "newcomer": await self._newcomer()}
+        report("a step of another stream", found["with_streams"])
         report("first token of a newcomer", found["newcomer"])
         return found
 
     async def _alone(self) -> dict[str, Rows]:
         first: Rows = {wish: [] for wish in self._args.refine}
         whole: Rows = {wish: [] for wish in self._args.refine}
-        for item, wish in self._turns():
+        for item, wish in self._alternating():
             at = await self._answer(item, wish)
             first[wish].append(at[0])
             whole[wish].append(at[-1])
@@ -115,9 +115,9 @@ class Load:
         report("the whole answer, alone", whole)
         return {"first": first, "whole": whole}
 
-    async def _beside(self) -> Rows:
+    async def _with_streams(self) -> Rows:
         gaps: Rows = {wish: [] for wish in self._args.refine}
-        for item, wish in self._turns():
+        for item, wish in self._alternating():
             ended = asyncio.Event()
             streams = [asyncio.create_task(self._stream(ended)) for _ in range(self._args.streams)]
             await asyncio.sleep(0.1)  # they decode
@@ -129,7 +129,7 @@ class Load:
 
     async def _newcomer(self) -> Rows:
         first: Rows = {wish: [] for wish in self._args.refine}
-        for number, (item, wish) in enumerate(self._turns()):
+        for number, (item, wish) in enumerate(self._alternating()):
             tokens, coming = 2 + 38 * (number // 2) // max(1, len(self._items) - 1), asyncio.Event()
             answer = asyncio.create_task(
                 self._answer(item, wish, lambda n, t=tokens, c=coming: c.set() if n == t else None)
@@ -141,7 +141,7 @@ class Load:
             await answer
         return first
 
-    def _turns(self) -> list[tuple[dict[str, Any], str]]:
+    def _alternating(self) -> list[tuple[dict[str, Any], str]]:
         """Each question with each wish, and which comes first by turns."""
         one, two = self._args.refine
         orders = itertools.cycle([(one, two), (two, one)])

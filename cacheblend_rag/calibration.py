@@ -1,4 +1,8 @@
-"""What ``recompute_ratio="auto"`` stands for on one model: chosen and measured by ``calibrate``."""
+"""What ``recompute_ratio="auto"`` stands for on one model: chosen and measured by ``calibrate``.
+
+A calibration is found by the fingerprint of the weights: one that somebody made here, else one that
+ships with this package, in ``calibrations/``.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cacheblend_rag.config import FIXED_RATIO, BlendConfig
+from cacheblend_rag.config import UNCALIBRATED_RATIO, BlendConfig
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.models import cache_home
 
 FORMAT = 1
+SHIPPED = Path(__file__).parent / "calibrations"
 _FIX = "Make it anew: cacheblend calibrate MODEL --data FILE"
 
 
@@ -22,6 +27,7 @@ class Calibration:
 
     Attributes:
         fingerprint: of the weights it was made with.
+        model: what these were called: the name of a folder, or a hub name.
         version: of this package.
         ratio, selector, selector_options, propagation_length: as in ``BlendConfig``.
         changed_allowed: share of answers that might differ from a full prefill's, as asked for.
@@ -42,6 +48,7 @@ class Calibration:
     mean_ratio: float
     questions: int
     data: tuple[str, ...] = ()
+    model: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """As a table."""
@@ -60,11 +67,11 @@ def from_plain(data: Mapping[str, Any]) -> Calibration:
 
 
 def resolved(config: BlendConfig, calibration: Calibration | None) -> BlendConfig:
-    """``config`` with a number for a ratio; the fixed default where nothing was calibrated."""
+    """``config`` with a number for a ratio, that of ``auto`` where nothing was calibrated."""
     if config.recompute_ratio != "auto":
         return config
     if calibration is None:
-        return replace(config, recompute_ratio=FIXED_RATIO)
+        return replace(config, recompute_ratio=UNCALIBRATED_RATIO)
     return replace(
         config,
         recompute_ratio=calibration.ratio,
@@ -88,17 +95,24 @@ def sent(config: BlendConfig, calibration: Calibration | None) -> BlendConfig:
 
 def usual_path(fingerprint: str) -> Path:
     """Where the calibration of these weights is kept."""
-    return cache_home() / "calibrations" / f"{fingerprint[:32]}.json"
+    return in_folder(cache_home() / "calibrations", fingerprint)
+
+
+def in_folder(folder: Path, fingerprint: str) -> Path:
+    """The file of the calibration of these weights in a folder of them."""
+    return folder / f"{fingerprint[:32]}.json"
 
 
 def find(fingerprint: str, file: str | None = None) -> Calibration | None:
-    """The calibration of these weights: ``file``, else at its usual place; None if there is none.
+    """The calibration of these weights: ``file``, else at its usual place, else the one that ships;
+    None if there is none.
 
     Raises:
         ConfigError: the file is absent, no calibration, or of another model or format.
     """
-    path = usual_path(fingerprint) if file is None else Path(file)
-    if file is None and not path.exists():
+    places = [Path(file)] if file else [usual_path(fingerprint), in_folder(SHIPPED, fingerprint)]
+    path = next((place for place in places if file or place.exists()), None)
+    if path is None:
         return None
     found = _read(path)
     if found.fingerprint != fingerprint:

@@ -27,6 +27,7 @@ from cacheblend_rag.token_ids import token_ids
 Learn = Literal["off", "memory", "store"]
 
 FIXED_RATIO = 0.15  # CacheBlend, section 4.2
+UNCALIBRATED_RATIO = 0.5  # of ``auto``: the lowest that kept all of docs/quality.md's bounds
 PROPAGATION_LENGTH = 64  # chosen on the tuning half of docs/quality.md's questions
 PREFIXES = ("auto", "prompt_prefix", "document", "bos", "none")
 _TEMPLATE_OWN = {  # what rendering sets itself, or what would cut a prompt
@@ -56,15 +57,16 @@ class BlendConfig:
             prefilled, vLLM's prefix cache is not read); ``off`` (plain vLLM with its prefix cache).
         recompute_ratio: share of the reused tokens to recompute, 0 to 1 (CacheBlend, section 4.2),
             or ``auto``: ratio, selector, its options and propagation length are those that
-            ``cacheblend calibrate`` found for this model; the defaults where it found none. With
-            ``shadow``, that ratio is where a controller begins: see ``changed_allowed``.
+            ``cacheblend calibrate`` found for this model, or that ship with this package for it;
+            0.5 with the other defaults where there are none (docs/quality.md). With ``shadow``,
+            that ratio is where a controller begins: see ``changed_allowed``.
         selector: which of them: a name of ``cacheblend_rag.select.selectors()``.
         selector_options: the selector's own parameters by name, for instance ``{"window": 33}``.
         propagation_length: each recomputed token also corrects the reused tokens near it in its
             chunk, by a part of its own change. At this distance in tokens the part has fallen to
             1/e; 0: none is corrected. Brings answers closer to a full prefill's (docs/quality.md).
         calibration: a file that ``cacheblend calibrate --file`` wrote, for ``auto``; else the one
-            it keeps for these weights.
+            it keeps for these weights, else the one that ships for them.
         min_chunk_tokens: shorter chunks and shorter matches are not reused; at least 32.
         ingest_prefix: the text put before a chunk while its KV is computed. ``auto``: the prompt
             prefix, which the chat template and ``system_prompt`` put before the context, then

@@ -114,7 +114,7 @@ def add_asking(parser: argparse.ArgumentParser, *, out: str, group: int) -> None
         help=f"questions asked together; with 1 they are timed ({group})",
     )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="longest answer")
-    parser.add_argument("--dtype", help="of the model (float32 on a CPU, else its own)")
+    parser.add_argument("--dtype", help="of the model (its own; to eval on a CPU float32)")
     parser.add_argument(
         "--engine-arg",
         nargs="*",

@@ -35,13 +35,13 @@ def pooled(summaries: Sequence[SetSummary]) -> SetSummary:
     return together[0]
 
 
-def choose(summary: SetSummary, changed: float) -> str:
+def choose(summary: SetSummary, changed: float, candidates: Sequence[str] = CANDIDATES) -> str:
     """The row that recomputes least of those that change at most the share ``changed`` of answers.
 
     Raises:
         DataError: no row does.
     """
-    rows = [row for row in summary.rows if row.row in CANDIDATES and row.ratio is not None]
+    rows = [row for row in summary.rows if row.row in candidates and row.ratio is not None]
     if not rows:
         raise DataError("no question was blended: are the passages long enough to be chunks?")
     fitting = [row for row in rows if row.changed <= changed]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cacheblend_rag.calibration import Calibration, find, resolved, usual_path
+from cacheblend_rag import calibration
+from cacheblend_rag.calibration import Calibration, find, in_folder, resolved, usual_path
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError, DataError
 from cacheblend_rag.evaluate.base import Question
@@ -59,6 +60,24 @@ def test_a_calibration_s_usual_place(home: Path) -> None:
     assert find(WEIGHTS, str(deep)) == MADE
 
 
+def test_what_ships_is_found_behind_what_was_made_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "SHIPPED", tmp_path / "shipped")
+    shipped = replace(MADE, ratio=0.3)
+    shipped.save(in_folder(tmp_path / "shipped", WEIGHTS))
+    assert find(WEIGHTS) == shipped and find("cd" * 32) is None
+    MADE.save(usual_path(WEIGHTS))
+    assert find(WEIGHTS) == MADE
+
+
+def test_those_that_ship_are_whole_and_kept_on_questions_they_were_not_chosen_by() -> None:
+    for path in calibration.SHIPPED.glob("*.json"):
+        found = find(json.loads(path.read_text())["fingerprint"], str(path))
+        assert found is not None and path == in_folder(calibration.SHIPPED, found.fingerprint)
+        assert found.model and found.data and found.questions >= 20, path.name
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -81,9 +100,9 @@ def test_what_is_no_calibration(change: dict[str, Any] | None, says: str, tmp_pa
         find(WEIGHTS, str(path))
 
 
-def test_auto_is_the_calibration_or_the_default() -> None:
+def test_auto_is_the_calibration_or_the_careful_ratio() -> None:
     auto = BlendConfig(recompute_ratio="auto")
-    assert resolved(auto, None) == BlendConfig()
+    assert resolved(auto, None) == BlendConfig(recompute_ratio=0.5)
     got = resolved(auto, MADE)
     assert (got.recompute_ratio, got.selector, got.propagation_length) == (0.5, "query", 16)
     assert dict(got.selector_options) == {"coverage": 0.6}
@@ -139,6 +158,7 @@ def test_the_cheapest_row_that_keeps_to_it_is_chosen(tmp_path: Path) -> None:
     assert choose(together, 0.5) == "query@0.05"
     assert choose(together, 0.2) == "query:coverage=0.6:first_share=0@0.5"
     assert choose(together, 0.1) == "query@0.3~64"
+    assert choose(together, 0.5, ("query@0.15", "query@0.3~64")) == "query@0.15"
     with pytest.raises(DataError, match=r"the best, query@0.3~64, changes 10%.*mode='full'"):
         choose(together, 0.05)
 

@@ -110,7 +110,7 @@ def test_auto_is_what_was_calibrated() -> None:
     )
     made = planner(calibration=found)
     assert (plan(made, recompute_ratio="auto").ratio, plan(made).ratio) == (0.07, 0.15)
-    assert plan(planner(), recompute_ratio="auto").ratio == 0.15
+    assert plan(planner(), recompute_ratio="auto").ratio == 0.5
 
 
 REFUSED: list[Any] = [

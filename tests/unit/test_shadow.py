@@ -163,11 +163,11 @@ def test_a_request_with_a_ratio_of_its_own_keeps_it() -> None:
     assert planned.drawn is not None  # it is measured all the same
     assert isinstance(plan(planner).plan, Plan)  # the controller knows the template from here on
     for _ in range(9):  # and steers nobody else, at the ratio in force neither
-        own = plan(planner, recompute_ratio=0.15).drawn
+        own = plan(planner, recompute_ratio=0.5).drawn
         assert own is not None
-        planner.learn(0, Shadowed(own.key, 0.15, True))
+        planner.learn(0, Shadowed(own.key, 0.5, True))
     others = plan(planner)
-    assert isinstance(others.plan, Plan) and others.plan.ratio == 0.15
+    assert isinstance(others.plan, Plan) and others.plan.ratio == 0.5
     assert others.drawn is not None and others.drawn.key == f"s/{others.drawn.template}"
 
 

@@ -58,9 +58,9 @@ def test_a_tenth_keeps_the_target_below_the_fixed_ratio_that_keeps_it(
 
 def test_a_hundredth_is_too_little_for_so_few_requests(script: Any, recorded: Any) -> None:
     """No promise: the documentation says so."""
-    more = [script.traffic(recorded, 2000, seed) for seed in range(8)]
+    more = [script.traffic(recorded, 2000, seed) for seed in range(4)]
     found = controlled(script, recorded, more, 0.01)
-    assert statistics.mean(run.changed for run in found) > TARGET + POINTS
+    assert sum(run.changed <= TARGET + POINTS for run in found) < 0.9 * len(found), found
 
 
 def test_what_was_not_recorded_is_taken_from_the_next_ratio_below(script: Any) -> None:
