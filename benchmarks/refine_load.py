@@ -4,8 +4,8 @@ and the first token of who asks meanwhile.
     python benchmarks/refine_load.py FILE.jsonl[.xz] [--model M] [--limit 24] [--tokens 200]
 
 FILE is as for refine.py. The serving engine answers. Each question is asked without refinement and
-with it, taking turns in going first; every prompt has its passages in an order of its own, so none
-finds blocks of another. Three cases:
+with it, taking turns in going first; every prompt begins with a number of its own, so none finds blocks
+of another. Three cases:
 
 - alone: seconds to the first token, and of the answer;
 - with streams: as many as --streams decode all the time; seconds between their tokens meanwhile;
@@ -157,9 +157,9 @@ class Load:
         """Seconds from the call to each token. ``seen`` is called with their number."""
         from answer_kl import SYSTEM
 
-        texts = self._draw.sample(item["texts"], len(item["texts"]))
-        passages = "\n\n".join(texts)
-        user = f"Passages:\n\n{passages}\n\nQuestion: {item['question']}\nExplain in detail."
+        passages = "\n\n".join(item["texts"])
+        asked = f"Passages:\n\n{passages}\n\nQuestion: {item['question']}\nExplain in detail."
+        user = f"Request {self._draw.random()}. {asked}"
         chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
         refine = int(wish) if wish.isdigit() else wish
         most = tokens or self._args.tokens
