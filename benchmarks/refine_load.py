@@ -4,8 +4,8 @@ and the first token of who asks meanwhile.
     python benchmarks/refine_load.py FILE.jsonl[.xz] [--model M] [--limit 24] [--tokens 200]
 
 FILE is as for refine.py. The serving engine answers. Each question is asked without refinement and
-with it, taking turns in going first; every prompt begins with a number of its own, so none finds blocks
-of another. Three cases:
+with it, taking turns in going first. Every prompt begins with a number of its own, so none finds
+blocks of another. Three cases:
 
 - alone: seconds to the first token, and of the answer;
 - with streams: as many as --streams decode all the time; seconds between their tokens meanwhile;
