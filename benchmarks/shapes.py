@@ -8,8 +8,9 @@ import json
 import os
 import platform
 import random
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,43 @@ def _save_tokenizer(folder: Path, config: dict[str, Any]) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def write_weights(folder: Path, shape: str, layers: int | None, dtype: str) -> int:
+    """A model's random weights as a checkpoint, which engines of any tensor parallel size read
+    alike: vLLM's dummy weights differ by rank. Drawn on a GPU if there is one. Returns its bytes.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = config_of(shape, layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(folder, shape, layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    tied = model.all_tied_weights_keys if config["tie_word_embeddings"] else ()
+    parts: dict[str, dict[str, Any]] = {}
+    for name, weight in model.state_dict().items():
+        if name not in tied:
+            layer = re.search(r"layers\.(\d+)\.", name)
+            parts.setdefault(layer[1] if layer else name, {})[name] = weight.shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    where, total = {}, 0
+    for number, (_, part) in enumerate(sorted(parts.items())):
+        drawn = {}
+        for name, size in part.items():
+            weight = torch.empty(size, dtype=getattr(torch, dtype), device=device)
+            is_norm = len(size) == 1 and not name.endswith("bias")
+            drawn[name] = weight.fill_(1.0) if is_norm else weight.normal_(std=0.02)
+            total += weight.nbytes
+        file = f"model-{number:05}.safetensors"
+        save_file(drawn, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(drawn, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
 class Words:
     """Random token ids of a shape's vocabulary, repeatable."""
 
@@ -204,7 +242,13 @@ def size(text: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def opened(
-    args: argparse.Namespace, tokens: int, *, in_process: bool = False, **config: Any
+    args: argparse.Namespace,
+    tokens: int,
+    *,
+    in_process: bool = False,
+    weights: Path | None = None,
+    engine: Mapping[str, Any] | None = None,
+    **config: Any,
 ) -> Iterator[tuple[Any, Words]]:
     """A ``CacheBlend`` that blends, and the words of its model.
 
@@ -212,6 +256,8 @@ def opened(
         args: of ``parser``.
         tokens: of the chunks of the longest prompt.
         in_process: vLLM's ``LLM`` in this process, instead of ``AsyncLLM`` and its own.
+        weights: a folder of ``write_weights``; without one, each engine draws its own.
+        engine: further arguments of vLLM's.
         **config: further fields of ``BlendConfig``, or others than ``args`` says.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -230,13 +276,14 @@ def opened(
     }
     if takes_images(args.shape):
         options["skip_mm_profiling"] = True
+    options |= engine or {}
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder), args.shape, args.layers)
         with CacheBlend(
-            folder,
+            weights or folder,
             config=BlendConfig(**config),
             engine="batch" if in_process else "serving",
-            load_format="dummy",
+            load_format="auto" if weights else "dummy",
             skip_tokenizer_init=not takes_images(args.shape),
             dtype=args.dtype,
             max_model_len=tokens + 2048,
