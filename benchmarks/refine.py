@@ -132,9 +132,11 @@ def wished(wish: str) -> dict[str, Any]:
 def forget_prompts(blend: Any) -> None:
     """Empty vLLM's prefix cache."""
     engine = blend._engine._llm.llm_engine
-    if not engine.reset_prefix_cache():
-        engine.step()  # one that was scheduled ahead holds blocks
-        assert engine.reset_prefix_cache(), "the prefix cache was not emptied"
+    for _ in range(8):  # steps that were scheduled ahead hold blocks
+        if engine.reset_prefix_cache():
+            return
+        engine.step()
+    raise RuntimeError("the prefix cache could not be emptied")
 
 
 def report(blend: Any, rows: dict[str, list[dict[str, Any]]], args: Any) -> None:

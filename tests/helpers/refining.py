@@ -25,10 +25,12 @@ def core(blend: CacheBlend) -> Any:
 
 def reset(blend: CacheBlend) -> None:
     """Empty the prefix cache."""
-    scheduler = core(blend).scheduler
-    if not scheduler.reset_prefix_cache():  # a step that was scheduled ahead holds blocks
-        core(blend).step()
-        assert scheduler.reset_prefix_cache()
+    engine: Any = blend._engine
+    for _ in range(8):  # steps that were scheduled ahead hold blocks
+        if core(blend).scheduler.reset_prefix_cache():
+            return
+        engine._llm.llm_engine.step()
+    raise AssertionError("the prefix cache could not be emptied")
 
 
 def kv_of(blend: CacheBlend, ids: tuple[int, ...]) -> list[torch.Tensor]:
