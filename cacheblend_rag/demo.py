@@ -34,7 +34,7 @@ SYSTEM_PROMPT = (
 )
 MODES: tuple[Mode, ...] = ("full", "reuse", "blend")
 REUSING = ("reuse", "blend")
-CHUNK_TOKENS, PASSAGES, MAX_TOKENS = 440, 6, 24
+CHUNK_TOKENS, PASSAGES, MAX_TOKENS = 220, 6, 24
 LARGER_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
