@@ -46,6 +46,7 @@ from cacheblend_rag.reason import Reason
 _T = TypeVar("_T")
 _LONE = re.compile("[\ud800-\udfff]")  # halves of characters
 _MOST_NESTED = 16  # levels of a request's options
+_OWN = "cacheblend-"  # what requests that are no client's are named by
 _NOT_HERE = "answers are asked of the server's own endpoints, such as /v1/chat/completions"
 
 
@@ -143,6 +144,9 @@ class ClientEngine(Engine):
             extra = getattr(sampling_params, "extra_args", None) or {}
             check_params(extra.get("kv_transfer_params"))
             self.asked += 1
+            if not request_id.startswith(_OWN):
+                # Not only when its steps are seen: a slice would be long until then.
+                self.pace.asked(time.monotonic())
             return generate(prompt, sampling_params, request_id, *args, **options)
 
         client.generate = seen
@@ -191,6 +195,8 @@ class ClientEngine(Engine):
         what = (name, keys, chunks, prefix_ids, contexts, learnt)
         unwrap(self._ranks("cacheblend_ingest_begin", *what))
         while True:
+            if pause := self.pace.pause(time.monotonic()):
+                time.sleep(pause)
             parts = self.pace.parts(tokens, time.monotonic(), self._slicing.idle_s)
             results = unwrap(awaited(self._ranks, "cacheblend_ingest_go_on", name, parts))
             if not isinstance(results[0], dict):
@@ -208,7 +214,7 @@ class ClientEngine(Engine):
         # What travels with a step is a message. Its answer is dropped, so it is computed by the
         # shortest way.
         params = sampling_params(request.sampling, {"cacheblend": {"mode": "off"}})
-        name = f"cacheblend-{uuid.uuid4().hex}"
+        name = f"{_OWN}{uuid.uuid4().hex}"
         outputs = self._client.generate(to_prompt(request), params, name)
         return [to_output(output) async for output in outputs]
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cacheblend_rag.store.part import Heads
 
 _LONGEST_STEP_S = 1.0  # what lies between two steps that are further apart is no step
-_STEPS = 33  # of which the median counts
+_STEPS = 17  # of either kind, of which the median counts
 
 _NOT_OPEN = Why(Reason.NOT_READY, "the engine's store is not open")
 
@@ -84,13 +84,14 @@ class WorkerSide(Protocol):
 
 
 class StepTimer:
-    """How many steps this engine made, and how long one takes: what is computed between two steps
-    is not counted.
+    """How many steps this engine made, and how long one takes: alone, and beside something else,
+    whose own time is not counted.
     """
 
     def __init__(self) -> None:
         self._count, self._last, self._between = 0, 0.0, 0.0
-        self._took: deque[float] = deque(maxlen=_STEPS)
+        self._alone: deque[float] = deque(maxlen=_STEPS)
+        self._beside: deque[float] = deque(maxlen=_STEPS)
 
     def step_begins(self) -> None:
         """Called as a step begins."""
@@ -99,7 +100,7 @@ class StepTimer:
         # call.
         took = now - self._last - self._between
         if 0 < took < _LONGEST_STEP_S:
-            self._took.append(took)
+            (self._beside if self._between else self._alone).append(took)
         self._count, self._last, self._between = self._count + 1, now, 0.0
 
     def exclude(self, seconds: float) -> None:
@@ -107,6 +108,10 @@ class StepTimer:
         self._between += seconds
 
     def to_plain(self) -> dict[str, float]:
-        """``steps`` so far, and ``step_s`` of a recent one; 0 where none is known."""
-        took = statistics.median(self._took) if self._took else 0.0
-        return {"steps": self._count, "step_s": took}
+        """``steps`` so far, ``step_s`` of a recent one, and ``beside_s`` of one that something was
+        computed beside: handing that over, and what it leaves of the caches, cost time as well. 0
+        where none is known.
+        """
+        beside = statistics.median(self._beside) if self._beside else 0.0
+        alone = statistics.median(self._alone) if self._alone else beside
+        return {"steps": self._count, "step_s": alone, "beside_s": beside}
