@@ -23,6 +23,9 @@ from cacheblend_rag.store.url import parse_size, parse_url
 WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 _OURS_ALONE = ("--kv-transfer-config", "--worker-extension-cls")
 _TEMPLATE, _ARGUMENTS = "--chat-template", "--default-chat-template-kwargs"  # vLLM's
+# oneDNN prepares a program for each number of tokens that a step may have, a third of a MiB each,
+# and would keep 1,024 of them: see docs/serving.md
+_PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 _SERVER = ("state", "tenants", "tenant_header", "max_body", "max_queued_tokens", "page")
 _EPILOG = (
     "Every other option is one of vLLM's: cacheblend serve --help=vllm lists its groups, "
@@ -233,6 +236,7 @@ def _environment(embedded: bool) -> dict[str, str]:
     if not torch.cuda.is_available():
         cache = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1" if embedded else "4")
         found["VLLM_CPU_KVCACHE_SPACE"] = cache
+        found |= {_PRIMITIVES: os.environ.get(_PRIMITIVES, "256")}
     return found
 
 

@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cacheblend_rag.engine import binding
 from cacheblend_rag.engine.binding import RankMessages
 from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.heap import Heap
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.outcome import BlendOutcome, Refine, Refined
 from cacheblend_rag.engine.refiner import Refiner
@@ -100,6 +101,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self.link = Link.of(str(given.engine_id))
         self._config = vllm_config
         self._runner: Any = None
+        self._heap = Heap.of(vllm_config.device_config.device_type)
         if self._binds:  # what cannot be written must not be read, whatever vLLM's default is
             given.kv_load_failure_policy = "fail"
 
@@ -237,6 +239,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Nothing is loaded between steps; requests that ended are forgotten."""
+        if finished_req_ids:
+            self._heap.request_ended()
         if self.rows is not None:
             # vLLM calls this after every forward. The last layer's K and V are known then.
             self.rows.prove()

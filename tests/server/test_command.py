@@ -72,6 +72,23 @@ def test_nothing_given(printed: Callable[..., Any]) -> None:
     assert "--enable-prompt-tokens-details" not in words
 
 
+def test_a_cpus_memory_is_bounded_unless_the_user_bounds_it(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(**environment: str) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert main(["serve", model, "--print-command"]) == 0
+        return capsys.readouterr().out
+
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "VLLM_CPU_KVCACHE_SPACE=4 ONEDNN_PRIMITIVE_CACHE_CAPACITY=256 vllm serve" in line()
+    assert "CAPACITY=1024 vllm serve" in line(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "CAPACITY" not in line() and "KVCACHE" not in line()
+
+
 def test_steps_as_large_as_a_blends_are_cuda_graphs(
     printed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
