@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import re
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ from cacheblend_rag.engine.base import (
     awaited,
 )
 from cacheblend_rag.engine.output import to_output, to_prompt
+from cacheblend_rag.engine.params import check_params
 from cacheblend_rag.engine.served_chat import ServedChat
 from cacheblend_rag.engine.serving import rpc, tokenizer_of
 from cacheblend_rag.engine.start import (
@@ -44,41 +44,8 @@ from cacheblend_rag.planner import Space
 from cacheblend_rag.reason import Reason
 
 _T = TypeVar("_T")
-_LONE = re.compile("[\ud800-\udfff]")  # halves of characters
-_MOST_NESTED = 16  # levels of a request's options
 _OWN = "cacheblend-"  # what requests that are no client's are named by
 _NOT_HERE = "answers are asked of the server's own endpoints, such as /v1/chat/completions"
-
-
-def check_params(params: object) -> None:
-    """Look at a request's ``kv_transfer_params``, which vLLM hands from process to process as they
-    are. One that can't be written there would end the engine, and all answers with it.
-
-    Raises:
-        ValueError: they are such; vLLM answers 400.
-    """
-    if params is not None and not isinstance(params, dict):
-        raise ValueError("kv_transfer_params must be an object")
-    level: list[Any] = [params]
-    for _ in range(_MOST_NESTED):
-        if any(_LONE.search(text) for value in level for text in _texts_of(value)):
-            raise ValueError("kv_transfer_params has half a character (a lone surrogate)")
-        level = [inner for value in level for inner in _inside(value)]
-        if not level:
-            return
-    raise ValueError(f"kv_transfer_params is nested more than {_MOST_NESTED} levels deep")
-
-
-def _texts_of(value: object) -> list[str]:
-    if isinstance(value, dict):
-        return list(value)
-    return [value] if isinstance(value, str) else []
-
-
-def _inside(value: object) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
 
 
 class ClientEngine(Engine):

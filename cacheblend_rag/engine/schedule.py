@@ -28,6 +28,7 @@ from cacheblend_rag.engine.hashes import (
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.names import is_beam
 from cacheblend_rag.engine.outcome import BlendTask, Refine
+from cacheblend_rag.engine.params import drop_unwritable
 from cacheblend_rag.engine.planning import Planning
 from cacheblend_rag.engine.refinement import Refinements
 from cacheblend_rag.engine.rows import Scheduled
@@ -208,14 +209,14 @@ class Claims:
     def begin(self, request: Any) -> None:
         """A request arrived; nothing of it was looked up yet."""
         self._live[request.request_id] = request
-        given = request.kv_transfer_params
+        unwritable, given = drop_unwritable(request), request.kv_transfer_params
         options = given.get(PARAMS_KEY) if isinstance(given, Mapping) else None
-        if options is None and not self.planning.planner.plans_all:
+        if options is None and not (unwritable or self.planning.planner.plans_all):
             return
         name = _name(request, options) if self._names else str(request.request_id)
         tracked = self._requests[request.request_id] = _Tracked(request, name)
         tracked.space = self.planning.planner.space_id(options)
-        tracked.why_not = self._refusal(request) or self._forged(options)
+        tracked.why_not = unwritable or self._refusal(request) or self._forged(options)
         # Begun before vLLM's first look-up: the plan decides by which hashes the request's blocks
         # are looked for.
         if tracked.why_not is None:

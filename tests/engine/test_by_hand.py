@@ -296,5 +296,7 @@ def test_a_stock_client_of_a_stock_server(embedded: Path, tmp_path: Path) -> Non
             blended = report([asked[1]])[1]
             assert blended["bytes"] > 0 and blended["missing"] == []
             assert report([asked[1]], mode="off")[1]["reason"] == "mode"
+            deep = json.loads("[" * 900 + "]" * 900)  # the engine ended writing it for its workers
+            assert report([asked[1]], mode=deep)[1]["reason"] == "malformed_options"
         finally:
             server.terminate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -111,6 +112,28 @@ def test_beams_are_computed_exactly(claims: Claims) -> None:
     claims.begin(beam)
     assert claims.there(beam, 0) == 0
     assert beam.block_hashes == before
+
+
+@pytest.mark.parametrize("plans_all", [False, True])
+@pytest.mark.parametrize("given", [json.loads("[" * 900 + "]" * 900), {PARAMS_KEY: ["\ud800"]}, 5])
+def test_what_no_worker_could_be_sent_is_taken_off_a_request(
+    claims: Claims, given: Any, plans_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own server checks nothing, and the engine ended where it wrote this to its workers."""
+    monkeypatch.setattr(type(claims.planning.planner), "plans_all", plans_all)
+    sampling = SimpleNamespace(
+        prompt_logprobs=None, extra_args={"kv_transfer_params": given, "x": 1}
+    )
+    asked = request()
+    asked.kv_transfer_params, asked.sampling_params = given, sampling
+    before = list(asked.block_hashes)
+    claims.begin(asked)
+    assert claims.there(asked, 0) == 0 and asked.block_hashes == before
+    assert asked.kv_transfer_params is None and sampling.extra_args == {"x": 1}
+    asked.status.name = "FINISHED_STOPPED"
+    report = claims.finished(asked)
+    assert report is not None
+    assert report[PARAMS_KEY]["reason"] == "malformed_options", report
 
 
 def test_another_engine_of_this_process_is_not_asked(claims: Claims) -> None:
