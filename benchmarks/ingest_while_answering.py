@@ -63,8 +63,8 @@ def row(name: str, found: list[float], step_s: float) -> None:
     ordered = sorted(found)
     parts = [statistics.median(ordered), ordered[int(len(ordered) * 0.99)], ordered[-1]]
     numbers = [f"{1e3 * part:9.1f}" for part in parts] + [f"{ordered[-1] / step_s:9.2f}"]
-    late = sum(gap > 2 * step_s for gap in ordered)
-    print(name.ljust(20), *numbers, f"{late:5} of {len(ordered)}", flush=True)
+    slow = sum(gap > 2 * step_s for gap in ordered)
+    print(name.ljust(20), *numbers, f"{slow:5} of {len(ordered)}", flush=True)
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def measure(server: LiveServer, args: argparse.Namespace) -> None:
-    """Alone, and beside an ingestion, in turns; then the ingestion alone."""
+    """Alone, and with an ingestion, in turns; then the ingestion alone."""
     chunks = iter(passage(n) for n in range(2, sys.maxsize))
     gaps(server, args.streams, 20)
     server.ask("POST", "/ingestions", json={"chunks": [passage(1)], "wait": True}, timeout=300)

@@ -3,7 +3,7 @@
     python benchmarks/memory.py products --lengths 200
     python benchmarks/memory.py plain [--lengths 30] [--model DIR]
     python benchmarks/memory.py blend [--lengths 30]
-    ONEDNN_PRIMITIVE_CACHE_CAPACITY=256 python benchmarks/memory.py products --lengths 200
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY=256 python benchmarks/memory.py products --give-back
 
 `plain` is vLLM without our connector, `blend` is CacheBlend, which blends each prompt. Both are
 asked the same prompts, one at a time, in this process: of lengths that are new, and of the same
@@ -12,7 +12,8 @@ only. What it leaks by request, it takes in both. `products` is no engine: only 
 vLLM multiplies matrices by on such a CPU, with as many rows as the prompts have tokens.
 
 Linux with glibc only. `in use` is what programs hold of the heap, `kept` what the C library keeps
-of what they gave back, `code` are pages that were written to be executed.
+of what they gave back, `code` are pages that were written to be executed. `--give-back` has free
+memory given back to the system before each row, as `engine/heap.py` does once a minute.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("what", choices=("products", "plain", "blend"))
     parser.add_argument("--lengths", type=int, default=30)
     parser.add_argument("--model")
+    parser.add_argument("--give-back", action="store_true")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all of it in this process
     draw = random.Random("passages")
@@ -144,7 +146,10 @@ def main() -> None:
             began = time.perf_counter()
             for ids in prompts(lengths, passages, f"{name} {begin}"):
                 ask(ids)
-            numbers = (*memory(), time.perf_counter() - began)
+            took = time.perf_counter() - began
+            if args.give_back:
+                ctypes.CDLL(None).malloc_trim(0)
+            numbers = (*memory(), took)
             print(name.ljust(20), *(f"{part:9.0f}" for part in numbers), flush=True)
 
 

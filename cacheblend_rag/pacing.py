@@ -13,9 +13,9 @@ from typing import NamedTuple
 IDLE_S = 0.05  # of a slice while nobody asks: as long as the first one who asks may have to wait
 _SHARE = 0.5  # of a step, of a slice while somebody asks
 _GAP = 1.75  # steps that an answer may wait for its next token, with a slice between; 2 are allowed
-_SLOWED = 1.4  # times as long as alone a step takes beside a slice, until that is known
+_SLOWED = 1.4  # times as long as alone an interleaved step takes, until that is known
 _BUSY_S = 0.5  # as long as this after the last step, somebody asks
-_PAUSE_EVERY, _PAUSE_STEPS = 12, 2.5  # slices; long enough for a step that has nothing beside it
+_PAUSE_EVERY, _PAUSE_STEPS = 12, 2.5  # slices; long enough for a step alone
 _LEAST_TOKENS = 256  # smaller batches cost more than they spare
 _LEAST_REFINED = 16  # fewer tokens take as long
 _HARDLY = 1.25  # times as long as the fewest
@@ -28,13 +28,13 @@ class Progress(NamedTuple):
         seconds: that the slice took.
         steps: of the engine, since its start.
         step_s: seconds that one takes alone; 0: none is known.
-        beside_s: that one takes that a slice was computed beside, without the slice; 0: as above.
+        interleaved_s: that one takes that a slice follows, without the slice; 0: as above.
     """
 
     seconds: float
     steps: int
     step_s: float
-    beside_s: float = 0.0
+    interleaved_s: float = 0.0
 
 
 @dataclass
@@ -43,15 +43,15 @@ class Pace:
 
     Attributes:
         token_part_s: seconds that one part takes for one token; 0: not known.
-        step_s, beside_s: seconds that a step of the engine takes, alone and beside a slice; 0: not
-            known.
+        step_s, interleaved_s: seconds that a step of the engine takes, alone and with a slice behind
+            it; 0: not known.
         own_steps: of the engine's, those that ingestions made themselves since its start.
         busy_s: seconds that ingestions took while somebody asked.
     """
 
     token_part_s: float = 0.0
     step_s: float = 0.0
-    beside_s: float = 0.0
+    interleaved_s: float = 0.0
     own_steps: int = 0
     busy_s: float = 0.0
     _slices: int = 0  # since a step alone was seen
@@ -73,32 +73,31 @@ class Pace:
         """
         if not self.token_part_s:
             return 1
-        wanted = self._beside_answers() if self.is_busy(now) else idle_s
+        wanted = self._busy_slice_s() if self.is_busy(now) else idle_s
         return max(1, int(wanted / (self.token_part_s * tokens)))
 
     def tokens(self, most: int) -> int:
         """Of a batch two parts of which take no longer than a slice may: they are not equal."""
         if not (self.token_part_s and self.step_s):
             return min(most, 2 * _LEAST_TOKENS)
-        wanted = int(self._beside_answers() / (2 * self.token_part_s))
+        wanted = int(self._busy_slice_s() / (2 * self.token_part_s))
         return min(most, max(_LEAST_TOKENS, wanted))
 
     def pause(self, now: float) -> float:
-        """Seconds to wait before the next slice. Beside answers a step has nothing beside it now
-        and then: by how long that takes, slices are measured.
+        """Seconds to wait before the next slice. While somebody asks, a step is alone now and then:
+        by how long that takes, slices are measured.
         """
         if not self.is_busy(now) or self._slices < _PAUSE_EVERY:
             return 0.0
         self._slices = 0
-        return _PAUSE_STEPS * max(self.step_s, self.beside_s)
+        return _PAUSE_STEPS * max(self.step_s, self.interleaved_s)
 
-    def _beside_answers(self) -> float:
+    def _busy_slice_s(self) -> float:
         """Seconds of a slice while somebody asks."""
-        # A step that a slice was computed beside takes longer than one alone, by more than the
-        # slice, and the answer waits for that, too.
-        beside_s = self.beside_s or _SLOWED * self.step_s
-        step_s = min(self.step_s, beside_s)
-        return min(_SHARE * step_s, _GAP * step_s - beside_s)
+        # A slice makes the step longer by more than itself, and the answer waits for that, too.
+        interleaved_s = self.interleaved_s or _SLOWED * self.step_s
+        step_s = min(self.step_s, interleaved_s)
+        return min(_SHARE * step_s, _GAP * step_s - interleaved_s)
 
     def learn(self, progress: Progress, parts: int, tokens: int, now: float) -> None:
         """A slice of so many parts and tokens was computed."""
@@ -106,7 +105,7 @@ class Pace:
         if not self.token_part_s and parts == 1:
             took *= 2  # it is the short one of a layer's two
         self.token_part_s = 0.7 * self.token_part_s + 0.3 * took if self.token_part_s else took
-        self.beside_s = progress.beside_s or self.beside_s
+        self.interleaved_s = progress.interleaved_s or self.interleaved_s
         self._slices += 1
         self.see(progress.steps, progress.step_s, now)
         self._took(progress.seconds, now)

@@ -27,7 +27,7 @@ class Timer(Protocol):
         """This was spent on something else than a step."""
 
     def to_plain(self) -> dict[str, float]:
-        """``step_s`` of a recent step among it, and ``beside_s``; 0 where none is known."""
+        """``step_s`` of a recent step among it, and ``interleaved_s``; 0 where none is known."""
 
 
 class Refiner:
@@ -76,7 +76,7 @@ class Refiner:
             # Or the pace would be measured by steps that it made longer itself.
             self._timer.exclude(seconds)
             timer = self._timer.to_plain()
-            step_s = timer["beside_s"] or timer["step_s"]
+            step_s = timer["interleaved_s"] or timer["step_s"]
             tokens = len(refine.token_ids)
             refined = Refined(tokens, seconds, step_s, refine.is_last, failure)
             done.append((refine.request_id, refined))

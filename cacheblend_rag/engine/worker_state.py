@@ -84,14 +84,14 @@ class WorkerSide(Protocol):
 
 
 class StepTimer:
-    """How many steps this engine made, and how long one takes: alone, and beside something else,
-    whose own time is not counted.
+    """How many steps this engine made, and how long one takes: alone, and interleaved with other
+    work, whose own time is not counted.
     """
 
     def __init__(self) -> None:
         self._count, self._last, self._between = 0, 0.0, 0.0
         self._alone: deque[float] = deque(maxlen=_STEPS)
-        self._beside: deque[float] = deque(maxlen=_STEPS)
+        self._interleaved: deque[float] = deque(maxlen=_STEPS)
 
     def step_begins(self) -> None:
         """Called as a step begins."""
@@ -100,7 +100,7 @@ class StepTimer:
         # call.
         took = now - self._last - self._between
         if 0 < took < _LONGEST_STEP_S:
-            (self._beside if self._between else self._alone).append(took)
+            (self._interleaved if self._between else self._alone).append(took)
         self._count, self._last, self._between = self._count + 1, now, 0.0
 
     def exclude(self, seconds: float) -> None:
@@ -108,10 +108,10 @@ class StepTimer:
         self._between += seconds
 
     def to_plain(self) -> dict[str, float]:
-        """``steps`` so far, ``step_s`` of a recent one, and ``beside_s`` of one that something was
-        computed beside: handing that over, and what it leaves of the caches, cost time as well. 0
-        where none is known.
+        """``steps`` so far, ``step_s`` of a recent one, and ``interleaved_s`` of one that other work
+        followed: handing that over, and what it leaves of the caches, cost time as well. 0 where
+        none is known.
         """
-        beside = statistics.median(self._beside) if self._beside else 0.0
-        alone = statistics.median(self._alone) if self._alone else beside
-        return {"steps": self._count, "step_s": alone, "beside_s": beside}
+        interleaved = statistics.median(self._interleaved) if self._interleaved else 0.0
+        alone = statistics.median(self._alone) if self._alone else interleaved
+        return {"steps": self._count, "step_s": alone, "interleaved_s": interleaved}

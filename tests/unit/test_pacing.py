@@ -34,24 +34,24 @@ def test_while_nobody_asks_a_slice_takes_as_long_as_one_may_wait() -> None:
     assert paced(7, 7, 7).parts(100, 0.03) == int(IDLE_S / PART_S)
 
 
-def test_beside_answers_it_takes_half_a_step() -> None:
+def test_busy_slice_s_it_takes_half_a_step() -> None:
     busy = paced(7, 8, 9)
-    busy.beside_s = STEP_S
+    busy.interleaved_s = STEP_S
     assert busy.is_busy(0.03) and busy.parts(100, 0.03) == 3  # 12 ms of 15
     assert busy.parts(10_000, 0.03) == 1
     assert busy.parts(100, 1.0) == int(IDLE_S / PART_S), "they ended"
 
 
-def beside(beside_s: float, step_s: float = STEP_S) -> Pace:
+def beside(interleaved_s: float, step_s: float = STEP_S) -> Pace:
     """One whose steps take so long beside a slice."""
     pace = Pace()
     for now, steps in enumerate((7, 8)):
-        pace.learn(Progress(2 * PART_S, steps, step_s, beside_s), 2, 100, now / 100)
+        pace.learn(Progress(2 * PART_S, steps, step_s, interleaved_s), 2, 100, now / 100)
     return pace
 
 
 @pytest.mark.parametrize(
-    ("beside_s", "parts"),
+    ("interleaved_s", "parts"),
     [
         (STEP_S, 3),  # 12 ms of 15
         (1.3 * STEP_S, 3),  # 12 ms of 13.5
@@ -60,8 +60,8 @@ def beside(beside_s: float, step_s: float = STEP_S) -> Pace:
         (0.5 * STEP_S, 1),  # those alone were of more requests: 4 ms of 7.5
     ],
 )
-def test_what_a_slice_costs_a_step_is_taken_off_the_slice(beside_s: float, parts: int) -> None:
-    assert beside(beside_s).parts(100, 0.02) == parts
+def test_what_a_slice_costs_a_step_is_taken_off_the_slice(interleaved_s: float, parts: int) -> None:
+    assert beside(interleaved_s).parts(100, 0.02) == parts
 
 
 def test_a_batch_has_fewer_tokens_where_steps_are_slowed() -> None:
@@ -135,17 +135,17 @@ def test_no_answer_waits_for_more_than_two_steps(
     assert sum(gaps) > 1.1 * step_s * len(gaps), "something was computed meanwhile"
 
 
-def test_steps_are_timed_alone_and_beside_something(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_timed_alone_and_interleaved_something(monkeypatch: pytest.MonkeyPatch) -> None:
     now, timer = 0.0, StepTimer()
     monkeypatch.setattr(worker_state.time, "perf_counter", lambda: now)
-    assert timer.to_plain() == {"steps": 0, "step_s": 0, "beside_s": 0}
+    assert timer.to_plain() == {"steps": 0, "step_s": 0, "interleaved_s": 0}
     for took, aside in ((5.0, 0.0), (0.25, 0.0), (0.5, 0.125), (0.25, 0.0), (0.5, 0.125)):
         timer.step_begins()
         now += took
         if aside:
             timer.exclude(aside)
     timer.step_begins()
-    assert timer.to_plain() == {"steps": 6, "step_s": 0.25, "beside_s": 0.375}
+    assert timer.to_plain() == {"steps": 6, "step_s": 0.25, "interleaved_s": 0.375}
 
 
 def test_its_own_steps_are_no_answers() -> None:
@@ -165,7 +165,7 @@ def test_a_part_of_a_batch_takes_no_longer_than_a_slice() -> None:
     assert slow.tokens(8192) == 256
 
 
-def test_what_is_taken_beside_answers_is_counted() -> None:
+def test_what_is_taken_busy_slice_s_is_counted() -> None:
     assert paced(7, 7, 7).busy_s == 0
     busy = paced(7, 8, 9)
     assert busy.busy_s == pytest.approx(2 * 2 * PART_S)
