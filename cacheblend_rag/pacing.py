@@ -43,8 +43,8 @@ class Pace:
 
     Attributes:
         token_part_s: seconds that one part takes for one token; 0: not known.
-        step_s, interleaved_s: seconds that a step of the engine takes, alone and with a slice behind
-            it; 0: not known.
+        step_s, interleaved_s: seconds that a step of the engine takes, alone and with slices; 0:
+            not known.
         own_steps: of the engine's, those that ingestions made themselves since its start.
         busy_s: seconds that ingestions took while somebody asked.
     """

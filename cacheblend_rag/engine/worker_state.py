@@ -108,7 +108,7 @@ class StepTimer:
         self._between += seconds
 
     def to_plain(self) -> dict[str, float]:
-        """``steps`` so far, ``step_s`` of a recent one, and ``interleaved_s`` of one that other work
+        """``steps`` so far, ``step_s`` of a recent one, ``interleaved_s`` of one that other work
         followed: handing that over, and what it leaves of the caches, cost time as well. 0 where
         none is known.
         """
