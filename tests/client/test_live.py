@@ -33,6 +33,7 @@ PAGE = (ROOT / "docs" / "clients.md").read_text()
 SERVING = (ROOT / "docs" / "serving.md").read_text()
 THERE = "http://localhost:8000"
 NAMES = ("curl", "OpenAI's package", "LangChain's own class", "LlamaIndex's own class", "Haystack")
+SETTING = "In Python"  # what the sections behind it use
 OURS = ("Python", "Our classes for LlamaIndex and LangChain")
 CHUNKS = [fact.format(1874 + i) * 5 for i, fact in enumerate(FACTS)]
 PROMPT = "\n\n".join([*CHUNKS, "When was the bell cast?"])
@@ -155,7 +156,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 def test_every_section_with_code_is_run() -> None:
     titles = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
-    assert {t for t in titles if "```" in section(t)} == {*NAMES, *OURS}
+    assert {t for t in titles if "```" in section(t)} == {*NAMES, *OURS, SETTING}
 
 
 def test_curl(server: LiveServer) -> None:
@@ -221,7 +222,12 @@ def test_examples(
         if importlib.util.find_spec(MODULES[name].partition(".")[0]) is None:
             pytest.skip(f"needs the dependency group clients: {MODULES[name]}")
         pytest.importorskip(MODULES[name], reason="needs the dependency group clients")
-    scope: dict[str, Any] = {"chunks": CHUNKS, "model": "smollm2"}
+    scope: dict[str, Any] = {}
+    [setting] = blocks(SETTING, "python")
+    exec(setting, scope)
+    assert scope["model"] == "smollm2-135m-instruct", "what the command calls the embedded model"
+    assert all(chunk in scope["prompt"] for chunk in scope["chunks"])
+    scope |= {"chunks": CHUNKS, "model": "smollm2"}
     shown = io.StringIO()
     for code in blocks(name, "python"):
         scope["prompt"] = unasked()
