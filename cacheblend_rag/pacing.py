@@ -14,6 +14,7 @@ IDLE_S = 0.05  # of a slice while nobody asks: as long as the first one who asks
 _SHARE = 0.5  # of a step, of a slice while somebody asks
 _GAP = 1.75  # steps that an answer may wait for its next token, with a slice between; 2 are allowed
 _SLOWED = 1.4  # times as long as alone an interleaved step takes, until that is known
+_LONG_SLICES = 2  # of a batch: its first ones also prepare for its number of tokens
 _BUSY_S = 0.5  # as long as this after the last step, somebody asks
 _PAUSE_EVERY, _PAUSE_STEPS = 12, 2.5  # slices; long enough for a step alone
 _LEAST_TOKENS = 256  # smaller batches cost more than they spare
@@ -55,6 +56,7 @@ class Pace:
     own_steps: int = 0
     busy_s: float = 0.0
     _slices: int = 0  # since a step alone was seen
+    _of_batch: int = 0  # slices
     _steps: int = -1
     _asked_at: float = float("-inf")
 
@@ -66,12 +68,16 @@ class Pace:
         """Somebody asks: steps are about to come."""
         self._asked_at = now
 
+    def begin(self) -> None:
+        """A batch begins."""
+        self._of_batch = 0
+
     def parts(self, tokens: int, now: float, idle_s: float = IDLE_S) -> int:
         """How many parts of a batch of so many tokens come next.
 
         ``idle_s``: seconds of a slice while nobody asks.
         """
-        if not self.token_part_s:
+        if not self.token_part_s or (self.is_busy(now) and self._of_batch < _LONG_SLICES):
             return 1
         wanted = self._busy_slice_s() if self.is_busy(now) else idle_s
         return max(1, int(wanted / (self.token_part_s * tokens)))
@@ -104,7 +110,11 @@ class Pace:
         took = progress.seconds / (parts * tokens)
         if not self.token_part_s and parts == 1:
             took *= 2  # it is the short one of a layer's two
-        self.token_part_s = 0.7 * self.token_part_s + 0.3 * took if self.token_part_s else took
+        if not self.token_part_s:
+            self.token_part_s = took
+        elif self._of_batch >= _LONG_SLICES:
+            self.token_part_s = 0.7 * self.token_part_s + 0.3 * took
+        self._of_batch += 1
         self.interleaved_s = progress.interleaved_s or self.interleaved_s
         self._slices += 1
         self.see(progress.steps, progress.step_s, now)

@@ -161,6 +161,7 @@ class ClientEngine(Engine):
         name, tokens = uuid.uuid4().hex, sum(map(len, chunks)) + sum(map(len, contexts))
         what = (name, keys, chunks, prefix_ids, contexts, learnt)
         unwrap(self._ranks("cacheblend_ingest_begin", *what))
+        self.pace.begin()
         while True:
             if pause := self.pace.pause(time.monotonic()):
                 time.sleep(pause)

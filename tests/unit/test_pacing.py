@@ -64,6 +64,18 @@ def test_what_a_slice_costs_a_step_is_taken_off_the_slice(interleaved_s: float, 
     assert beside(interleaved_s).parts(100, 0.02) == parts
 
 
+def test_the_first_slices_of_a_batch_are_the_smallest() -> None:
+    """Programs for its number of tokens are made in them, which others do not wait for again."""
+    pace = beside(STEP_S)
+    pace.begin()
+    for steps in (9, 10):
+        assert pace.parts(100, 0.02) == 1
+        pace.learn(Progress(9 * PART_S, steps, STEP_S, STEP_S), 1, 100, 0.02)
+    assert pace.parts(100, 0.02) == 3, "nor are the others measured by them"
+    pace.begin()
+    assert pace.parts(100, 9.0) > 3, "nobody asks"
+
+
 def test_a_batch_has_fewer_tokens_where_steps_are_slowed() -> None:
     slowed, alike = beside(15 * STEP_S, 10 * STEP_S), beside(10 * STEP_S, 10 * STEP_S)
     assert slowed.tokens(8192) < alike.tokens(8192)
