@@ -209,8 +209,11 @@ class ModelHandle:
         # Compiled only where it saves launches; vLLM compiles for the tokens of one step at most. A
         # model that takes images is compiled for embeddings, among which those of a step's images
         # wait: our passes, of text, give it ids.
-        takes_images = bool(getattr(config.model_config, "is_multimodal_model", False))
-        self._compiled = device.type == "cuda" and not takes_images
+        takes_embeddings = any(
+            getattr(config.model_config, name, False)
+            for name in ("is_multimodal_model", "enable_prompt_embeds")
+        )
+        self._compiled = device.type == "cuda" and not takes_embeddings
         self._most_compiled = int(config.scheduler_config.max_num_batched_tokens)
         self._context_layers = config.compilation_config.static_forward_context  # experts too
         found = {

@@ -354,9 +354,10 @@ class StepRows:
         # Ids, positions and slots first: the metadata is built from these tensors as they then are.
         for part in parts:
             ids = part.executor.ids_E[part.positions.device]
-            self._tensors.write(
-                part.place, order.index(part.name), ids, part.positions.device, context
-            )
+            with self.handle.adapters.using(part.blend.task.adapter):
+                self._tensors.write(
+                    part.place, order.index(part.name), ids, part.positions.device, context
+                )
         context.attn_metadata = self._metadata(parts, order, batch, context)
         moves = [(part, part.executor.propagator(part.positions.device)) for part in parts]
         layers = self.handle.attention

@@ -71,6 +71,14 @@ class StepTensors(ABC):
         """Have ``rows`` of a step that is one CUDA graph put their K and V nowhere."""
         self._graph_slots[rows] = -1
 
+    def _embeddings(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of tokens of the request whose adapter is in use: an adapter may change embeddings, and
+        vLLM's layer takes these tokens for the first ones of the step.
+        """
+        with self._handle.adapters.during(len(ids)):
+            embeddings: torch.Tensor = self._handle.model.embed_input_ids(ids)
+        return embeddings
+
     def _place(self, place: slice, positions: torch.Tensor) -> None:  # noqa: B027 - few need it
         """For models whose positions have several dimensions: of text, all are alike."""
 
@@ -115,13 +123,18 @@ class _V1(StepTensors):
     def _embed(self, place: slice, ids: torch.Tensor) -> None:
         # vLLM embeds the ids of such a model before the forward, so ids that are changed now come
         # too late.
-        if self._runner.supports_mm_inputs:
-            self._runner.inputs_embeds.gpu[place] = self._handle.model.embed_input_ids(ids)
+        # The same where prompts may be given as embeddings, if this one is or not.
+        if self._runner.supports_mm_inputs or self._runner.enable_prompt_embeds:
+            self._runner.inputs_embeds.gpu[place] = self._embeddings(ids)
 
 
 class _V2(StepTensors):
     def __init__(self, runner: Any, handle: ModelHandle) -> None:
         super().__init__(runner, handle)
+        if getattr(runner, "uses_inputs_embeds", False) and not runner.supports_mm_inputs:
+            detail = "prompts may be given as embeddings (enable_prompt_embeds), which was not run"
+            detail = f"{detail} with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0"
+            raise UnsupportedModelError(Reason.PROMPT_EMBEDS, detail)
         if compat.was_run("images_v2"):
             return
         only = "was not run with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0"
@@ -175,7 +188,7 @@ class _V2(StepTensors):
     def _embed(self, place: slice, ids: torch.Tensor) -> None:
         if self._runner.supports_mm_inputs:
             embeds = self._runner.model_state.encoder_runner.inputs_embeds
-            embeds[place] = self._handle.model.embed_input_ids(ids)
+            embeds[place] = self._embeddings(ids)
 
 
 def step_tensors(runner: Any, handle: ModelHandle) -> StepTensors:

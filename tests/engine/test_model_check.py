@@ -70,6 +70,20 @@ def takes_rows_for_another_requests(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(kind, "order", lambda self, counts, order=order: order(self, counts)[::-1])
 
 
+def leaves_rows_the_tokens_that_vllm_takes_them_for(patch: pytest.MonkeyPatch) -> None:
+    for kind in StepTensors.__subclasses__():
+        ids = kind._ids.fget  # type: ignore[attr-defined]
+        patch.setattr(kind, "_ids", property(lambda self, ids=ids: ids(self).clone()))
+
+
+def leaves_rows_where_vllm_takes_them_to_be(patch: pytest.MonkeyPatch) -> None:
+    for kind in StepTensors.__subclasses__():
+        positions = kind.positions
+        patch.setattr(
+            kind, "positions", lambda self, n, positions=positions: positions(self, n).clone()
+        )
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -78,6 +92,8 @@ def takes_rows_for_another_requests(patch: pytest.MonkeyPatch) -> None:
         (looks_ahead, Reason.ATTENTION_DIFFERS),
         (looks_at_the_wrong_place, Reason.ATTENTION_DIFFERS),
         (takes_rows_for_another_requests, Reason.RATIO_ONE_DIFFERS),
+        (leaves_rows_the_tokens_that_vllm_takes_them_for, Reason.RATIO_ONE_DIFFERS),
+        (leaves_rows_where_vllm_takes_them_to_be, Reason.RATIO_ONE_DIFFERS),
     ],
 )
 def test_what_is_wrong_is_refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,8 +45,20 @@ def test_rows_of_text_are_written_in_all_dimensions_and_embedded(
 ) -> None:
     monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset())
     runner = runner_of(images=images, dimensions=dimensions)
-    model = SimpleNamespace(embed_input_ids=lambda ids: torch.stack([ids, -ids], -1).float())
-    handle: Any = SimpleNamespace(model=model)
+    asked = list[int]()
+
+    @contextmanager
+    def during(count: int) -> Iterator[None]:
+        asked.append(count)
+        yield
+        asked.append(0)
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        assert asked == [len(ids)], "an adapter may change embeddings"
+        return torch.stack([ids, -ids], -1).float()
+
+    adapters = SimpleNamespace(during=during)
+    handle: Any = SimpleNamespace(model=SimpleNamespace(embed_input_ids=embed), adapters=adapters)
     tensors = step_tensors(runner, handle)
     slots = torch.zeros(ROWS, dtype=torch.int64)
     context = SimpleNamespace(slot_mapping={"a": slots, "b": slots})
@@ -80,3 +94,17 @@ def test_what_was_not_run_is_refused(
     with pytest.raises(RefusedError, match="V2 model runner") as refused:
         step_tensors(runner_of(images=images, dimensions=dimensions), handle)
     assert refused.value.why.reason is (Reason.ENCODER_INPUTS if images else Reason.MROPE)
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_prompts_of_embeddings_are_refused_where_none_ran(embeds: bool) -> None:
+    """V2 keeps their embeddings in a tensor of its own."""
+    runner = runner_of(images=False, dimensions=0)
+    runner.uses_inputs_embeds = embeds
+    handle: Any = SimpleNamespace(model=None)
+    if not embeds:
+        step_tensors(runner, handle)
+        return
+    with pytest.raises(RefusedError, match="enable_prompt_embeds") as refused:
+        step_tensors(runner, handle)
+    assert refused.value.why.reason is Reason.PROMPT_EMBEDS
