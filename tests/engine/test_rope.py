@@ -34,7 +34,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 1024},
-}
+    "dynamic-alpha": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    "ntk": {"rope_type": "ntk", "factor": 4.0, "mixed_b": 0.5},
+    "yarn-scaled": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024,
+        "attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2, "truncate": False,
+    },
+    "mrope": {"rope_type": "default", "mrope_section": [16, 8, 8]},
+    "mrope-yarn": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024,
+        "mrope_section": [12, 10, 10], "mrope_interleaved": True,
+    },
+    # turns a part of the pairs of a whole key
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+}  # fmt: skip
 
 
 class SwitchedTables(torch.nn.Module):
