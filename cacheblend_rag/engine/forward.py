@@ -223,14 +223,7 @@ class ModelHandle:
         }
         for layer in found.values():
             _check_layer(layer)
-        if getattr(model, "per_layer_embeddings", None) is not None:  # by row of vLLM's step
-            detail = "the model takes images, and keeps more of each token than its embedding"
-            raise UnsupportedModelError(Reason.ENCODER_INPUTS, detail)
-        if hasattr(model, "get_model_state_cls"):  # such as hashes of the tokens before a token
-            detail = (
-                "the model gets more of a step than tokens and positions, by a state of its own"
-            )
-            raise UnsupportedModelError(Reason.OWN_INPUTS, detail)
+        _check_inputs(model)
         self.attention = {name: layer for name, layer in found.items() if not _shares(layer)}
         if not self.attention:
             raise UnsupportedModelError(Reason.NO_ATTENTION, "the model has no attention layers")
@@ -360,6 +353,15 @@ class ModelHandle:
 def _shares(layer: Any) -> bool:
     """Whether a layer keeps no KV, but reads another one's."""
     return getattr(layer, "kv_sharing_target_layer_name", None) is not None
+
+
+def _check_inputs(model: Any) -> None:
+    if getattr(model, "per_layer_embeddings", None) is not None:  # by row of vLLM's step
+        detail = "the model takes images, and keeps more of each token than its embedding"
+        raise UnsupportedModelError(Reason.ENCODER_INPUTS, detail)
+    if hasattr(model, "get_model_state_cls"):  # such as hashes of the tokens before a token
+        detail = "the model gets more of a step than tokens and positions, by a state of its own"
+        raise UnsupportedModelError(Reason.OWN_INPUTS, detail)
 
 
 def _check_layer(layer: Any) -> None:
