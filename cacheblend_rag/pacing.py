@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 IDLE_S = 0.05  # of a slice while nobody asks: as long as the first one who asks may have to wait
 _SHARE = 0.5  # of a step, of a slice while somebody asks
-_GAP = 1.75  # steps that an answer may wait for its next token, with a slice between; 2 are allowed
+_GAP = 1.6  # steps that an answer may wait for its next token, with a slice between; 2 are allowed
 _SLOWED = 1.4  # times as long as alone an interleaved step takes, until that is known
 _LONG_SLICES = 2  # of a batch: its first ones also prepare for its number of tokens
 _BUSY_S = 0.5  # as long as this after the last step, somebody asks
