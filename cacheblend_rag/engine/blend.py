@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.engine.executor import BlendExecutor, Loaded, Region
+from cacheblend_rag.engine.executor import FIRST_TOKENS, BlendExecutor, Loaded, Region
 from cacheblend_rag.engine.executors import ExecutorFactory
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask
@@ -110,16 +110,24 @@ class Blender:
             found = self._fetch(plan, set())  # all is in memory: nothing to consider
             self._fetched[request_id] = found
             chunks = {key: chunk for key, chunk in found.chunks.items() if chunk}
-            self._executors.stage(chunks, self._last_deciding_layer(plan))
+            self._executors.stage(chunks, self._deciding_layers(plan))
 
-    def _last_deciding_layer(self, plan: Plan) -> int:
-        """The last layer whose KV decides which tokens are computed. Where none does, the one in
-        the middle: what comes behind it is in time later.
+    def _deciding_layers(self, plan: Plan) -> range:
+        """The layers whose KV decides which tokens are computed. Where none does, the lower half:
+        what comes behind it is in time later.
         """
-        wanted = create_selector(plan.selector, plan.selector_options).evidence
-        if isinstance(wanted, QuestionAttention) and 0 < plan.ratio < 1:
-            return wanted.among(self.handle.sees_all)[-1]
-        return self.handle.num_layers // 2
+        if 0 < plan.ratio < 1:
+            wanted = create_selector(plan.selector, plan.selector_options).evidence
+            if isinstance(wanted, QuestionAttention):
+                return wanted.among(self.handle.sees_all).reading
+            if isinstance(wanted, KVDeviation):
+                check = self._check(wanted)
+                return range(check, check + 1)
+        return range(-(-self.handle.num_layers // 2))
+
+    def _check(self, wanted: KVDeviation) -> int:
+        """The layer where the deviation is measured."""
+        return min(wanted.layer, self.handle.num_layers - 1)
 
     def is_fast(self, plan: Plan) -> bool:
         """Whether all chunks are in memory."""
@@ -164,7 +172,7 @@ class Blender:
         outcome.clock.mark("fetch")
         region = Region(task, loaded)
         outcome.bytes = region.bytes
-        executor = self._executors(region)
+        executor = self._executors(region, self._deciding_layers(task.plan))
         # A failure from here on leaves a transfer under way, which only its executor can give up.
         with on_failure(executor.give_up):
             return Choice(executor, self._choose(executor, task, outcome), proof)
@@ -208,15 +216,14 @@ class Blender:
         question_E = deviation_E = None
         wanted = selector.evidence
         if isinstance(wanted, QuestionAttention):
-            keep = wanted.among(self.handle.sees_all)
-            room = self._most_rows - len(task.question)
+            asked = wanted.among(self.handle.sees_all)
+            room = self._most_rows - len(task.question) - FIRST_TOKENS
             # Each rank has some of the heads. Without the sum, ranks would choose different tokens,
             # and from then on each would compute another prompt.
-            question_E = self.handle.ranks.sum(executor.ask(task.question, keep, room))
+            question_E = self.handle.ranks.sum(executor.ask(task.question, asked, room))
         elif isinstance(wanted, KVDeviation):
-            check = min(wanted.layer, self.handle.num_layers - 1)
             deviation_E = self.handle.ranks.sum(
-                executor.deviation(check, wanted.values, self._most_rows)
+                executor.deviation(self._check(wanted), wanted.values, self._most_rows)
             )
         evidence = Evidence(
             candidate, executor.offset_E, executor.ids_E, question_E, deviation_E, budget

@@ -23,7 +23,10 @@ from cacheblend_rag.engine.isolated import fresh_kv
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.upload import Array, upload
+from cacheblend_rag.select import AskedLayers
 from cacheblend_rag.store.base import ChunkKV
+
+FIRST_TOKENS = 4  # of a prompt, which take the attention that nothing else wants
 
 
 class Loaded(NamedTuple):
@@ -79,16 +82,24 @@ class Region:
                 glue[s.start : s.end] = False
         return glue.nonzero()[0][-max(1, most) :]
 
+    def along(self, glue: Array, asked: AskedLayers) -> Array:
+        """int64 positions of what runs before the question in its pass, ascending: ``glue``, and
+        the prompt's first tokens where the question does not see the context in all layers.
+        """
+        if not asked.sees_from:
+            return glue
+        # A model's attention is not itself without an attention sink to see.
+        return np.union1d(np.arange(min(FIRST_TOKENS, self.asked)), glue)
+
 
 class BlendExecutor(ABC):
-    """Layers are placed in ascending order; everything else says what must be placed before."""
+    """Layers may be placed in any order; everything else says what must be placed before."""
 
     def __init__(
         self, region: Region, handle: ModelHandle, rope: Rerotator, cache: PagedCache
     ) -> None:
         self.region, self.handle, self.rope, self._cache = region, handle, rope, cache
         self.device = handle.device
-        self._placed = 0  # layers
         self._blocks: Sequence[int] = region.task.blocks
         # One upload for all three: on a GPU, each small one waits behind what is being copied.
         rows = np.stack([region.ids_E, region.offset_E, region.span_E])
@@ -104,19 +115,20 @@ class BlendExecutor(ABC):
         """
 
     @abstractmethod
-    def scatter_through(self, index: int) -> None:
-        """See that the stored KV of layers 0 to ``index`` is in the paged cache, re-rotated."""
+    def place(self, layers: range) -> None:
+        """See that the stored KV of ``layers`` is in the paged cache, re-rotated."""
 
     def give_up(self) -> None:  # noqa: B027 - most fill nothing
         """Nothing more is wanted of it: let go of what its request alone would have filled."""
 
     @abstractmethod
-    def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
-        """Run the question's tokens, and the tokens between chunks, over the reused KV.
+    def ask(self, question: Sequence[int], asked: AskedLayers, most_glue: int) -> torch.Tensor:
+        """Run the question's tokens, and the tokens between chunks, over the reused KV. Below
+        ``asked.sees_from`` they see only one another, and the prompt's first tokens.
 
         Args:
             question: token ids, at the positions behind the last chunk.
-            keep: the layers whose attention is summed; none above them runs.
+            asked: the layers whose attention is summed; none above them runs.
             most_glue: tokens between chunks that may run along.
 
         Returns:
@@ -133,7 +145,8 @@ class BlendExecutor(ABC):
             reused ones, on this rank's heads; 0 for tokens behind the plan's end.
         """
         at = torch.arange(self.region.asked, device=self.device)
-        self.scatter_through(check)  # starts a transfer, which small uploads must come before
+        # starts a transfer, which small uploads must come before
+        self.place(range(check, check + 1))
         k, v = fresh_kv(self.handle, self.ids_E[at], check + 1, most_tokens)[check]
         cached_k, cached_v = self._reused(check, at)
         distance = key_deviation(k, cached_k)
@@ -171,10 +184,14 @@ class BlendExecutor(ABC):
                 self._cache,
                 torch.tensor(self._blocks),
                 tile.cpu(),
-                before=self.scatter_through,
+                before=self.place_layer,
                 fresh=self.propagator(tile),
             )
             self.handle.run(step, self.ids_E[tile], tile)
+
+    def place_layer(self, index: int) -> None:
+        """The same of one layer."""
+        self.place(range(index, index + 1))
 
     def _question_positions(self, count: int) -> Array:
         """int64: where the question stands, or just before the RoPE table ends."""

@@ -22,14 +22,17 @@ class ExecutorFactory:
     ) -> None:
         self._handle, self._rope, self._cache, self.reason = handle, rope, cache, reason
 
-    def __call__(self, region: Region) -> BlendExecutor:
-        return TorchExecutor(region, self._handle, self._rope, self._cache)
-
-    def stage(self, sources: Mapping[str, ChunkKV], through: int) -> None:
-        """Begin to bring the chunks of a request whose executor is not made yet, if that helps.
+    def __call__(self, region: Region, first: range) -> BlendExecutor:
+        """The executor of a request.
 
         Args:
-            through: the last layer that is brought before the request's executor asks for more.
+            first: the layers whose KV is wanted before that of the others.
+        """
+        return TorchExecutor(region, self._handle, self._rope, self._cache)
+
+    def stage(self, sources: Mapping[str, ChunkKV], first: range) -> None:
+        """Begin to bring the chunks of a request whose executor is not made yet, if that helps:
+        the layers ``first``, and no more before the executor asks for it.
         """
 
     def costs(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from cacheblend_kernels.paged import PagedKV
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass
 from cacheblend_rag.engine.outcome import gpu_seconds
+from cacheblend_rag.select import AskedLayers
 
 logger = init_logger("vllm.cacheblend_rag")
 
@@ -32,10 +33,12 @@ LayerHook = Callable[[int], None]  # called with a layer's number before the lay
 
 
 class CapturedPass:
-    """One pass as graphs of ``_STRETCH`` layers each, over one memory pool."""
+    """One pass over one memory pool, as a graph for the layers that read no stored KV, those below
+    ``reads_from``, and further ones of ``_STRETCH`` layers each.
+    """
 
-    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        self._pool, self._stream = pool, stream
+    def __init__(self, pool: Any, stream: torch.cuda.Stream, reads_from: int) -> None:
+        self._pool, self._stream, self._reads_from = pool, stream, reads_from
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._last: list[int] = []  # the last layer each needs
 
@@ -52,15 +55,17 @@ class CapturedPass:
 
     def arrive(self, index: int) -> None:
         """The pass being captured is at layer ``index``."""
-        if index and index % _STRETCH == 0:
+        if index and index >= self._reads_from and (index - self._reads_from) % _STRETCH == 0:
             self._graphs[-1].capture_end()
             self._begin()
         self._last[-1] = index
 
     def replay(self, before: LayerHook | None = None) -> None:
-        """Queue the pass; ``before`` is called with the last layer that the next graph reads."""
+        """Queue the pass; ``before`` is called with the last layer that the next graph reads, where
+        it reads any.
+        """
         for graph, last in zip(self._graphs, self._last, strict=True):
-            if before is not None:
+            if before is not None and last >= self._reads_from:
                 before(last)
             graph.replay()
 
@@ -91,7 +96,7 @@ class QuestionGraphs:
         self.usable = (
             get_tensor_model_parallel_world_size() == 1 and not config.model_config.enforce_eager
         )
-        self._passes: dict[tuple[int, int, tuple[int, ...]], CapturedPass] = {}
+        self._passes: dict[tuple[int, int, AskedLayers], CapturedPass] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # Graphs share one pool and run one after another, so the memory of one pass serves all
         # sizes.
@@ -118,7 +123,7 @@ class QuestionGraphs:
         slots_T: torch.Tensor,
         asking_T: torch.Tensor,
         key_position_T: torch.Tensor,
-        keep: tuple[int, ...],
+        asked: AskedLayers,
         at: PagedKV,
         before: LayerHook,
     ) -> torch.Tensor | None:
@@ -150,29 +155,25 @@ class QuestionGraphs:
                 self._key_position[:size],
                 None,
                 score,
-                keep,
+                asked,
                 before=step,
             )
 
-        captured = self._captured((size, context, keep), make)
+        captured = self._captured((size, context, asked), make)
         if captured is None:
             return None
         score.zero_()
         captured.replay(before)
         return score[:, : at.most].sum(0)
 
-    def prepare(self, keep: tuple[int, ...]) -> None:
-        """Capture the usual sizes now, so that no request waits for it.
-
-        Args:
-            keep: the layers at which the question's attention is summed.
-        """
+    def prepare(self, asked: AskedLayers) -> None:
+        """Capture the usual sizes of these layers now, so that no request waits for it."""
         none = torch.zeros(1, dtype=torch.int64, device=self._handle.device)
         empty = self._view(0, self._table[:1], torch.zeros_like(self._length), 1)
         for size in range(_MOST_ASKING, 0, -32):  # the largest first: the others fit its memory
             ids, spare = none.expand(size), torch.full_like(none, NOWHERE).expand(size)
             never = torch.full_like(spare, NEVER)
-            if self.ask(ids, spare, spare, spare, never, keep, empty, lambda _: None) is None:
+            if self.ask(ids, spare, spare, spare, never, asked, empty, lambda _: None) is None:
                 return
 
     def seconds(self, size: int) -> float | None:
@@ -200,11 +201,11 @@ class QuestionGraphs:
         _set_rows(self._slots, slots_T, size, NOWHERE)
 
     def _captured(
-        self, key: tuple[int, int, tuple[int, ...]], make: Callable[[LayerHook | None], Pass]
+        self, key: tuple[int, int, AskedLayers], make: Callable[[LayerHook | None], Pass]
     ) -> CapturedPass | None:
         if key not in self._passes:
             try:
-                self._passes[key] = self._capture(key[0], make)
+                self._passes[key] = self._capture(key[0], key[2].sees_from, make)
             # Models, compilers and drivers raise anything here.
             except Exception as error:  # a model that can't be captured is served all the same
                 logger.warning("CUDA graphs are off for questions: %s", error)
@@ -212,11 +213,13 @@ class QuestionGraphs:
                 return None
         return self._passes[key]
 
-    def _capture(self, size: int, make: Callable[[LayerHook | None], Pass]) -> CapturedPass:
+    def _capture(
+        self, size: int, reads_from: int, make: Callable[[LayerHook | None], Pass]
+    ) -> CapturedPass:
         """Run once as it is, so that all is compiled and allocated, then capture."""
         ids, rope = self._ids[:size], self._rope[:size]
         self._handle.run(make(None), ids, rope)
-        captured = CapturedPass(self._pool, self._stream)
+        captured = CapturedPass(self._pool, self._stream, reads_from)
         with captured.capture():
             self._handle.run(make(captured.arrive), ids, rope)
         return captured

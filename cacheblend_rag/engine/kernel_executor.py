@@ -31,6 +31,7 @@ from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, PropagationHook, Q
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.engine.upload import Array, upload, upload_all
+from cacheblend_rag.select import AskedLayers
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV
 from cacheblend_rag.undo import on_failure
@@ -89,9 +90,14 @@ class KernelCache:
         """int32 block table for the kernels, whose blocks may be smaller than the scheduler's."""
         assert all(blocks), "a blend would write into the null block, which all requests share"
         # Some backends cut the scheduler's blocks into smaller ones, which follow one another.
-        parts = self._block_size // self._views[0][0].shape[1]
+        parts = self._block_size // self.tokens_a_block
         table = np.array(blocks, dtype=np.int32)[:, None] * parts
         return (table + np.arange(parts, dtype=np.int32)).ravel()
+
+    @property
+    def tokens_a_block(self) -> int:
+        """Of the backend's blocks, which ``table`` numbers."""
+        return self._views[0][0].shape[1]
 
     def view(self, index: int, table: torch.Tensor, length: torch.Tensor, most: int) -> PagedKV:
         """Layer ``index`` as a request with these blocks sees it."""
@@ -122,14 +128,16 @@ class KernelExecutor(BlendExecutor):
         kernels: KernelCache,
         staging: Staging,
         graphs: QuestionGraphs,
+        first: range,
     ) -> None:
         super().__init__(region, handle, rope, cache)
         self._kernels, self._graphs = kernels, graphs
+        self._placed: set[int] = set()
         self._propagation: Propagation | None = None
         self._computed = 0  # tokens, in earlier forwards
         sources = {s.key: s.chunk for s in region.spans}
         # First of all, since the copies take longest. What is uploaded below gets in between.
-        self._transfer = staging.begin(sources)
+        self._transfer = staging.begin(sources, first)
         with on_failure(self.give_up):  # no memory
             self._upload(sources)
 
@@ -145,13 +153,14 @@ class KernelExecutor(BlendExecutor):
             chunk_E[s.start : s.end] = number[s.key]
         at = new_E.nonzero()[0]
         rows = np.stack([at, region.old_E[at], chunk_E[at], region.offset_E[at]])
+        self._host_table = self._kernels.table(region.task.blocks)
         lengths = np.array([[len(chunk.token_ids) for chunk in sources.values()]], dtype=np.int64)
         # All in one upload: each takes the host as long as a kernel or two.
         rows_4N, addresses, self._table, self._lengths = upload_all(
             [
                 rows,
                 np.concatenate([self._transfer.address_LS, lengths]),
-                self._kernels.table(region.task.blocks),
+                self._host_table,
                 np.array([region.end, region.asked], dtype=np.int32),
             ],
             self.device,
@@ -169,10 +178,12 @@ class KernelExecutor(BlendExecutor):
         """The same as the question sees it."""
         return self._kernels.view(index, self._table, self._lengths[1:], self.region.asked)
 
-    def slots(self, positions: torch.Tensor) -> torch.Tensor:
-        """int64 slots of ``positions``, both on the device, as the backend counts them."""
-        block, inside = self.view(0).slots(positions)
-        return block * self.view(0).k_BSGD.shape[1] + inside
+    def _slots(self, positions: Array) -> Array:
+        """int64 slots of ``positions``, as the backend counts them."""
+        size = self._kernels.tokens_a_block
+        block = self._host_table[positions // size].astype(np.int64)
+        slots: Array = block * size + positions % size
+        return slots
 
     def give_up(self) -> None:
         self._transfer.give_up()
@@ -180,15 +191,15 @@ class KernelExecutor(BlendExecutor):
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
         """All blocks are there from the start, so all is placed at once."""
 
-    def scatter_through(self, index: int) -> None:
-        while self._placed <= index:
+    def place(self, layers: range) -> None:
+        while not self._placed.issuperset(layers):
             # All layers that came together are placed by one launch: launches cost more than the
             # layers.
-            layers = self._transfer.arrive(self._placed)
+            arrived = self._transfer.arrive()
             for table in range(self.rope.num_tables):
-                self._place(table, self.rope.layers(table, layers))
-            self._transfer.used(layers)
-            self._placed = layers.stop
+                self._place(table, self.rope.layers(table, arrived))
+            self._transfer.used()
+            self._placed.update(arrived)
 
     def _place(self, table: int, layers: slice | torch.Tensor) -> None:
         """Layers that turn by one table, in one launch."""
@@ -203,9 +214,9 @@ class KernelExecutor(BlendExecutor):
             is_aligned=self._kernels.is_aligned and self._transfer.is_aligned,
         )
 
-    def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
+    def ask(self, question: Sequence[int], asked: AskedLayers, most_glue: int) -> torch.Tensor:
         region, beyond = self.region, self.region.end - self.region.asked
-        self._transfer.hold(keep[-1])
+        self._transfer.hold()
         glue = region.glue(most_glue)
         # Shared blocks hold those before. The pass writes K and V of its tokens, so they must not
         # be among them.
@@ -213,32 +224,36 @@ class KernelExecutor(BlendExecutor):
         known = region.stored_E[: region.asked].copy()
         known[: region.write_from] = True
         known[glue] = True
-        n, behind = len(glue), self._question_positions(len(question))
-        rows = np.full((4, n + len(question)), NOWHERE)
-        rows[0] = np.concatenate([region.ids_E[glue], question])
-        rows[1] = np.concatenate([glue, behind])
+        along = region.along(glue, asked)
+        n, behind = len(along), self._question_positions(len(question))
+        rows = np.full((5, n + len(question)), NOWHERE)
+        rows[0] = np.concatenate([region.ids_E[along], question])
+        rows[1] = np.concatenate([along, behind])
         rows[2, n:] = rows[3, n:] = behind
-        # A token between chunks is in the paged cache, and must not be seen a second time as an
+        # A token of the context is in the paged cache, and must not be seen a second time as an
         # extra key.
         rows[3, :n] = NEVER
-        ids, at, asking, key_position = upload(rows, self.device)
-        slots = torch.full_like(at, NOWHERE)
-        slots[:n] = self.slots(at[:n])
+        rows[4, :n] = np.where(np.isin(along, glue), self._slots(along), NOWHERE)
+        ids, at, asking, key_position, slots = upload(rows, self.device)
         # Graphs are captured without a mask of known tokens. Where a chunk is missing, the pass
         # runs as it is.
         if known.all():
-            here, before = self._question_view(0), self.scatter_through
-            score = self._graphs.ask(ids, at, slots, asking, key_position, keep, here, before)
+            here, before = self._question_view(0), self._place_read(asked)
+            score = self._graphs.ask(ids, at, slots, asking, key_position, asked, here, before)
             if score is not None:
                 return F.pad(score, (0, beyond))
         known_A = None if known.all() else upload(known, self.device)
         by_head = torch.zeros(self.view(0).k_BSGD.shape[2], region.asked, device=self.device)
         step = QuestionPass(
             self.handle, self._question_view, at, slots, asking, key_position, known_A, by_head,
-            keep, before=self.scatter_through,
+            asked, before=self._place_read(asked),
         )  # fmt: skip
         self.handle.run(step, ids, at)
         return F.pad(by_head.sum(0), (0, beyond))
+
+    def _place_read(self, asked: AskedLayers) -> Callable[[int], None]:
+        """What comes before a layer of the question's pass: those that it reads are placed."""
+        return lambda index: self.place(range(asked.sees_from, index + 1))
 
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.view(index).gather(at)
@@ -262,7 +277,7 @@ class KernelExecutor(BlendExecutor):
     def propagator(
         self, tile: torch.Tensor
     ) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
-        self._transfer.resume(self._placed)  # nothing of the step waits for an upload any more
+        self._transfer.resume()  # nothing of the step waits for an upload any more
         if self._propagation is None:
             return None
         propagation = self._propagation._replace(
@@ -307,10 +322,10 @@ class KernelExecutorFactory(ExecutorFactory):
         # With the default selector. Other layers are captured when they are first asked for.
         self._graphs.prepare(QuerySelector().evidence.among(handle.sees_all))
 
-    def __call__(self, region: Region) -> BlendExecutor:
+    def __call__(self, region: Region, first: range) -> BlendExecutor:
         # Kernels place all tokens of a layer at once, and these have no blocks yet.
         if len(region.task.blocks) * self._cache.block_size < region.end:
-            return super().__call__(region)  # its blocks come with later steps
+            return super().__call__(region, first)  # its blocks come with later steps
         return KernelExecutor(
             region,
             self._handle,
@@ -319,11 +334,12 @@ class KernelExecutorFactory(ExecutorFactory):
             self._kernels,
             self._staging,
             self._graphs,
+            first,
         )
 
-    def stage(self, sources: Mapping[str, ChunkKV], through: int) -> None:
+    def stage(self, sources: Mapping[str, ChunkKV], first: range) -> None:
         with torch.inference_mode():  # as everything that writes the same memory
-            self._staging.stage(sources, through)
+            self._staging.stage(sources, first)
 
     def costs(self) -> dict[str, float]:
         ask = self._graphs.seconds(64)

@@ -17,6 +17,7 @@ from cacheblend_kernels.propagate import Propagator
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.select import AskedLayers
 
 NOWHERE = -1  # position and slot of a row to spare
 NEVER = 1 << 30  # position of a key that no row may see
@@ -45,7 +46,8 @@ class QuestionPass(Pass):
     """Tokens between chunks, then the question, over the reused KV in the paged cache.
 
     The former are written there (vLLM's step computes them again, over the blended KV); the
-    question's own K and V stay outside. Stops behind the last layer of ``keep``.
+    question's own K and V stay outside. In the layers below ``asked.sees_from`` nothing is read or
+    written there: the pass's tokens see one another. Stops behind the last layer that is summed.
 
     Args:
         view: a layer's paged cache.
@@ -54,7 +56,8 @@ class QuestionPass(Pass):
         asking_T: int64, the position where it is the question's; ``NOWHERE`` elsewhere.
         key_position_T: the same with ``NEVER``.
         known_N: bool, context tokens that may be seen; None for all.
-        score_GN: float32, to which the question's attention is added over the layers ``keep``.
+        score_GN: float32, to which the question's attention is added over the layers
+            ``asked.summed``.
         before: called with each layer's number before the layer is touched.
     """
 
@@ -68,14 +71,16 @@ class QuestionPass(Pass):
         key_position_T: torch.Tensor,
         known_N: torch.Tensor | None,
         score_GN: torch.Tensor,
-        keep: tuple[int, ...],
+        asked: AskedLayers,
         before: Callable[[int], None] | None = None,
     ) -> None:
         self._handle, self._view, self._before = handle, view, before
         self._positions_T, self._slots_T = positions_T, slots_T
         self._asking_T, self._key_position_T = asking_T, key_position_T
-        self._known_N, self._score_GN, self._keep = known_N, score_GN, keep
-        self.last = keep[-1]
+        self._known_N, self._score_GN, self._asked = known_N, score_GN, asked
+        self.last = asked.summed[-1]
+        self._own_position_T = positions_T.masked_fill(positions_T < 0, NEVER)
+        self._none_1 = torch.zeros(1, dtype=torch.int32, device=positions_T.device)
 
     def attend(
         self,
@@ -88,16 +93,21 @@ class QuestionPass(Pass):
     ) -> None:
         if self._before is not None:
             self._before(index)
-        # Slots of -1 are written by no backend, so the question's own K and V stay out of the
-        # cache: vLLM's step computes them later, over the blended KV.
-        self._handle.write(index, k_TGD, v_TGD, self._slots_T)
-        view, scored = self._view(index), index in self._keep
-        options: dict[str, Any] = {
+        view = self._view(index)
+        sight: dict[str, Any] = {
             "scale": layer.impl.scale,
             "softcap": compat.softcap(layer),
             "window": compat.sliding_window(layer),
-            "known_N": self._known_N,
         }
+        if index < self._asked.sees_from:
+            own = Extra(k_TGD, v_TGD, self._own_position_T)
+            nothing = view._replace(length=self._none_1, most=1)
+            scattered_attention(q_THD, self._positions_T, nothing, out_THD, extra=own, **sight)
+            return
+        # Slots of -1 are written by no backend, so the question's own K and V stay out of the
+        # cache: vLLM's step computes them later, over the blended KV.
+        self._handle.write(index, k_TGD, v_TGD, self._slots_T)
+        scored, options = index in self._asked.summed, {**sight, "known_N": self._known_N}
         extra = Extra(k_TGD, v_TGD, self._key_position_T)
         lse = scattered_attention(
             q_THD, self._positions_T, view, out_THD, extra=extra, want_lse=scored, **options

@@ -319,7 +319,7 @@ class StepRows:
             with on_failure(executor.give_up):
                 executor.open(task.blocks, task.write_from, placed)
                 self.blender.recompute(executor, positions[:spare].device)
-                executor.scatter_through(self.handle.num_layers - 1)
+                executor.place(range(self.handle.num_layers))
         blocks = list(task.blocks)
         return _Blend(task, outcome, positions[spare:], executor, placed, proof, None, blocks)
 
@@ -425,7 +425,7 @@ class StepRows:
                 # what is placed there.
                 self._tensors.write_nothing(slice(first[name], first[name] + others))
             # No layer of a graph asks for its stored KV, so all of it is placed before.
-            blend.executor.scatter_through(self.handle.num_layers - 1)
+            blend.executor.place(range(self.handle.num_layers))
 
 
 class _StepImpl(ProxyImpl):
@@ -460,7 +460,7 @@ class _StepImpl(ProxyImpl):
             if part.blend.why_not is not None:
                 continue  # it was lost at a layer below
             with self._losing(part.blend):
-                part.executor.scatter_through(self._index)
+                part.executor.place_layer(self._index)
                 if move is not None:
                     move(self._index, key[part.place], value[part.place])
             if part.blend.proof is not None and self._is_last:

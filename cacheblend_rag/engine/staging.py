@@ -56,34 +56,36 @@ class Staging:
         self.num_buffers = min(max(memory // _SHARE // _GROUP_BYTES, least), most)
         self._pause = torch.zeros(1, dtype=torch.uint8, device=device)
         self._idle: list[Buffers] = []
-        self._expected: tuple[dict[str, ChunkKV], Transfer] | None = None
+        self._expected: tuple[dict[str, ChunkKV], range, Transfer] | None = None
 
-    def stage(self, sources: Mapping[str, ChunkKV], through: int) -> None:
-        """Start the transfer that ``begin`` will be asked for next, up to layer ``through``; in
-        vain if it is another.
+    def stage(self, sources: Mapping[str, ChunkKV], first: range) -> None:
+        """Start the transfer that ``begin`` will be asked for next, as far as the layers ``first``
+        go; in vain if it is another.
         """
         self._forget()
-        self._expected = dict(sources), Transfer(self, sources)
-        self._expected[1].start(through)
+        self._expected = dict(sources), first, Transfer(self, sources, first)
+        self._expected[-1].start()
 
-    def begin(self, sources: Mapping[str, ChunkKV]) -> Transfer:
-        """A transfer of all layers of ``sources``, chunks by key, to the GPU."""
+    def begin(self, sources: Mapping[str, ChunkKV], first: range) -> Transfer:
+        """A transfer of all layers of ``sources``, chunks by key, to the GPU: ``first`` those that
+        are wanted before the others, then the others in ascending order.
+        """
         if self._expected is not None:
             # By identity and order: addresses are laid out for exactly these chunks.
-            expected, transfer = self._expected
-            if list(expected) == list(sources) and all(
+            expected, expected_first, transfer = self._expected
+            if (first, list(expected)) == (expected_first, list(sources)) and all(
                 expected[key] is chunk for key, chunk in sources.items()
             ):
                 self._expected = None
                 return transfer
         self._forget()
-        return Transfer(self, sources)
+        return Transfer(self, sources, first)
 
     def _forget(self) -> None:
         """Give up the transfer that was expected."""
         expected, self._expected = self._expected, None
         if expected is not None:
-            expected[1].give_up()
+            expected[-1].give_up()
 
     def seconds_per_byte(self) -> float:
         """Of a copy from pinned memory."""
@@ -118,7 +120,7 @@ class Staging:
 
 
 class Transfer:
-    """All layers of one request's chunks on their way to the GPU.
+    """All layers of one request's chunks on their way to the GPU, some of them at a time.
 
     A chunk is there already (cached), goes into GPU memory to stay (filling), or passes through the
     buffers.
@@ -128,9 +130,9 @@ class Transfer:
         is_aligned: all of them are multiples of 16.
     """
 
-    def __init__(self, staging: Staging, sources: Mapping[str, ChunkKV]) -> None:
+    def __init__(self, staging: Staging, sources: Mapping[str, ChunkKV], first: range) -> None:
         self._staging = staging
-        self._ready: dict[int, torch.cuda.Event] = {}
+        self._ready: list[torch.cuda.Event] = []  # of each group that was started
         self._cached: list[CachedChunk] = []  # kept until the request is done with them
         self._filling: list[tuple[str, CachedChunk, ChunkKV]] = []
         # Bytes of each group of layers on the host, and where they go: to a place in GPU memory
@@ -138,18 +140,17 @@ class Transfer:
         self._to_stay: list[tuple[_Pieces, _Pieces]] = []
         self._passing: list[tuple[int, _Pieces]] = []
         self._buffers: Buffers | None = None
-        self._started = 0
+        self._arrived = 0  # groups
         self._most: int | None = None  # groups that may be started, where not all
         self.address_LS = np.empty((staging.num_layers, len(sources)), dtype=np.int64)
         with on_failure(self.give_up):  # no memory
-            self._lay_out(sources)
+            self._lay_out(sources, first)
         self.is_aligned = not (self.address_LS % _ALIGNMENT).any()
 
-    def _lay_out(self, sources: Mapping[str, ChunkKV]) -> None:
+    def _lay_out(self, sources: Mapping[str, ChunkKV], first: range) -> None:
         """Find room for every source."""
         staging, num_layers = self._staging, self._staging.num_layers
         passing: list[tuple[int, ChunkKV]] = []
-        layers = np.arange(num_layers)
         for i, (key, chunk) in enumerate(sources.items()):
             cached = staging.device_cache.get(key)
             if cached is None:
@@ -165,78 +166,96 @@ class Transfer:
                 passing.append((i, chunk))
                 continue
             self._cached.append(cached)
+            layers = np.arange(num_layers)
             self.address_LS[:, i] = cached.kv.data_ptr() + layers * (chunk.nbytes // num_layers)
         if self._filling:  # their memory may still be read by what was queued before
             staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
         copied = [chunk for _, chunk in passing] + [chunk for _, _, chunk in self._filling]
         a_layer = sum(chunk.nbytes for chunk in copied) // num_layers
         # A copy of few bytes does not reach the bus's speed, and a copy of many keeps the first
-        # layer waiting.
-        self._group = max(1, min(_GROUP_BYTES // max(1, a_layer), num_layers))
-        self._num_groups = -(-num_layers // self._group) if copied else 0
+        # layer waiting. What need not be copied is all there.
+        most = max(1, _GROUP_BYTES // a_layer) if a_layer else num_layers
+        self._is_copied = bool(copied)
+        self._groups = _groups(num_layers, first, most)
+        self._num_first = sum(group.start in first for group in self._groups)
         for _, cached, chunk in self._filling:
-            there = cached.kv.split(self._group)
-            self._to_stay.append((there, chunk.kv_L2NHD.split(self._group)))
+            self._to_stay.append((self._cut(cached.kv), self._cut(chunk.kv_L2NHD)))
+        if passing:
+            self._lay_out_passing(passing)
+
+    def _lay_out_passing(self, passing: list[tuple[int, ChunkKV]]) -> None:
+        """Find room in the buffers, which the groups fill in turn."""
+        staging, num_layers = self._staging, self._staging.num_layers
+        count, longest = staging.num_buffers, max(map(len, self._groups))
+        slot, inside = np.empty((2, num_layers), dtype=np.int64)
+        for number, group in enumerate(self._groups):
+            slot[group.start : group.stop] = number % count
+            inside[group.start : group.stop] = np.arange(len(group))
         offset = 0
         for i, chunk in passing:
             step = chunk.nbytes // num_layers
-            self.address_LS[:, i] = offset + layers % self._group * step
+            self.address_LS[:, i] = offset + inside * step
             # As plain bytes, cut at once: the host queues these copies while a GPU has nothing to
             # do, and each operation on a tensor takes it as long as a copy.
             flat = chunk.kv_L2NHD.reshape(-1).view(torch.uint8)
-            self._passing.append((offset, flat.split(step * self._group)))
-            offset += step * self._group
-        self._buffers = staging.take(offset) if passing else None
-        if self._buffers is not None:
-            # Known before anything is copied, so that all addresses go to the GPU in one upload.
-            slot = layers // self._group % staging.num_buffers
-            starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
-            self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
+            self._passing.append((offset, self._cut(flat, step)))
+            offset += step * longest
+        self._buffers = staging.take(offset)
+        # Known before anything is copied, so that all addresses go to the GPU in one upload.
+        starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
+        self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
 
-    def start(self, through: int) -> None:
-        """Bring layers up to ``through``, as far as there are buffers for them, and no more by
-        itself.
+    def _cut(self, layers: torch.Tensor, step: int = 1) -> _Pieces:
+        """All layers, ``step`` rows each, in pieces by group."""
+        order = sorted(self._groups, key=lambda group: group.start)
+        pieces = layers.split([len(group) * step for group in order])
+        by_start = {group.start: piece for group, piece in zip(order, pieces, strict=True)}
+        return [by_start[group.start] for group in self._groups]
+
+    def start(self) -> None:
+        """Bring the layers that are wanted first, as far as there are buffers for them, and no more
+        by itself.
         """
-        self.hold(through)
-        if self._num_groups:
-            self._arrive(0)
+        self._most = self._num_first
+        self._begin(self._staging.num_buffers)
 
-    def hold(self, index: int) -> None:
-        """Start nothing behind the group of layer ``index`` by itself, until ``resume``: what the
-        step uploads meanwhile would wait for it.
+    def hold(self) -> None:
+        """Start nothing by itself behind the group that follows the layers that are wanted first,
+        until ``resume``: what the step uploads meanwhile would wait for it.
         """
-        self._most = min(index // self._group + 1, self._num_groups)
+        self._most = self._num_first + 1
 
-    def resume(self, index: int) -> None:
-        """Layer ``index`` is the next one to be read. Bring as much as there are buffers for."""
+    def resume(self) -> None:
+        """Bring as much as there are buffers for."""
         self._most = None
-        if self._num_groups and index < self._staging.num_layers:
-            self._arrive(index)
+        self._begin(self._arrived + self._staging.num_buffers)
 
     def give_up(self) -> None:
         """Nothing more will be read: what is half filled would be held for ever."""
         for key, cached, _ in self._filling:
             self._staging.device_cache.give_up(key, cached)
 
-    def arrive(self, index: int) -> range:
-        """Make the computing stream wait for layer ``index``; returns it and those that come along.
-        The first call starts the transfer.
+    def arrive(self) -> range:
+        """Make the computing stream wait for the next layers; returns them. The first call starts
+        the transfer.
         """
-        if not self._num_groups:
-            return range(index, self._staging.num_layers)
-        number = self._arrive(index)
-        torch.cuda.current_stream(self._staging.device).wait_event(self._ready[number])
-        last = min((number + 1) * self._group, self._staging.num_layers)
-        return range(index, last)
+        number = self._arrived
+        if self._is_copied:
+            # As many groups ahead as there are buffers. More would have to wait for the layers that
+            # read them.
+            self._begin(number + self._staging.num_buffers)
+            torch.cuda.current_stream(self._staging.device).wait_event(self._ready[number])
+        self._arrived += 1
+        return self._groups[number]
 
-    def used(self, layers: range) -> None:
-        """These layers were read, up to the end of what came with them, and all before them."""
+    def used(self) -> None:
+        """The layers that arrived last were read."""
         # The next group that goes into this buffer waits for this event, and not for the whole
         # stream.
         if self._buffers is not None:
             done = torch.cuda.current_stream(self._staging.device).record_event()
-            self._buffers.free[layers.start // self._group % len(self._buffers.free)] = done
-        if layers.stop == self._staging.num_layers:
+            self._buffers.free[(self._arrived - 1) % len(self._buffers.free)] = done
+        if self._arrived == len(self._groups):
             # Whole on the computing stream's clock: whoever reads it next is queued behind this.
             for _, cached, _ in self._filling:
                 cached.is_complete = True
@@ -244,16 +263,11 @@ class Transfer:
                 self._staging.give_back(self._buffers)
                 self._buffers = None
 
-    def _arrive(self, index: int) -> int:
-        """The number of the group of layer ``index``, which is under way from here on."""
-        number = index // self._group
-        # As many groups ahead as there are buffers. More would have to wait for the layers that
-        # read them.
-        most = self._num_groups if self._most is None else max(self._most, number + 1)
-        while self._started < min(number + self._staging.num_buffers, most):
-            self._start(self._started)
-            self._started += 1
-        return number
+    def _begin(self, count: int) -> None:
+        """Start the first ``count`` groups, as far as they may be; the next one to be read may."""
+        most = len(self._groups) if self._most is None else max(self._most, self._arrived + 1)
+        while self._is_copied and len(self._ready) < min(count, most, len(self._groups)):
+            self._start(len(self._ready))
 
     def _start(self, number: int) -> None:
         stream = self._staging.stream
@@ -270,4 +284,16 @@ class Transfer:
                 for offset, pieces in self._passing:
                     piece = pieces[number]
                     memory[offset : offset + len(piece)].copy_(piece, non_blocking=True)
-            self._ready[number] = stream.record_event()
+            self._ready.append(stream.record_event())
+
+
+def _groups(num_layers: int, first: range, most: int) -> list[range]:
+    """Layers 0 up to ``num_layers`` in pieces of at most ``most``: those of ``first``, then those
+    below, then those above.
+    """
+    stretches = (first, range(first.start), range(first.stop, num_layers))
+    return [
+        range(start, min(start + most, stretch.stop))
+        for stretch in stretches
+        for start in range(stretch.start, stretch.stop, most)
+    ]

@@ -1,7 +1,7 @@
 """The plain way: dense torch operations, the backend's own attention. Any device; our twin.
 
-Shape legend: E tokens of the blended region, A of its plan, Q question tokens, F tokens between
-chunks, T tokens of a pass, K layers loaded at once, G KV heads, H query heads, D head size.
+Shape legend: E tokens of the blended region, A of its plan, Q question tokens, F tokens that run
+before them, T tokens of a pass, K layers loaded at once, G KV heads, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cacheblend_rag.engine.executor import BlendExecutor, Region
 from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.upload import upload
+from cacheblend_rag.select import AskedLayers
 
 # Bytes of layers taken together: operations have fixed costs, and a CPU's cache still holds these.
 _AT_ONCE = {"cpu": 4 << 20, "cuda": 64 << 20}
@@ -64,7 +65,8 @@ class TorchExecutor(BlendExecutor):
         return self._k_KEGD[index - self._first], self._v_KEGD[index - self._first]
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
-        self._blocks, self._new, self._placed = blocks, slice(low, high), 0
+        self._blocks, self._new = blocks, slice(low, high)
+        self._placed: set[int] = set()
         # Anew with every step: more blocks are there, and all layers are placed for the new tokens.
         table = torch.tensor(blocks)
         self._slots = self._cache.slots(table, torch.arange(low, high))
@@ -72,21 +74,24 @@ class TorchExecutor(BlendExecutor):
             moved = self._correction.moved_N
             self._moved_slots = self._cache.slots(table, moved[moved < high].cpu())
 
-    def scatter_through(self, index: int) -> None:
-        while self._placed <= index:
+    def place(self, layers: range) -> None:
+        for index in layers:
             # Holes are written as well, as zeros: their tokens are rows of this step or a later
             # one, which overwrite them before anybody reads there.
-            if self._new.start < self._new.stop:
-                k, v = self.layer(self._placed)
-                self.handle.write(self._placed, k[self._new], v[self._new], self._slots)
-            self._placed += 1
+            if index not in self._placed and self._new.start < self._new.stop:
+                k, v = self.layer(index)
+                self.handle.write(index, k[self._new], v[self._new], self._slots)
+            self._placed.add(index)
 
-    def ask(self, question: Sequence[int], keep: tuple[int, ...], most_glue: int) -> torch.Tensor:
-        glue = upload(self.region.glue(most_glue), self.device)
+    def ask(self, question: Sequence[int], asked: AskedLayers, most_glue: int) -> torch.Tensor:
+        glue = self.region.glue(most_glue)
+        along = self.region.along(glue, asked)
+        along_F = upload(along, self.device)
         positions_Q = upload(self._question_positions(len(question)), self.device)
-        step = _QuestionPass(self, glue, positions_Q, keep)
-        ids = torch.cat([self.ids_E[glue], upload(np.array(question), self.device)])
-        self.handle.run(step, ids, torch.cat([glue, positions_Q]))
+        is_glue_F = upload(np.isin(along, glue), self.device)
+        step = _QuestionPass(self, along_F, is_glue_F, positions_Q, asked)
+        ids = torch.cat([self.ids_E[along_F], upload(np.array(question), self.device)])
+        self.handle.run(step, ids, torch.cat([along_F, positions_Q]))
         return F.pad(step.score_A, (0, self.region.end - self.region.asked))
 
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,18 +128,20 @@ class _QuestionPass(Pass):
     def __init__(
         self,
         executor: TorchExecutor,
-        fresh_F: torch.Tensor,
+        along_F: torch.Tensor,
+        is_glue_F: torch.Tensor,
         positions_Q: torch.Tensor,
-        keep: tuple[int, ...],
+        asked: AskedLayers,
     ) -> None:
-        self._executor, self._keep, self.last = executor, keep, keep[-1]
-        self._fresh_F, self._num_fresh = fresh_F, len(fresh_F)
+        self._executor, self._asked, self.last = executor, asked, asked.summed[-1]
+        self._num_along, self._glue_rows = len(along_F), is_glue_F.nonzero().flatten()
+        self._glue = along_F[is_glue_F]
         end, device = executor.region.asked, executor.device
-        self._query_pos = torch.cat([fresh_F, positions_Q])
+        self._query_pos = torch.cat([along_F, positions_Q])
         self._key_pos = torch.cat([torch.arange(end, device=device), positions_Q])
         self._known = torch.ones(len(self._key_pos), dtype=torch.bool, device=device)
         self._known[:end] = upload(executor.region.stored_E[:end], device)
-        self._known[fresh_F] = True
+        self._known[self._glue] = True
         self._masks: dict[compat.Sight, torch.Tensor] = {}
         self.score_A = torch.zeros(end, device=device)
 
@@ -147,15 +154,19 @@ class _QuestionPass(Pass):
         v_TGD: torch.Tensor,
         out_THD: torch.Tensor,
     ) -> None:
-        n = self._num_fresh
+        n, sight = self._num_along, compat.sight(layer)
         end = len(self.score_A)
         q_THD = compat.plain_query(layer, q_THD, k_TGD)
+        if index < self._asked.sees_from:
+            mask = visible(self._query_pos, self._query_pos, sight)
+            out_THD.copy_(dense_causal(layer, q_THD, k_TGD, v_TGD, mask))
+            return
         stored_k, stored_v = self._executor.layer(index)
         k, v = torch.cat([stored_k[:end], k_TGD[n:]]), torch.cat([stored_v[:end], v_TGD[n:]])
         # The tokens between chunks see one another and the chunks, as in the prompt.
-        k[self._fresh_F], v[self._fresh_F] = k_TGD[:n], v_TGD[:n]
-        mask = self._mask(compat.sight(layer))
-        if index not in self._keep:
+        k[self._glue], v[self._glue] = k_TGD[self._glue_rows], v_TGD[self._glue_rows]
+        mask = self._mask(sight)
+        if index not in self._asked.summed:
             out_THD.copy_(dense_causal(layer, q_THD, k, v, mask))
             return
         if n:

@@ -10,7 +10,13 @@ from typing import Any, get_type_hints
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.select.all import AllSelector
-from cacheblend_rag.select.base import Evidence, KVDeviation, QuestionAttention, Selector
+from cacheblend_rag.select.base import (
+    AskedLayers,
+    Evidence,
+    KVDeviation,
+    QuestionAttention,
+    Selector,
+)
 from cacheblend_rag.select.first_k import FirstKSelector
 from cacheblend_rag.select.hkvd import HKVDSelector
 from cacheblend_rag.select.none import NoneSelector
@@ -19,6 +25,7 @@ from cacheblend_rag.select.random import RandomSelector
 
 __all__ = [
     "SELECTORS",
+    "AskedLayers",
     "Evidence",
     "KVDeviation",
     "QuestionAttention",
@@ -93,11 +100,16 @@ def create_selector(name: str, options: Mapping[str, Any] | None = None) -> Sele
     return selector
 
 
+@cache  # a request makes its selector several times, and hints take longer than all the rest
+def _types(kind: type[Selector]) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _check_numbers(kind: type[Selector], values: Mapping[str, Any]) -> None:
     """Numbers are of the kind that their fields have: a worker would find that out in the middle
     of a blend.
     """
-    for option, wanted in get_type_hints(kind).items():
+    for option, wanted in _types(kind).items():
         value = values.get(option)
         if option not in values or wanted not in (int, float):
             continue

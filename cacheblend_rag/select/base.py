@@ -12,32 +12,55 @@ if TYPE_CHECKING:
     import torch
 
 
+class AskedLayers(NamedTuple):
+    """What of a model's layers a question's pass goes through.
+
+    Attributes:
+        summed: numbers of the layers whose attention is summed, ascending, at least one.
+        sees_from: number of the first layer at which the question sees the context.
+    """
+
+    summed: tuple[int, ...]
+    sees_from: int
+
+    @property
+    def reading(self) -> range:
+        """The layers whose KV of the context is read."""
+        return range(self.sees_from, self.summed[-1] + 1)
+
+
 class QuestionAttention(NamedTuple):
     """Asks for the attention that the question pays each token, over the reused KV.
 
     Attributes:
         layers: those whose attention is summed, first and last as shares of the depth.
+        sees_from: the layer, as a share of the depth, at which the question begins to see the
+            context: at the latest the first that is summed. In the layers below, what runs sees
+            only itself, so no stored KV of theirs is needed.
     """
 
     layers: tuple[float, float]
+    sees_from: float = 0.0
 
     def range(self, num_layers: int) -> range:
-        """The same as numbers of layers, at least one."""
+        """The layers to sum as numbers, at least one."""
         first = int(self.layers[0] * num_layers)
         return range(first, max(first + 1, int(self.layers[1] * num_layers)))
 
-    def among(self, sees_all: Sequence[bool]) -> tuple[int, ...]:
-        """The numbers of layers to ask, ascending, of a model whose layers see all of the context
-        or only a window: those of the range that see all; where none does, the nearest one that
-        does, the later of two; where no layer of the model does, the range.
+    def among(self, sees_all: Sequence[bool]) -> AskedLayers:
+        """The same for a model whose layers see all of the context or only a window. Summed are
+        those of the range that see all; where none does, the nearest one that does, the later of
+        two; where no layer of the model does, the range.
         """
         wanted = self.range(len(sees_all))
         everywhere = [layer for layer, sees in enumerate(sees_all) if sees]
-        inside = [layer for layer in everywhere if layer in wanted]
-        if inside or not everywhere:
-            return tuple(inside or wanted)
-        far = {layer: max(wanted[0] - layer, layer - wanted[-1]) for layer in everywhere}
-        return (min(reversed(everywhere), key=far.__getitem__),)
+        summed = [layer for layer in everywhere if layer in wanted]
+        if not everywhere:
+            summed = list(wanted)
+        elif not summed:
+            far = {layer: max(wanted[0] - layer, layer - wanted[-1]) for layer in everywhere}
+            summed = [min(reversed(everywhere), key=far.__getitem__)]
+        return AskedLayers(tuple(summed), min(int(self.sees_from * len(sees_all)), summed[0]))
 
 
 class KVDeviation(NamedTuple):

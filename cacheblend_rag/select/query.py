@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 class QuerySelector(Selector):
     """Recompute what the question looks at, its neighbours, and the first tokens of chunks.
 
-    The question's tokens run over the reused KV once, up to the last of ``layers``. The attention
-    that they pay to a context token is its score: the sum over those layers, all heads and all
+    The question's tokens run through the model once, up to the last of ``layers``. From
+    ``sees_from`` on they see the reused KV. The attention that they pay to a context token is its
+    score: the sum over those layers, all heads and all
     question tokens, averaged over ``window`` neighbours. At equal ratio this keeps answers
     closer to a full prefill than KV deviation does. The defaults are those whose KL was the lowest
     on the half of the questions that tuning may see (docs/quality.md).
 
     Attributes:
         layers: first and last layer as shares of the depth; later ones carry the signal.
+        sees_from: the layer, as a share of the depth, at which they begin to see the reused KV: at
+            the latest the first of ``layers``, which 1 stands for. Below, they see one another and
+            the prompt's first tokens, so no stored KV has to be loaded for it (our own).
         window: odd number of neighbouring tokens that share their attention.
         first_share: the share of the budget, 0 to 1, that goes to the first tokens of chunks, as
             many of every chunk: false attention sinks (EPIC, arXiv 2410.15332). The question
@@ -35,6 +39,7 @@ class QuerySelector(Selector):
 
     name: ClassVar[str] = "query"
     layers: tuple[float, float] = (1 / 2, 3 / 4)
+    sees_from: float = 1.0
     window: int = 9
     first_share: float = 0.5
     coverage: float = 1.0
@@ -43,6 +48,8 @@ class QuerySelector(Selector):
         low, high = self.layers
         if not 0 <= low < high <= 1:
             raise ValueError(f"layers must be two shares 0 <= low < high <= 1, got {self.layers}")
+        if not 0 <= self.sees_from <= 1:
+            raise ValueError(f"sees_from must be a share, 0 to 1, got {self.sees_from}")
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"window must be odd and positive, got {self.window}")
         if not 0 <= self.first_share <= 1:
@@ -52,7 +59,7 @@ class QuerySelector(Selector):
 
     @property
     def evidence(self) -> QuestionAttention:
-        return QuestionAttention(self.layers)
+        return QuestionAttention(self.layers, self.sees_from)
 
     def score(self, evidence: Evidence) -> torch.Tensor:
         from cacheblend_kernels import window_average

@@ -172,15 +172,19 @@ def test_steps_that_are_one_graph(family: Family, monkeypatch: pytest.MonkeyPatc
 
 
 @of("llama", "gemma2", "qwen3", "gemma3", "cohere2")
-@pytest.mark.parametrize("layers", [(0.25, 0.75), (0.5, 0.75)])
-def test_query_scores_equal_the_reference(family: Family, layers: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("layers", "sees_from"), [((0.25, 0.75), 0.0), ((0.5, 0.75), 0.0), ((0.5, 0.75), 1.0)]
+)
+def test_query_scores_equal_the_reference(
+    family: Family, layers: tuple[float, float], sees_from: float
+) -> None:
     blend, reference = family
-    options = {"layers": layers, "first_share": 0.0}
+    options = {"layers": layers, "sees_from": sees_from, "first_share": 0.0}
     result = blend.generate(PROMPT, recompute_ratio=0.2, selector_options=options, **FULL_LOGPROBS)
     rows = selected(blend, result)
     selector = create_selector("query", options)
     asked = selector.evidence.among(reference.sees_all)
-    scores = reference.question_scores(PARTS, QUESTION, asked)
+    scores = reference.question_scores(PARTS, QUESTION, *asked)
     stored = torch.tensor([p.stored for p in PARTS for _ in p.ids])
     smooth = torch.nn.functional.avg_pool1d((scores * stored)[None, None], 9, 1, 4)[0, 0]
     smooth[~stored] = -1

@@ -14,6 +14,7 @@ from cacheblend_rag.store.base import ChunkKV
 
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
 LAYERS = 6
+FIRST = range(2, 4)  # wanted before the others
 
 
 def chunk(tokens: int) -> ChunkKV:
@@ -34,41 +35,48 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
             ({"a": a}, {"a": chunk(300)}),
         ):
             device_cache.discard("a")
-            staging.stage(ahead, LAYERS // 2)
+            staging.stage(ahead, FIRST)
             assert staging._expected is not None
-            begun = staging._expected[1]
-            transfer = staging.begin(wanted)
+            begun = staging._expected[-1]
+            transfer = staging.begin(wanted, FIRST)
             same = [*ahead.items()] == [*wanted.items()]
             assert (transfer is begun) == same and staging._expected is None
-            assert staging.begin(wanted) is not transfer, "it is another request's"
+            assert staging.begin(wanted, FIRST) is not transfer, "it is another request's"
             for key in (*ahead, *wanted):
                 device_cache.discard(key)
             assert arrived(transfer, wanted)
-        staging.stage({"a": a}, 0)
-        staging.stage({"b": b}, LAYERS - 1)
+        staging.stage({"a": a}, range(1))
+        staging.stage({"b": b}, range(LAYERS))
+        other = staging._expected
+        assert other is not None and staging.begin({"b": b}, FIRST) is not other[-1], "by order"
         assert device_cache.get("a") is None, "what was given up does not stay half filled"
 
 
 def test_a_transfer_held_starts_no_more_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_GROUP_BYTES", 1)  # a layer each
     device, a = torch.device("cuda"), chunk(300)
-    transfer = Staging(device, LAYERS, DeviceCache(0, device)).begin({"a": a})
-    transfer.start(1)
-    assert transfer._started == 2
-    transfer.arrive(1)
-    assert transfer._started == 2
-    transfer.resume(2)
-    assert transfer._started == LAYERS
-    other = Staging(device, LAYERS, DeviceCache(0, device)).begin({"a": a})
-    other.hold(1)
+    transfer = Staging(device, LAYERS, DeviceCache(0, device)).begin({"a": a}, FIRST)
+    transfer.start()
+    assert len(transfer._ready) == 2
+    assert transfer.arrive() == range(2, 3)
+    transfer.used()
+    assert len(transfer._ready) == 2
+    transfer.hold()
+    assert transfer.arrive() == range(3, 4)
+    transfer.used()
+    assert len(transfer._ready) == 3
+    transfer.resume()
+    assert len(transfer._ready) == min(LAYERS, 2 + transfer._staging.num_buffers)
+    other = Staging(device, LAYERS, DeviceCache(0, device)).begin({"a": a}, FIRST)
+    other.hold()
     assert arrived(other, {"a": a}), "what is needed comes all the same"
 
 
 def arrived(transfer: Transfer, wanted: dict[str, ChunkKV]) -> bool:
     """Whether each layer is at its address when it is said to be there."""
-    at = 0
-    while at < LAYERS:
-        layers = transfer.arrive(at)
+    came: list[int] = []
+    while len(came) < LAYERS:
+        layers = transfer.arrive()
         torch.cuda.current_stream().synchronize()
         for index in layers:
             for address, of in zip(
@@ -79,9 +87,9 @@ def arrived(transfer: Transfer, wanted: dict[str, ChunkKV]) -> bool:
                 expected = of.kv_L2NHD[index]
                 if not torch.equal(_read(int(address), expected), expected):
                     return False
-        transfer.used(layers)
-        at = layers.stop
-    return True
+        transfer.used()
+        came += layers
+    return came == [2, 3, 0, 1, 4, 5]
 
 
 def _read(address: int, like: torch.Tensor) -> torch.Tensor:

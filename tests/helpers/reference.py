@@ -6,8 +6,9 @@ shifted position ids, which is what a right re-rotation has to equal.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,23 @@ class _Scatter(DynamicCache):
 
     def get_seq_length(self, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
         return 0
+
+
+class _Late(_Scatter):
+    """Of the layers from ``sees_from`` on, only the rows that are new are put there."""
+
+    def __init__(self, sees_from: int, is_new: torch.Tensor) -> None:
+        super().__init__()
+        self._sees_from, self._is_new = sees_from, is_new
+
+    def update(self, k, v, layer, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if layer < self._sees_from:
+            return super().update(k, v, layer)
+        new, at = self._is_new, self.at
+        self.at = at[new]
+        both = super().update(k[:, :, new], v[:, :, new], layer)
+        self.at = at
+        return both
 
 
 class Reference:
@@ -198,23 +216,47 @@ class Reference:
 
     @torch.no_grad()
     def question_scores(
-        self, parts: Sequence[Part], question: Sequence[int], layers: Sequence[int]
+        self,
+        parts: Sequence[Part],
+        question: Sequence[int],
+        layers: Sequence[int],
+        sees_from: int = 0,
     ) -> torch.Tensor:
-        """Attention of the question per context token over the reused KV; fresh tokens run too."""
+        """Attention of the question per context token over the reused KV; fresh tokens run too.
+        Below layer ``sees_from`` they see themselves, and the prompt's first four tokens.
+        """
         ids = [t for p in parts for t in p.ids]
         fused, stored = self.reused(parts), [p.stored for p in parts for _ in p.ids]
-        rows = [i for i, is_stored in enumerate(stored) if not is_stored]
+        rows = [i for i, is_stored in enumerate(stored) if not is_stored or (sees_from and i < 4)]
         end, asked = len(ids), len(question)
         at = torch.tensor([*rows, *range(end, end + asked)])
         grown = [[torch.nn.functional.pad(t, (0, 0, 0, asked)) for t in kv] for kv in fused]
-        out = self.model(
-            torch.tensor([[*[ids[i] for i in rows], *question]]),
-            position_ids=at[None],
-            attention_mask=self._masks(at, end + asked),
-            past_key_values=_Scatter().fill(grown, at),
-            output_attentions=True,
-        )
+        is_new = torch.tensor([*[not stored[i] for i in rows], *[True] * asked])
+        with self._blind(range(sees_from), at):
+            out = self.model(
+                torch.tensor([[*[ids[i] for i in rows], *question]]),
+                position_ids=at[None],
+                attention_mask=self._masks(at, end + asked),
+                past_key_values=_Late(sees_from, is_new).fill(grown, at),
+                output_attentions=True,
+            )
         return sum(out.attentions[i][0, :, len(rows) :, :end].sum((0, 1)) for i in layers)
+
+    @contextlib.contextmanager
+    def _blind(self, layers: range, at: torch.Tensor) -> Iterator[None]:
+        """In these layers, no query sees a key at another position than ``at``."""
+
+        def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            mask = kwargs["attention_mask"]
+            hidden = torch.full_like(mask, torch.finfo(mask.dtype).min)
+            hidden[..., at] = mask[..., at]
+            return args, {**kwargs, "attention_mask": hidden}
+
+        found = [m.self_attn for m in self.model.modules() if hasattr(m, "self_attn")]
+        handles = [found[i].register_forward_pre_hook(hide, with_kwargs=True) for i in layers]
+        yield
+        for handle in handles:
+            handle.remove()
 
     @property
     def sees_all(self) -> list[bool]:

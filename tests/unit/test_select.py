@@ -122,7 +122,17 @@ def test_query_layers() -> None:
 )
 def test_the_question_is_asked_where_all_is_seen(pattern: str, asked: tuple[int, ...]) -> None:
     wanted = QuestionAttention((1 / 2, 3 / 4))
-    assert wanted.among([kind == "G" for kind in pattern]) == asked
+    assert wanted.among([kind == "G" for kind in pattern]) == (asked, 0)
+
+
+def test_the_question_sees_the_context_at_the_latest_where_it_is_summed() -> None:
+    everywhere = [True] * 32
+    for sees_from, first in ((0.0, 0), (0.25, 8), (0.5, 16), (1.0, 16)):
+        asked = QuestionAttention((1 / 2, 3 / 4), sees_from).among(everywhere)
+        assert asked == (tuple(range(16, 24)), first)
+        assert asked.reading == range(first, 24)
+    few = QuestionAttention((1 / 2, 3 / 4), 1.0).among([i == 2 for i in range(8)])
+    assert few == ((2,), 2), "the nearest layer that sees all stands lower"
 
 
 def test_hkvd_asks_for_what_its_options_say() -> None:
@@ -198,7 +208,7 @@ def test_lists_such_as_json_has_are_taken_for_tuples() -> None:
 
 
 def test_an_unknown_option_is_named_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="coverage, first_share, layers, window"):
+    with pytest.raises(ConfigError, match="coverage, first_share, layers, sees_from, window"):
         create_selector("query", {"no": 1})
     with pytest.raises(ConfigError, match="it has none"):
         create_selector("all", {"no": 1})
