@@ -118,6 +118,9 @@ class BlendExecutor(ABC):
     def place(self, layers: range) -> None:
         """See that the stored KV of ``layers`` is in the paged cache, re-rotated."""
 
+    def resume(self) -> None:  # noqa: B027 - most wait for nobody
+        """Nothing of the step that is about to run waits for an upload any more."""
+
     def give_up(self) -> None:  # noqa: B027 - most fill nothing
         """Nothing more is wanted of it: let go of what its request alone would have filled."""
 

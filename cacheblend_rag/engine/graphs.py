@@ -13,14 +13,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_rag.engine.forward import ModelHandle, Pass
-from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, QuestionPass
+from cacheblend_rag.engine.kernel_pass import SPARE, PassRows, QuestionPass
 from cacheblend_rag.engine.outcome import gpu_seconds
+from cacheblend_rag.engine.upload import Array, upload
 from cacheblend_rag.select import AskedLayers
 
 logger = init_logger("vllm.cacheblend_rag")
@@ -102,14 +104,10 @@ class QuestionGraphs:
         # sizes.
         self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
         device, most = handle.device, int(config.model_config.max_model_len)
-
-        # A graph reads addresses, not values. So these tensors are never replaced, only written to.
-        def rows(fill: int) -> torch.Tensor:
-            return torch.full((_MOST_ASKING,), fill, dtype=torch.int64, device=device)
-
-        self._ids, self._rope = rows(0), rows(0)
-        self._positions, self._slots = rows(NOWHERE), rows(NOWHERE)
-        self._asking, self._key_position = rows(NOWHERE), rows(NEVER)
+        # A graph reads addresses, not values. So these tensors are never replaced, only written to:
+        # the rows, and positions in the table of the model's own rotation.
+        rows = torch.tensor([*SPARE, 0], dtype=torch.int64, device=device)
+        self._rows = rows[:, None].repeat(1, _MOST_ASKING)
         self._length = torch.zeros(1, dtype=torch.int32, device=device)
         size = view(0, self._length, self._length, 1).k_BSGD.shape[1]
         self._table = torch.zeros(most // size + 2, dtype=torch.int32, device=device)
@@ -118,29 +116,29 @@ class QuestionGraphs:
 
     def ask(
         self,
-        ids_T: torch.Tensor,
-        positions_T: torch.Tensor,
-        slots_T: torch.Tensor,
-        asking_T: torch.Tensor,
-        key_position_T: torch.Tensor,
+        rows_5T: Array,
         asked: AskedLayers,
-        at: PagedKV,
+        most: int,
+        at: Callable[[], PagedKV],
         before: LayerHook,
     ) -> torch.Tensor | None:
-        """The attention of the question over all heads, float32 [at.most]; None where there are no
+        """The attention of the question over all heads, float32 [most]; None where there are no
         graphs for it.
+
+        Args:
+            rows_5T: ``PassRows`` on the host.
+            most: a bound on the context; at: its paged cache, asked for when it is first read.
         """
         # Padded, as each size takes a graph of its own: 8 sizes serve all passes of up to 256
         # tokens.
-        size = -(-len(ids_T) // 32) * 32
+        size = -(-rows_5T.shape[1] // 32) * 32
         # The number of programs is fixed when a graph is captured, and follows from the longest
         # context that it serves. Powers of two, so that few are captured.
-        context = max(_LEAST_CONTEXT, 1 << (at.most - 1).bit_length())
+        context = max(_LEAST_CONTEXT, 1 << (most - 1).bit_length())
         if not self.usable or size > _MOST_ASKING:
             return None
-        self._fill(at, size, ids_T, positions_T, slots_T)
-        _set_rows(self._asking, asking_T, size, NOWHERE)
-        _set_rows(self._key_position, key_position_T, size, NEVER)
+        self._rows[:, :size].copy_(upload(_padded(rows_5T, size), self._handle.device))
+        rows = PassRows(*self._rows[:5, :size])
         if context not in self._scores:
             self._scores[context] = torch.zeros(self._groups, context, device=self._handle.device)
         score = self._scores[context]
@@ -149,10 +147,7 @@ class QuestionGraphs:
             return QuestionPass(
                 self._handle,
                 self._layers(context),
-                self._positions[:size],
-                self._slots[:size],
-                self._asking[:size],
-                self._key_position[:size],
+                rows,
                 None,
                 score,
                 asked,
@@ -163,17 +158,15 @@ class QuestionGraphs:
         if captured is None:
             return None
         score.zero_()
-        captured.replay(before)
-        return score[:, : at.most].sum(0)
+        captured.replay(self._reading(at, before))
+        return score[:, :most].sum(0)
 
     def prepare(self, asked: AskedLayers) -> None:
         """Capture the usual sizes of these layers now, so that no request waits for it."""
-        none = torch.zeros(1, dtype=torch.int64, device=self._handle.device)
         empty = self._view(0, self._table[:1], torch.zeros_like(self._length), 1)
         for size in range(_MOST_ASKING, 0, -32):  # the largest first: the others fit its memory
-            ids, spare = none.expand(size), torch.full_like(none, NOWHERE).expand(size)
-            never = torch.full_like(spare, NEVER)
-            if self.ask(ids, spare, spare, spare, never, asked, empty, lambda _: None) is None:
+            spare = np.array([SPARE] * size).T
+            if self.ask(spare, asked, 1, lambda: empty, lambda _: None) is None:
                 return
 
     def seconds(self, size: int) -> float | None:
@@ -181,24 +174,21 @@ class QuestionGraphs:
         found = next((p for key, p in self._passes.items() if key[0] == size), None)
         return None if found is None else gpu_seconds(found.replay)
 
+    def _reading(self, at: Callable[[], PagedKV], before: LayerHook) -> LayerHook:
+        """``before``, and once, what the pass reads of the paged cache."""
+        pending = [at]
+
+        def ready(last: int) -> None:
+            before(last)
+            while pending:
+                cache = pending.pop()()
+                self._table[: len(cache.table)].copy_(cache.table, non_blocking=True)
+                self._length.copy_(cache.length, non_blocking=True)
+
+        return ready
+
     def _layers(self, most: int) -> Callable[[int], PagedKV]:
         return lambda index: self._view(index, self._table, self._length, most)
-
-    def _fill(
-        self,
-        at: PagedKV,
-        size: int,
-        ids_T: torch.Tensor,
-        positions_T: torch.Tensor,
-        slots_T: torch.Tensor,
-    ) -> None:
-        """What the pass reads."""
-        self._table[: len(at.table)].copy_(at.table, non_blocking=True)
-        self._length.copy_(at.length, non_blocking=True)
-        _set_rows(self._ids, ids_T, size, 0)
-        _set_rows(self._rope, positions_T.clamp(min=0), size, 0)
-        _set_rows(self._positions, positions_T, size, NOWHERE)
-        _set_rows(self._slots, slots_T, size, NOWHERE)
 
     def _captured(
         self, key: tuple[int, int, AskedLayers], make: Callable[[LayerHook | None], Pass]
@@ -217,7 +207,7 @@ class QuestionGraphs:
         self, size: int, reads_from: int, make: Callable[[LayerHook | None], Pass]
     ) -> CapturedPass:
         """Run once as it is, so that all is compiled and allocated, then capture."""
-        ids, rope = self._ids[:size], self._rope[:size]
+        ids, rope = self._rows[0, :size], self._rows[5, :size]
         self._handle.run(make(None), ids, rope)
         captured = CapturedPass(self._pool, self._stream, reads_from)
         with captured.capture():
@@ -225,7 +215,9 @@ class QuestionGraphs:
         return captured
 
 
-def _set_rows(static: torch.Tensor, values: torch.Tensor, size: int, spare: int) -> None:
-    """``values``, then ``spare`` up to ``size`` rows."""
-    static[: len(values)].copy_(values, non_blocking=True)
-    static[len(values) : size].fill_(spare)
+def _padded(rows_5T: Array, size: int) -> Array:
+    """``PassRows`` with rows to spare up to ``size``, and positions that all have an angle."""
+    rows = np.array([*SPARE, 0], dtype=np.int64)[:, None].repeat(size, 1)
+    rows[:5, : rows_5T.shape[1]] = rows_5T
+    rows[5] = rows[1].clip(min=0)
+    return rows

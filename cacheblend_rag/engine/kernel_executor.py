@@ -11,7 +11,9 @@ layers, G KV heads, D head size, T tokens of a pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +29,19 @@ from cacheblend_rag.engine.executors import ExecutorFactory
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import QuestionGraphs
 from cacheblend_rag.engine.isolated import prefill_seconds
-from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, PropagationHook, QuestionPass
-from cacheblend_rag.engine.rope import Rerotator
+from cacheblend_rag.engine.kernel_pass import (
+    NEVER,
+    NOWHERE,
+    PassRows,
+    PropagationHook,
+    QuestionPass,
+)
+from cacheblend_rag.engine.rope import Rerotator, RotationDelta
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.engine.upload import Array, upload, upload_all
 from cacheblend_rag.select import AskedLayers
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV
-from cacheblend_rag.undo import on_failure
 
 
 class KernelsUnusableError(Exception):
@@ -116,6 +123,21 @@ class KernelCache:
             raise KernelsUnusableError(f"layer {index} has a paged cache of another layout")
 
 
+class _OnDevice(NamedTuple):
+    """What the kernels need to know of a request, on the device.
+
+    Attributes:
+        positions_N: int64, of the tokens that are placed; delta: their turns; sources: where their
+            stored KV is; table: int32 block table; ends_2: int32, of the region and of its plan.
+    """
+
+    positions_N: torch.Tensor
+    delta: RotationDelta
+    sources: Sources
+    table: torch.Tensor
+    ends_2: torch.Tensor
+
+
 class KernelExecutor(BlendExecutor):
     """See ``BlendExecutor``."""
 
@@ -135,15 +157,17 @@ class KernelExecutor(BlendExecutor):
         self._placed: set[int] = set()
         self._propagation: Propagation | None = None
         self._computed = 0  # tokens, in earlier forwards
-        sources = {s.key: s.chunk for s in region.spans}
-        # First of all, since the copies take longest. What is uploaded below gets in between.
-        self._transfer = staging.begin(sources, first)
-        with on_failure(self.give_up):  # no memory
-            self._upload(sources)
+        self._sources = {s.key: s.chunk for s in region.spans}
+        self._host_table = kernels.table(region.task.blocks)
+        # First of all, since the copies take longest. What is uploaded later gets in between.
+        self._transfer = staging.begin(self._sources, first)
 
-    def _upload(self, sources: Mapping[str, ChunkKV]) -> None:
-        """What the kernels need to know of this request."""
-        region = self.region
+    @functools.cached_property
+    def _there(self) -> _OnDevice:
+        """What the kernels need to know of this request, uploaded when it is first wanted: the
+        question's pass begins without it, and a GPU would wait for the host's work on it.
+        """
+        region, sources = self.region, self._sources
         # What vLLM's prefix cache holds is shared with other requests, and right already.
         new_E = region.stored_E.copy()
         new_E[: region.write_from] = False
@@ -153,10 +177,9 @@ class KernelExecutor(BlendExecutor):
             chunk_E[s.start : s.end] = number[s.key]
         at = new_E.nonzero()[0]
         rows = np.stack([at, region.old_E[at], chunk_E[at], region.offset_E[at]])
-        self._host_table = self._kernels.table(region.task.blocks)
         lengths = np.array([[len(chunk.token_ids) for chunk in sources.values()]], dtype=np.int64)
         # All in one upload: each takes the host as long as a kernel or two.
-        rows_4N, addresses, self._table, self._lengths = upload_all(
+        rows_4N, addresses, table, ends_2 = upload_all(
             [
                 rows,
                 np.concatenate([self._transfer.address_LS, lengths]),
@@ -165,18 +188,24 @@ class KernelExecutor(BlendExecutor):
             ],
             self.device,
         )
-        self._positions_N, old_N, chunk_N, row_N = rows_4N
-        self._address_LS, self._length_S = addresses[:-1], addresses[-1]
-        self._delta = self.rope.delta(old_N, self._positions_N)
-        self._chunk_N, self._row_N = chunk_N.int(), row_N.int()
+        positions_N, old_N, chunk_N, row_N = rows_4N
+        return _OnDevice(
+            positions_N,
+            self.rope.delta(old_N, positions_N),
+            Sources(addresses[:-1], addresses[-1], chunk_N.int(), row_N.int()),
+            table,
+            ends_2,
+        )
 
     def view(self, index: int) -> PagedKV:
         """This request's paged cache of layer ``index``."""
-        return self._kernels.view(index, self._table, self._lengths[:1], self.region.end)
+        table, ends_2 = self._there.table, self._there.ends_2
+        return self._kernels.view(index, table, ends_2[:1], self.region.end)
 
     def _question_view(self, index: int) -> PagedKV:
         """The same as the question sees it."""
-        return self._kernels.view(index, self._table, self._lengths[1:], self.region.asked)
+        table, ends_2 = self._there.table, self._there.ends_2
+        return self._kernels.view(index, table, ends_2[1:], self.region.asked)
 
     def _slots(self, positions: Array) -> Array:
         """int64 slots of ``positions``, as the backend counts them."""
@@ -187,6 +216,9 @@ class KernelExecutor(BlendExecutor):
 
     def give_up(self) -> None:
         self._transfer.give_up()
+
+    def resume(self) -> None:
+        self._transfer.resume()
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
         """All blocks are there from the start, so all is placed at once."""
@@ -203,11 +235,12 @@ class KernelExecutor(BlendExecutor):
 
     def _place(self, table: int, layers: slice | torch.Tensor) -> None:
         """Layers that turn by one table, in one launch."""
+        there = self._there
         rotate_and_scatter(
-            Sources(self._address_LS[layers], self._length_S, self._chunk_N, self._row_N),
-            self._delta.cos_TNP[table],
-            self._delta.sin_TNP[table],
-            self._positions_N,
+            there.sources._replace(address_KC=there.sources.address_KC[layers]),
+            there.delta.cos_TNP[table],
+            there.delta.sin_TNP[table],
+            there.positions_N,
             self.view(0),
             self._kernels.address_L2[layers],
             is_neox=self.rope.is_neox,
@@ -224,32 +257,38 @@ class KernelExecutor(BlendExecutor):
         known = region.stored_E[: region.asked].copy()
         known[: region.write_from] = True
         known[glue] = True
-        along = region.along(glue, asked)
-        n, behind = len(along), self._question_positions(len(question))
-        rows = np.full((5, n + len(question)), NOWHERE)
-        rows[0] = np.concatenate([region.ids_E[along], question])
-        rows[1] = np.concatenate([along, behind])
-        rows[2, n:] = rows[3, n:] = behind
-        # A token of the context is in the paged cache, and must not be seen a second time as an
-        # extra key.
-        rows[3, :n] = NEVER
-        rows[4, :n] = np.where(np.isin(along, glue), self._slots(along), NOWHERE)
-        ids, at, asking, key_position, slots = upload(rows, self.device)
+        rows_5T = self._pass_rows(question, glue, asked)
         # Graphs are captured without a mask of known tokens. Where a chunk is missing, the pass
         # runs as it is.
         if known.all():
-            here, before = self._question_view(0), self._place_read(asked)
-            score = self._graphs.ask(ids, at, slots, asking, key_position, asked, here, before)
+            here, before = (lambda: self._question_view(0)), self._place_read(asked)
+            score = self._graphs.ask(rows_5T, asked, region.asked, here, before)
             if score is not None:
                 return F.pad(score, (0, beyond))
         known_A = None if known.all() else upload(known, self.device)
-        by_head = torch.zeros(self.view(0).k_BSGD.shape[2], region.asked, device=self.device)
-        step = QuestionPass(
-            self.handle, self._question_view, at, slots, asking, key_position, known_A, by_head,
-            asked, before=self._place_read(asked),
-        )  # fmt: skip
-        self.handle.run(step, ids, at)
+        rows = PassRows(*upload(rows_5T, self.device))
+        groups = self.handle.layers[0].num_kv_heads
+        by_head = torch.zeros(groups, region.asked, device=self.device)
+        before = self._place_read(asked)
+        view = self._question_view
+        step = QuestionPass(self.handle, view, rows, known_A, by_head, asked, before=before)
+        self.handle.run(step, rows.ids, rows.positions)
         return F.pad(by_head.sum(0), (0, beyond))
+
+    def _pass_rows(self, question: Sequence[int], glue: Array, asked: AskedLayers) -> Array:
+        """``PassRows`` of the question's pass."""
+        along = self.region.along(glue, asked)
+        n, behind = len(along), self._question_positions(len(question))
+        rows_5T = np.full((5, n + len(question)), NOWHERE)
+        ids, positions, asking, key_position, slots = rows_5T
+        ids[:n], ids[n:] = self.region.ids_E[along], question
+        positions[:n], positions[n:] = along, behind
+        asking[n:] = key_position[n:] = behind
+        # A token of the context is in the paged cache, and must not be seen a second time as an
+        # extra key.
+        key_position[:n] = NEVER
+        slots[:n] = np.where(np.isin(along, glue), self._slots(along), NOWHERE)
+        return rows_5T
 
     def _place_read(self, asked: AskedLayers) -> Callable[[int], None]:
         """What comes before a layer of the question's pass: those that it reads are placed."""
@@ -277,7 +316,6 @@ class KernelExecutor(BlendExecutor):
     def propagator(
         self, tile: torch.Tensor
     ) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
-        self._transfer.resume()  # nothing of the step waits for an upload any more
         if self._propagation is None:
             return None
         propagation = self._propagation._replace(

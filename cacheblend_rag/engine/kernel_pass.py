@@ -7,7 +7,7 @@ Shape legend: T tokens of the pass, G KV heads, N context tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,27 @@ NOWHERE = -1  # position and slot of a row to spare
 NEVER = 1 << 30  # position of a key that no row may see
 
 View = Callable[[int], PagedKV]
+
+
+class PassRows(NamedTuple):
+    """The tokens of a pass, int64 [T] each; a row to spare has the values of ``SPARE``.
+
+    Attributes:
+        ids: of the tokens.
+        positions: ascending.
+        asking: the position where it is the question's; ``NOWHERE`` elsewhere.
+        key_position: the same with ``NEVER``.
+        slots: of the tokens between chunks; ``NOWHERE`` elsewhere.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    asking: torch.Tensor
+    key_position: torch.Tensor
+    slots: torch.Tensor
+
+
+SPARE = (0, NOWHERE, NOWHERE, NEVER, NOWHERE)
 
 
 class PropagationHook:
@@ -51,10 +72,7 @@ class QuestionPass(Pass):
 
     Args:
         view: a layer's paged cache.
-        positions_T: int64, ascending, then ``NOWHERE``.
-        slots_T: int64 slots of the tokens between chunks; ``NOWHERE`` elsewhere.
-        asking_T: int64, the position where it is the question's; ``NOWHERE`` elsewhere.
-        key_position_T: the same with ``NEVER``.
+        rows: its tokens, those to spare last.
         known_N: bool, context tokens that may be seen; None for all.
         score_GN: float32, to which the question's attention is added over the layers
             ``asked.summed``.
@@ -65,22 +83,18 @@ class QuestionPass(Pass):
         self,
         handle: ModelHandle,
         view: View,
-        positions_T: torch.Tensor,
-        slots_T: torch.Tensor,
-        asking_T: torch.Tensor,
-        key_position_T: torch.Tensor,
+        rows: PassRows,
         known_N: torch.Tensor | None,
         score_GN: torch.Tensor,
         asked: AskedLayers,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        self._handle, self._view, self._before = handle, view, before
-        self._positions_T, self._slots_T = positions_T, slots_T
-        self._asking_T, self._key_position_T = asking_T, key_position_T
+        self._handle, self._view, self._before, self._rows = handle, view, before, rows
         self._known_N, self._score_GN, self._asked = known_N, score_GN, asked
         self.last = asked.summed[-1]
-        self._own_position_T = positions_T.masked_fill(positions_T < 0, NEVER)
-        self._none_1 = torch.zeros(1, dtype=torch.int32, device=positions_T.device)
+        at_T = rows.positions
+        self._own_position_T = at_T.masked_fill(at_T < 0, NEVER)
+        self._none_1 = torch.zeros(1, dtype=torch.int32, device=at_T.device)
 
     def attend(
         self,
@@ -93,7 +107,7 @@ class QuestionPass(Pass):
     ) -> None:
         if self._before is not None:
             self._before(index)
-        view = self._view(index)
+        view, rows = self._view(index), self._rows
         sight: dict[str, Any] = {
             "scale": layer.impl.scale,
             "softcap": compat.softcap(layer),
@@ -102,17 +116,17 @@ class QuestionPass(Pass):
         if index < self._asked.sees_from:
             own = Extra(k_TGD, v_TGD, self._own_position_T)
             nothing = view._replace(length=self._none_1, most=1)
-            scattered_attention(q_THD, self._positions_T, nothing, out_THD, extra=own, **sight)
+            scattered_attention(q_THD, rows.positions, nothing, out_THD, extra=own, **sight)
             return
         # Slots of -1 are written by no backend, so the question's own K and V stay out of the
         # cache: vLLM's step computes them later, over the blended KV.
-        self._handle.write(index, k_TGD, v_TGD, self._slots_T)
+        self._handle.write(index, k_TGD, v_TGD, rows.slots)
         scored, options = index in self._asked.summed, {**sight, "known_N": self._known_N}
-        extra = Extra(k_TGD, v_TGD, self._key_position_T)
+        extra = Extra(k_TGD, v_TGD, rows.key_position)
         lse = scattered_attention(
-            q_THD, self._positions_T, view, out_THD, extra=extra, want_lse=scored, **options
+            q_THD, rows.positions, view, out_THD, extra=extra, want_lse=scored, **options
         )
         if lse is not None:
-            question_scores(q_THD, self._asking_T, lse, view, self._score_GN, **options)
+            question_scores(q_THD, rows.asking, lse, view, self._score_GN, **options)
         if index == self.last:
             self.stop()

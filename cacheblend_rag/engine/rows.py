@@ -116,6 +116,8 @@ class _Blend:
         self.done = scheduled.computed + scheduled.known
         if self.executor is not None:
             self.executor.open(self.blocks, self.placed, self.done)
+            # vLLM's uploads for this step are queued. And the host is about to wait for the rows.
+            self.executor.resume()
         self.placed = max(self.placed, self.done)
         return self.positions[first : first + scheduled.known]
 
