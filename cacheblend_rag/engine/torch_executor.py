@@ -41,6 +41,7 @@ class TorchExecutor(BlendExecutor):
         )
         self._correction: Correction | None = None
         self._new = slice(0, 0)  # the tokens that are placed
+        self._placed: set[int] = set()  # layers
         self._slots = self._moved_slots = torch.empty(0, dtype=torch.int64, device=self.device)
         self._first = 0  # of the layers held
         self._k_KEGD = self._v_KEGD = torch.empty(0, device=self.device)
@@ -66,7 +67,7 @@ class TorchExecutor(BlendExecutor):
 
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:
         self._blocks, self._new = blocks, slice(low, high)
-        self._placed: set[int] = set()
+        self._placed = set()
         # Anew with every step: more blocks are there, and all layers are placed for the new tokens.
         table = torch.tensor(blocks)
         self._slots = self._cache.slots(table, torch.arange(low, high))
