@@ -467,7 +467,7 @@ def test_what_cannot_be_computed_raises(blend: CacheBlend, monkeypatch: pytest.M
     assert_same(good, again)
 
 
-@pytest.mark.parametrize("where", ["scatter_through", "propagator"])
+@pytest.mark.parametrize("where", ["place", "propagator"])
 def test_a_blend_that_fails_within_the_step_raises(
     blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

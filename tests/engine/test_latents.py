@@ -63,7 +63,7 @@ class Layer:
 @pytest.mark.parametrize("is_old", [True, False])
 def test_stored_latents_are_placed_before_fresh_ones_are_written(is_old: bool) -> None:
     layer = Layer()
-    executor = SimpleNamespace(scatter_through=lambda index: layer.calls.append(("placed", index)))
+    executor = SimpleNamespace(place_layer=lambda index: layer.calls.append(("placed", index)))
     blend = SimpleNamespace(why_not=None, proof=None)
     part: Any = SimpleNamespace(executor=executor, blend=blend, place=slice(1, 3))
 
