@@ -226,12 +226,14 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 
 def selecting(selector: str) -> dict[str, Any]:
-    """Options of a call: the default as it ships, others as they were published, uncorrected."""
-    return (
-        {"selector": selector}
-        if selector == "query"
-        else {"selector": selector, "propagation_length": 0}
-    )
+    """Options of a call: the default as it ships, others as they were published, uncorrected. A
+    selector's own options come behind its name: ``query:sees_from=0``.
+    """
+    name, *given = selector.split(":")
+    values = (option.partition("=")[::2] for option in given)
+    own = {"selector_options": {option: json.loads(value) for option, value in values}}
+    call: dict[str, Any] = {"selector": name, **(own if given else {})}
+    return call if name == "query" else {**call, "propagation_length": 0}
 
 
 def size(text: str) -> tuple[int, int]:
