@@ -36,7 +36,7 @@ class Reason(StrEnum):
     PROMPT_EMBEDS = "prompt_embeds"
     """The prompt is given as embeddings, not as token ids."""
     LORA = "lora"
-    """The engine serves LoRA in CUDA graphs, or the request has another adapter than its chunks."""
+    """The request has another LoRA adapter than its chunks."""
     ENCODER_INPUTS = "encoder_inputs"
     """The prompt holds images or other inputs of an encoder."""
     PROMPT_LOGPROBS = "prompt_logprobs"

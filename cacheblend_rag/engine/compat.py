@@ -21,18 +21,7 @@ OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 # What no GPU has run, and every GPU refuses.
 NOT_RUN_ON_A_GPU = frozenset(
-    {
-        *("drafts_in_graphs", "images_v2", "kv_heads", "latents_by_row", "latents_in_graphs"),
-        *(
-            "latents_on_ranks",
-            "lora_in_graphs",
-            "mtp",
-            "ngram",
-            "refinement",
-            "shadow",
-            "shared_kv",
-        ),
-    }
+    {"kv_heads", "latents_on_ranks", "ngram", "refinement", "shadow", "shared_kv"}
 )
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
@@ -239,10 +228,6 @@ def _is_cpu() -> bool:
 def engine_refusal(config: VllmConfig) -> Why | None:
     """Why this engine configuration can't blend exactly; None if it can."""
     parallel = config.parallel_config
-    eager = bool(config.model_config.enforce_eager)
-    if config.lora_config is not None and not (eager or was_run("lora_in_graphs")):
-        detail = "LoRA is on, and was not tested in CUDA graphs; start with enforce_eager=True"
-        return Why(Reason.LORA, detail)
     if config.speculative_config is not None and (refused := _speculation_refusal(config)):
         return Why(Reason.SPECULATIVE_DECODING, f"speculative decoding {refused}")
     if parallel.pipeline_parallel_size > 1:
@@ -278,8 +263,6 @@ def _speculation_refusal(config: VllmConfig) -> str:
         return f"by the method {method} was not tested; tested were {', '.join(TESTED_DRAFTS)}"
     if not was_run(method):
         return f"by the method {method} was tested with the CPU engine only"
-    if not (config.model_config.enforce_eager or was_run("drafts_in_graphs")):
-        return "was not tested in CUDA graphs; start the engine with enforce_eager=True"
     # Then vLLM's scheduler counts drafts as taken before it knows, and a step's metadata, which is
     # made of its numbers, would have a sequence longer than it is.
     if config.scheduler_config.async_scheduling:

@@ -256,24 +256,20 @@ class ModelHandle:
 
     def _check_latents_were_run(self) -> None:
         eager, name = bool(self.config.model_config.enforce_eager), "latent attention (MLA)"
-        if not (eager or compat.was_run("latents_in_graphs")):
-            detail = f"{name} was not run in CUDA graphs; start with enforce_eager=True"
-            raise UnsupportedModelError(Reason.MLA, detail)
         if not (self.ranks.alone or compat.was_run("latents_on_ranks")):
             raise UnsupportedModelError(Reason.MLA, f"{name} was not run on several GPUs")
         for layer in self.layers:
             backend = layer.get_attn_backend()
             if compat.takes_any_run(backend.get_builder_cls()):
                 continue
-            by = f"{name} by the backend {backend.get_name()}"
-            if not compat.was_run("latents_by_row"):
-                raise UnsupportedModelError(Reason.MLA, f"{by} was not run; FLASH_ATTN_MLA was")
             if not eager:
                 # Its scratch memory is as large as steps that decode need, and vLLM's graphs have
                 # its address. As many sequences as a blend has rows would have it allocated anew.
-                raise UnsupportedModelError(
-                    Reason.MLA, f"{by} in CUDA graphs; start with enforce_eager=True"
+                detail = (
+                    f"{name} by the backend {backend.get_name()} in CUDA graphs; start with "
+                    "enforce_eager=True"
                 )
+                raise UnsupportedModelError(Reason.MLA, detail)
 
     @property
     def num_layers(self) -> int:

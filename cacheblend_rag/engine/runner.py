@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from cacheblend_rag.engine import compat
-from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
-from cacheblend_rag.reason import Reason
+from cacheblend_rag.engine.forward import ModelHandle
 
 
 class StepTensors(ABC):
@@ -135,14 +133,6 @@ class _V2(StepTensors):
             detail = "prompts may be given as embeddings (enable_prompt_embeds), which was not run"
             detail = f"{detail} with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0"
             raise UnsupportedModelError(Reason.PROMPT_EMBEDS, detail)
-        if compat.was_run("images_v2"):
-            return
-        only = "was not run with vLLM's V2 model runner; set VLLM_USE_V2_MODEL_RUNNER=0"
-        if runner.supports_mm_inputs:
-            raise UnsupportedModelError(Reason.ENCODER_INPUTS, f"a model that takes images {only}")
-        if getattr(runner.model_state, "rope_state", None) is not None:
-            detail = f"a model whose positions have several dimensions {only}"
-            raise UnsupportedModelError(Reason.MROPE, detail)
 
     def order(self, counts: Mapping[str, int]) -> list[str]:
         # The V2 runner keeps no batch that could be asked. It sorts by this function before each

@@ -39,7 +39,7 @@ class QuerySelector(Selector):
 
     name: ClassVar[str] = "query"
     layers: tuple[float, float] = (1 / 2, 3 / 4)
-    sees_from: float = 1.0
+    sees_from: float = 0.0
     window: int = 9
     first_share: float = 0.5
     coverage: float = 1.0

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import untried
 from adapters import make_adapter
 from blending import PARTS, PREFIX, PROMPT, QUESTION, forget_prompts
 from engines import FULL_LOGPROBS, logprobs, selected, start_in_process
@@ -47,11 +46,7 @@ KINDS = [
 def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family]:
     name, *how = request.param.split()
     adapts, compiled = name == "lora", "compiled" in how
-    if compiled:
-        untried.skip("lora_in_graphs" if adapts else "latents_in_graphs")
     backend = next((word for word in how if word in BY_ROW), None)
-    if backend is not None:
-        untried.skip("latents_by_row")
     path = merged = make("llama" if adapts else name, tiny_models)
     # the width of a block that all kernels take
     options: dict[str, Any] = {"dtype": "bfloat16", "block_size": 64}

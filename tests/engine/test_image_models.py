@@ -76,7 +76,6 @@ def test_text_blends(
     errors_of: Callable[[tuple[str, ...]], Errors],
     record_property: Callable[[str, object], None],
 ) -> None:
-    untried.skip("images_v2")
     untried.skip_if(why_not_on_this_gpu(name))
     error = errors_of(group)[name]
     assert not error.startswith(FAILED), error

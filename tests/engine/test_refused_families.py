@@ -60,43 +60,23 @@ def test_latent_attention_over_chosen_keys_is_refused(config: dict[str, int]) ->
     assert refused is None or refused.reason is Reason.MLA
 
 
-@pytest.mark.parametrize("is_eager", [True, False])
-@pytest.mark.parametrize("is_cpu", [True, False])
-def test_adapters_are_refused_where_they_were_not_tested(
-    is_cpu: bool, is_eager: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compat, "_is_cpu", lambda: is_cpu)
-    monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"lora_in_graphs"}))
-    options: Any = SimpleNamespace(
-        lora_config=object(),
-        model_config=SimpleNamespace(enforce_eager=is_eager),
-        speculative_config=None,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
-    )
-    refused = compat.engine_refusal(options)
-    assert (refused is None) is (is_cpu or is_eager)
-    assert refused is None or refused.reason is Reason.LORA
-
-
 @pytest.mark.parametrize("is_ahead", [True, False])
-@pytest.mark.parametrize("is_eager", [True, False])
 @pytest.mark.parametrize("is_cpu", [True, False])
 @pytest.mark.parametrize("method", [*compat.TESTED_DRAFTS, "dflash"])
 def test_speculation_is_refused_where_it_was_not_tested(
-    method: str, is_cpu: bool, is_eager: bool, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
+    method: str, is_cpu: bool, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler that is ahead of its drafts' fate has lengths that they may not come to."""
     monkeypatch.setattr(compat, "_is_cpu", lambda: is_cpu)
-    monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"ngram", "drafts_in_graphs"}))
+    monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"ngram"}))
     options: Any = SimpleNamespace(
         lora_config=None,
-        model_config=SimpleNamespace(enforce_eager=is_eager),
         speculative_config=SimpleNamespace(method=method),
         scheduler_config=SimpleNamespace(async_scheduling=is_ahead),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
     )
     refused = compat.engine_refusal(options)
-    is_tested = method != "dflash" and (is_cpu or (is_eager and method != "ngram"))
+    is_tested = method != "dflash" and (is_cpu or method != "ngram")
     assert (refused is None) is (is_tested and not is_ahead)
     assert refused is None or refused.reason is Reason.SPECULATIVE_DECODING
 

@@ -12,7 +12,6 @@ import torch
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.runner import step_tensors
-from cacheblend_rag.reason import Reason, RefusedError
 
 ROWS, BLOCK = 12, 4
 
@@ -79,21 +78,6 @@ def test_rows_of_text_are_written_in_all_dimensions_and_embedded(
     tensors.write_nothing(slice(5, 7))
     written = runner.block_tables.slot_mappings[0]
     assert written[5:7].tolist() == [-1, -1] and not written[:5].any()
-
-
-@pytest.mark.parametrize(("images", "dimensions"), [(True, 0), (False, 3), (False, 0)])
-def test_what_was_not_run_is_refused(
-    images: bool, dimensions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compat, "_is_cpu", lambda: False)
-    monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"images_v2"}))
-    handle: Any = SimpleNamespace(model=None)
-    if not images and not dimensions:
-        step_tensors(runner_of(images=False, dimensions=0), handle)
-        return
-    with pytest.raises(RefusedError, match="V2 model runner") as refused:
-        step_tensors(runner_of(images=images, dimensions=dimensions), handle)
-    assert refused.value.why.reason is (Reason.ENCODER_INPUTS if images else Reason.MROPE)
 
 
 @pytest.mark.parametrize("embeds", [False, True])

@@ -59,8 +59,6 @@ def speculating(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[S
     untried.skip(method.partition("-")[0])
     if method == "mtp":
         untried.skip_if(untried.lacks_experts())
-    if compiled:
-        untried.skip("drafts_in_graphs")
     path, spec = make_drafting(method, tiny_models)
     reference = Reference(make(TARGETS[method], tiny_models), PREFIX)
     options = {
