@@ -137,7 +137,8 @@ def test_an_answer_that_ends_first_leaves_nothing_to_others(blend: CacheBlend) -
 
 
 def test_what_cannot_be_refined_says_why(blend: CacheBlend) -> None:
-    whole = blend.generate(PROMPT, refine="idle", recompute_ratio=1.0, max_tokens=20).report
+    options = {"refine": "idle", "recompute_ratio": 1.0, "blend_if": "always"}
+    whole = blend.generate(PROMPT, max_tokens=20, **options).report
     assert whole.blended and "nothing to refine" in whole.refine_detail
     assert not whole.refined and not whole.tokens_refined
     other = words(9) + CHUNKS[3] + CHUNKS[0] + CHUNKS[1] + words(25)  # of which nothing is noted

@@ -55,7 +55,7 @@ def test_the_figures_are_those_of_an_exact_run_forced_to_say_the_answer(blend: C
     kl = (exact.exp() * (exact - blended)).sum(-1).mean().item()
     same = exact.argmax(-1) == blended.argmax(-1)
     chosen = exact.argmax(-1) == torch.tensor(result.token_ids)
-    assert kl > 100 * EXACT and not same.all()  # the model is such that blending shows
+    assert kl > 50 * EXACT and not same.all()  # the model is such that blending shows
     assert found == ShadowReport(
         state="done",
         template=found.template,
