@@ -78,7 +78,7 @@ def main() -> None:
     plots.options(options)
     args = options.parse_args()
     number, each = args.size
-    longest = number * max(each, *args.context)
+    longest = number * max([each, *args.context])
     with opened(args, longest, recompute_ratio=args.ratio, blend_if=args.blend_if) as (
         blend,
         words,
