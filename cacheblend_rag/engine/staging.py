@@ -5,6 +5,7 @@ Shape legend: L layers, S source chunks, K layers of a group.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,9 +16,13 @@ from cacheblend_rag.engine.outcome import gpu_seconds
 from cacheblend_rag.store.base import ChunkKV
 from cacheblend_rag.undo import on_failure
 
-_BUFFERS = 4, 8  # of a transfer, the least and the most
-_SHARE = 100  # they take this part of the GPU's memory, between the two
+# Transfers under way share this part of a GPU's memory, or this many bytes if that is less: vLLM,
+# which fills the rest up to a few percent, does not know of it.
+_SHARE, _LEAST_BYTES = 100, 384 << 20
+_BUFFERS = 4, 8  # of a transfer, the least that is worth it and the most
 _GROUP_BYTES = 96 << 20  # aimed at: small enough to start soon, large enough to run at full speed
+# Of a transfer that finds too little left, so that its buffers take next to nothing.
+_SCARCE_BUFFERS, _SCARCE_BYTES = 2, 24 << 20
 _ALIGNMENT = 16  # bytes that the kernel moves at once
 
 
@@ -34,7 +39,7 @@ class Buffers:
     def __init__(
         self, count: int, nbytes: int, device: torch.device, stream: torch.cuda.Stream
     ) -> None:
-        self.nbytes = nbytes
+        self.count, self.nbytes = count, nbytes
         self.memory = torch.empty(count, nbytes, dtype=torch.uint8, device=device)
         self.memory.record_stream(stream)
         # PyTorch hands out memory in the order of one stream. What it was before may still be read
@@ -50,11 +55,11 @@ class Staging:
     def __init__(self, device: torch.device, num_layers: int, device_cache: DeviceCache) -> None:
         self.device, self.num_layers, self.device_cache = device, num_layers, device_cache
         self.stream = torch.cuda.Stream(device)
-        # As many as a question's layers fill while vLLM prepares the step, where there is room.
-        least, most = _BUFFERS
-        memory = torch.cuda.get_device_properties(device).total_memory
-        self.num_buffers = min(max(memory // _SHARE // _GROUP_BYTES, least), most)
+        memory = int(torch.cuda.get_device_properties(device).total_memory)
+        self.nbytes = max(memory // _SHARE, _LEAST_BYTES)
         self._pause = torch.zeros(1, dtype=torch.uint8, device=device)
+        # Those of a transfer that was given up go with it.
+        self._under_way: weakref.WeakSet[Buffers] = weakref.WeakSet()
         self._idle: list[Buffers] = []
         self._expected: tuple[dict[str, ChunkKV], range, Transfer] | None = None
 
@@ -105,17 +110,31 @@ class Staging:
         """
         self._pause.add_(1)
 
-    def take(self, nbytes: int) -> Buffers:
-        """Buffers of ``nbytes`` each at least; a transfer under way keeps its own."""
-        if self._idle and self._idle[-1].nbytes >= nbytes:
-            return self._idle.pop()
-        # Too small ones are freed. At most one set is kept, so that the memory that idles stays
-        # bounded.
-        self._idle.clear()
-        return Buffers(self.num_buffers, nbytes, self.device, self.stream)
+    def room(self, a_layer: int) -> tuple[int, int]:
+        """How many buffers a transfer may have, and the layers of ``a_layer`` bytes in each. A step
+        with many blends has as many transfers, of which each needs some.
+        """
+        layers = min(max(1, _GROUP_BYTES // a_layer), self.num_layers)
+        left = self.nbytes - sum(b.count * b.nbytes for b in self._under_way)
+        least, most = (min(n, -(-self.num_layers // layers) + 1) for n in _BUFFERS)
+        count = min(left // (layers * a_layer), most)
+        if count >= least:
+            return count, layers
+        return _SCARCE_BUFFERS, min(max(1, _SCARCE_BYTES // a_layer), self.num_layers)
+
+    def take(self, count: int, nbytes: int) -> Buffers:
+        """So many buffers of ``nbytes`` each at least; a transfer under way keeps its own."""
+        buffers = self._idle.pop() if self._idle else None
+        # At most one set is kept, so that the memory that idles stays bounded. Another one than is
+        # wanted is freed.
+        if buffers is None or buffers.count != count or buffers.nbytes < nbytes:
+            buffers = Buffers(count, nbytes, self.device, self.stream)
+        self._under_way.add(buffers)
+        return buffers
 
     def give_back(self, buffers: Buffers) -> None:
         """For the next transfer."""
+        self._under_way.discard(buffers)
         self._idle = [buffers]
 
 
@@ -141,6 +160,7 @@ class Transfer:
         self._passing: list[tuple[int, _Pieces]] = []
         self._buffers: Buffers | None = None
         self._arrived = 0  # groups
+        self._ahead = 1  # groups that may be under way
         self._most: int | None = None  # groups that may be started, where not all
         self.address_LS = np.empty((staging.num_layers, len(sources)), dtype=np.int64)
         with on_failure(self.give_up):  # no memory
@@ -174,7 +194,7 @@ class Transfer:
         a_layer = sum(chunk.nbytes for chunk in copied) // num_layers
         # A copy of few bytes does not reach the bus's speed, and a copy of many keeps the first
         # layer waiting. What need not be copied is all there.
-        most = max(1, _GROUP_BYTES // a_layer) if a_layer else num_layers
+        self._ahead, most = staging.room(a_layer) if a_layer else (1, num_layers)
         self._is_copied = bool(copied)
         self._groups = _groups(num_layers, first, most)
         self._num_first = sum(group.start in first for group in self._groups)
@@ -186,7 +206,7 @@ class Transfer:
     def _lay_out_passing(self, passing: list[tuple[int, ChunkKV]]) -> None:
         """Find room in the buffers, which the groups fill in turn."""
         staging, num_layers = self._staging, self._staging.num_layers
-        count, longest = staging.num_buffers, max(map(len, self._groups))
+        count, longest = self._ahead, max(map(len, self._groups))
         slot, inside = np.empty((2, num_layers), dtype=np.int64)
         for number, group in enumerate(self._groups):
             slot[group.start : group.stop] = number % count
@@ -200,7 +220,7 @@ class Transfer:
             flat = chunk.kv_L2NHD.reshape(-1).view(torch.uint8)
             self._passing.append((offset, self._cut(flat, step)))
             offset += step * longest
-        self._buffers = staging.take(offset)
+        self._buffers = staging.take(count, offset)
         # Known before anything is copied, so that all addresses go to the GPU in one upload.
         starts = self._buffers.memory.data_ptr() + slot * self._buffers.nbytes
         self.address_LS[:, [i for i, _ in passing]] += starts[:, None]
@@ -217,7 +237,7 @@ class Transfer:
         by itself.
         """
         self._most = self._num_first
-        self._begin(self._staging.num_buffers)
+        self._begin(self._ahead)
 
     def hold(self) -> None:
         """Start nothing by itself behind the group that follows the layers that are wanted first,
@@ -228,7 +248,7 @@ class Transfer:
     def resume(self) -> None:
         """Bring as much as there are buffers for."""
         self._most = None
-        self._begin(self._arrived + self._staging.num_buffers)
+        self._begin(self._arrived + self._ahead)
 
     def give_up(self) -> None:
         """Nothing more will be read: what is half filled would be held for ever."""
@@ -243,7 +263,7 @@ class Transfer:
         if self._is_copied:
             # As many groups ahead as there are buffers. More would have to wait for the layers that
             # read them.
-            self._begin(number + self._staging.num_buffers)
+            self._begin(number + self._ahead)
             torch.cuda.current_stream(self._staging.device).wait_event(self._ready[number])
         self._arrived += 1
         return self._groups[number]

@@ -66,10 +66,29 @@ def test_a_transfer_held_starts_no_more_by_itself(monkeypatch: pytest.MonkeyPatc
     transfer.used()
     assert len(transfer._ready) == 3
     transfer.resume()
-    assert len(transfer._ready) == min(LAYERS, 2 + transfer._staging.num_buffers)
+    assert len(transfer._ready) == LAYERS
     other = Staging(device, LAYERS, DeviceCache(0, device)).begin({"a": a}, FIRST)
     other.hold()
     assert arrived(other, {"a": a}), "what is needed comes all the same"
+
+
+def test_many_transfers_take_little_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with many blends has one each, and vLLM has left a few percent of a GPU's memory."""
+    device = torch.device("cuda")
+    chunks = [{f"chunk {i}": chunk(2000)} for i in range(12)]
+    a_layer = chunks[0]["chunk 0"].nbytes // LAYERS
+    monkeypatch.setattr(module, "_GROUP_BYTES", 2 * a_layer)
+    monkeypatch.setattr(module, "_SCARCE_BYTES", a_layer)
+    staging = Staging(device, LAYERS, DeviceCache(0, device))
+    staging.nbytes = 8 * a_layer
+    before = torch.cuda.memory_allocated()
+    transfers = [staging.begin(one, FIRST) for one in chunks]
+    taken = torch.cuda.memory_allocated() - before
+    assert [len(t._groups) for t in transfers] == [3, *[LAYERS] * 11]
+    assert taken <= (8 + 11 * 2) * a_layer + (1 << 20)
+    assert all(arrived(t, one) for t, one in zip(transfers, chunks, strict=True))
+    del transfers
+    assert staging.room(a_layer) == (4, 2), "what is through leaves its room"
 
 
 def arrived(transfer: Transfer, wanted: dict[str, ChunkKV]) -> bool:
