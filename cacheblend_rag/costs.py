@@ -65,6 +65,18 @@ class Costs(NamedTuple):
         predicted = self.blend(plan) - self.prefill(plan)
         return self._replace(blend_s=max(0.0, self.blend_s + blended_s - plain_s - predicted))
 
+    def too_short(self, tokens: int) -> Why | None:
+        """Why no plan of a prompt of so many tokens is worth it; None if one may be."""
+        plain = self.prefill_s * tokens
+        if self.blend_s < _MARGIN * plain:
+            return None
+        return Why(
+            Reason.PREFILL_AS_QUICK,
+            f"a plain prefill is as quick here, whatever is stored: {1e3 * plain:.1f} ms predicted "
+            f"for {tokens} tokens, a blend {1e3 * self.blend_s:.1f} ms at least (blend_if='always' "
+            "blends all the same)",
+        )
+
     def refusal(self, plan: Plan, fetch_s: Mapping[str, float] = _ALL_IN_MEMORY) -> Why | None:
         """Why ``plan`` is not worth it; None if it is. ``fetch_s`` is that of ``too_slow``."""
         blended, plain = self.blend(plan, fetch_s), self.prefill(plan)

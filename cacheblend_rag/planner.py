@@ -210,6 +210,8 @@ class Planner:
         # get the KV of other weights.
         if adapter != space.adapter:
             return Planned(NoPlan(Reason.LORA, _OTHER_ADAPTER), config.mode, {})
+        if (why_not := self._too_short(token_ids, config)) is not None:
+            return Planned(NoPlan(*why_not), config.mode, {})
         least = config.min_chunk_tokens
         matches = self.known.index(space.name).locate(token_ids, min_tokens=least)
         own = self.known.salted(_owner(space.name, salt)) if self.learning is not None else None
@@ -233,6 +235,16 @@ class Planner:
                 drawn = self.steering.drawn(space.name, steered)
         seconds = {"locate": located - start, "plan": time.perf_counter() - located}
         return Planned(plan, config.mode, seconds, self._limits.proving, matches, drawn)
+
+    def _too_short(self, token_ids: Sequence[int], config: BlendConfig) -> Why | None:
+        """Why a prompt is not searched for chunks: a short one takes as long to search as a GPU
+        takes for a part of its prefill.
+        """
+        is_free = config.mode == "blend" and config.blend_if == "faster"
+        # What is learnt from a request depends on what is found in it.
+        if not is_free or self.learning is not None or self._limits.costs is None:
+            return None
+        return self._limits.costs.too_short(len(token_ids))
 
     def prompt(
         self,

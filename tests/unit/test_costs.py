@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 from chunks import key_of
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
@@ -50,6 +52,24 @@ def test_a_blend_has_to_be_predicted_clearly_quicker(share: float, is_worth_it: 
     made = slow_plan(0.0)
     costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=share * 6.144)
     assert (costs.refusal(made) is None) == is_worth_it
+
+
+@given(
+    blend_s=st.floats(0, 0.1),
+    prefill_s=st.floats(1e-6, 1e-4),
+    num_chunks=st.integers(1, 8),
+    behind=st.integers(0, 999),
+)
+def test_what_is_too_short_has_no_plan_that_is_worth_it(
+    blend_s: float, prefill_s: float, num_chunks: int, behind: int
+) -> None:
+    made = plan(num_chunks, None, recompute_ratio=0.0)
+    assert isinstance(made, Plan)
+    costs = Costs(prefill_s=prefill_s, recompute_s=prefill_s, load_s=0, blend_s=blend_s)
+    too_short = costs.too_short(made.end + behind)
+    assert too_short is None or costs.refusal(made) is not None
+    # and a prompt of nothing but what is reused at once is searched where a plan is worth it
+    assert (costs.too_short(made.end) is None) == (costs.blend_s < 0.85 * prefill_s * made.end)
 
 
 def test_a_refusal_says_what_was_predicted() -> None:

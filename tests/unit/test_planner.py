@@ -15,8 +15,9 @@ from cacheblend_rag.calibration import Calibration
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import KnownChunks, News, Row
+from cacheblend_rag.learn import LearnOptions
 from cacheblend_rag.plan import Kind, NoPlan, Plan, PromptPrefix
-from cacheblend_rag.planner import Limits, Lost, Planner, Space
+from cacheblend_rag.planner import Learning, Limits, Lost, Planner, Space
 from cacheblend_rag.reason import Reason, Why
 
 words = Words(8)
@@ -52,6 +53,25 @@ def why_not(made: Planner, options: Any) -> NoPlan:
 
 def reused(found: Plan) -> list[str]:
     return [s.key for s in found.segments if s.key]
+
+
+def test_a_prompt_too_short_to_gain_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To search it takes as long as a good part of its prefill on a GPU."""
+    costs = Costs(prefill_s=1e-3, recompute_s=1e-3, load_s=0, blend_s=1.0)
+    made = planner(Limits(costs=costs))
+    assert plan(made, blend_if="always") and plan(made, mode="reuse")
+
+    def searched(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the prompt was searched")
+
+    monkeypatch.setattr("cacheblend_rag.locate.ChunkIndex.locate", searched)
+    refused = why_not(made, {"space": "here"})
+    assert refused.reason is Reason.PREFILL_AS_QUICK and "whatever is stored" in refused.detail
+    long = PROMPT * 8
+    for more in ((), (Learning(LearnOptions(), to_store=False),)):
+        ids = PROMPT if more else long
+        with pytest.raises(AssertionError, match="was searched"):
+            planner(Limits(costs=costs), *more).plan(ids, {"space": "here"})
 
 
 def test_a_request_has_options_of_its_own() -> None:
