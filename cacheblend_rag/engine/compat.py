@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 # What no GPU has run, and every GPU refuses.
-NOT_RUN_ON_A_GPU = frozenset(
-    {"kv_heads", "latents_on_ranks", "ngram", "refinement", "shadow", "shared_kv"}
-)
+NOT_RUN_ON_A_GPU = frozenset({"kv_heads", "latents_on_ranks", "ngram", "shared_kv"})
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
     "'cacheblend-rag[cuda]' (NVIDIA)."
@@ -328,7 +326,6 @@ def refinement_refusal(config: VllmConfig, kv_cache_config: Any) -> str:
     # attention as a subclass.
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     refused = {
-        "on a GPU": not was_run("refinement"),
         "on several ranks": config.parallel_config.world_size > 1,
         "with speculative decoding": config.speculative_config is not None,
         "with latent attention (MLA), or layers of several kinds": type(spec)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from cacheblend_rag.engine.forward import ModelHandle
+from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
+from cacheblend_rag.reason import Reason
 
 
 class StepTensors(ABC):

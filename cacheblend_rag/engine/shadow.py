@@ -224,8 +224,6 @@ class ShadowWorker:
 def why_not(handle: ModelHandle) -> str:
     """Why answers of this engine can't be computed again; empty if they can."""
     config = handle.config
-    if not compat.was_run("shadow"):
-        return "it was run with the CPU engine only"
     if config.lora_config is not None:
         return "the engine serves LoRA adapters"
     if config.speculative_config is not None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import untried
 from engines import EAGER_AND_COMPILED, FULL_LOGPROBS, logprobs, start_in_process
 from refining import ASK, CHUNKS, PREFIX, PROMPT, kv_of, reset
 from shadows import SAMPLING, computed, forced
@@ -25,7 +24,6 @@ FURTHER = words(20)
 @pytest.fixture(scope="module", params=EAGER_AND_COMPILED)
 def watched(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[CacheBlend]:
     """An engine that shadows all."""
-    untried.skip("shadow")
     config = BlendConfig(ingest_prefix=PREFIX, blend_if="always", recompute_ratio=0.05, shadow=1.0)
     options: dict[str, Any] = {"dtype": "bfloat16", "block_size": 64}  # that all kernels take
     if request.param == "compiled":
@@ -58,7 +56,6 @@ def off(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 def test_refined_kv_is_a_plain_prefills_but_for_rounding(
     watched: CacheBlend, record_property: Any
 ) -> None:
-    untried.skip("refinement")
     blend = quiet(watched)
     refined = blend.generate(PROMPT, refine=64, max_tokens=70, **ASK)
     assert refined.report.blended and refined.report.refined, refined.report

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import untried
 from engines import EAGER_AND_COMPILED, EXACT, logprobs, start_in_process
 from refining import ASK, BLOCK, CHUNKS, PREFIX, PROMPT, kv_of, reset
 from tiny import Words, make
@@ -21,11 +20,6 @@ from cacheblend_rag.engine.refiner import Refiner
 from cacheblend_rag.reason import Reason
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def untried_on_a_gpu() -> None:
-    untried.skip("refinement")
 
 
 words = Words(42)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import untried
 from engines import start
 from tiny import Words, make
 
@@ -14,7 +13,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
 
 @pytest.mark.slow
 def test_a_model_with_windows_is_not_refined(tiny_models: Path) -> None:
-    untried.skip("refinement")
     words = Words(41)
     prefix, chunks = words(4), [words(n) for n in (70, 100, 64, 90)]
     prompt = words(9) + sum(chunks, ()) + words(25)

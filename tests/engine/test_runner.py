@@ -12,6 +12,7 @@ import torch
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.runner import step_tensors
+from cacheblend_rag.reason import Reason, RefusedError
 
 ROWS, BLOCK = 12, 4
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import untried
 from engines import EAGER_AND_COMPILED, EXACT, logprobs, start_in_process
 from shadows import CHUNKS, CONFIG, PREFIX, PROMPT, SAMPLING, computed, forced
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, CacheBlend, ConfigError
-from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.shadow import ShadowWorker, why_not
@@ -27,11 +25,6 @@ from cacheblend_rag.shadow import Drawn, ShadowJob
 from cacheblend_rag.shadow.report import ShadowReport
 
 pytestmark = [pytest.mark.vllm, pytest.mark.anywhere]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def untried_on_a_gpu() -> None:
-    untried.skip("shadow")
 
 
 words = Words(13)
@@ -183,12 +176,6 @@ def test_engines_that_can_not_have_a_shadow_say_why() -> None:
         return why_not(handle)
 
     assert refusal() == ""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compat, "_is_cpu", lambda: False)
-        patch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"shadow"}))
-        assert "CPU engine" in refusal(), "no GPU ran it yet"
-        patch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset())
-        assert refusal() == ""
     assert "LoRA" in refusal(lora_config=object())
     assert "speculative" in refusal(speculative_config=object())
     assert "share KV" in refusal(sharing=("layer",))
