@@ -22,12 +22,15 @@ class Costs(NamedTuple):
         load_s: a token's KV from host memory.
         blend_s: all of a blend that does not grow with it, the host's work and the engine's own
             step behind it included.
+        context_s: a token of what a blend covers, where all else of a blend grows with it: as
+            without our kernels.
     """
 
     prefill_s: float
     recompute_s: float
     load_s: float
     blend_s: float
+    context_s: float = 0.0
 
     def prefill(self, plan: Plan) -> float:
         """Seconds of a plain prefill of what ``plan`` covers."""
@@ -56,24 +59,29 @@ class Costs(NamedTuple):
         reused = sum(len(s) for s in plan.segments if s.key and s.key not in left_out)
         fetched = sum(seconds for key, seconds in fetch_s.items() if key not in left_out)
         computed = plan.end - reused + plan.ratio * reused
-        return self.blend_s + fetched + max(self.load_s * reused, self.recompute_s * computed)
+        fixed = self.blend_s + self.context_s * plan.end
+        return fixed + fetched + max(self.load_s * reused, self.recompute_s * computed)
 
     def corrected(self, plan: Plan, plain_s: float, blended_s: float) -> Costs:
-        """With ``blend_s`` such that the difference is right that was measured for ``plan``, from
-        end to end.
+        """With ``blend_s``, or ``context_s`` where that counts, such that the difference is right
+        that was measured for ``plan``, from end to end.
         """
         predicted = self.blend(plan) - self.prefill(plan)
+        if self.context_s:
+            more = (blended_s - plain_s - predicted) / plan.end
+            return self._replace(context_s=max(0.0, self.context_s + more))
         return self._replace(blend_s=max(0.0, self.blend_s + blended_s - plain_s - predicted))
 
     def too_short(self, tokens: int) -> Why | None:
         """Why no plan of a prompt of so many tokens is worth it; None if one may be."""
         plain = self.prefill_s * tokens
-        if self.blend_s < _MARGIN * plain:
+        blended = self.blend_s + self.context_s * tokens
+        if blended < _MARGIN * plain:
             return None
         return Why(
             Reason.PREFILL_AS_QUICK,
             f"a plain prefill is as quick here, whatever is stored: {1e3 * plain:.1f} ms predicted "
-            f"for {tokens} tokens, a blend {1e3 * self.blend_s:.1f} ms at least (blend_if='always' "
+            f"for {tokens} tokens, a blend {1e3 * blended:.1f} ms at least (blend_if='always' "
             "blends all the same)",
         )
 

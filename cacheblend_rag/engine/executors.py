@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.executor import BlendExecutor, Region
 from cacheblend_rag.engine.forward import ModelHandle
+from cacheblend_rag.engine.isolated import prefill_seconds
 from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.torch_executor import TorchExecutor
 from cacheblend_rag.store.base import ChunkKV
@@ -37,7 +38,13 @@ class ExecutorFactory:
 
     def costs(self) -> dict[str, float]:
         """Measured seconds, see ``cacheblend_rag.costs.Costs``; empty where none were measured."""
-        return {}
+        if self._handle.device.type == "cpu" or not self._handle.ranks.alone:
+            return {}
+        prefill = prefill_seconds(self._handle)
+        # To choose and to place without our kernels takes a GPU about as long as a prefill, until
+        # requests have shown how long.
+        plain = {"prefill_s": prefill, "recompute_s": prefill, "context_s": prefill}
+        return {**plain, "blend_s": 0.0, "load_s": 0.0}
 
     def resident(self, key: str) -> ChunkKV | None:
         """The chunk, if a copy is at hand and the store need not be read; from any thread."""

@@ -381,14 +381,14 @@ class KernelExecutorFactory(ExecutorFactory):
 
     def costs(self) -> dict[str, float]:
         ask = self._graphs.seconds(64)
-        if ask is None:
+        if ask is None and not self._handle.ranks.alone:
             return {}
         # A recomputed token is a row of a step, so it costs what a prefilled one does.
         prefill = prefill_seconds(self._handle)
         return {
             "prefill_s": prefill,
             "recompute_s": prefill,
-            "blend_s": ask,
+            "blend_s": ask or 0.0,  # without graphs it is found from end to end
             "load_s": self._staging.seconds_per_byte() * self._kernels.bytes_per_token,
         }
 

@@ -54,6 +54,19 @@ def test_a_blend_has_to_be_predicted_clearly_quicker(share: float, is_worth_it: 
     assert (costs.refusal(made) is None) == is_worth_it
 
 
+def test_what_grows_with_the_context_is_corrected_by_the_token() -> None:
+    """Without kernels, a blend that is slow for a short prompt is slower for a long one."""
+    made, long = plan(1, None, recompute_ratio=0.15), plan(6, None, recompute_ratio=0.15)
+    assert isinstance(made, Plan) and isinstance(long, Plan)
+    costs = Costs(prefill_s=1e-5, recompute_s=1e-5, load_s=0, blend_s=0, context_s=1e-5)
+    assert costs.refusal(long), "until it is measured"
+    slow = costs.corrected(made, plain_s=0.012, blended_s=0.03)
+    assert slow.blend(made) - slow.prefill(made) == pytest.approx(0.018)
+    assert slow.refusal(long) and slow.too_short(long.end)
+    quick = costs.corrected(made, plain_s=0.03, blended_s=0.012)
+    assert quick.blend_s == 0 and quick.refusal(long) is None
+
+
 @given(
     blend_s=st.floats(0, 0.1),
     prefill_s=st.floats(1e-6, 1e-4),
