@@ -51,7 +51,7 @@ def drop_unwritable(request: Any) -> Why | None:
 
 def _texts_of(value: object) -> list[str]:
     if isinstance(value, dict):
-        return list(value)
+        return [key for key in value if isinstance(key, str)]
     return [value] if isinstance(value, str) else []
 
 
