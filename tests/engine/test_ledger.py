@@ -699,7 +699,8 @@ def storm(path: Path, seed: int, requests: int, record: Any, *, ahead: bool, los
     assert not ground.scheduler.connector.claims._requests and not ground.blends.under_way
     ended = Counter(ground.ended.values())
     assert set(ended) <= {"length", "abort", "error"} and bool(ended["error"]) == loses
-    assert sum(ended.values()) == requests and counts["preempted"]
+    assert sum(ended.values()) == requests
+    assert counts["preempted"] or len(ground.pool.blocks) >= 60, "as few blocks as these run out"
     counts["cached"] = sum(r.get("prefix_cached", 0) > 0 for r in ground.reports.values())
     refined = ground.runner.refiner.met
     assert refined["refined to the end"]
