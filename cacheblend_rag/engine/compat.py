@@ -24,6 +24,7 @@ NOT_RUN_ON_A_GPU = frozenset(
     {
         *("drafts_in_graphs", "images_v2", "kv_heads", "latents_by_row", "latents_in_graphs"),
         *(
+            "hand_over",
             "latents_on_ranks",
             "lora_in_graphs",
             "mtp",
