@@ -68,12 +68,12 @@ test-all: $(installed)
 test-gpu: $(installed)
 	$(bin)/python -m pytest -m gpu $(ARGS)
 
-# Ray is an extra that nothing else needs, so it is installed here. Engines share this machine.
+# Ray and NIXL are extras that nothing else needs, so they are installed here. Engines share this machine.
 test-fleet: export HF_HUB_OFFLINE := 1
 test-fleet: export VLLM_CPU_KVCACHE_SPACE ?= 1
 test-fleet: $(installed)
-	@$(bin)/python -c "import ray.serve" 2>/dev/null || { echo "[test-fleet] installing Ray" && \
-	  PIP_QUIET=$${PIP_QUIET-2} $(bin)/python -m pip install --no-compile --no-warn-conflicts --editable ".[ray]"; }
+	@$(bin)/python -c "import ray.serve, nixl" 2>/dev/null || { echo "[test-fleet] installing Ray and NIXL" && \
+	  PIP_QUIET=$${PIP_QUIET-2} $(bin)/python -m pip install --no-compile --no-warn-conflicts --editable ".[ray,nixl]"; }
 	$(bin)/python -m pytest -m fleet $(ARGS)
 
 # What is mutated, and by which tests it should be noticed: [tool.mutmut] in pyproject.toml.

@@ -172,7 +172,7 @@ def write_weights(folder: Path, shape: str, layers: int | None, dtype: str) -> i
     save(folder, shape, layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    tied = model.all_tied_weights_keys if config["tie_word_embeddings"] else ()
+    tied = model.all_tied_weights_keys if config.get("tie_word_embeddings") else ()
     parts: dict[str, dict[str, Any]] = {}
     for name, weight in model.state_dict().items():
         if name not in tied:

@@ -23,6 +23,8 @@ class Reason(StrEnum):
     """No ratio keeps the changed answers of the prompt's template within what is allowed."""
 
     # what the engine finds when it comes to the request
+    HANDED_OVER = "handed_over"
+    """Its KV came from another engine, which says whether it blended."""
     PREFIX_CACHED = "prefix_cached"
     """vLLM's prefix cache holds all that would be blended."""
     CHUNKS_MISSING = "chunks_missing"

@@ -53,8 +53,8 @@ def _demo(args: argparse.Namespace, screen: Screen) -> Done:
     screen.out.print(line, highlight=False, soft_wrap=True)
     if args.model is None:
         screen.out.print(
-            "The embedded model is tiny. The questions are some that it answers right after a full "
-            "prefill, and little misleads it; a larger one, '--model "
+            "The embedded model is tiny. The questions are those of 66 that it answers right after "
+            "a full prefill, and is surest of; a larger one, '--model "
             f"{demo.LARGER_MODEL}' say, answers better.",
             highlight=False,
         )

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from cacheblend_rag import calibration, model_check
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
-from cacheblend_rag.engine import compat, shadow
+from cacheblend_rag.engine import compat, connectors, shadow
 from cacheblend_rag.engine.chat import VllmChat
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.start import WORKER, EngineSetup, chat_template, make_info
@@ -91,9 +91,9 @@ def bind(connector: WorkerSide, runner: Any, vllm_config: Any, *, linked: bool) 
         linked: the scheduler's side learns from this process what becomes of the store. Else it
             follows a shared store itself: news from here would reach it with the next step only.
     """
-    # Behind a connector of several, others would store blended KV under the names of exact KV.
-    if get_kv_transfer_group() is not connector:
-        why_not = Why(Reason.OTHER_CONNECTORS, "there are other KV connectors than ours")
+    why_not = connectors.refusal(connector, get_kv_transfer_group(), runner.vllm_config)
+    if why_not is not None:
+        logger.warning("requests are served without blending: %s", why_not.detail)
         return _refused(connector, why_not)
     try:
         given = vllm_config.kv_transfer_config.kv_connector_extra_config

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 # What no GPU has run, and every GPU refuses.
-NOT_RUN_ON_A_GPU = frozenset({"kv_heads", "latents_on_ranks", "ngram", "shared_kv"})
+NOT_RUN_ON_A_GPU = frozenset({"hand_over", "kv_heads", "latents_on_ranks", "ngram", "shared_kv"})
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
     "'cacheblend-rag[cuda]' (NVIDIA)."

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -47,7 +48,8 @@ class BlendMetadata(KVConnectorMetadata):
 @dataclass
 class BlendResults(KVConnectorWorkerMetadata):
     """Workers to scheduler: outcomes by request, as plain data, why blends failed, which requests
-    could not even be computed, what each rank reports besides, and what was refined.
+    could not even be computed, what each rank reports besides, what was refined, and a handshake
+    that had to wait for a step.
     """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class BlendResults(KVConnectorWorkerMetadata):
     lost: set[str] = field(default_factory=set)
     messages: dict[int, list[Message]] = field(default_factory=dict)
     refined: list[tuple[str, Refined]] = field(default_factory=list)
+    bound: dict[int, RankMessages] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
@@ -65,6 +68,7 @@ class BlendResults(KVConnectorWorkerMetadata):
             other.lost | self.lost,
             other.messages | self.messages,
             self.refined,  # by one rank only
+            other.bound | self.bound,
         )
 
 
@@ -102,6 +106,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._config = vllm_config
         self._runner: Any = None
         self._heap = Heap.of(vllm_config.device_config.device_type)
+        self._bound: RankMessages | None = None  # a handshake that leaves with the next step
         if self._binds:  # what cannot be written must not be read, whatever vLLM's default is
             given.kv_load_failure_policy = "fail"
 
@@ -137,7 +142,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """Blocks were given: the blend goes to the workers with this step."""
         assert self.claims is not None
         # The first group is the only one: see ``compat`` and the model check.
-        self.claims.allocated(request, blocks.get_block_ids()[0])
+        self.claims.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> BlendMetadata:
         """What the workers have to know of this step."""
@@ -151,6 +156,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             assert self.claims is not None
             # News first: a plan made in this step should know what the same step's results say of
             # chunks.
+            for rank, bound in sorted(results.bound.items()):
+                self._bound_on(rank, bound)
             for rank, messages in sorted(results.messages.items()):
                 self.claims.planning.deliver(rank, messages)
             self.claims.lose(results.lost)
@@ -173,11 +180,15 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """What the workers sent when they were bound."""
         assert self.claims is not None
         for rank, messages in sorted(metadata.items()):
-            if isinstance(messages, RankMessages):
-                self.claims.planning.deliver(rank, messages.messages)
-                if messages.store is not None and self.closing is None:
-                    list_anew, self.closing = binding.follow(self.link, *messages.store)
-                    self.claims.planning.opened = list_anew
+            if isinstance(messages, RankMessages):  # others are of connectors beside ours
+                self._bound_on(rank, messages)
+
+    def _bound_on(self, rank: int, messages: RankMessages) -> None:
+        assert self.claims is not None
+        self.claims.planning.deliver(rank, messages.messages)
+        if messages.store is not None and self.closing is None:
+            list_anew, self.closing = binding.follow(self.link, *messages.store)
+            self.claims.planning.opened = list_anew
 
     # ---- worker side ---------------------------------------------------------------------------
 
@@ -187,12 +198,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
         # forward, unless a load was scheduled in this very step.
         super().bind_connector_metadata(connector_metadata)
         self.step_timer.step_begins()
-        # vLLM's MultiConnector takes the first handshake that any connector has, and asks no
-        # further. Then the worker is bound here, with the first step, to say at least why nothing
-        # is blended.
-        if self._runner is not None:  # behind a connector whose handshake hides ours
-            for message in self._bind(linked=True).messages:
-                self.link.send(message)
+        if self._runner is not None:  # nobody asked for our handshake
+            self._bind_unasked()
         step: Step = connector_metadata.step
         # of a scheduler's side in another process
         if step.spans:
@@ -227,12 +234,29 @@ class CacheBlendConnector(KVConnectorBase_V1):
 
     def get_handshake_metadata(self) -> RankMessages | None:
         """The engine is about to start."""
-        return self._bind(linked=self.link.has_scheduler) if self._runner is not None else None
+        if self._runner is None:
+            return None
+        is_alone = get_kv_transfer_group() is self
+        if is_alone:
+            return self._bind()
+        self._bind_unasked()
+        return None
 
-    def _bind(self, *, linked: bool) -> RankMessages:
+    def _bind(self) -> RankMessages:
         runner, self._runner = self._runner, None
         with torch.inference_mode():
-            return binding.bind(self, runner, self._config, linked=linked)
+            return binding.bind(self, runner, self._config, linked=self.link.has_scheduler)
+
+    def _bind_unasked(self) -> None:
+        """Within vLLM's MultiConnector, which hands the first handshake that any connector has to
+        all of them, and asks no further: ours leaves with the first step.
+        """
+        bound = self._bind()
+        if self.link.has_scheduler:
+            for message in bound.messages:
+                self.link.send(message)
+        else:
+            self._bound = bound
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing to do: see ``bind_connector_metadata``."""
@@ -277,9 +301,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
         # In one process the scheduler's side has them already, by the link.
         messages = {} if self.link.has_scheduler else self._messages()
         refined = self.refiner.done() if self.refiner is not None else []
-        if not (ready or lost or messages or refined):
+        bound, self._bound = self._bound, None
+        if not (ready or lost or messages or refined or bound):
             return None
-        return BlendResults(outcomes, failed, lost, messages, refined)
+        own = {get_tensor_model_parallel_rank(): bound} if bound else {}
+        return BlendResults(outcomes, failed, lost, messages, refined, own)
 
     def _messages(self) -> dict[int, list[Message]]:
         messages = self.link.take()

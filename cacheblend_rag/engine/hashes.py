@@ -40,6 +40,18 @@ def hide(request: Any, first: int, tag: str) -> None:
     request._block_hasher = _Hasher(getattr(hasher, "plain", hasher), first, tag)
 
 
+def first_hidden(request: Any, exact: Sequence[bytes]) -> int | None:
+    """The number of the first block of a request that only those find who may; None if all do.
+
+    ``exact``: the hashes of its prompt's blocks before they were changed.
+    """
+    for number, (found, plainly) in enumerate(zip(request.block_hashes, exact, strict=False)):
+        if found != plainly:
+            return number
+    hasher = getattr(request, "_block_hasher", None)
+    return hasher.first if isinstance(hasher, _Hasher) else None
+
+
 class _Hasher(NamedTuple):
     """vLLM's own hasher of a request, which hides the blocks from number ``first`` on."""
 

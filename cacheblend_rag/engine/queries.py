@@ -8,7 +8,7 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from cacheblend_rag.engine import shadow
+from cacheblend_rag.engine import connectors, shadow
 from cacheblend_rag.engine.names import answering, answers_to
 from cacheblend_rag.engine.outcome import BlendOutcome
 from cacheblend_rag.engine.stored import RankStore
@@ -168,8 +168,7 @@ class Queries:
         return store.thread.start(lambda: work(store), aside=aside)
 
     def _connector(self) -> WorkerSide:
-        connector: Any = get_kv_transfer_group()
-        return connector  # type: ignore[no-any-return]
+        return connectors.ours(get_kv_transfer_group())
 
     def _state(self) -> WorkerState:
         """Shared with whoever else stands for this worker: see ``engine/binding.py``."""

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cacheblend_rag.engine import compat
+from cacheblend_rag.engine import compat, handover
 from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.base import adapter_name
 from cacheblend_rag.engine.blend import rows_of
@@ -41,12 +41,14 @@ from cacheblend_rag.shadow import Drawn, ShadowJob
 from cacheblend_rag.shadow.report import waiting
 
 _MOST_ENDED = 1024
+_NOT_CHOSEN = Why(Reason.OTHER_CONNECTORS, "another KV connector has the prompt's KV")
 _CACHED = Why(Reason.PREFIX_CACHED, "vLLM's prefix cache holds all that would be blended")
 
 
 class _Claim(NamedTuple):
     """What is said of a request when it is scheduled first, or again after a preemption."""
 
+    there: int  # tokens that vLLM is told are there, beside those that it found
     write_from: int  # positions below it are in the cache
     total: int  # tokens that the request has
     computes: int  # how many of them a blend computes
@@ -143,6 +145,15 @@ class _Tracked:
         """
         return hit if self.complete else min(hit, self.shared)
 
+    def handed_over(self) -> dict[str, Any]:
+        """What the report tells an engine that goes on with the request, if one does."""
+        first = None
+        if self.begun and self.plan is not None and not self.why_not:
+            first = _first_approximate(self.plan)
+            first = first if first < self.plan.end else None
+        sent = handover.sent(self.request, self.exact, self.per_hash, first)
+        return {} if sent is None else {handover.KEY: sent}
+
     def hide(self) -> None:
         """Its own blocks were never written: it must not find them when it resumes."""
         first = self.shared // self.per_hash
@@ -211,11 +222,20 @@ class Claims:
         self._live[request.request_id] = request
         unwritable, given = drop_unwritable(request), request.kv_transfer_params
         options = given.get(PARAMS_KEY) if isinstance(given, Mapping) else None
-        if options is None and not (unwritable or self.planning.planner.plans_all):
+        arrives = handover.arriving(given)
+        plans = self.planning.planner.plans_all
+        if options is None and arrives is None and not (unwritable or plans):
             return
         name = _name(request, options) if self._names else str(request.request_id)
         tracked = self._requests[request.request_id] = _Tracked(request, name)
         tracked.space = self.planning.planner.space_id(options)
+        if arrives is not None:
+            # Its options are the other engine's report, whose spaces have other names.
+            tracked.space = tracked.space or self.planning.planner.space_id(None)
+            tracked.why_not = Why(Reason.HANDED_OVER, arrives.detail)
+            tracked.exact = list(request.block_hashes)
+            handover.take(request, arrives, self._per_hash(request))
+            return
         tracked.why_not = unwritable or self._refusal(request) or self._forged(options)
         # Begun before vLLM's first look-up: the plan decides by which hashes the request's blocks
         # are looked for.
@@ -249,7 +269,7 @@ class Claims:
         if not request.block_hashes:
             return
         exact = tracked.exact = list(request.block_hashes)
-        per = tracked.per_hash = tokens_per_hash(request, self._hash_block_size, self._block_size)
+        per = tracked.per_hash = self._per_hash(request)
         # The blocks of an earlier blend with this beginning are as good as those of a new one, and
         # vLLM finds them by itself.
         known = self._prefixes.find(exact, request.prompt_token_ids, plan.settings, per)
@@ -264,6 +284,9 @@ class Claims:
             # those blocks.
             first = _first_approximate(plan) // per
             hide(request, first, uuid.uuid4().hex)
+
+    def _per_hash(self, request: Any) -> int:
+        return tokens_per_hash(request, self._hash_block_size, self._block_size)
 
     def there(self, request: Any, hit: int) -> int | None:
         """How many tokens behind those that vLLM found need not be scheduled; None: ask again."""
@@ -284,7 +307,8 @@ class Claims:
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
             return self._not_blended(tracked)
-        if not self._is_written(request, hit // tracked.per_hash, tracked.per_hash):
+        live = self._live.values()
+        if not _is_written(request, live, hit // tracked.per_hash, tracked.per_hash):
             return None
         try:
             # After a preemption the chunks are in memory, or were seen to be missing: no waiting
@@ -299,25 +323,12 @@ class Claims:
         # Not the prompt's length: after a preemption, what was generated is prompt as well.
         total = int(request.num_tokens)
         computes = rows_of(plan, total, write_from)
-        tracked.claim = _Claim(write_from, total, computes, min(computes, total - hit))
+        rows = min(computes, total - hit)
+        tracked.claim = _Claim(total - rows - hit, write_from, total, computes, rows)
         # vLLM enters blocks into its cache when it allocates them, before a row is written. Under
         # these hashes only this request finds them.
         hide(request, hit // tracked.per_hash, uuid.uuid4().hex)
-        return total - tracked.claim.rows - hit
-
-    def _is_written(self, request: Any, found: int, per_hash: int) -> bool:
-        """Whether the blocks that vLLM found are written when the step begins. It hands on blocks
-        as soon as they are allocated, which may be for another request of this very step, whose
-        own rows come in time then. A blend, or what stands in for one, reads them before the step.
-        """
-        # ``num_computed_tokens`` counts a running request's tokens before this step's rows, so the
-        # blocks after it are being written now or later.
-        wanted = set(request.block_hashes[:found])
-        return not any(
-            wanted.intersection(other.block_hashes[other.num_computed_tokens // per_hash :])
-            for other in self._live.values()
-            if other is not request and other.status.name == "RUNNING"
-        )
+        return tracked.claim.there
 
     def _not_blended(self, tracked: _Tracked) -> int:
         """The workers keep its report: its last output never leaves where the front end ends it."""
@@ -325,10 +336,16 @@ class Claims:
             self._plain[tracked.name] = tracked.report()
         return 0
 
-    def allocated(self, request: Any, blocks: Sequence[int]) -> None:
-        """A request is scheduled, and these are its blocks so far."""
+    def allocated(self, request: Any, blocks: Sequence[int], there: int) -> None:
+        """A request is scheduled, and these are its blocks so far. So many tokens, of those that
+        were claimed, are taken to be ``there``.
+        """
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.claim is None or tracked.plan is None:
+            return
+        if there != tracked.claim.there:  # its rows are not those of a blend
+            tracked.claim, tracked.why_not = None, _NOT_CHOSEN
+            self._not_blended(tracked)
             return
         claim, plan = tracked.claim, tracked.plan
         # Here and not in ``there``: vLLM asks there for requests that then find no room.
@@ -459,11 +476,28 @@ class Claims:
                 while len(self._ended) > _MOST_ENDED:
                     self._ended.popitem(last=False)
         # vLLM hands this on with the request's last output, as ``kv_transfer_params``.
-        return {PARAMS_KEY: {**tracked.report(), "refined": refined}}
+        return {PARAMS_KEY: {**tracked.report(), **tracked.handed_over(), "refined": refined}}
 
     def _has_claim(self, name: str) -> bool:
         tracked = self._requests.get(name)
         return tracked is not None and tracked.claim is not None
+
+
+def _is_written(request: Any, live: Iterable[Any], found: int, per_hash: int) -> bool:
+    """Whether the blocks that vLLM found are written when the step begins. It hands on blocks as
+    soon as they are allocated, which may be for another request of this very step, whose own rows
+    come in time then. A blend, or what stands in for one, reads them before the step.
+
+    ``live``: all requests that did not end.
+    """
+    # ``num_computed_tokens`` counts a running request's tokens before this step's rows, so the
+    # blocks after it are being written now or later.
+    wanted = set(request.block_hashes[:found])
+    return not any(
+        wanted.intersection(other.block_hashes[other.num_computed_tokens // per_hash :])
+        for other in live
+        if other is not request and other.status.name == "RUNNING"
+    )
 
 
 def _begin_refinement(

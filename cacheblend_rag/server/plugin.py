@@ -85,7 +85,13 @@ def _parsers(args: Namespace) -> ParserNames:
 
 
 def _extra(config: Any) -> Mapping[str, Any]:
-    """The connector's extra config: that of vLLM's object, or of a plain table."""
-    if isinstance(config, Mapping):
-        return config.get("kv_connector_extra_config") or {}
-    return getattr(config, "kv_connector_extra_config", None) or {}
+    """Our connector's extra config, of vLLM's object or of a plain table; also where it is one of
+    several, within vLLM's MultiConnector.
+    """
+    name = "kv_connector_extra_config"
+    is_plain = isinstance(config, Mapping)
+    extra: Any = config.get(name) if is_plain else getattr(config, name, None)
+    for held in (extra or {}).get("connectors", ()):
+        if held.get("kv_connector") == "CacheBlendConnector":
+            return held.get(name) or {}
+    return extra or {}

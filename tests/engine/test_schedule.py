@@ -29,6 +29,7 @@ PLAN = Plan(
     blend_if="always",
 )
 COMPUTES = 10 + 83 + 24  # before the chunk, half of it, behind the plan
+THERE = len(IDS) - COMPUTES  # tokens that vLLM is told are there
 
 
 class Blocks(SimpleNamespace):
@@ -97,7 +98,7 @@ def test_as_many_rows_are_scheduled_as_a_blend_computes(claims: Claims) -> None:
     one = request()
     claims.begin(one)
     assert claims.there(one, 0) == len(IDS) - COMPUTES
-    claims.allocated(one, Blocks().get_block_ids()[0])
+    claims.allocated(one, Blocks().get_block_ids()[0], THERE)
     sent = step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": COMPUTES})
     task = sent.tasks["r"]
     assert (task.rows, task.computes, task.write_from) == (COMPUTES, COMPUTES, 0)
@@ -166,7 +167,7 @@ def test_a_hit_is_not_claimed_again(claims: Claims) -> None:
     one = request()
     claims.begin(one)
     found = claims.there(one, 64)
-    claims.allocated(one, Blocks().get_block_ids()[0])
+    claims.allocated(one, Blocks().get_block_ids()[0], found or 0)
     task = step(claims, new={"r": 64 + (found or 0)}, rows={"r": 1}).tasks["r"]
     assert task.write_from == 64 and task.computes == -(-(176 - 64) // 2) + 24
     assert found == len(IDS) - task.rows - 64
@@ -190,10 +191,10 @@ def test_what_a_preempted_blend_left_is_computed_again(claims: Claims) -> None:
     one = request()
     claims.begin(one)
     claims.there(one, 0)
-    claims.allocated(one, Blocks().get_block_ids()[0])
+    claims.allocated(one, Blocks().get_block_ids()[0], THERE)
     step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": 40})
     assert claims.there(one, 112) == 0  # more than a blend leaves alone
-    claims.allocated(one, Blocks().get_block_ids()[0])
+    claims.allocated(one, Blocks().get_block_ids()[0], 0)
     task = step(claims, new={"r": 112}, rows={"r": len(IDS) - 112}).tasks["r"]
     assert (task.write_from, task.computes, task.rows) == (0, COMPUTES, len(IDS) - 112)
     assert task.first_row == 112
@@ -219,7 +220,7 @@ def test_its_blocks_are_shared_once_the_outcome_came(claims: Claims) -> None:
 
     first = asked("first")
     claims.there(first, 0)
-    claims.allocated(first, Blocks().get_block_ids()[0])
+    claims.allocated(first, Blocks().get_block_ids()[0], THERE)
     step(claims, new={"first": len(IDS) - COMPUTES}, rows={"first": COMPUTES})
     assert not set(asked("too early").block_hashes) & set(first.block_hashes)
     claims.finished(first)
@@ -237,7 +238,7 @@ def test_blocks_of_a_blend_that_was_not_whole_are_never_shared(claims: Claims, e
     one = request()
     claims.begin(one)
     claims.there(one, 0)
-    claims.allocated(one, Blocks().get_block_ids()[0])
+    claims.allocated(one, Blocks().get_block_ids()[0], THERE)
     part = 40 if early == "aborted" else COMPUTES
     step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": part})
     if early == "failed":
@@ -321,3 +322,65 @@ def test_what_is_not_refined(
     tracked = schedule._Tracked(request(), "r", plan=replace(PLAN, **plan), **changes)
     found = tracked.nothing_to_refine(write_from, BLOCK)
     assert bool(found) == bool(why_not) and why_not in found
+
+
+def arriving(params: dict[str, Any], name: str = "r") -> Any:
+    one = request(name=name)
+    one.kv_transfer_params = {"do_remote_prefill": True, **params}
+    return one
+
+
+def test_kv_of_another_engine_is_not_blended_and_its_blended_blocks_are_hidden(
+    claims: Claims,
+) -> None:
+    told = {"handed_over": {"start": 32, "tag": "x"}, "mode": "blend", "plan": {}, "space": "s"}
+    one, same, other, exact, silent = (
+        arriving(params, name)
+        for name, params in (
+            ("one", {PARAMS_KEY: told}),
+            ("same", {PARAMS_KEY: told}),
+            ("other", {PARAMS_KEY: {"handed_over": {"start": 32, "tag": "y"}}}),
+            ("exact", {PARAMS_KEY: {"handed_over": {"start": None, "tag": ""}}}),
+            ("silent", {}),
+        )
+    )
+    plain = list(one.block_hashes)
+    for each in (one, same, other, exact, silent):
+        claims.begin(each)
+        assert claims.there(each, 0) == 0
+    assert one.block_hashes == same.block_hashes and exact.block_hashes == plain
+    assert one.block_hashes[:2] == other.block_hashes[:2] == plain[:2]
+    hidden = [set(each.block_hashes[2:]) for each in (one, other, exact, silent)]
+    assert len(set().union(*hidden)) == sum(map(len, hidden)), "none finds another's"
+    assert not set(silent.block_hashes) & set(plain)
+    report = claims.finished(one)
+    assert report is not None and report[PARAMS_KEY]["reason"] is Reason.HANDED_OVER
+    assert "handed_over" not in report[PARAMS_KEY], "it goes no further"
+
+
+def test_an_engine_that_prefills_says_what_it_blended(claims: Claims) -> None:
+    blended, plain = request(name="blended"), request(name="plain")
+    for each in (blended, plain):
+        each.kv_transfer_params["do_remote_decode"] = True
+    plain.kv_transfer_params[PARAMS_KEY]["plan"] = NoPlan(Reason.NO_CHUNK_FOUND, "none")
+    found = []
+    for each in (blended, plain):
+        claims.begin(each)
+        claims.there(each, 0)
+        claims.allocated(each, Blocks().get_block_ids()[0], THERE)
+        step(claims, new={each.request_id: THERE}, rows={each.request_id: COMPUTES})
+        report = claims.finished(each)
+        assert report is not None
+        found.append(report[PARAMS_KEY]["handed_over"])
+    assert found[0]["start"] == 0 and found[0]["tag"]
+    assert found[1] == {"start": None, "tag": ""}
+
+
+def test_where_another_connector_has_the_kv_nothing_is_blended(claims: Claims) -> None:
+    one = request()
+    claims.begin(one)
+    assert claims.there(one, 0) == THERE > 0
+    claims.allocated(one, Blocks().get_block_ids()[0], 0)
+    assert step(claims, new={"r": 0}, rows={"r": len(IDS)}).tasks == {}
+    report = claims.finished(one)
+    assert report is not None and report[PARAMS_KEY]["reason"] is Reason.OTHER_CONNECTORS

@@ -88,13 +88,13 @@ def test_answers_are_computed_again_and_ratios_follow(server: LiveServer) -> Non
     assert found["kl"] < 1e-4 and found["agreement"] == 1 and not found["changed"]
     # a random model, which no ratio of the ladder suits
     ratios = until_off(server)
-    assert ratios == sorted(ratios) and ratios[0] == 0.15 and ratios[-1] == 0.5
+    assert ratios and set(ratios) == {0.5}  # where it begins, and the last step
 
 
 def test_tenants_are_steered_apart_and_not_named(server: LiveServer) -> None:
     act(server, "blue")
     name, report = complete(server)
-    assert report["blended"] and report["recompute_ratio"] == 0.15, "what red's answers showed"
+    assert report["blended"] and report["recompute_ratio"] == 0.5, "what red's answers showed"
     assert shadowed(server, name)["state"] == "done"
     act(server, "red")
     assert server.client.get(f"/v1/cacheblend/requests/{name}").status_code == 404

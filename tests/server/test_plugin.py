@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.server.plugin import CacheBlendEndpoints
+from cacheblend_rag.server.plugin import CacheBlendEndpoints, _extra
 
 
 async def app(client: Any, extra: dict[str, Any] | None = None) -> httpx.AsyncClient:
@@ -51,6 +51,19 @@ async def test_without_an_engine_or_with_wrong_options() -> None:
     for client in (None, by_hand(stor="x")):
         answer = await (await app(client)).post("/v1/cacheblend/ingestions", json={})
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "not_available"
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_options_are_found_within_vllms_multi_connector(plain: bool) -> None:
+    """Without them, tenants would be one."""
+    mine = {"store": "x", "server": {"tenants": "t"}}
+    held = [
+        {"kv_connector": "NixlConnector", "kv_role": "kv_producer"},
+        {"kv_connector": "CacheBlendConnector", "kv_connector_extra_config": mine},
+    ]
+    whole = {"kv_connector_extra_config": {"connectors": held}}
+    assert _extra(whole if plain else SimpleNamespace(**whole)) == mine
+    assert _extra({"kv_connector_extra_config": {"connectors": held[:1]}})["connectors"]
 
 
 async def test_unknown_paths() -> None:

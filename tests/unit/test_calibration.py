@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from cacheblend_rag import calibration
 from cacheblend_rag.calibration import Calibration, find, in_folder, resolved, usual_path
+from cacheblend_rag.cli import calibrate
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError, DataError
 from cacheblend_rag.evaluate.base import Question
@@ -58,6 +60,13 @@ def test_a_calibration_s_usual_place(home: Path) -> None:
     deep = home / "a" / "b" / "c.json"
     MADE.save(deep)
     assert find(WEIGHTS, str(deep)) == MADE
+
+
+def test_it_is_made_in_the_dtype_that_is_served() -> None:
+    """Weights in another dtype have another fingerprint: it would not be found."""
+    parser = argparse.ArgumentParser()
+    calibrate.add(parser.add_subparsers())
+    assert parser.parse_args(["calibrate"]).dtype == "auto"
 
 
 def test_what_ships_is_found_behind_what_was_made_here(

@@ -216,6 +216,7 @@ RUN = {
     "clients.md": "client/test_live.py",
     "debug.md": "integrations/test_documented_code.py",
     "python.md": "integrations/test_documented_code.py",
+    "fleet.md": "engine/test_disaggregated.py",
     "ray.md": "integrations/test_fleet_routing.py",
     "serving.md": "client/test_live.py",
     "tutorial.md": "integrations/test_documented_code.py",

@@ -52,6 +52,7 @@ NOT_LISTED = {
     Reason.NO_CHUNK_FOUND,
     Reason.NO_WHOLE_BLOCK,
     Reason.PREFILL_AS_QUICK,
+    Reason.HANDED_OVER,
     Reason.PREFIX_CACHED,
     Reason.CHUNKS_MISSING,
     Reason.CHANGED_TOO_OFTEN,
