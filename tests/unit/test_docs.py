@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _PROGRAM = r"(?:PYTHONPATH=\S+ )?(?:cacheblend|make|python) "
+SHARED = ("shapes.py", "plots.py", "serving.py")  # whose options other benchmarks take
 LINE = re.compile(rf"^(?:    )?({_PROGRAM}[^#\n]*)", re.MULTILINE)  # of a block, up to a comment
 INLINE = re.compile(rf"`({_PROGRAM}[^`]*)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -204,7 +205,7 @@ def test_the_script_is_there_and_has_these_options(line: str) -> None:
         assert importlib.util.find_spec(arguments[0]) is not None
         return
     sources = [(ROOT / file).read_text()]
-    sources += [(ROOT / "benchmarks" / name).read_text() for name in ("shapes.py", "plots.py")]
+    sources += [(ROOT / "benchmarks" / name).read_text() for name in SHARED]
     options = [a for a in arguments if a.startswith("--")]
     assert [o for o in options if not any(f'"{o}"' in source for source in sources)] == []
 
