@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from engines import selected, start_in_process
 from tiny import Words, make
 
 from cacheblend_rag import CacheBlend
-from cacheblend_rag.select import SELECTORS, Evidence, KVDeviation, QuestionAttention, Selector
+from cacheblend_rag.engine.executor import Region
+from cacheblend_rag.select import (
+    SELECTORS,
+    AskedLayers,
+    Evidence,
+    KVDeviation,
+    QuestionAttention,
+    Selector,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -107,3 +117,20 @@ def test_it_gets_the_deviation_it_asks_for(blend: CacheBlend) -> None:
 def test_it_may_need_no_evidence(blend: CacheBlend) -> None:
     first, last = set(chosen(blend, "first_k")), set(chosen(blend, "last"))
     assert 9 in first - last and 98 in last - first  # the first chunk is at [9, 99)
+
+
+@pytest.mark.parametrize(
+    ("asked", "glue", "sees_from", "along"),
+    [
+        (90, [40, 41], 2, [0, 1, 2, 3, 40, 41]),
+        (90, [2, 40], 2, [0, 1, 2, 3, 40]),
+        (3, [], 1, [0, 1, 2]),
+        (90, [2, 40], 0, [2, 40]),  # all of it is seen in the paged cache
+    ],
+)
+def test_a_prompts_first_tokens_run_along_where_the_context_is_seen_late(
+    asked: int, glue: list[int], sees_from: int, along: list[int]
+) -> None:
+    region: Any = SimpleNamespace(asked=asked)
+    found = Region.along(region, np.array(glue, dtype=np.int64), AskedLayers((4,), sees_from))
+    assert found.tolist() == along
