@@ -216,11 +216,11 @@ class Blender:
         question_E = deviation_E = None
         wanted = selector.evidence
         if isinstance(wanted, QuestionAttention):
-            asked = wanted.among(self.handle.sees_all)
+            layers = wanted.among(self.handle.sees_all)
             room = self._most_rows - len(task.question) - FIRST_TOKENS
             # Each rank has some of the heads. Without the sum, ranks would choose different tokens,
             # and from then on each would compute another prompt.
-            question_E = self.handle.ranks.sum(executor.ask(task.question, asked, room))
+            question_E = self.handle.ranks.sum(executor.ask(task.question, layers, room))
         elif isinstance(wanted, KVDeviation):
             deviation_E = self.handle.ranks.sum(
                 executor.deviation(self._check(wanted), wanted.values, self._most_rows)

@@ -82,11 +82,11 @@ class Region:
                 glue[s.start : s.end] = False
         return glue.nonzero()[0][-max(1, most) :]
 
-    def along(self, glue: Array, asked: AskedLayers) -> Array:
+    def along(self, glue: Array, layers: AskedLayers) -> Array:
         """int64 positions of what runs before the question in its pass, ascending: ``glue``, and
         the prompt's first tokens where the question does not see the context in all layers.
         """
-        if not asked.sees_from:
+        if not layers.sees_from:
             return glue
         # A model's attention is not itself without an attention sink to see.
         return np.union1d(np.arange(min(FIRST_TOKENS, self.asked)), glue)
@@ -125,13 +125,13 @@ class BlendExecutor(ABC):
         """Nothing more is wanted of it: let go of what its request alone would have filled."""
 
     @abstractmethod
-    def ask(self, question: Sequence[int], asked: AskedLayers, most_glue: int) -> torch.Tensor:
+    def ask(self, question: Sequence[int], layers: AskedLayers, most_glue: int) -> torch.Tensor:
         """Run the question's tokens, and the tokens between chunks, over the reused KV. Below
-        ``asked.sees_from`` they see only one another, and the prompt's first tokens.
+        ``layers.sees_from`` they see only one another, and the prompt's first tokens.
 
         Args:
             question: token ids, at the positions behind the last chunk.
-            asked: the layers whose attention is summed; none above them runs.
+            layers: those whose attention is summed; none above them runs.
             most_glue: tokens between chunks that may run along.
 
         Returns:

@@ -117,7 +117,7 @@ class QuestionGraphs:
     def ask(
         self,
         rows_5T: Array,
-        asked: AskedLayers,
+        layers: AskedLayers,
         most: int,
         at: Callable[[], PagedKV],
         before: LayerHook,
@@ -150,23 +150,23 @@ class QuestionGraphs:
                 rows,
                 None,
                 score,
-                asked,
+                layers,
                 before=step,
             )
 
-        captured = self._captured((size, context, asked), make)
+        captured = self._captured((size, context, layers), make)
         if captured is None:
             return None
         score.zero_()
         captured.replay(self._reading(at, before))
         return score[:, :most].sum(0)
 
-    def prepare(self, asked: AskedLayers) -> None:
+    def prepare(self, layers: AskedLayers) -> None:
         """Capture the usual sizes of these layers now, so that no request waits for it."""
         empty = self._view(0, self._table[:1], torch.zeros_like(self._length), 1)
         for size in range(_MOST_ASKING, 0, -32):  # the largest first: the others fit its memory
             spare = np.array([SPARE] * size).T
-            if self.ask(spare, asked, 1, lambda: empty, lambda _: None) is None:
+            if self.ask(spare, layers, 1, lambda: empty, lambda _: None) is None:
                 return
 
     def seconds(self, size: int) -> float | None:

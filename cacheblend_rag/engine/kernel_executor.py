@@ -247,7 +247,7 @@ class KernelExecutor(BlendExecutor):
             is_aligned=self._kernels.is_aligned and self._transfer.is_aligned,
         )
 
-    def ask(self, question: Sequence[int], asked: AskedLayers, most_glue: int) -> torch.Tensor:
+    def ask(self, question: Sequence[int], layers: AskedLayers, most_glue: int) -> torch.Tensor:
         region, beyond = self.region, self.region.end - self.region.asked
         self._transfer.hold()
         glue = region.glue(most_glue)
@@ -257,27 +257,27 @@ class KernelExecutor(BlendExecutor):
         known = region.stored_E[: region.asked].copy()
         known[: region.write_from] = True
         known[glue] = True
-        rows_5T = self._pass_rows(question, glue, asked)
+        rows_5T = self._pass_rows(question, glue, layers)
         # Graphs are captured without a mask of known tokens. Where a chunk is missing, the pass
         # runs as it is.
         if known.all():
-            here, before = (lambda: self._question_view(0)), self._place_read(asked)
-            score = self._graphs.ask(rows_5T, asked, region.asked, here, before)
+            here, before = (lambda: self._question_view(0)), self._place_read(layers)
+            score = self._graphs.ask(rows_5T, layers, region.asked, here, before)
             if score is not None:
                 return F.pad(score, (0, beyond))
         known_A = None if known.all() else upload(known, self.device)
         rows = PassRows(*upload(rows_5T, self.device))
         groups = self.handle.layers[0].num_kv_heads
         by_head = torch.zeros(groups, region.asked, device=self.device)
-        before = self._place_read(asked)
+        before = self._place_read(layers)
         view = self._question_view
-        step = QuestionPass(self.handle, view, rows, known_A, by_head, asked, before=before)
+        step = QuestionPass(self.handle, view, rows, known_A, by_head, layers, before=before)
         self.handle.run(step, rows.ids, rows.positions)
         return F.pad(by_head.sum(0), (0, beyond))
 
-    def _pass_rows(self, question: Sequence[int], glue: Array, asked: AskedLayers) -> Array:
+    def _pass_rows(self, question: Sequence[int], glue: Array, layers: AskedLayers) -> Array:
         """``PassRows`` of the question's pass."""
-        along = self.region.along(glue, asked)
+        along = self.region.along(glue, layers)
         n, behind = len(along), self._question_positions(len(question))
         rows_5T = np.full((5, n + len(question)), NOWHERE)
         ids, positions, asking, key_position, slots = rows_5T
@@ -290,9 +290,9 @@ class KernelExecutor(BlendExecutor):
         slots[:n] = np.where(np.isin(along, glue), self._slots(along), NOWHERE)
         return rows_5T
 
-    def _place_read(self, asked: AskedLayers) -> Callable[[int], None]:
+    def _place_read(self, layers: AskedLayers) -> Callable[[int], None]:
         """What comes before a layer of the question's pass: those that it reads are placed."""
-        return lambda index: self.place(range(asked.sees_from, index + 1))
+        return lambda index: self.place(range(layers.sees_from, index + 1))
 
     def _reused(self, index: int, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.view(index).gather(at)

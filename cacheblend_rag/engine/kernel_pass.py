@@ -6,6 +6,7 @@ Shape legend: T tokens of the pass, G KV heads, N context tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ class QuestionPass(Pass):
     """Tokens between chunks, then the question, over the reused KV in the paged cache.
 
     The former are written there (vLLM's step computes them again, over the blended KV); the
-    question's own K and V stay outside. In the layers below ``asked.sees_from`` nothing is read or
+    question's own K and V stay outside. In the layers below ``layers.sees_from`` nothing is read or
     written there: the pass's tokens see one another. Stops behind the last layer that is summed.
 
     Args:
@@ -75,7 +76,7 @@ class QuestionPass(Pass):
         rows: its tokens, those to spare last.
         known_N: bool, context tokens that may be seen; None for all.
         score_GN: float32, to which the question's attention is added over the layers
-            ``asked.summed``.
+            ``layers.summed``.
         before: called with each layer's number before the layer is touched.
     """
 
@@ -86,15 +87,21 @@ class QuestionPass(Pass):
         rows: PassRows,
         known_N: torch.Tensor | None,
         score_GN: torch.Tensor,
-        asked: AskedLayers,
+        layers: AskedLayers,
         before: Callable[[int], None] | None = None,
     ) -> None:
         self._handle, self._view, self._before, self._rows = handle, view, before, rows
-        self._known_N, self._score_GN, self._asked = known_N, score_GN, asked
-        self.last = asked.summed[-1]
-        at_T = rows.positions
-        self._own_position_T = at_T.masked_fill(at_T < 0, NEVER)
-        self._none_1 = torch.zeros(1, dtype=torch.int32, device=at_T.device)
+        self._known_N, self._score_GN, self._layers = known_N, score_GN, layers
+        self.last = layers.summed[-1]
+
+    @functools.cached_property
+    def _alone(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of the pass's own keys, and the length of a context that has no token: for the
+        layers in which the pass sees only itself.
+        """
+        at_T = self._rows.positions
+        none_1 = torch.zeros(1, dtype=torch.int32, device=at_T.device)
+        return at_T.masked_fill(at_T < 0, NEVER), none_1
 
     def attend(
         self,
@@ -113,15 +120,16 @@ class QuestionPass(Pass):
             "softcap": compat.softcap(layer),
             "window": compat.sliding_window(layer),
         }
-        if index < self._asked.sees_from:
-            own = Extra(k_TGD, v_TGD, self._own_position_T)
-            nothing = view._replace(length=self._none_1, most=1)
+        if index < self._layers.sees_from:
+            key_position_T, none_1 = self._alone
+            own = Extra(k_TGD, v_TGD, key_position_T)
+            nothing = view._replace(length=none_1, most=1)
             scattered_attention(q_THD, rows.positions, nothing, out_THD, extra=own, **sight)
             return
         # Slots of -1 are written by no backend, so the question's own K and V stay out of the
         # cache: vLLM's step computes them later, over the blended KV.
         self._handle.write(index, k_TGD, v_TGD, rows.slots)
-        scored, options = index in self._asked.summed, {**sight, "known_N": self._known_N}
+        scored, options = index in self._layers.summed, {**sight, "known_N": self._known_N}
         extra = Extra(k_TGD, v_TGD, rows.key_position)
         lse = scattered_attention(
             q_THD, rows.positions, view, out_THD, extra=extra, want_lse=scored, **options

@@ -171,6 +171,7 @@ class Transfer:
         """Find room for every source."""
         staging, num_layers = self._staging, self._staging.num_layers
         passing: list[tuple[int, ChunkKV]] = []
+        layers = np.arange(num_layers)
         for i, (key, chunk) in enumerate(sources.items()):
             cached = staging.device_cache.get(key)
             if cached is None:
@@ -186,7 +187,6 @@ class Transfer:
                 passing.append((i, chunk))
                 continue
             self._cached.append(cached)
-            layers = np.arange(num_layers)
             self.address_LS[:, i] = cached.kv.data_ptr() + layers * (chunk.nbytes // num_layers)
         if self._filling:  # their memory may still be read by what was queued before
             staging.stream.wait_stream(torch.cuda.current_stream(staging.device))

@@ -84,13 +84,13 @@ class TorchExecutor(BlendExecutor):
                 self.handle.write(index, k[self._new], v[self._new], self._slots)
             self._placed.add(index)
 
-    def ask(self, question: Sequence[int], asked: AskedLayers, most_glue: int) -> torch.Tensor:
+    def ask(self, question: Sequence[int], layers: AskedLayers, most_glue: int) -> torch.Tensor:
         glue = self.region.glue(most_glue)
-        along = self.region.along(glue, asked)
+        along = self.region.along(glue, layers)
         along_F = upload(along, self.device)
         positions_Q = upload(self._question_positions(len(question)), self.device)
         is_glue_F = upload(np.isin(along, glue), self.device)
-        step = _QuestionPass(self, along_F, is_glue_F, positions_Q, asked)
+        step = _QuestionPass(self, along_F, is_glue_F, positions_Q, layers)
         ids = torch.cat([self.ids_E[along_F], upload(np.array(question), self.device)])
         self.handle.run(step, ids, torch.cat([along_F, positions_Q]))
         return F.pad(step.score_A, (0, self.region.end - self.region.asked))
@@ -132,9 +132,9 @@ class _QuestionPass(Pass):
         along_F: torch.Tensor,
         is_glue_F: torch.Tensor,
         positions_Q: torch.Tensor,
-        asked: AskedLayers,
+        layers: AskedLayers,
     ) -> None:
-        self._executor, self._asked, self.last = executor, asked, asked.summed[-1]
+        self._executor, self._layers, self.last = executor, layers, layers.summed[-1]
         self._num_along, self._glue_rows = len(along_F), is_glue_F.nonzero().flatten()
         self._glue = along_F[is_glue_F]
         end, device = executor.region.asked, executor.device
@@ -158,7 +158,7 @@ class _QuestionPass(Pass):
         n, sight = self._num_along, compat.sight(layer)
         end = len(self.score_A)
         q_THD = compat.plain_query(layer, q_THD, k_TGD)
-        if index < self._asked.sees_from:
+        if index < self._layers.sees_from:
             mask = visible(self._query_pos, self._query_pos, sight)
             out_THD.copy_(dense_causal(layer, q_THD, k_TGD, v_TGD, mask))
             return
@@ -167,7 +167,7 @@ class _QuestionPass(Pass):
         # The tokens between chunks see one another and the chunks, as in the prompt.
         k[self._glue], v[self._glue] = k_TGD[self._glue_rows], v_TGD[self._glue_rows]
         mask = self._mask(sight)
-        if index not in self._asked.summed:
+        if index not in self._layers.summed:
             out_THD.copy_(dense_causal(layer, q_THD, k, v, mask))
             return
         if n:

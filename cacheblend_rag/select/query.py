@@ -17,10 +17,10 @@ class QuerySelector(Selector):
 
     The question's tokens run through the model once, up to the last of ``layers``. From
     ``sees_from`` on they see the reused KV. The attention that they pay to a context token is its
-    score: the sum over those layers, all heads and all
-    question tokens, averaged over ``window`` neighbours. At equal ratio this keeps answers
-    closer to a full prefill than KV deviation does. The defaults are those whose KL was the lowest
-    on the half of the questions that tuning may see (docs/quality.md).
+    score: the sum over ``layers``, all heads and all question tokens, averaged over ``window``
+    neighbours. At equal ratio this keeps answers closer to a full prefill than KV deviation does.
+    The defaults are those whose KL was the lowest on the half of the questions that tuning may see
+    (docs/quality.md).
 
     Attributes:
         layers: first and last layer as shares of the depth; later ones carry the signal.
