@@ -61,24 +61,30 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=1))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+def parser(about: str | None, *, limit: int, dtype: str) -> argparse.ArgumentParser:
+    """Options of the benchmarks of refinement, with defaults of their own."""
+    found = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--model", help="hub name or folder; default: the embedded model")
-    parser.add_argument("--limit", type=int, default=4, help="questions")
-    parser.add_argument("--passages", type=int, default=10, help="of each question, at most")
-    parser.add_argument("--tokens", type=int, default=200, help="of an answer")
-    parser.add_argument("--ratio", type=float, default=0.15)
-    parser.add_argument(
+    found.add_argument("file", type=Path)
+    found.add_argument("--model", help="hub name or folder; default: the embedded model")
+    found.add_argument("--limit", type=int, default=limit, help="questions")
+    found.add_argument("--passages", type=int, default=10, help="of each question, at most")
+    found.add_argument("--tokens", type=int, default=200, help="of an answer")
+    found.add_argument("--ratio", type=float, default=0.15)
+    found.add_argument("--dtype", default=dtype)
+    found.add_argument("--seed", type=int, default=7)
+    found.add_argument("--eager", action="store_true", help="compile nothing: a start is quick")
+    found.add_argument("--json", type=Path, help="also write what was measured there")
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    options = parser(__doc__, limit=4, dtype="float32")
+    options.add_argument(
         "--refine", nargs="+", default=["off", "idle"], help="off, idle, a number, or plain"
     )
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--eager", action="store_true", help="compile nothing: a start is quick")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
-    return parser.parse_args()
+    return options.parse_args()
 
 
 def ask(

@@ -27,9 +27,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from refine import GREEDY, parser
 from shapes import versions
 
-GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 Rows = dict[str, list[float]]  # by wish
 
 
@@ -60,22 +60,10 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--model", help="hub name or folder; default: the embedded model")
-    parser.add_argument("--limit", type=int, default=24, help="questions")
-    parser.add_argument("--passages", type=int, default=10, help="of each question, at most")
-    parser.add_argument("--tokens", type=int, default=200, help="of an answer")
-    parser.add_argument("--streams", type=int, default=2)
-    parser.add_argument("--ratio", type=float, default=0.15)
-    parser.add_argument("--refine", nargs=2, default=["off", "idle"], help="off, idle or a number")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--eager", action="store_true", help="compile nothing: a start is quick")
-    parser.add_argument("--json", type=Path, help="also write the times there")
-    return parser.parse_args()
+    options = parser(__doc__, limit=24, dtype="auto")
+    options.add_argument("--streams", type=int, default=2)
+    options.add_argument("--refine", nargs=2, default=["off", "idle"], help="off, idle or a number")
+    return options.parse_args()
 
 
 class Load:
