@@ -59,8 +59,12 @@ class Costs(NamedTuple):
         reused = sum(len(s) for s in plan.segments if s.key and s.key not in left_out)
         fetched = sum(seconds for key, seconds in fetch_s.items() if key not in left_out)
         computed = plan.end - reused + plan.ratio * reused
-        fixed = self.blend_s + self.context_s * plan.end
-        return fixed + fetched + max(self.load_s * reused, self.recompute_s * computed)
+        least = self._least(plan.end)
+        return least + fetched + max(self.load_s * reused, self.recompute_s * computed)
+
+    def _least(self, tokens: int) -> float:
+        """Seconds of any blend that covers so many tokens."""
+        return self.blend_s + self.context_s * tokens
 
     def corrected(self, plan: Plan, plain_s: float, blended_s: float) -> Costs:
         """With ``blend_s``, or ``context_s`` where that counts, such that the difference is right
@@ -74,8 +78,7 @@ class Costs(NamedTuple):
 
     def too_short(self, tokens: int) -> Why | None:
         """Why no plan of a prompt of so many tokens is worth it; None if one may be."""
-        plain = self.prefill_s * tokens
-        blended = self.blend_s + self.context_s * tokens
+        plain, blended = self.prefill_s * tokens, self._least(tokens)
         if blended < _MARGIN * plain:
             return None
         return Why(
