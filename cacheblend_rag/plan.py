@@ -73,6 +73,17 @@ class Plan:
         """The first position behind all segments."""
         return self.segments[-1].end
 
+    def found_from(self, start: int) -> int:
+        """How many prompt tokens from ``start`` on are in stored chunks, computed anew or not."""
+        ends = [s.end for s in self.segments]
+        # A plan ends with a block; its last chunk may end behind it.
+        ends[-1] = max(self.end, self.question_start)
+        return sum(
+            max(0, end - max(s.start, start))
+            for s, end in zip(self.segments, ends, strict=True)
+            if s.kind is not Kind.FRESH
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for reports."""
         return {

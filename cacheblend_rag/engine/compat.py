@@ -316,6 +316,14 @@ def drop_output_in_flight(request: Any) -> None:
         request.num_output_placeholders = 0
 
 
+def count_as_cached(request: Any, tokens: int) -> None:
+    """Have clients told that so many of the prompt's ``tokens`` were cached. vLLM has counted those
+    that it does not schedule. Its metrics of what is computed stay as they are.
+    """
+    if (stats := request.prefill_stats) is not None:  # None: its first token is out
+        stats.num_cached_tokens = tokens
+
+
 def refinement_refusal(config: VllmConfig, kv_cache_config: Any) -> str:
     """Why blends of this engine can't be refined; empty if they can. What was not tested is
     refused.

@@ -356,6 +356,8 @@ class Claims:
             tracked.drawn = None
         if is_first:
             _begin_refinement(self.refinements, tracked, claim.write_from, blocks)
+            found = claim.write_from + plan.found_from(claim.write_from)
+            compat.count_as_cached(request, min(found, request.num_prompt_tokens - 1))
         else:
             self.refinements.stop(request.request_id, is_blended_anew=True)
         task = BlendTask(

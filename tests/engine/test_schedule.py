@@ -76,6 +76,7 @@ def request(plan: Plan = PLAN, name: str = "r") -> Any:
         status=SimpleNamespace(name="WAITING"),
         num_computed_tokens=0,
         update_block_hashes=lambda: None,
+        prefill_stats=SimpleNamespace(num_cached_tokens=0),
     )
 
 
@@ -104,6 +105,26 @@ def test_as_many_rows_are_scheduled_as_a_blend_computes(claims: Claims) -> None:
     assert (task.rows, task.computes, task.write_from) == (COMPUTES, COMPUTES, 0)
     assert sent.batch["r"].rows == COMPUTES
     assert not step(claims, new={}, rows={"r": 1}).batch, "it decodes"
+
+
+def test_clients_are_told_what_was_found(claims: Claims) -> None:
+    """In chunks, recomputed or not, and in vLLM's own cache; once, whatever is done later."""
+    one = request()
+    claims.begin(one)
+    claims.there(one, 0)
+    claims.allocated(one, Blocks().get_block_ids()[0], THERE)
+    assert one.prefill_stats.num_cached_tokens == 180 - 10
+    other = request(name="other")
+    claims.begin(other)
+    there = claims.there(other, 32)
+    assert there is not None
+    claims.allocated(other, Blocks().get_block_ids()[0], there)
+    assert other.prefill_stats.num_cached_tokens == 180
+    late = request(name="late")
+    late.prefill_stats = None  # vLLM has sent them with the first token
+    claims.begin(late)
+    claims.there(late, 0)
+    claims.allocated(late, Blocks().get_block_ids()[0], THERE)
 
 
 def test_beams_are_computed_exactly(claims: Claims) -> None:

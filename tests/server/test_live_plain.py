@@ -95,8 +95,9 @@ def test_cached_tokens(servers: Pair) -> None:
         answer = chat(servers.ours, prompt)
         report = servers.ours.ask("GET", f"/requests/{answer.id}")
         assert report["tokens_reused"] + report["tokens_recomputed"] >= tokens
+        assert tokens > report["tokens_reused"] > 0.8 * tokens
         cached = answer.usage.prompt_tokens_details.cached_tokens
-        assert answer.usage.prompt_tokens > cached == report["tokens_reused"] > 0.8 * tokens
+        assert answer.usage.prompt_tokens > cached >= tokens
         whole = chat(servers.ours, f"All of it. {prompt}", mode="reuse").usage
         assert whole.prompt_tokens > whole.prompt_tokens_details.cached_tokens >= tokens
         off = chat(servers.ours, f"None of it. {prompt}", mode="off").usage
@@ -123,7 +124,7 @@ def test_frameworks_openai_classes(
         return ask_it(f"{servers.ours.url}/v1", prompt, extra)
 
     assert asked(mode="off") == (expected, 0)
-    assert asked()[1] > 0.8 * tokens
+    assert asked()[1] >= tokens
     assert asked(mode="reuse")[1] >= tokens
     assert asked(recompute_ratio=1.0)[0] == expected
     assert asked(mode="off")[0] == expected

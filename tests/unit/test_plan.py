@@ -55,6 +55,17 @@ def test_one_token_is_left_to_vllm() -> None:
     assert isinstance(made, Plan) and made.end == 320
 
 
+def test_all_that_is_found_counts_as_found() -> None:
+    """Also what a plan leaves to vLLM: the part of a block at its end."""
+    made = plan([match(10, 60, "a"), match(60, 100, "b"), match(110, 205, "c")])
+    assert isinstance(made, Plan) and made.end == 192
+    found = [made.found_from(start) for start in (0, 10, 59, 100, 105, 192, 204, 205, 300)]
+    assert found == [185, 185, 136, 95, 95, 13, 1, 0, 0]
+    made = plan([match(0, 100), match(195, 200)])
+    assert isinstance(made, Plan) and made.segments[-1].kind is Kind.FRESH
+    assert made.found_from(0) == 100 and made.found_from(100) == 0
+
+
 @pytest.mark.parametrize(
     ("longest", "end", "question_start"),
     [(None, 192, 205), (200, 192, 205), (192, 192, 205), (191, 176, 176), (100, 96, 96)],
