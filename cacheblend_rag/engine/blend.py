@@ -6,6 +6,7 @@ Shape legend: E tokens of the request.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class FromStore(NamedTuple):
     chunks: Mapping[str, ChunkKV | None]  # by key
     timed_out: AbstractSet[str] = frozenset()  # keys of those that missed the deadline
     unavailable: AbstractSet[str] = frozenset()  # keys for which the store could not be asked
+    seconds: float = 0.0  # that this took
 
 
 class Positions:
@@ -168,6 +170,8 @@ class Blender:
                 if s.key
             ]
         else:
+            if found is not None:  # while others ran, but this request waited for it
+                outcome.clock.add("fetch", found.seconds)
             loaded = self._fitting(task, outcome, found or self._load(task.plan))
         outcome.clock.mark("fetch")
         region = Region(task, loaded)
@@ -242,7 +246,7 @@ class Blender:
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
-        refusal, chunks, timed_out, unavailable = found
+        refusal, chunks, timed_out, unavailable, _ = found
         segments = task.plan.segments
         unused = [
             bool(s.key) and not self._fits(chunks.get(s.key), s, task.token_ids) for s in segments
@@ -273,7 +277,7 @@ class Blender:
 
     def _fetch(self, plan: Plan, slow: set[str]) -> FromStore:
         """The chunks of ``plan`` that are not ``slow`` and come within the time of a prefill."""
-        patience_s = _PATIENCE_S
+        start, patience_s = time.perf_counter(), _PATIENCE_S
         if self.costs is not None and plan.blend_if == "faster":
             patience_s = self.costs.prefill(plan)
         keys = dict.fromkeys(s.key for s in plan.segments if s.key)
@@ -287,7 +291,8 @@ class Blender:
         wanted = [key for key in fast if key not in resident]
         found = self.store.get_in_time(wanted, patience_s)
         chunks = {**resident, **dict(zip(wanted, found.chunks, strict=True))}
-        return FromStore(None, chunks, found.timed_out | slow, found.unavailable)
+        took = time.perf_counter() - start
+        return FromStore(None, chunks, found.timed_out | slow, found.unavailable, took)
 
     def consider(self, plan: Plan) -> tuple[Why | None, set[str]]:
         """Why a plan is not worth it, now that the store says what is not in memory; None if it is.

@@ -103,7 +103,12 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
+        self._before: dict[str, float] = {}
         self.mark()
+
+    def add(self, stage: str, seconds: float) -> None:
+        """``stage`` had begun elsewhere, and took so long there."""
+        self._before[stage] = seconds
 
     def mark(self, stage: str = "") -> None:
         """The time since the mark before belongs to ``stage``; to none if it has no name."""
@@ -124,7 +129,7 @@ class Clock:
         """By stage; waits for the last mark."""
         if self._cuda:
             self._marks[-1][1].synchronize()
-        total: dict[str, float] = {}
+        total = dict(self._before)
         for (_, before), (stage, now) in zip(self._marks, self._marks[1:], strict=False):
             if stage:
                 spent = before.elapsed_time(now) / 1e3 if self._cuda else now - before

@@ -356,26 +356,10 @@ class Claims:
             tracked.drawn = None
         if is_first:
             _begin_refinement(self.refinements, tracked, claim.write_from, blocks)
-            found = claim.write_from + plan.found_from(claim.write_from)
-            compat.count_as_cached(request, min(found, request.num_prompt_tokens - 1))
+            compat.count_as_cached(request, _found(request, plan, claim.write_from))
         else:
             self.refinements.stop(request.request_id, is_blended_anew=True)
-        task = BlendTask(
-            request_id=request.request_id,
-            name=tracked.name,
-            # Of this moment: the request goes on to grow while its task is on the way.
-            token_ids=tuple(request.all_token_ids[: claim.total]),
-            question=plan.question_ids(request.prompt_token_ids),
-            plan=plan,
-            blocks=tuple(blocks),
-            write_from=claim.write_from,
-            computes=claim.computes,
-            rows=claim.rows,
-            prefix_cached=tracked.prefix_cached,
-            planned=tracked.planned(),
-            proves=tracked.proves,
-            adapter=request.lora_request,
-        )
+        task = _task(tracked, claim, blocks)
         self._tasks[request.request_id] = task
         self._ahead.begin(task)
 
@@ -483,6 +467,33 @@ class Claims:
     def _has_claim(self, name: str) -> bool:
         tracked = self._requests.get(name)
         return tracked is not None and tracked.claim is not None
+
+
+def _task(tracked: _Tracked, claim: _Claim, blocks: Sequence[int]) -> BlendTask:
+    """What the workers do for a claim."""
+    request, plan = tracked.request, tracked.plan
+    assert plan is not None
+    return BlendTask(
+        request_id=request.request_id,
+        name=tracked.name,
+        # Of this moment: the request goes on to grow while its task is on the way.
+        token_ids=tuple(request.all_token_ids[: claim.total]),
+        question=plan.question_ids(request.prompt_token_ids),
+        plan=plan,
+        blocks=tuple(blocks),
+        write_from=claim.write_from,
+        computes=claim.computes,
+        rows=claim.rows,
+        prefix_cached=tracked.prefix_cached,
+        planned=tracked.planned(),
+        proves=tracked.proves,
+        adapter=request.lora_request,
+    )
+
+
+def _found(request: Any, plan: Plan, write_from: int) -> int:
+    """Tokens of a prompt that were in chunks, or in vLLM's prefix cache; never its last one."""
+    return min(write_from + plan.found_from(write_from), int(request.num_prompt_tokens) - 1)
 
 
 def _is_written(request: Any, live: Iterable[Any], found: int, per_hash: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,25 @@ def test_costs_are_corrected_from_end_to_end(
     assert blender.costs == costs
     assert costs.blend_s == pytest.approx(2.0, abs=0.2)  # less what the store took
     assert costs._replace(blend_s=0.5) == Costs(**wrong)
+
+
+def test_a_slow_store_is_no_fixed_cost(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chunks come while other requests run, and the one that waits is told how long that took:
+    else all prompts whose chunks are in memory would be taken for as slow.
+    """
+    blend.ingest(CHUNKS[2:], progress=False)
+    blender = get_kv_transfer_group().blender  # type: ignore[attr-defined]
+    get = blender.store.get_in_time
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.7)
+        return get(*args)
+
+    monkeypatch.setattr(blender, "is_fast", lambda plan: False)
+    monkeypatch.setattr(blender.store, "get_in_time", slow)
+    asked = words(4) + CHUNKS[2] + words(30)
+    report = blend.generate(asked, max_tokens=1, blend_if="always").report
+    assert report.blended and 0.7 <= report.stages_s["fetch"] < 1.4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
