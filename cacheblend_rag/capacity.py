@@ -50,7 +50,7 @@ class CapacityInputs:
     store_gbit: float = _input("Gbit a second from the store to a replica", 25, _ASSUMED, 1e-6)
     prefill_tokens_s: float = _input("tokens a second of a full prefill", 40_000, _H200, 1e-3)
     blend_share: float = _input(
-        "time of a blend, all chunks in memory, over that of a full prefill", 0.43, _H200, 0, 1
+        "time of a blend, all chunks in memory, over that of a full prefill", 0.32, _H200, 0, 1
     )
     decode_tokens_s: float = _input("tokens a second that a replica decodes", 2500, _ASSUMED, 1e-3)
     busy: float = _input("share of its time that a replica may be busy", 0.7, _ASSUMED, 0.01, 1)

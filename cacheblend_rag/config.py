@@ -85,8 +85,8 @@ class BlendConfig:
             (they are measured on a GPU only), ``always`` blends whatever is found.
         refine: ``idle`` computes a blend's tokens again while its answer is generated and no other
             request is in the engine, some with each step, so that the KV becomes a full prefill's;
-            a number is how many with each step. ``off`` leaves the KV as it was blended. On the CPU
-            engine; reports say where it can't be had (docs/refinement.md).
+            a number is how many with each step. ``off`` leaves the KV as it was blended.
+            Reports say where it can't be had (docs/refinement.md).
         store: URL of the chunk store, see ``cacheblend_rag.store.open_store``.
         gpu_cache: GPU memory for chunks that are used often, for instance ``4GiB``: their KV needs
             no transfer. vLLM's ``gpu_memory_utilization`` must leave it free.

@@ -52,7 +52,7 @@ class Reason(StrEnum):
     OTHER_CONNECTORS = "other_connectors"
     """Another KV connector than ours could hand on blended KV as exact."""
     NOT_READY = "not_ready"
-    """The engine's store is not open yet."""
+    """The engine's store is not open yet, or its configuration was refused: see ``detail``."""
     SPECULATIVE_DECODING = "speculative_decoding"
     """Speculative decoding is on, on a GPU or by a method that was not tested."""
     PIPELINE_PARALLEL = "pipeline_parallel"

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from cacheblend_rag import errors
 from cacheblend_rag.errors import CacheBlendError, ConfigError, EngineError
 from cacheblend_rag.ingest import IngestReport
 from ray_cacheblend.extra import ray_module
 from ray_cacheblend.ingestion import COUNTS, ingest
 
+_OURS = re.compile(r"^cacheblend_rag\.errors\.(\w+): (.*)$", re.MULTILINE)  # of a traceback
 _ADDRESS = re.compile(r"auto|(ray://)?[A-Za-z0-9._\-\[\]:]+:[0-9]+")
 _CONNECT_S = 5.0
 _NUMBER = "_cacheblend_number"  # column: which of the texts it is
@@ -153,4 +155,11 @@ def _cause(error: BaseException) -> CacheBlendError:
         if isinstance(found, CacheBlendError):
             return found
         found = getattr(found, "cause", None) or found.__cause__
+    # Ray Data raises an error of its own from a worker's, and what an exception was raised from is
+    # not pickled: only the words of the traceback come.
+    for name, message in _OURS.findall(str(error)):
+        kind = getattr(errors, name, None)
+        takes_words = isinstance(kind, type) and issubclass(kind, CacheBlendError)
+        if takes_words and kind is not errors.MissingExtraError:
+            return kind(message)
     return EngineError(f"a worker failed: {error}")

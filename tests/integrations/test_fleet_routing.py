@@ -97,6 +97,47 @@ def test_what_has_no_text_is_served_too(handle: Any) -> None:
         assert handle.remote(body).result() > 0
 
 
+# ---- the page ------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "ray.md"
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_blocks_of_the_page(
+    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of "ray.md"; the workers have no engines, as the model is on a hub and there is no GPU.
+
+    Before the replicas below: together they want more processors than there are.
+    """
+    from ray import serve
+
+    from ray_cacheblend import ingestion
+
+    checked = ingestion._step
+    made: list[Any] = []
+
+    def step(*given: Any) -> Any:
+        made.append(checked(*given)[0].__name__)
+        return Noting, {}
+
+    corpus, ran = tmp_path / "corpus.jsonl", list[Any]()
+    lines = [json.dumps({"text": text, "source": "a"}) for text in texts(30, seed=5)]
+    corpus.write_text("\n".join(lines))
+    monkeypatch.setattr(ingestion, "_step", step)
+    monkeypatch.setattr(serve, "run", ran.append)
+    scope: dict[str, Any] = {}
+    for number, code in enumerate(blocks("python")):
+        code = code.replace('"corpus.jsonl"', repr(str(corpus))).replace("num_gpus=1,", "")
+        exec(compile(code, f"ray.md, block {number}", "exec"), scope)
+    assert capsys.readouterr().out.count("'computed': 30") == 2
+    assert made == ["Ingestor", "HttpIngestor"]
+    assert type(ran[0]).__name__ == "Application"
+
+
 # ---- the ingress ---------------------------------------------------------------------------------
 
 
@@ -149,44 +190,6 @@ def test_the_replica_that_knows_is_found(front: httpx.Client) -> None:
             reply = front.get(f"/v1/cacheblend/requests/{name}")
             assert (reply.status_code, reply.headers["x-process"]) == (200, name)
     assert front.get("/v1/cacheblend/requests/none").status_code == 404
-
-
-# ---- the page ------------------------------------------------------------------------------------
-
-PAGE = Path(__file__).parents[2] / "docs" / "ray.md"
-
-
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def test_the_blocks_of_the_page(
-    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of "ray.md"; the workers have no engines, as the model is on a hub and there is no GPU."""
-    from ray import serve
-
-    from ray_cacheblend import ingestion
-
-    checked = ingestion._step
-    made: list[Any] = []
-
-    def step(*given: Any) -> Any:
-        made.append(checked(*given)[0].__name__)
-        return Noting, {}
-
-    corpus, ran = tmp_path / "corpus.jsonl", list[Any]()
-    lines = [json.dumps({"text": text, "source": "a"}) for text in texts(30, seed=5)]
-    corpus.write_text("\n".join(lines))
-    monkeypatch.setattr(ingestion, "_step", step)
-    monkeypatch.setattr(serve, "run", ran.append)
-    scope: dict[str, Any] = {}
-    for number, code in enumerate(blocks("python")):
-        code = code.replace('"corpus.jsonl"', repr(str(corpus))).replace("num_gpus=1,", "")
-        exec(compile(code, f"ray.md, block {number}", "exec"), scope)
-    assert capsys.readouterr().out.count("'computed': 30") == 2
-    assert made == ["Ingestor", "HttpIngestor"]
-    assert type(ran[0]).__name__ == "Application"
 
 
 # ---- files ---------------------------------------------------------------------------------------
