@@ -214,10 +214,11 @@ def _shares_unlike_kv(config: Any) -> bool:
 
 def was_run(what: str) -> bool:
     """Whether ``what`` was seen to be right on this kind of device."""
-    return _is_cpu() or what not in NOT_RUN_ON_A_GPU
+    return is_cpu() or what not in NOT_RUN_ON_A_GPU
 
 
-def _is_cpu() -> bool:
+def is_cpu() -> bool:
+    """Whether the engine runs on a CPU."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())

@@ -31,6 +31,7 @@ from cacheblend_rag.engine.outcome import BlendTask, Refine
 from cacheblend_rag.engine.params import drop_unwritable
 from cacheblend_rag.engine.planning import Planning
 from cacheblend_rag.engine.refinement import Refinements
+from cacheblend_rag.engine.room import Room, most_rows
 from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.watching import Watch, Watching
 from cacheblend_rag.learn import Span
@@ -213,6 +214,7 @@ class Claims:
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
         self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
         self._ahead = Ahead(link)
+        self._room = Room(most_rows(vllm_config, is_cpu=compat.is_cpu()))
         self._watching = Watching(link)
         # Plain requests too: a blend may be given blocks that one of them is still writing.
         self._live: dict[str, Any] = {}  # all requests that did not end, planned or not
@@ -324,6 +326,8 @@ class Claims:
         total = int(request.num_tokens)
         computes = rows_of(plan, total, write_from)
         rows = min(computes, total - hit)
+        if not self._room.has(rows):
+            return None
         tracked.claim = _Claim(total - rows - hit, write_from, total, computes, rows)
         # vLLM enters blocks into its cache when it allocates them, before a row is written. Under
         # these hashes only this request finds them.
@@ -361,6 +365,7 @@ class Claims:
             self.refinements.stop(request.request_id, is_blended_anew=True)
         task = _task(tracked, claim, blocks)
         self._tasks[request.request_id] = task
+        self._room.take(request.request_id, claim.rows)
         self._ahead.begin(task)
 
     def step(self, scheduled: Any) -> Step:
@@ -372,6 +377,7 @@ class Claims:
         self._drop_without_outcome(gone)
         for name in gone:
             self.refinements.stop(name)
+            self._room.free(name)
         self.refinements.take_blocks(scheduled)
         names = scheduled.num_scheduled_tokens
         watches = self._watching.has_any(names)
@@ -390,6 +396,7 @@ class Claims:
             # scheduled: the request's own next look-up comes after them.
             if tracked is not None and claim and part.computed + part.known >= claim.total:
                 tracked.claim, tracked.complete = None, True
+                self._room.free(name)
         return Step(tasks, batch, gone, plain, *more)
 
     def _drop_without_outcome(self, preempted: Iterable[str]) -> None:
@@ -446,6 +453,7 @@ class Claims:
         tracked = self._requests.pop(request.request_id, None)
         self._tasks.pop(request.request_id, None)
         self._ahead.forget(request.request_id)
+        self._room.free(request.request_id)
         if tracked is None:
             return None
         self._watching.ended(request, blended=tracked.complete and not tracked.why_not)

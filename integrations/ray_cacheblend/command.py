@@ -16,6 +16,12 @@ from cacheblend_rag.ingest import IngestReport
 from ray_cacheblend.extra import ray_module
 from ray_cacheblend.ingestion import COUNTS, ingest
 
+# Those of ours that take words only.
+_BY_NAME = {
+    kind.__name__: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, CacheBlendError) and "__init__" not in vars(kind)
+}
 _OURS = re.compile(r"^cacheblend_rag\.errors\.(\w+): (.*)$", re.MULTILINE)  # of a traceback
 _ADDRESS = re.compile(r"auto|(ray://)?[A-Za-z0-9._\-\[\]:]+:[0-9]+")
 _CONNECT_S = 5.0
@@ -158,8 +164,6 @@ def _cause(error: BaseException) -> CacheBlendError:
     # Ray Data raises an error of its own from a worker's, and what an exception was raised from is
     # not pickled: only the words of the traceback come.
     for name, message in _OURS.findall(str(error)):
-        kind = getattr(errors, name, None)
-        takes_words = isinstance(kind, type) and issubclass(kind, CacheBlendError)
-        if takes_words and kind is not errors.MissingExtraError:
+        if (kind := _BY_NAME.get(name)) is not None:
             return kind(message)
     return EngineError(f"a worker failed: {error}")

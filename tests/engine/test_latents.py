@@ -102,7 +102,7 @@ def test_latents_on_a_gpu_blend_as_they_were_run(
     refusal: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compat, "_is_cpu", lambda: False)
+    monkeypatch.setattr(compat, "is_cpu", lambda: False)
     monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset(refused_on))
     builder = SimpleNamespace(query_len_support=SimpleNamespace(name=support))
     backend = SimpleNamespace(get_builder_cls=lambda: builder, get_name=lambda: "FLASHMLA")

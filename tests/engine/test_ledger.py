@@ -28,6 +28,7 @@ from tiny import Words, make
 from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.hashes import cached
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock, Refine, Refined
+from cacheblend_rag.engine.room import Room
 from cacheblend_rag.engine.rows import Finished, Scheduled
 from cacheblend_rag.engine.start import prepare
 from cacheblend_rag.keys import KeySpace
@@ -668,6 +669,7 @@ FATES: list[Fate] = ["blends", "blends", "blends", "refused", "fails"]
 def storm(path: Path, seed: int, requests: int, record: Any, *, ahead: bool, loses: bool) -> None:
     draw = random.Random(seed)
     ground = Ground(path, blocks=draw.choice([33, 33, 40, 60, 120]), ahead=ahead)
+    ground.scheduler.connector.claims._room = Room(draw.choice([None, 1, STEP_TOKENS // 2]))
     fates = [*FATES, "lost"] if loses else FATES
     ground.blends.fates = iter(lambda: draw.choice(fates), None)  # type: ignore[arg-type]
     ground.runner.refiner.fails = iter(lambda: draw.random() < 0.05, None)

@@ -67,7 +67,7 @@ def test_speculation_is_refused_where_it_was_not_tested(
     method: str, is_cpu: bool, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler that is ahead of its drafts' fate has lengths that they may not come to."""
-    monkeypatch.setattr(compat, "_is_cpu", lambda: is_cpu)
+    monkeypatch.setattr(compat, "is_cpu", lambda: is_cpu)
     monkeypatch.setattr(compat, "NOT_RUN_ON_A_GPU", frozenset({"ngram"}))
     options: Any = SimpleNamespace(
         lora_config=None,

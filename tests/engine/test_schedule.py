@@ -12,7 +12,9 @@ import pytest
 
 from cacheblend_rag.engine import schedule
 from cacheblend_rag.engine.link import Link
+from cacheblend_rag.engine.room import Room, most_rows
 from cacheblend_rag.engine.schedule import Claims
+from cacheblend_rag.engine.start import graph_sizes
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan, Segment
 from cacheblend_rag.planner import Planned
 from cacheblend_rag.reason import Reason
@@ -105,6 +107,45 @@ def test_as_many_rows_are_scheduled_as_a_blend_computes(claims: Claims) -> None:
     assert (task.rows, task.computes, task.write_from) == (COMPUTES, COMPUTES, 0)
     assert sent.batch["r"].rows == COMPUTES
     assert not step(claims, new={}, rows={"r": 1}).batch, "it decodes"
+
+
+def test_a_step_takes_so_many_rows_of_blends(claims: Claims) -> None:
+    """One that has more by itself still begins, and others that are not blended are not kept."""
+    claims._room = Room(2 * COMPUTES)
+    names = ("a", "b", "c", "d")
+    requests = {name: request(name=name) for name in names}
+    for one in requests.values():
+        claims.begin(one)
+
+    def begins(name: str) -> bool:
+        there = claims.there(requests[name], 0)
+        if there is not None:
+            claims.allocated(requests[name], Blocks().get_block_ids()[0], there)
+        return there is not None
+
+    assert [begins(name) for name in names] == [True, True, False, False]
+    plain = request(NoPlan(Reason.NO_CHUNK_FOUND, "none"), "plain")  # type: ignore[arg-type]
+    claims.begin(plain)
+    assert claims.there(plain, 0) == 0
+    # All rows of the one are scheduled, some of the other: it goes on with the next step.
+    step(claims, new={"a": THERE, "b": THERE}, rows={"a": COMPUTES, "b": 10})
+    assert [begins(name) for name in names[2:]] == [True, False]
+    claims.finished(requests["b"])  # it was aborted
+    assert begins("d")
+    claims._room = Room(1)
+    large = request(name="large")
+    claims.begin(large)
+    assert claims.there(large, 0) is not None
+
+
+def test_rows_of_a_step_by_the_engine() -> None:
+    config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 512]))
+    assert most_rows(config, is_cpu=True) is None
+    assert most_rows(config, is_cpu=False) == max(graph_sizes()) == 2048
+    config.compilation_config.cudagraph_capture_sizes = [1, 4096]
+    assert most_rows(config, is_cpu=False) == 4096
+    config.compilation_config.cudagraph_capture_sizes = None
+    assert most_rows(config, is_cpu=False) == 2048
 
 
 def test_clients_are_told_what_was_found(claims: Claims) -> None:

@@ -1,0 +1,49 @@
+"""How many rows of blends a step takes, on a GPU.
+
+More blends together save a GPU little: it computes each one's rows. And they cost. A step above
+vLLM's captured sizes is launched kernel by kernel, and each blend adds kernels to each layer. Those
+fill the queue of launches. Then the host waits for the GPU where it could begin the blends that
+follow, and the GPU waits for the host afterwards. Streams and first tokens wait for the whole step.
+So the blends of a step are few. The others come with the next one, which vLLM builds while this one
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_LEAST_ROWS = 2048  # the largest step that ``start.graph_sizes`` has captured
+
+
+class Room:
+    """The rows of blends under way, by request.
+
+    Args:
+        most: rows at a time, unless one blend has more by itself; None: any number.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+        self._rows: dict[str, int] = {}
+
+    def has(self, rows: int) -> bool:
+        """Whether a blend of so many rows may begin with this step."""
+        under_way = sum(self._rows.values())
+        return self._most is None or not under_way or under_way + rows <= self._most
+
+    def take(self, name: str, rows: int) -> None:
+        """A blend begins."""
+        self._rows[name] = rows
+
+    def free(self, name: str) -> None:
+        """All rows of a blend are scheduled, or it ended before that."""
+        self._rows.pop(name, None)
+
+
+def most_rows(vllm_config: Any, *, is_cpu: bool) -> int | None:
+    """``Room``'s ``most`` of an engine. On a CPU nothing runs beside the host's own work."""
+    if is_cpu:
+        return None
+    sizes: Sequence[int] = vllm_config.compilation_config.cudagraph_capture_sizes or ()
+    return max([_LEAST_ROWS, *sizes])
