@@ -20,7 +20,7 @@ WORDS = {
     Reason.MROPE: ("XD-RoPE",),
     Reason.NO_ROPE: ("no rotary positions",),
     Reason.ROPE_TABLES: ("RoPE tables that depend on more",),
-    Reason.MOVED_KEYS_DIFFER: ("self-check", "moves keys otherwise"),
+    Reason.MOVED_KEYS_DIFFER: ("model check", "moves keys otherwise"),
     Reason.ATTENTION_DIFFERS: ("Our own attention must equal vLLM's",),
     Reason.ALIBI: ("ALiBi",),
     Reason.OWN_INPUTS: ("get more of a step than tokens",),
