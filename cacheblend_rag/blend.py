@@ -26,6 +26,7 @@ from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.planner import Space
 from cacheblend_rag.process import Home
+from cacheblend_rag.store.tenants import tenant_id
 from cacheblend_rag.store.url import parse_url
 from cacheblend_rag.undo import on_failure
 
@@ -141,6 +142,7 @@ class CacheBlend(Startup):
         self._lora: Any = None  # of this front's requests
         self._adapter = ""  # digest of it
         self._namespaces = {config.namespace}  # of all fronts to this engine
+        self._first_namespace = config.namespace
         self._name = uuid.uuid4().hex  # of the space that this front's requests are planned in
         self._has_scheduler, self._synced_at = True, 0.0
         self._tokenizer: Any = engine.tokenizer  # never handed out
@@ -176,6 +178,9 @@ class CacheBlend(Startup):
         other.config, other._name = config, space or uuid.uuid4().hex
         other.__dict__.pop("tokenizer", None)  # each has a copy of its own
         other._namespaces.add(config.namespace)
+        # The store tells apart the documents of engines, not of an engine's fronts.
+        is_other = config.namespace != self._first_namespace
+        other._documents = f"{tenant_id(config.namespace)}/" if is_other else ""
         other._lora, other._adapter = lora_request, ""
         if lora_request is not None and self.model_check.passed:
             other._adapter = self._engine.rpc("cacheblend_adapter", plain_adapter(lora_request))[0]

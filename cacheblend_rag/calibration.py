@@ -7,7 +7,7 @@ ships with this package, in ``calibrations/``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,26 @@ def from_plain(data: Mapping[str, Any]) -> Calibration:
     return Calibration(**{**data, "data": tuple(data["data"])})
 
 
-def resolved(config: BlendConfig, calibration: Calibration | None) -> BlendConfig:
-    """``config`` with a number for a ratio, that of ``auto`` where nothing was calibrated."""
+def resolved(
+    config: BlendConfig, calibration: Calibration | None, asked: Container[str] = ()
+) -> BlendConfig:
+    """``config`` with a number for a ratio, that of ``auto`` where nothing was calibrated.
+
+    ``asked``: options that a call or a request gave itself, which no calibration changes.
+    """
     if config.recompute_ratio != "auto":
         return config
     if calibration is None:
         return replace(config, recompute_ratio=UNCALIBRATED_RATIO)
-    return replace(
-        config,
-        recompute_ratio=calibration.ratio,
-        selector=calibration.selector,
-        selector_options=calibration.selector_options,
-        propagation_length=calibration.propagation_length,
-    )
+    chosen: dict[str, Any] = {
+        "selector": calibration.selector,
+        "selector_options": calibration.selector_options,
+        "propagation_length": calibration.propagation_length,
+    }
+    if "selector" in asked:  # another selector knows other options
+        del chosen["selector_options"]
+    own = {name: value for name, value in chosen.items() if name not in asked}
+    return replace(config, recompute_ratio=calibration.ratio, **own)
 
 
 def ratio_of(config: BlendConfig) -> float:
@@ -87,9 +94,13 @@ def ratio_of(config: BlendConfig) -> float:
     return float(config.recompute_ratio)
 
 
-def sent(config: BlendConfig, calibration: Calibration | None) -> BlendConfig:
-    """What an engine's requests ask for: ``auto`` where a controller decides in the engine."""
-    found = resolved(config, calibration)
+def sent(
+    config: BlendConfig, calibration: Calibration | None, asked: Container[str] = ()
+) -> BlendConfig:
+    """What an engine's requests ask for: ``auto`` where a controller decides in the engine.
+    ``asked``: as for ``resolved``.
+    """
+    found = resolved(config, calibration, asked)
     return replace(found, recompute_ratio="auto") if config.is_controlled else found
 
 

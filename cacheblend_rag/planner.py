@@ -201,7 +201,7 @@ class Planner:
             space, asked = self._settings(options)
         except CacheBlendError as error:
             return Planned(NoPlan(Reason.MALFORMED_OPTIONS, str(error)), "blend", {})
-        config = resolved(asked, space.calibration)
+        config = resolved(asked, space.calibration, options)
         if config.mode in ("off", "full"):
             return Planned(NoPlan(Reason.MODE, f"mode is {config.mode!r}"), config.mode, {})
         if self._limits.why_not is not None:
@@ -260,7 +260,7 @@ class Planner:
         """
         assert self.learning is not None
         space, asked = self._settings(options)
-        config = resolved(asked, space.calibration)
+        config = resolved(asked, space.calibration, options)
         whole = [match for match in matches if match.offset <= ANCHOR_MARGIN]
         is_salted = _is_salted(space.name, salt)
 

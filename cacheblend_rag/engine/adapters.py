@@ -53,6 +53,7 @@ class Adapters:
     def __init__(self, runner: Any = None) -> None:
         self._manager = getattr(runner, "lora_manager", None)
         self._current: Any = None
+        self._asked: tuple[Any, Any] | None = None  # of the forward under way: adapter, mapping
 
     def open(self, request: Any) -> str:
         """Load an adapter; returns the digest of what was read."""
@@ -84,12 +85,31 @@ class Adapters:
         # Its last mapping is kept nowhere else. vLLM sets it before a step's forward and not again,
         # so a forward of ours within that step has to put it back.
         layers = self._manager._adapter_manager
-        before, request = layers._last_mapping, self._current
+        before, request, outer = layers._last_mapping, self._current, self._asked
         number = request.lora_int_id if request is not None else 0
-        mapping = LoRAMapping((number,) * num_tokens, (number,), is_prefill=True)
+        self._asked = request, LoRAMapping((number,) * num_tokens, (number,), is_prefill=True)
         try:
-            self._manager.set_active_adapters({request} - {None}, mapping)
+            self.renew()
             yield
         finally:
-            if before is not None:
+            self._asked = outer
+            # Where an adapter of that step has lost its slot to ours, the next step sets its own.
+            if before is not None and _in_slots(layers, before):
                 layers.set_adapter_mapping(before)
+
+    def renew(self) -> None:
+        """A forward of ours goes on, between two of whose parts a step may have run: vLLM's layers
+        would add what that step asked for.
+        """
+        if self._manager is None or self._asked is None:
+            return
+        (request, mapping), layers = self._asked, self._manager._adapter_manager
+        if layers._last_mapping is not mapping:
+            layers._last_mapping = None  # or an equal one, over other slots, would be kept
+            self._manager.set_active_adapters({request} - {None}, mapping)
+
+
+def _in_slots(layers: Any, mapping: Any) -> bool:
+    """Whether all adapters that a mapping names are loaded into vLLM's layers."""
+    named = {*mapping.index_mapping, *mapping.prompt_mapping} - {0}
+    return named <= set(layers.lora_index_to_id)

@@ -89,6 +89,8 @@ class Ahead:
         try:
             if (blender := self._blender) is not None and there is not None:
                 blender.fetch(request_id, plan)
+                if self._fetching.get(request_id) is not there:  # it ended meanwhile
+                    blender.forget(request_id)
         finally:  # what could not be fetched is asked for again by the worker, which reports why
             if there is not None:
                 there.set()

@@ -15,7 +15,9 @@ def answers_to(name: str, request: str) -> tuple[int, int] | tuple[()]:
     """The place of vLLM's request ``name`` among those that answer a client's ``request``: number
     of its prompt and of its answer, from 1; empty where it is of another request.
     """
-    own = rf"(?:(?P<answer>\d+)_)?{re.escape(request)}(?:[-_](?P<prompt>\d{{1,7}}))?"
+    # A chat has one prompt: what looks like the number of another is the end of another chat's id.
+    between = "_" if request.startswith("chatcmpl-") else "[-_]"
+    own = rf"(?:(?P<answer>\d+)_)?{re.escape(request)}(?:{between}(?P<prompt>\d{{1,7}}))?"
     found = re.fullmatch(rf"{own}(?:{_BEAM})?{_UNIQUE}", name)
     if found is None:
         return ()

@@ -463,7 +463,7 @@ class Claims:
             # Not before the end: with the answer's blocks, the next turn of a chat finds this one
             # whole.
             tracked.prefix = Prefix.of(request, tracked.exact, tracked.per_hash)
-            if tracked.outcome:
+            if tracked.outcome_known:  # not that of an earlier blend, before a preemption
                 tracked.share(self._prefixes)
             else:  # it ended in the very step of its blend
                 self._ended[request.request_id] = tracked

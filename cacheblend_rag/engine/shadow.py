@@ -181,7 +181,9 @@ class ShadowWorker:
         step = IsolatedPass([(0, total - 1)], handle.num_layers, keep=lambda index, kv: None)
         step.last = handle.num_layers  # it is not to stop: the output is what is wanted
         positions = torch.arange(total - 1, device=handle.device)
-        hidden_TE = handle.run(BudgetedPass(step, self._work.budget), ids, positions)
+        hidden_TE = handle.run(
+            BudgetedPass(step, self._work.budget, handle.adapters.renew), ids, positions
+        )
         assert hidden_TE is not None
         exact_AE = hidden_TE[job.prompt_tokens - 1 :]
         answer = job.token_ids[job.prompt_tokens :]

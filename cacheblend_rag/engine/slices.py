@@ -89,8 +89,8 @@ class PartBudget:
 class BudgetedPass(Pass):
     """A pass that asks its budget before and behind every attention."""
 
-    def __init__(self, step: Pass, budget: PartBudget) -> None:
-        self._step, self._budget, self.last = step, budget, step.last
+    def __init__(self, step: Pass, budget: PartBudget, resumed: Callable[[], None]) -> None:
+        self._step, self._budget, self.last, self._resumed = step, budget, step.last, resumed
 
     def attend(
         self,
@@ -101,9 +101,13 @@ class BudgetedPass(Pass):
         v_TGD: torch.Tensor,
         out_THD: torch.Tensor,
     ) -> None:
-        self._budget.spend()
+        self._spend()
         self._step.attend(index, layer, q_THD, k_TGD, v_TGD, out_THD)
+        self._spend()
+
+    def _spend(self) -> None:
         self._budget.spend()
+        self._resumed()
 
 
 class _BudgetedIngestor(Ingestor):
@@ -114,7 +118,8 @@ class _BudgetedIngestor(Ingestor):
         self._budget = budget
 
     def _run(self, step: Pass, ids: Sequence[int], positions: Sequence[int]) -> None:
-        super()._run(BudgetedPass(step, self._budget), ids, positions)
+        resumed = self._handle.adapters.renew
+        super()._run(BudgetedPass(step, self._budget, resumed), ids, positions)
 
 
 class SlicedWork(Generic[_T]):

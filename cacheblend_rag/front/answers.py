@@ -299,8 +299,8 @@ class Answers(Front):
             raise ConfigError("n must be 1: for several answers pass the prompt several times")
         if self._tokenizer is None:
             sampling.setdefault("detokenize", False)
-        asked = self.config.for_call(blend_options(options))
-        config = calibration.sent(asked, self.calibration)
+        own = blend_options(options)
+        config = calibration.sent(self.config.for_call(own), self.calibration, own)
         lora_request = options.get("lora_request", self._lora)
         return _Options(config, sampling, lora_request, tool_use(options))
 

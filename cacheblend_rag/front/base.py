@@ -39,6 +39,7 @@ class Front:
     _synced_at: float
     _lora: Any  # vLLM's LoRARequest of this front's requests
     _adapter: str  # digest of it
+    _documents = ""  # what the store calls documents of this front begins so
 
     def _check_open(self) -> None:
         self._home.check()

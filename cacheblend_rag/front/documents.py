@@ -57,7 +57,8 @@ class Documents(Front):
         self._check_open()
         rows = ingest.keys_by_document(documents)
         if self.model_check.passed and rows:
-            self._engine.rpc("cacheblend_register", rows)
+            named = [(self._documents + name, keys) for name, keys in rows]
+            self._engine.rpc("cacheblend_register", named)
 
     def registered_documents(self, documents: str | Iterable[str]) -> set[str]:
         """Those of ``documents`` that chunks are noted for."""
@@ -65,8 +66,9 @@ class Documents(Front):
         names = ingest.document_names(documents)
         if not (self.model_check.passed and names):
             return set()
-        found = self._engine.rpc("cacheblend_registered", names)
-        return set(itertools.chain.from_iterable(found))
+        found = self._engine.rpc("cacheblend_registered", [self._documents + n for n in names])
+        start = len(self._documents)
+        return {name[start:] for name in itertools.chain.from_iterable(found)}
 
     def forget_documents(
         self, documents: str | Iterable[str], only: Iterable[str] | None = None
@@ -79,7 +81,8 @@ class Documents(Front):
         if not (self.model_check.passed and names):
             return 0
         keys = None if only is None else list(only)
-        dropped = self._engine.rpc("cacheblend_unregister", names, keys)
+        named = [self._documents + name for name in names]
+        dropped = self._engine.rpc("cacheblend_unregister", named, keys)
         return self.forget_keys(itertools.chain.from_iterable(dropped))
 
     def delete_except(self, texts: Iterable[str | Sequence[int]]) -> int:

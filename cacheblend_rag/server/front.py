@@ -50,7 +50,7 @@ class Front(CacheBlend):
     def tenant(self, config: BlendConfig, space: str) -> Front:
         """That of another namespace, whose requests name this space."""
         other = self.with_config(config, space=space)
-        other.is_tenant = True
+        other.is_tenant, other._documents = True, ""  # ``document`` names them
         return other
 
     def _list_stored(self) -> None:

@@ -59,9 +59,12 @@ class KeyFile:
 def _digests(given: Mapping[str, Any], path: str) -> dict[bytes, str]:
     found = dict[bytes, str]()
     for key, namespace in given.items():
-        if not isinstance(namespace, str) or not namespace:
+        if not isinstance(namespace, str) or not (namespace and key.strip()):
             raise ConfigError(f'{path!r}: a line is "API key" = "namespace", both not empty')
-        found[_digest(key, path)] = namespace
+        digest = _digest(key, path)
+        if digest in found:
+            raise ConfigError(f"{path!r}: two lines have the same API key, one as its sha256")
+        found[digest] = namespace
     if not found:
         raise ConfigError(f'{path!r} has no line "API key" = "namespace"')
     return found

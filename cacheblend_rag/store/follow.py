@@ -131,13 +131,13 @@ class Follower:
         with self._lock:
             self._own.clear()
             self._stale = False
+        listed: dict[str, Row | None] | None = None
         try:
             # What comes or goes while it is listed is told by the next changes: the cursor is older
             # than the listing.
-            listed: dict[str, Row | None] = {i.key: row_of(i) for i in self._store.scan()}
-        except UnavailableError:
-            self._stale = True
-            raise
+            listed = {i.key: row_of(i) for i in self._store.scan()}
+        finally:
+            self._stale |= listed is None  # whatever failed: it is tried again
         with self._lock:
             own = {key: self._news[key] for key in self._own if key in self._news}
             self._news, self._whole = listed | own, True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,8 +14,11 @@ from blending import PARTS, PREFIX, PROMPT, blends_as_the_reference, forget_prom
 from engines import FULL_LOGPROBS, logprobs, start_in_process
 from reference import Reference
 from tiny import make
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendConfig, CacheBlend
+from cacheblend_rag.engine.adapters import Adapters
+from cacheblend_rag.engine.slices import SlicedIngestor
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.reason import Reason
 
@@ -101,6 +105,61 @@ def test_another_adapter_than_that_of_the_chunks_is_not_blended(fronts: Fronts) 
         plain = owner.generate(PROMPT, mode="full", **FULL_LOGPROBS)
         torch.testing.assert_close(logprobs(result), logprobs(plain), atol=1e-4, rtol=0)
         forget_prompts(fronts.plain)
+
+
+@pytest.mark.parametrize("computes", ["the model alone", "an adapter"])
+def test_a_slice_goes_on_with_its_own_adapter(fronts: Fronts, computes: str) -> None:
+    """Between two slices of an ingestion a step has another one, or none."""
+    plain, (one, other) = fronts.plain, fronts.adapters
+    state = get_kv_transfer_group().worker_state  # type: ignore[attr-defined]
+    handle = state.parts[0]
+    request = None if computes == "the model alone" else one._lora
+    sliced, keys = SlicedIngestor(handle, state.heads), ["0" * 64]
+
+    def compute() -> Any:
+        with handle.adapters.using(request):
+            number = 0 if request is None else request.lora_int_id
+            return state.ingestor.compute(CHUNKS[:1], PREFIX, [()], number)
+
+    def go_on(parts: int) -> bool:
+        with handle.adapters.using(request):
+            return sliced.go_on("a", parts)
+
+    [expected] = compute()
+    sliced.begin("a", keys, CHUNKS[:1], PREFIX, [()])
+    while not go_on(1):
+        other.generate(PROMPT[:20], mode="full", max_tokens=2)
+        if request is not None:
+            plain.generate(PROMPT[:20], mode="full", max_tokens=2)
+    _, [computed] = sliced.take()
+    assert torch.equal(computed.kv_L2NHD, expected.kv_L2NHD)
+
+
+def test_an_adapter_that_lost_its_slot_is_not_put_back() -> None:
+    """Ours took it: that of the step before is loaded again by the step that wants it."""
+    from vllm.lora.request import LoRARequest
+
+    set_to: list[Any] = []
+    layers = SimpleNamespace(
+        _last_mapping=SimpleNamespace(index_mapping=(1,), prompt_mapping=(1,)),
+        lora_index_to_id=[1],
+        set_adapter_mapping=set_to.append,
+    )
+
+    def activate(requests: Any, mapping: Any) -> None:
+        layers.lora_index_to_id = [request.lora_int_id for request in requests] or [1]
+        layers._last_mapping = mapping
+
+    manager = SimpleNamespace(_adapter_manager=layers, set_active_adapters=activate)
+    adapters = Adapters(SimpleNamespace(lora_manager=manager))
+    before = layers._last_mapping
+    with adapters.using(None), adapters.during(3):
+        assert layers._last_mapping.index_mapping == (0, 0, 0)
+    assert set_to == [before]
+    layers._last_mapping = before
+    with adapters.using(LoRARequest("two", 2, "/none")), adapters.during(3):
+        pass
+    assert set_to == [before]
 
 
 def test_a_folder_without_an_adapter_is_refused(fronts: Fronts, tmp_path: Path) -> None:

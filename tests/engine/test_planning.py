@@ -7,15 +7,17 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tiny import Words
 
 pytest.importorskip("vllm")
+from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.planning import Planning
 from cacheblend_rag.engine.rows import StepRows
+from cacheblend_rag.errors import StoreError
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import News
 from cacheblend_rag.plan import NoPlan, Plan
@@ -96,6 +98,59 @@ def test_a_store_s_news_are_heard(planning: Planning, link: Link) -> None:
     assert is_blended(planning.begin(PROMPT, OPTIONS).result(30))
     follower.note(removed=[INFO.key])
     assert not is_blended(planning.begin(PROMPT, OPTIONS).result(30))
+    follower.close()
+
+
+def test_what_was_fetched_for_a_request_that_left_is_dropped() -> None:
+    """Nobody else would ask for it: it would stay in memory for ever."""
+    gate, held = threading.Event(), set[str]()
+
+    class Slow:
+        def consider(self, plan: Any) -> tuple[None, set[str]]:
+            return None, set()
+
+        def is_fast(self, plan: Any) -> bool:
+            return False
+
+        def fetch(self, name: str, plan: Any) -> None:
+            assert gate.wait(30)
+            held.add(name)
+
+        def forget(self, name: str) -> None:
+            held.discard(name)
+
+        def refusal(self, name: str) -> None:
+            return None
+
+    link: Any = SimpleNamespace(rows=SimpleNamespace(blender=Slow()))
+    ahead, plan = Ahead(link), cast(Plan, None)
+    assert ahead.waits("stays", plan) and ahead.waits("leaves", plan)
+    ahead.forget("leaves")
+    gate.set()
+    until(lambda: not ahead.waits("stays", plan))
+    until(lambda: held == {"stays"})
+    time.sleep(0.05)
+    assert held == {"stays"}
+
+
+def test_a_listing_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was no outage: too many open files, say."""
+    store = MemoryStore(1 << 20)
+    follower = Follower(store, lambda key: None)
+    scan, failed = store.scan, list[str]()
+
+    def fails(*args: Any) -> Any:
+        if not failed:
+            failed.append("once")
+            raise StoreError("too many open files")
+        return scan()
+
+    monkeypatch.setattr(store, "scan", fails)
+    with pytest.raises(StoreError):
+        follower._list()
+    assert follower._stale
+    follower._list()
+    assert not follower._stale and follower.take() is not None
     follower.close()
 
 

@@ -148,6 +148,26 @@ def test_rows_of_a_step_by_the_engine() -> None:
     assert most_rows(config, is_cpu=False) == 2048
 
 
+@pytest.mark.parametrize("is_known", [False, True], ids=["", "known"])
+def test_blocks_of_a_second_blend_are_shared_by_its_own_outcome(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    """That of the first one, before a preemption, says nothing of them."""
+    shared: list[Any] = []
+    monkeypatch.setattr(claims._prefixes, "add", lambda *given: shared.append(given))
+    one = request()
+    claims.begin(one)
+    for outcome_comes in (True, is_known):
+        there = claims.there(one, 0)
+        assert there is not None
+        claims.allocated(one, Blocks().get_block_ids()[0], there)
+        step(claims, new={"r": there}, rows={"r": COMPUTES})
+        if outcome_comes:
+            claims.results({"r": {"recomputed": []}}, {})
+    claims.finished(one)
+    assert len(shared) == is_known
+
+
 def test_clients_are_told_what_was_found(claims: Claims) -> None:
     """In chunks, recomputed or not, and in vLLM's own cache; once, whatever is done later."""
     one = request()

@@ -32,6 +32,16 @@ def test_places(name: str, place: tuple[int, ...]) -> None:
     assert answers_to(name, MINE) == place
 
 
+def test_a_chat_has_one_prompt() -> None:
+    """What looks like the number of another is the end of an id that a client chose."""
+    chat = "chatcmpl-conv42"
+    assert answers_to(f"{chat}-b1b2b3b4", chat) == (1, 1)
+    assert answers_to(f"1_{chat}-b1b2b3b4", chat) == (1, 2)
+    assert answers_to(f"{chat}_2-b1b2b3b4", chat) == (3, 1)
+    assert answers_to(f"{chat}-0-b1b2b3b4", chat) == ()
+    assert answers_to(f"{chat}-0-b1b2b3b4", f"{chat}-0") == (1, 1)
+
+
 def test_an_id_that_a_client_gave_twice_is_the_latest_request() -> None:
     first, second = f"{MINE}-0-aaaaaaaa", f"{MINE}-0-bbbbbbbb"
     other, of_another = f"{MINE}-1-cccccccc", f"{OTHER}-0-dddddddd"

@@ -194,7 +194,12 @@ async def test_a_header_of_a_proxy() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "a = 1", '"" = ""', 'a = ""', '[a]\nb = "c"', '"sha256:12" = "a"']
+    "text",
+    [
+        *("", "x", "a = 1", '"" = ""', 'a = ""', '[a]\nb = "c"', '"sha256:12" = "a"'),
+        *('"" = "red"', '" " = "red"'),  # whoever sends an empty key would be red
+        f'"a" = "red"\n"sha256:{hashlib.sha256(b"a").hexdigest()}" = "blue"',
+    ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "t").write_text(text)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cacheblend_rag import calibration
-from cacheblend_rag.calibration import Calibration, find, in_folder, resolved, usual_path
+from cacheblend_rag.calibration import Calibration, find, in_folder, resolved, sent, usual_path
 from cacheblend_rag.cli import calibrate
 from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.errors import ConfigError, DataError
@@ -117,6 +117,13 @@ def test_auto_is_the_calibration_or_the_careful_ratio() -> None:
     assert dict(got.selector_options) == {"coverage": 0.6}
     fixed = BlendConfig(recompute_ratio=0.3)
     assert resolved(fixed, MADE) is fixed
+    # What a request says itself, no calibration changes.
+    asked = auto.for_call({"propagation_length": 0})
+    got = resolved(asked, MADE, {"propagation_length"})
+    assert (got.recompute_ratio, got.selector, got.propagation_length) == (0.5, "query", 0)
+    got = sent(auto.for_call({"selector": "first_k"}), MADE, {"selector"})
+    assert (got.recompute_ratio, got.selector, got.propagation_length) == (0.5, "first_k", 16)
+    assert dict(got.selector_options) == {}
     with pytest.raises(ConfigError, match="number or 'auto'"):
         BlendConfig(recompute_ratio="much")  # type: ignore[arg-type]
 

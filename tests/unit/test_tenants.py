@@ -55,6 +55,21 @@ def counts(blend: CacheBlend) -> dict[str, int]:
     return blend.stats()[0]
 
 
+def test_fronts_of_one_engine_have_documents_of_their_own(opened: Any) -> None:
+    one = opened("one")
+    other = one.with_config(BlendConfig(store=one.config.store, namespace="two"))
+    for front in (one, other):
+        assert front.ingest([DOCUMENT], documents=["readme"], progress=False).computed == 1
+    assert one.registered_documents("readme") == other.registered_documents("readme") == {"readme"}
+    assert one.forget_documents("readme") == 1
+    assert not one.registered_documents("readme") and not one.stored()
+    assert other.registered_documents("readme") == {"readme"} and len(other.stored()) == 1
+    again = one.with_config(one.config)
+    again.ingest([DOCUMENT], documents=["readme"], progress=False)
+    assert one.registered_documents("readme") == {"readme"}, "the same namespace"
+    assert other.forget_documents("readme") == 1 and len(one.stored()) == 1
+
+
 def test_tenants_of_the_front_door_see_nothing_of_each_other(opened: Any) -> None:
     bare, one, two = opened(""), opened("one"), opened("two")
     before = {id(blend): counts(blend) for blend in (bare, two)}
