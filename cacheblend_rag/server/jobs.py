@@ -24,6 +24,7 @@ QUEUED, RUNNING = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 NOT_STORED = "not_stored"  # code of the error of a job whose every new chunk the store refused
 KEPT = 10_000  # jobs that ended
+_TOO_LATE = 2  # to cancel a job: in the place of 1, which says that it is to end
 _COUNTED = ("computed", "present", "repeated", "too_short", "too_long")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -240,6 +241,8 @@ class Jobs(JobsFile):
             if job.status == QUEUED:
                 self._end(db, job, CANCELLED, None)
             elif job.status == RUNNING:
+                if self._cancelled(db, job) == _TOO_LATE:
+                    raise HttpError(409, f"{name} is about to complete", param="id")
                 db.execute("UPDATE jobs SET cancel = 1 WHERE number = ?", (job.number,))
             return self._one(db, tenant, name)
 
@@ -299,7 +302,8 @@ class Jobs(JobsFile):
             if row is None:
                 return None
             job, chunks = _job(row[:-1]), pieces.loads(str(row[-1]).encode())
-            db.execute("UPDATE jobs SET status = ? WHERE number = ?", (RUNNING, job.number))
+            query = "UPDATE jobs SET status = ?, cancel = cancel % ? WHERE number = ?"
+            db.execute(query, (RUNNING, _TOO_LATE, job.number))  # a crash came before its end
             job.status = RUNNING
         return job, [Given(**chunk) for chunk in chunks]
 
@@ -314,8 +318,16 @@ class Jobs(JobsFile):
             db.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", rows)
             query = "UPDATE jobs SET done = ?, waiting = ? WHERE number = ?"
             db.execute(query, (done, waiting, job.number))
-            query = "SELECT cancel FROM jobs WHERE number = ?"
-            return not db.execute(query, (job.number,)).fetchone()[0]
+            return not self._cancelled(db, job)
+
+    def completes(self, job: Job) -> bool:
+        """Whether a job was not cancelled until now; from here on it can't be."""
+        with self._writing() as db:
+            if self._cancelled(db, job):
+                return False
+            query = "UPDATE jobs SET cancel = ? WHERE number = ?"
+            db.execute(query, (_TOO_LATE, job.number))
+            return True
 
     def end(self, job: Job, status: str, error: Mapping[str, str] | None = None) -> None:
         """A job has ended. This is noted on a full disk as well, where clients wait for it."""
@@ -327,6 +339,10 @@ class Jobs(JobsFile):
             db.execute("UPDATE jobs SET status = ? WHERE number = ?", (QUEUED, job.number))
 
     # ---- inside --------------------------------------------------------------------------------
+
+    def _cancelled(self, db: sqlite3.Connection, job: Job) -> int:
+        query = "SELECT cancel FROM jobs WHERE number = ?"
+        return int(db.execute(query, (job.number,)).fetchone()[0])
 
     def _one(self, db: sqlite3.Connection, tenant: str, name: str) -> Job:
         query = f"SELECT {_FIELDS} FROM jobs WHERE tenant = ? AND id = ?"

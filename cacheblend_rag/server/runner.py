@@ -189,6 +189,8 @@ class Runner:
         if job.done.kept_nothing:  # a document keeps what it had
             raise NotStoredError(f"the store kept none of the chunks; {job.done.detail}")
         if job.replaces and job.done.reason is None and job.document is not None:
+            if not self._jobs.completes(job):  # what it was to replace stays
+                return False
             front.replace_document(job.document, seen - {""})
         return True
 

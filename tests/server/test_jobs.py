@@ -373,6 +373,43 @@ def test_cancelled(jobs: Jobs, front: FakeFront, start: Callable[..., Any]) -> N
         jobs.cancel("", done.id)
 
 
+@pytest.mark.parametrize("chunks", [[A], []], ids=["some", "none"])
+def test_a_cancel_that_is_acknowledged_replaces_nothing(
+    jobs: Jobs, front: FakeFront, monkeypatch: pytest.MonkeyPatch, chunks: list[Any], start: Any
+) -> None:
+    """Behind its last batch, too; later it is refused."""
+    job, completes, told = jobs.create("", chunks, document="d", replaces=True), Jobs.completes, []
+
+    def cancelled(self: Jobs, of: Any) -> bool:
+        if not told:
+            told.append(jobs.cancel("", job.id).status)
+        return completes(self, of)
+
+    monkeypatch.setattr(Jobs, "completes", cancelled)
+    start(jobs)
+    assert ended(jobs, job)["status"] == "cancelled" and told == ["in_progress"]
+    assert front.replaced == []
+    replace = front.replace_document
+
+    def replacing(name: str, keys: set[str]) -> None:
+        with refused(409):
+            jobs.cancel("", late.id)
+        replace(name, keys)
+
+    monkeypatch.setattr(front, "replace_document", replacing)
+    late = jobs.create("", chunks, document="d", replaces=True)
+    assert ended(jobs, late)["status"] == "completed" and len(front.replaced) == 1
+
+
+def test_a_job_that_was_about_to_complete_goes_on_after_a_crash(jobs: Jobs) -> None:
+    job = jobs.create("", [A], document="d", replaces=True)
+    for _ in range(2):
+        begun = jobs.begin()
+        assert begun is not None and begun[0].id == job.id
+        assert jobs.progress(begun[0], ["k"], 0) and jobs.completes(begun[0])
+        jobs.resume()
+
+
 def test_a_stop_puts_the_job_back(
     make: Callable[..., Jobs], front: FakeFront, start: Callable[..., Any]
 ) -> None:
