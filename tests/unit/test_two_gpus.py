@@ -46,10 +46,11 @@ def test_an_engine_that_fails_is_named_and_leaves_no_process(
 ) -> None:
     import fake_gpus
 
+    others = set(multiprocessing.active_children())  # engines that other tests share
     args = options(two_gpus, "--attention-backend", "2")
     with pytest.raises(RuntimeError, match=r"engine 2: (?s:.)*no memory on purpose"):
         two_gpus.run(args, tmp_path, fake_gpus.serve)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_processes_see_their_gpus_only(
