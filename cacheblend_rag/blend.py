@@ -26,7 +26,7 @@ from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.models import resolve_model
 from cacheblend_rag.planner import Space
 from cacheblend_rag.process import Home
-from cacheblend_rag.store.tenants import tenant_id
+from cacheblend_rag.store.tenants import documents_of
 from cacheblend_rag.store.url import parse_url
 from cacheblend_rag.undo import on_failure
 
@@ -180,7 +180,7 @@ class CacheBlend(Startup):
         other._namespaces.add(config.namespace)
         # The store tells apart the documents of engines, not of an engine's fronts.
         is_other = config.namespace != self._first_namespace
-        other._documents = f"{tenant_id(config.namespace)}/" if is_other else ""
+        other._documents = documents_of(config.namespace) if is_other else ""
         other._lora, other._adapter = lora_request, ""
         if lora_request is not None and self.model_check.passed:
             other._adapter = self._engine.rpc("cacheblend_adapter", plain_adapter(lora_request))[0]

@@ -22,7 +22,7 @@ from cacheblend_rag.ingest import IngestReport, naming
 from cacheblend_rag.learn import LearnOptions
 from cacheblend_rag.report import make_report
 from cacheblend_rag.server.bodies import Given, Text
-from cacheblend_rag.store.tenants import tenant_id
+from cacheblend_rag.store.tenants import documents_of
 from cacheblend_rag.store.url import redacted
 
 logger = logging.getLogger("vllm.cacheblend_rag")
@@ -50,7 +50,7 @@ class Front(CacheBlend):
     def tenant(self, config: BlendConfig, space: str) -> Front:
         """That of another namespace, whose requests name this space."""
         other = self.with_config(config, space=space)
-        other.is_tenant, other._documents = True, ""  # ``document`` names them
+        other.is_tenant, other._documents = True, documents_of(config.namespace)
         return other
 
     def _list_stored(self) -> None:
@@ -96,12 +96,11 @@ class Front(CacheBlend):
         """
         contexts = [chunk.left_context for chunk in batch]
         left_context = contexts if any(context is not None for context in contexts) else None
-        names = [None if c.document is None else self.document(c.document) for c in batch]
         with self._engine.slicing():
             report = self.ingest(
                 [chunk.text for chunk in batch],
                 left_context=left_context,
-                documents=names,
+                documents=[chunk.document for chunk in batch],
                 progress=False,
             )
         if report.not_stored:
@@ -128,25 +127,21 @@ class Front(CacheBlend):
             return None
         return Shadowing(self._engine.rpc, lambda: self._engine.asked)
 
-    def document(self, name: str) -> str:
-        """What the store calls a document of this namespace."""
-        return f"{tenant_id(self.config.namespace)}/{name}" if self.is_tenant else name
-
     def replace_document(self, name: str, keys: Iterable[str]) -> int:
         """Have a document consist of these chunks only; returns how many were forgotten."""
-        known, document = set(keys), self.document(name)
+        known = set(keys)
         if not self.model_check.passed:
             return 0
-        self.register_documents({document: sorted(known)})
-        held = self._engine.rpc("cacheblend_document_keys", document)
+        self.register_documents({name: sorted(known)})
+        held = self._engine.rpc("cacheblend_document_keys", self._documents + name)
         gone = set(itertools.chain.from_iterable(held)) - known
-        return self.forget_documents([document], only=gone) if gone else 0
+        return self.forget_documents([name], only=gone) if gone else 0
 
     def page(self, after: str, limit: int, document: str | None) -> list[str]:
         """Keys of stored chunks in order, behind ``after``."""
         if not self.model_check.passed:
             return []
-        name = None if document is None else self.document(document)
+        name = None if document is None else self._documents + document
         pages = self._stored_pages(after, limit, name)
         return list(itertools.islice(itertools.chain.from_iterable(pages), limit))
 

@@ -302,7 +302,7 @@ async def register(request: ServerRequest) -> Answer:
     given, front = bodies.registrations(body), await request.front()
 
     def note() -> None:
-        front.register_documents({front.document(n): front.owned(k) for n, k in given.items()})
+        front.register_documents({n: front.owned(k) for n, k in given.items()})
 
     await asyncio.to_thread(note)
     return {"object": "cacheblend.registration", "documents": len(given)}
@@ -314,8 +314,8 @@ async def registered(request: ServerRequest) -> Answer:
     body = await request.body()
     bodies.only(body, ("documents",))
     given, front = bodies.documents(body), await request.front()
-    found = await asyncio.to_thread(lambda: front.registered_documents(map(front.document, given)))
-    return {"object": "list", "data": [n for n in given if front.document(n) in found]}
+    found = await asyncio.to_thread(front.registered_documents, given)
+    return {"object": "list", "data": [n for n in given if n in found]}
 
 
 @_endpoint("POST", "/documents/delete")
@@ -325,17 +325,16 @@ async def delete_documents(request: ServerRequest) -> Answer:
     bodies.only(body, ("documents", "only"))
     given, front = bodies.documents(body), await request.front()
     few = None if body.get("only") is None else bodies.keys(body["only"], "only")
-    names = [front.document(name) for name in given]
     if few is None:
         await _left_out(request, given)
-    return _deletion(await asyncio.to_thread(front.forget_documents, names, few))
+    return _deletion(await asyncio.to_thread(front.forget_documents, given, few))
 
 
 @_endpoint("GET", "/documents/{id:path}")
 async def document(request: ServerRequest) -> Answer:
     """Whether chunks are registered for a document."""
     name, front = bodies.document(request.id(), "id"), await request.front()
-    if not await asyncio.to_thread(front.registered_documents, [front.document(name)]):
+    if not await asyncio.to_thread(front.registered_documents, [name]):
         raise not_found("document", name)
     return {"id": name, "object": "cacheblend.document", "registered": True}
 
@@ -347,8 +346,8 @@ async def delete_document(request: ServerRequest) -> Answer:
     await _left_out(request, [name])
 
     def forget() -> tuple[bool, int]:
-        there = bool(front.registered_documents([front.document(name)]))
-        return there, front.forget_documents([front.document(name)])
+        there = bool(front.registered_documents([name]))
+        return there, front.forget_documents([name])
 
     there, count = await asyncio.to_thread(forget)
     return {"id": name, "object": "cacheblend.document", "deleted": there, "chunks": count}

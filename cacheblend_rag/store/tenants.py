@@ -13,6 +13,11 @@ def tenant_id(tenant: str) -> str:
     return hashlib.sha256(tenant.encode()).hexdigest()[:16]
 
 
+def documents_of(tenant: str) -> str:
+    """What the names of a tenant's documents begin with, where it shares a store with others."""
+    return f"{tenant_id(tenant)}/"
+
+
 def of_tenant(namespace: str, tenant: str) -> str:
     """The tenant's own namespace; ``namespace`` itself for the one without a name."""
     return f"{namespace}-tenant-{tenant_id(tenant)}" if tenant else namespace
