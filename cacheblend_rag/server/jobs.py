@@ -24,7 +24,7 @@ QUEUED, RUNNING = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 NOT_STORED = "not_stored"  # code of the error of a job whose every new chunk the store refused
 KEPT = 10_000  # jobs that ended
-_TOO_LATE = 2  # to cancel a job: in the place of 1, which says that it is to end
+_PAST_CANCEL = 2  # a job that a cancel can no longer end; 1 says that it is to end
 _COUNTED = ("computed", "present", "repeated", "too_short", "too_long")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -241,7 +241,7 @@ class Jobs(JobsFile):
             if job.status == QUEUED:
                 self._end(db, job, CANCELLED, None)
             elif job.status == RUNNING:
-                if self._cancelled(db, job) == _TOO_LATE:
+                if self._cancelled(db, job) == _PAST_CANCEL:
                     raise HttpError(409, f"{name} is about to complete", param="id")
                 db.execute("UPDATE jobs SET cancel = 1 WHERE number = ?", (job.number,))
             return self._one(db, tenant, name)
@@ -303,7 +303,7 @@ class Jobs(JobsFile):
                 return None
             job, chunks = _job(row[:-1]), pieces.loads(str(row[-1]).encode())
             query = "UPDATE jobs SET status = ?, cancel = cancel % ? WHERE number = ?"
-            db.execute(query, (RUNNING, _TOO_LATE, job.number))  # a crash came before its end
+            db.execute(query, (RUNNING, _PAST_CANCEL, job.number))  # a crash came before its end
             job.status = RUNNING
         return job, [Given(**chunk) for chunk in chunks]
 
@@ -326,7 +326,7 @@ class Jobs(JobsFile):
             if self._cancelled(db, job):
                 return False
             query = "UPDATE jobs SET cancel = ? WHERE number = ?"
-            db.execute(query, (_TOO_LATE, job.number))
+            db.execute(query, (_PAST_CANCEL, job.number))
             return True
 
     def end(self, job: Job, status: str, error: Mapping[str, str] | None = None) -> None:
