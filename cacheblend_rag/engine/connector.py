@@ -295,7 +295,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         for done in self._done:
             (ready if done.why_not or done.outcome.ready else waiting).append(done)
         self._done = waiting
-        outcomes = {d.request_id: d.outcome.to_dict() for d in ready if d.why_not is None}
+        outcomes = {d.request_id: d.result() for d in ready if d.why_not is None}
         failed = {d.request_id: d.why_not for d in ready if d.why_not is not None}
         lost, self._lost = set(self._lost), {}
         # In one process the scheduler's side has them already, by the link.

@@ -102,7 +102,7 @@ class Correction:
         at = torch.searchsorted(tile_T, sources)
         back = RotationDelta(self._back.cos_TNP[:, here], self._back.sin_TNP[:, here])
         off_k, off_v = (
-            f[at].float() - r[sources].float() for f, r in zip(fresh, reused, strict=True)
+            _rows(f, at).float() - _rows(r, sources) for f, r in zip(fresh, reused, strict=True)
         )
         # The change of a key turns with the key's position. Changes of different tokens can be
         # added as at one position only, which is 0.
@@ -122,11 +122,17 @@ class Correction:
         if high < len(self._sources_R):
             self._sums[index] = sums
         moves = self._rope.apply(sums[0], self._there, index), sums[1]
+        # ``moves`` are not added to in place: those of values are sums that a later pass goes on with.
         k, v = (
-            (r[self.moved_N].float() + move).to(r.dtype)
+            (move + _rows(r, self.moved_N)).to(r.dtype)
             for r, move in zip(reused, moves, strict=True)
         )
         return k, v
+
+
+def _rows(kv_NGD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """``kv_NGD[at]``, several times quicker on a CPU."""
+    return kv_NGD.index_select(0, at)
 
 
 def _weighted(weight_CS: torch.Tensor, off_SGD: torch.Tensor) -> torch.Tensor:

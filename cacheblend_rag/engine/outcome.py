@@ -30,6 +30,7 @@ class BlendTask:
             are there.
         planned: the scheduler's part of the report.
         proves: it is to show that blends are right; see ``proof.py``.
+        number: of the request's blends, from 1 on. It is blended again after a preemption.
         adapter: vLLM's request for a LoRA adapter, if it has one.
     """
 
@@ -45,6 +46,7 @@ class BlendTask:
     prefix_cached: int = 0
     planned: Mapping[str, Any] = field(default_factory=dict)
     proves: bool = False
+    number: int = 1
     adapter: Any = None
 
     @property

@@ -70,12 +70,19 @@ class Scheduled(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A blend whose last row is under way; ``why_not``: it was computed exactly instead."""
+    """A blend whose last row is under way; ``why_not``: it was computed exactly instead; ``number``
+    as in ``BlendTask``.
+    """
 
     request_id: str
     name: str
     outcome: BlendOutcome
     why_not: Why | None
+    number: int = 1
+
+    def result(self) -> dict[str, Any]:
+        """For the scheduler, of what was blended; waits for the GPU."""
+        return {**self.outcome.to_dict(), "number": self.number}
 
     def report(self) -> dict[str, Any]:
         """Of what was not blended."""
@@ -230,7 +237,10 @@ class StepRows:
     def finished(self) -> list[Finished]:
         """Blends whose last row was in a step since the call before."""
         finished, self._finished = self._finished, []
-        return [Finished(b.task.request_id, b.task.name, b.outcome, b.why_not) for b in finished]
+        return [
+            Finished(b.task.request_id, b.task.name, b.outcome, b.why_not, b.task.number)
+            for b in finished
+        ]
 
     def forget(self, names: Iterable[str]) -> None:
         """Requests that ended, or were preempted."""

@@ -89,7 +89,6 @@ class _Tracked:
         exact: the exact hashes of the prompt's blocks.
         per_hash: tokens a hash stands for.
         space: whose it is, see ``Planner.space_id``.
-        follows_blend: its blocks are looked for where an earlier blend has left them.
         shared: tokens found in vLLM's prefix cache that others may use too.
         claim: of the blend under way; None before and once all of its rows are scheduled.
         drawn: its answer is to be shadowed, if it is blended.
@@ -106,11 +105,11 @@ class _Tracked:
     exact: Sequence[bytes] = ()
     per_hash: int = 1
     space: str = ""
-    follows_blend: bool = False
     shared: int = 0
     claim: _Claim | None = None
     drawn: Drawn | None = None
     begun: bool = False  # its blend went to the workers once
+    number: int = 0  # of its latest blend
     complete: bool = False  # all rows of the blend were scheduled
     outcome_known: bool = True  # of the latest blend
     prefix_cached: int = 0
@@ -169,13 +168,21 @@ class _Tracked:
         first = _first_approximate(self.plan)
         if self.plan.ratio == 1 or max(first, write_from) >= self.plan.end:
             return "there was nothing to refine: the blend is exact"
-        if self.follows_blend and write_from > first:
+        if self._is_approximate(write_from):
             return "it begins with blocks of an earlier blend, which others may read"
         if self.drawn is not None:  # which tells what a ratio is worth
             return "the answer was drawn to be shadowed, as it is without refinement"
         if self.exact and self.per_hash != block_size:
             return "vLLM hashes a part of a block"
         return ""
+
+    def _is_approximate(self, tokens: int) -> bool:
+        """Whether some of the first ``tokens``, which are in the cache, are there under hashes of a
+        blend.
+        """
+        # By the blocks, not by the plan: that of the earlier blend may have found another chunk here.
+        some = slice(tokens // self.per_hash)
+        return bool(self.exact) and self.request.block_hashes[some] != list(self.exact[some])
 
     def share(self, prefixes: BlendedPrefixes) -> None:
         """Its blocks are complete: others may use them."""
@@ -280,7 +287,7 @@ class Claims:
             if 0 < cached(pool, exact) >= cached(pool, known):
                 known = None  # as much is there that is exact
         if known is not None:
-            request.block_hashes, tracked.follows_blend = known, True
+            request.block_hashes = known
         elif plan.blend_if == "always":  # exact KV is no reason not to
             # What comes before the first approximate token is exact, so plain requests may share
             # those blocks.
@@ -355,6 +362,7 @@ class Claims:
         # Here and not in ``there``: vLLM asks there for requests that then find no room.
         is_first = not tracked.begun
         tracked.begun, tracked.complete, tracked.outcome_known = True, False, False
+        tracked.number += 1
         drawn = tracked.drawn
         if drawn and not self._watching.begin(request, tracked.name, plan.ratio, drawn):
             tracked.drawn = None
@@ -422,18 +430,22 @@ class Claims:
 
     def results(self, outcomes: Mapping[str, dict[str, Any]], failed: Mapping[str, Why]) -> None:
         """What the workers did."""
-        for name, outcome in outcomes.items():
+        for name, result in outcomes.items():
+            outcome = dict(result)
+            number = outcome.pop("number")
             tracked = self._requests.get(name)
             if tracked is not None:
-                tracked.outcome_known = True
+                # That of a blend before a preemption says nothing of the blocks that it has now.
+                tracked.outcome_known |= number == tracked.number
                 tracked.outcome = tracked.outcome or outcome
             # Only what the store knows to be gone. What it could not be asked for stays in the
             # index, or a short outage of a remote store would end all reuse.
             self.planning.lose(outcome.get("lost", ()))
             # A short answer may end before its outcome comes: until then nobody may share its
             # blocks.
-            if (ended := self._ended.pop(name, None)) is not None:
-                ended.share(self._prefixes)
+            ended = self._ended.get(name)
+            if ended is not None and number == ended.number:
+                self._ended.pop(name).share(self._prefixes)
         for name, why_not in failed.items():
             if name in self._requests:
                 self._requests[name].why_not, self._requests[name].outcome_known = why_not, True
@@ -495,6 +507,7 @@ def _task(tracked: _Tracked, claim: _Claim, blocks: Sequence[int]) -> BlendTask:
         prefix_cached=tracked.prefix_cached,
         planned=tracked.planned(),
         proves=tracked.proves,
+        number=tracked.number,
         adapter=request.lora_request,
     )
 

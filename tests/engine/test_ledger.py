@@ -110,7 +110,8 @@ class Blend:
 
     def finished(self) -> Finished:
         outcome = BlendOutcome(Clock(torch.device("cpu")), self.task.plan.segments)
-        return Finished(self.task.request_id, self.task.name, outcome, self.why_not)
+        task = self.task
+        return Finished(task.request_id, task.name, outcome, self.why_not, task.number)
 
 
 class Rows:

@@ -30,6 +30,8 @@ PLAN = Plan(
     selector_options={},
     blend_if="always",
 )
+# The plan's tokens 10 to 60 stood in an earlier blend for a chunk that is gone.
+LATER = (Segment(0, 60), Segment(60, 176, "k" * 64, 0, Kind.REUSE))
 COMPUTES = 10 + 83 + 24  # before the chunk, half of it, behind the plan
 THERE = len(IDS) - COMPUTES  # tokens that vLLM is told are there
 
@@ -148,24 +150,28 @@ def test_rows_of_a_step_by_the_engine() -> None:
     assert most_rows(config, is_cpu=False) == 2048
 
 
-@pytest.mark.parametrize("is_known", [False, True], ids=["", "known"])
+@pytest.mark.parametrize("when", ["before", "after"], ids=["", "ended"])
+@pytest.mark.parametrize("come", [[1], [2], [1, 2], []], ids=str)
 def test_blocks_of_a_second_blend_are_shared_by_its_own_outcome(
-    claims: Claims, monkeypatch: pytest.MonkeyPatch, is_known: bool
+    claims: Claims, monkeypatch: pytest.MonkeyPatch, come: list[int], when: str
 ) -> None:
-    """That of the first one, before a preemption, says nothing of them."""
+    """That of the first one, before a preemption, says nothing of them, however late it comes."""
     shared: list[Any] = []
     monkeypatch.setattr(claims._prefixes, "add", lambda *given: shared.append(given))
     one = request()
     claims.begin(one)
-    for outcome_comes in (True, is_known):
+    for number in (1, 2):
         there = claims.there(one, 0)
         assert there is not None
         claims.allocated(one, Blocks().get_block_ids()[0], there)
-        step(claims, new={"r": there}, rows={"r": COMPUTES})
-        if outcome_comes:
-            claims.results({"r": {"recomputed": []}}, {})
+        task = step(claims, new={"r": there}, rows={"r": COMPUTES}).tasks["r"]
+        assert task.number == number
+    for number in come if when == "before" else ():
+        claims.results({"r": {"recomputed": [], "number": number}}, {})
     claims.finished(one)
-    assert len(shared) == is_known
+    for number in come if when == "after" else ():
+        claims.results({"r": {"recomputed": [], "number": number}}, {})
+    assert len(shared) == (2 in come)
 
 
 def test_clients_are_told_what_was_found(claims: Claims) -> None:
@@ -307,7 +313,7 @@ def test_its_blocks_are_shared_once_the_outcome_came(claims: Claims) -> None:
     assert not set(asked("too early").block_hashes) & set(first.block_hashes)
     claims.finished(first)
     assert not set(asked("early").block_hashes) & set(first.block_hashes)
-    claims.results({"first": {"recomputed": []}}, {})
+    claims.results({"first": {"recomputed": [], "number": 1}}, {})
     again = asked("again")
     assert again.block_hashes == first.block_hashes
     assert claims.there(again, 176) == 0
@@ -327,7 +333,7 @@ def test_blocks_of_a_blend_that_was_not_whole_are_never_shared(claims: Claims, e
         why_not = schedule.Why(Reason.BLEND_FAILED, "broken")
         claims.results({}, {"r": why_not})
     claims.finished(one)
-    claims.results({"r": {"recomputed": []}} if early == "aborted" else {}, {})
+    claims.results({"r": {"recomputed": [], "number": 1}} if early == "aborted" else {}, {})
     retry = request(name="retry")
     claims.begin(retry)
     assert not set(retry.block_hashes) & set(one.block_hashes)
@@ -391,8 +397,10 @@ def test_steps_that_cannot_be_changed_are_known() -> None:
         ({}, {}, 0, ""),
         ({"ratio": 1.0}, {}, 0, "the blend is exact"),
         ({}, {}, 176, "the blend is exact"),
-        ({}, {"follows_blend": True}, 0, ""),
-        ({}, {"follows_blend": True}, 32, "an earlier blend"),
+        ({}, {"exact": [b"0", b"1", b"2"], "per_hash": BLOCK}, 48, ""),
+        ({}, {"exact": [b"0", b"x", b"y"], "per_hash": BLOCK}, 16, ""),
+        ({}, {"exact": [b"0", b"x", b"y"], "per_hash": BLOCK}, 32, "an earlier blend"),
+        ({"segments": LATER}, {"exact": [b"x", b"y"], "per_hash": BLOCK}, 32, "an earlier blend"),
         ({}, {"drawn": Drawn("n", "t", "", 9, 9)}, 0, "shadow"),
         ({}, {"exact": [b"a"], "per_hash": BLOCK // 2}, 0, "a part of a block"),
         ({}, {"exact": [b"a"], "per_hash": BLOCK}, 0, ""),
