@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cacheblend_rag.engine.outcome import BlendTask
 
 logger = init_logger("vllm.cacheblend_rag")
-_AT_ONCE = 8  # requests whose chunks are fetched
+_AT_ONCE = 8  # requests whose chunks are fetched, or wait in memory for their blend
 
 
 class Ahead:
@@ -36,6 +36,10 @@ class Ahead:
         self._fetching: dict[str, Event] = {}  # set when all is there that will be
         self._readers = Readers(_AT_ONCE)
         self._announced = False  # a blend of the step being built
+        # What is fetched is beside the store's own memory, which has a bound. This is its bound.
+        self._held: set[str] = set()  # requests of which something is fetched, and nothing begun
+        self._slow: set[str] = set()  # requests that wait for others to be fetched
+        self._asked: set[str] = set()  # requests that waited for room
 
     def waits(self, request_id: str, plan: Plan) -> bool:
         """Whether a blend should not begin yet.
@@ -46,23 +50,65 @@ class Ahead:
         blender = self._blender
         if blender is None:
             return False
-        fetched = self._fetching.get(request_id)
-        if fetched is not None and not fetched.is_set():
+        if self.is_fetching(request_id):
             return True
+        fetched = request_id in self._fetching
         # Asked once a request: ``consider`` also has chunks brought nearer, and is not for every
         # step.
         why_not = blender.refusal(request_id) if fetched else blender.consider(plan)[0]
         if why_not:
+            self._let_go(request_id)
+            blender.forget(request_id)
             raise RefusedError(*why_not)
         if fetched:
             return False
         # vLLM asks again for this request with every step, and serves others meanwhile.
         if not blender.is_fast(plan):
-            self._fetching[request_id] = Event()
-            self._readers.start(lambda name: self._fetch(name, plan), [request_id])
+            if self._is_full:
+                self._slow.add(request_id)
+            else:
+                self._start(request_id, plan)
             return True
         self._announce(blender, request_id, plan)
         return False
+
+    def is_fetching(self, request_id: str) -> bool:
+        """Whether its chunks are on their way, or wait for those of others."""
+        fetched = self._fetching.get(request_id)
+        if fetched is None:
+            return self._is_full and request_id in self._slow
+        return not fetched.is_set()
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._held) >= _AT_ONCE
+
+    def look_ahead(self, request_id: str, plan: Plan) -> None:
+        """Have slow chunks fetched of a blend that has no room yet. Asked with every step, it looks
+        at each blend once.
+
+        Raises:
+            RefusedError: it is not worth it.
+        """
+        if request_id in self._asked or self._is_full:
+            return
+        self._asked.add(request_id)
+        if (blender := self._blender) is None or request_id in self._fetching:
+            return
+        if why_not := blender.consider(plan)[0]:
+            raise RefusedError(*why_not)
+        if not blender.is_fast(plan):
+            self._start(request_id, plan)
+
+    def _start(self, request_id: str, plan: Plan) -> None:
+        self._slow.discard(request_id)
+        self._held.add(request_id)
+        self._fetching[request_id] = Event()
+        self._readers.start(lambda name: self._fetch(name, plan), [request_id])
+
+    def _let_go(self, request_id: str) -> None:
+        for names in (self._held, self._slow, self._asked):
+            names.discard(request_id)
 
     def end_of_step(self) -> None:
         """The step was built."""
@@ -70,12 +116,14 @@ class Ahead:
 
     def begin(self, task: BlendTask) -> None:
         """A blend got its blocks: it begins while the rest of its step is prepared."""
+        self._let_go(task.request_id)
         if (rows := self._link.rows) is not None:
             rows.begin_ahead(task)
 
     def forget(self, request_id: str) -> None:
         """A request ended."""
         self._fetching.pop(request_id, None)
+        self._let_go(request_id)
         if (blender := self._blender) is not None:
             blender.forget(request_id)
 

@@ -122,7 +122,7 @@ class Correction:
         if high < len(self._sources_R):
             self._sums[index] = sums
         moves = self._rope.apply(sums[0], self._there, index), sums[1]
-        # ``moves`` are not added to in place: those of values are sums that a later pass goes on with.
+        # Not in place: the moves of values are sums that a later pass goes on with.
         k, v = (
             (move + _rows(r, self.moved_N)).to(r.dtype)
             for r, move in zip(reused, moves, strict=True)

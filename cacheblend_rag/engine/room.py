@@ -26,14 +26,23 @@ class Room:
     def __init__(self, most: int | None) -> None:
         self._most = most
         self._rows: dict[str, int] = {}
+        self._is_full = False  # for the step being built
 
     def has(self, rows: int) -> bool:
         """Whether a blend of so many rows may begin with this step."""
         under_way = sum(self._rows.values())
-        return self._most is None or not under_way or under_way + rows <= self._most
+        # Once one has no room, none behind it has: small ones would pass a large one for ever.
+        self._is_full |= bool(
+            self._most is not None and under_way and under_way + rows > self._most
+        )
+        return not self._is_full
+
+    def end_of_step(self) -> None:
+        """The step was built."""
+        self._is_full = False
 
     def take(self, name: str, rows: int) -> None:
-        """A blend begins."""
+        """A blend begins, or goes on: so many of its rows are yet to be scheduled."""
         self._rows[name] = rows
 
     def free(self, name: str) -> None:

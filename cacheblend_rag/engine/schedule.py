@@ -180,9 +180,16 @@ class _Tracked:
         """Whether some of the first ``tokens``, which are in the cache, are there under hashes of a
         blend.
         """
-        # By the blocks, not by the plan: that of the earlier blend may have found another chunk here.
+        # By the blocks, not by the plan: the earlier blend's may have found another chunk here.
         some = slice(tokens // self.per_hash)
         return bool(self.exact) and self.request.block_hashes[some] != list(self.exact[some])
+
+    def refuse(self, hit: int, why_not: Why) -> None:
+        """It is not worth a blend, ``hit`` tokens of which are in the cache."""
+        if self._is_approximate(hit):
+            detail = f"{why_not.detail}; it begins with {hit} tokens of an earlier blend"
+            why_not = Why(why_not.reason, detail)
+        self.why_not = why_not
 
     def share(self, prefixes: BlendedPrefixes) -> None:
         """Its blocks are complete: others may use them."""
@@ -316,30 +323,44 @@ class Claims:
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
             return self._not_blended(tracked)
-        live = self._live.values()
-        if not _is_written(request, live, hit // tracked.per_hash, tracked.per_hash):
-            return None
-        try:
-            # After a preemption the chunks are in memory, or were seen to be missing: no waiting
-            # for them again.
-            if not tracked.begun and self._ahead.waits(request.request_id, plan):
-                return None
-        except RefusedError as refusal:
-            tracked.why_not = refusal.why
-            return self._not_blended(tracked)
-        # To vLLM, a claim is tokens that are there already: it schedules rows for the others only.
-        # Which tokens these rows compute is decided by the worker.
         # Not the prompt's length: after a preemption, what was generated is prompt as well.
         total = int(request.num_tokens)
         computes = rows_of(plan, total, write_from)
         rows = min(computes, total - hit)
-        if not self._room.has(rows):
-            return None
+        try:
+            if self._waits(tracked, plan, rows, hit):
+                return None
+        except RefusedError as refusal:
+            tracked.refuse(hit, refusal.why)
+            return self._not_blended(tracked)
+        # To vLLM, a claim is tokens that are there already: it schedules rows for the others only.
+        # Which tokens these rows compute is decided by the worker.
         tracked.claim = _Claim(total - rows - hit, write_from, total, computes, rows)
         # vLLM enters blocks into its cache when it allocates them, before a row is written. Under
         # these hashes only this request finds them.
         hide(request, hit // tracked.per_hash, uuid.uuid4().hex)
         return tracked.claim.there
+
+    def _waits(self, tracked: _Tracked, plan: Plan, rows: int, hit: int) -> bool:
+        """Whether a blend of so many ``rows`` should not begin with this step.
+
+        Raises:
+            RefusedError: it is not worth it.
+        """
+        request, per = tracked.request, tracked.per_hash
+        # After a preemption the chunks are in memory, or were seen to be missing: no waiting for
+        # them again.
+        is_first = not tracked.begun
+        # What costs least comes first: whoever waits is asked again with every step.
+        if is_first and self._ahead.is_fetching(request.request_id):
+            return True
+        if not self._room.has(rows):
+            if is_first:
+                self._ahead.look_ahead(request.request_id, plan)
+            return True
+        if not _is_written(request, self._live.values(), hit // per, per):
+            return True
+        return is_first and self._ahead.waits(request.request_id, plan)
 
     def _not_blended(self, tracked: _Tracked) -> int:
         """The workers keep its report: its last output never leaves where the front end ends it."""
@@ -381,6 +402,7 @@ class Claims:
         tasks, self._tasks = self._tasks, {}
         plain, self._plain = self._plain, {}
         self._ahead.end_of_step()
+        self._room.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
         self._drop_without_outcome(gone)
         for name in gone:
@@ -402,7 +424,12 @@ class Claims:
             claim = tracked.claim if tracked is not None else None
             # With asynchronous scheduling the rows have not run yet. Complete means that all were
             # scheduled: the request's own next look-up comes after them.
-            if tracked is not None and claim and part.computed + part.known >= claim.total:
+            if tracked is None or not claim:
+                continue
+            left = claim.total - part.computed - part.known
+            if left > 0:
+                self._room.take(name, left)
+            else:
                 tracked.claim, tracked.complete = None, True
                 self._room.free(name)
         return Step(tasks, batch, gone, plain, *more)
@@ -527,7 +554,7 @@ def _is_written(request: Any, live: Iterable[Any], found: int, per_hash: int) ->
     # ``num_computed_tokens`` counts a running request's tokens before this step's rows, so the
     # blocks after it are being written now or later.
     wanted = set(request.block_hashes[:found])
-    return not any(
+    return not wanted or not any(
         wanted.intersection(other.block_hashes[other.num_computed_tokens // per_hash :])
         for other in live
         if other is not request and other.status.name == "RUNNING"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -133,11 +134,60 @@ def test_a_step_takes_so_many_rows_of_blends(claims: Claims) -> None:
     step(claims, new={"a": THERE, "b": THERE}, rows={"a": COMPUTES, "b": 10})
     assert [begins(name) for name in names[2:]] == [True, False]
     claims.finished(requests["b"])  # it was aborted
+    assert not begins("d"), "one before it had no room in this step"
+    step(claims, new={}, rows={})
     assert begins("d")
     claims._room = Room(1)
     large = request(name="large")
     claims.begin(large)
     assert claims.there(large, 0) is not None
+
+
+def test_small_blends_do_not_pass_a_large_one_for_ever(claims: Claims) -> None:
+    """Each takes two steps, so that there are always some under way when the large one asks."""
+    claims._room = Room(COMPUTES + 41)
+    large, under_way = request(name="large"), dict[str, int]()
+    claims.begin(large)
+    for number in range(9):
+        if number and claims.there(large, 0) is not None:
+            break
+        new = dict[str, int]()
+        for name in (f"{number}a", f"{number}b"):
+            small = request(replace(PLAN, ratio=0.1), name)
+            claims.begin(small)
+            if (there := claims.there(small, 0)) is not None:
+                claims.allocated(small, Blocks().get_block_ids()[0], there)
+                new[name] = there
+        both = {**new, **under_way}
+        step(claims, new=both, rows=dict.fromkeys(both, 30))
+        under_way = {name: done + 30 for name, done in both.items() if done + 30 < len(IDS)}
+        assert number or len(new) == len(under_way) == 2
+    assert number == 2
+
+
+def test_who_has_no_room_costs_little(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM asks for all that wait in each step."""
+    asked = Counter[str]()
+    monkeypatch.setattr(claims._ahead, "waits", lambda name, plan: asked.update([name]))
+    monkeypatch.setattr(schedule, "_is_written", lambda *given: not asked.update(["written"]))
+    claims._room = Room(COMPUTES)
+    waiting = [request(name=str(i)) for i in range(20)]
+    for one in waiting:
+        claims.begin(one)
+    there = claims.there(waiting[0], 0)
+    assert there is not None
+    claims.allocated(waiting[0], Blocks().get_block_ids()[0], there)
+    for _ in range(5):
+        assert all(claims.there(one, 0) is None for one in waiting[1:])
+    assert asked == {"0": 1, "written": 1}
+
+
+def test_a_refused_blend_that_begins_with_an_earlier_one_says_so(claims: Claims) -> None:
+    tracked = schedule._Tracked(request(), "r", plan=PLAN, exact=[b"x", b"1"], per_hash=BLOCK)
+    tracked.refuse(0, schedule.Why(Reason.PREFILL_AS_QUICK, "quick"))
+    assert tracked.why_not == (Reason.PREFILL_AS_QUICK, "quick")
+    tracked.refuse(16, schedule.Why(Reason.PREFILL_AS_QUICK, "quick"))
+    assert tracked.why_not is not None and "16 tokens of an earlier blend" in tracked.why_not.detail
 
 
 def test_rows_of_a_step_by_the_engine() -> None:
