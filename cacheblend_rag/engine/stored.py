@@ -74,9 +74,8 @@ class RankStore:
         self, store: KVStore, forget: Callable[[str], object], *, leads: bool = True
     ) -> None:
         self.store, self._forget, self._leads = store, forget, leads
-        # a store that is all remote keeps none, and then they last as long as the engine
-        # On each rank: register and forget come to all, and a rank without notes would answer
-        # otherwise.
+        # A store that keeps no chunks keeps no notes. On each rank: all are asked, and one without
+        # notes would answer otherwise.
         self._registry = store if store.keeps_documents else DocumentRegistry()
         self.follower = Follower(store, forget)
         self._listing = self.follower.listing

@@ -51,8 +51,8 @@ class Documents(Front):
 
     def register_documents(self, documents: Mapping[str, Iterable[str]]) -> None:
         """Note which chunks each document (any text) consists of, by their keys, and of those noted
-        before; for ``forget_documents``. A store on disk keeps this for later engines too, as a
-        hash of the document's name; a store that is all remote keeps it until this one is closed.
+        before; for ``forget_documents``. Stores on disk and remote ones keep this for later engines
+        and other machines too, under a hash of the document's name.
         """
         self._check_open()
         rows = ingest.keys_by_document(documents)

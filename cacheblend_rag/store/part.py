@@ -5,7 +5,7 @@ Shape legend: L layers, N tokens, H KV heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from cacheblend_rag.store.around import StoreAround
@@ -68,6 +68,16 @@ class PartStore(StoreAround):
     def touch(self, key: str) -> None:
         if self._heads.leads:  # or one use would count once a rank
             self.store.touch(key)
+
+    def register(self, document: str, keys: Iterable[str]) -> None:
+        if self._heads.leads:
+            self.store.register(document, keys)
+
+    def unregister(
+        self, documents: Iterable[str], only: Collection[str] | None = None
+    ) -> list[str]:
+        # One that comes later than the leading rank would undo what was registered in between.
+        return self.store.unregister(documents, only) if self._heads.leads else []
 
     def drop(self, documents: Iterable[str]) -> list[str]:
         return self.store.drop(documents)

@@ -18,7 +18,8 @@ class DocumentRegistry:
     def register(self, document: str, keys: Iterable[str]) -> None:
         """As ``KVStore.register``."""
         with self._lock:
-            self._keys.setdefault(document_id(document), set()).update(keys)
+            if keys := set(keys):
+                self._keys.setdefault(document_id(document), set()).update(keys)
 
     def documents(self) -> set[str]:
         """As ``KVStore.documents``."""

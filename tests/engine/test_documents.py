@@ -53,7 +53,7 @@ def test_a_later_engine_forgets_documents_of_an_earlier_one(
 def test_a_store_without_records_keeps_them_with_the_engine(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MemoryStore, "keeps_documents", False)  # as remote stores are
+    monkeypatch.setattr(MemoryStore, "keeps_documents", False)  # as one that keeps nothing is
     with start(make("llama", tiny_models)) as blend:
         [key] = blend.ingest([A], progress=False).keys
         blend.register_documents({"one": [key]})

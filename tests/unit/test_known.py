@@ -89,6 +89,23 @@ def test_what_another_engine_stores_and_forgets(
     request.node.user_properties += [("learnt_s", round(learnt, 2)), ("lost_s", round(lost, 2))]
 
 
+def test_a_document_of_an_engine_is_forgotten_by_another_and_by_a_later_one(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storing_engine.install(monkeypatch)
+    with start(url) as here, start(url) as there:
+        keys = here.ingest(TEXTS[:3], progress=False).keys
+        here.register_documents({"d": keys[:2], "e": keys[1:]})
+        assert there.registered_documents(["d", "e", "f"]) == {"d", "e"}
+        assert there.forget_documents("d") == 1
+        assert here.registered_documents(["d", "e"]) == {"e"}
+        until(lambda: keys[0] not in here.stored())  # it leaves its memory tier, too
+        assert set(keys[1:]) <= here.stored()
+    with start(url) as later:
+        assert later.forget_documents("e") == 2
+        assert not later.stored() & set(keys)
+
+
 def test_what_one_front_ingests_the_others_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheblend_rag.errors import StoreError
-from cacheblend_rag.store import ChunkKV, DiskStore, KVStore, MemoryStore, TieredStore
-from cacheblend_rag.store.base import document_id
+from cacheblend_rag.store import ChunkKV, DiskStore, KVStore, MemoryStore
 from cacheblend_rag.store.chunk_file import header_of
 from cacheblend_rag.store.evict import (
     GDSF,
@@ -275,72 +274,6 @@ class Sized(ChunkKV):
     @property
     def nbytes(self) -> int:
         return int(self._bytes)  # type: ignore[attr-defined]
-
-
-# --- documents ------------------------------------------------------------------------------------
-
-
-def roomy(folder: Path, kind: str) -> KVStore:
-    on_disk = DiskStore(folder, namespace="tiny-r0")
-    in_memory = MemoryStore(1 << 20)
-    kinds = {"disk": on_disk, "memory": in_memory, "tiers": TieredStore(in_memory, on_disk)}
-    return kinds[kind]
-
-
-@pytest.mark.parametrize("kind", ["memory", "disk", "tiers"])
-def test_forgetting_a_document_spares_what_others_share(tmp_path: Path, kind: str) -> None:
-    store = roomy(tmp_path, kind)
-    put(store, *range(6))
-    store.register("a.txt", [key_of(0), key_of(1)])
-    store.register("a.txt", [key_of(2)])
-    store.register("b.txt", [key_of(2), key_of(3)])
-    assert len(store.documents()) == 2
-    assert store.forget("a.txt") == 2
-    assert held(store, range(6)) == [2, 3, 4, 5]
-    assert store.forget("a.txt") == 0
-    assert store.forget("b.txt") == 2
-    assert held(store, range(6)) == [4, 5]
-    assert store.documents() == set()
-
-
-@pytest.mark.parametrize("kind", ["memory", "disk", "tiers"])
-def test_single_keys_of_a_document_are_dropped(tmp_path: Path, kind: str) -> None:
-    store = roomy(tmp_path, kind)
-    store.register("a.txt", [key_of(0), key_of(1), key_of(2)])
-    store.register("b.txt", [key_of(1)])
-    some = [key_of(0), key_of(1), key_of(9)]
-    assert store.unregister([document_id("a.txt")], some) == [key_of(0)]  # 1 is shared, 9 unknown
-    assert store.documents() == {document_id("a.txt"), document_id("b.txt")}
-    assert store.unregister([document_id("a.txt")], [key_of(2)]) == [key_of(2)]
-    assert store.documents() == {document_id("b.txt")}  # nothing is left of the other
-
-
-@pytest.mark.parametrize("kind", ["memory", "disk", "tiers"])
-def test_gc_drops_documents_that_are_not_live(tmp_path: Path, kind: str) -> None:
-    store = roomy(tmp_path, kind)
-    put(store, *range(5))
-    for seed, name in enumerate(("a", "b", "c")):
-        store.register(name, [key_of(seed), key_of(3)])
-    assert store.gc(live=["b", "new"]) == 2
-    assert held(store, range(5)) == [1, 3, 4]  # 3 is shared, 4 was never registered
-    assert store.gc(live=[]) == 2
-    assert held(store, range(5)) == [4]
-
-
-def test_document_names_are_not_readable_on_disk(tmp_path: Path) -> None:
-    with DiskStore(tmp_path, namespace="tiny-r0") as store:
-        store.register("secret-merger.pdf", [key_of(0)])
-    assert not any(b"secret-merger" in path.read_bytes() for path in tmp_path.glob("index*"))
-
-
-def test_documents_of_namespaces_are_apart(tmp_path: Path) -> None:
-    one = DiskStore(tmp_path, namespace="one")
-    two = DiskStore(tmp_path, namespace="two")
-    put(two, 1)
-    for store in (one, two):
-        store.register("a", [key_of(1)])
-    assert one.forget("a") == 1
-    assert same(two.get(key_of(1)), chunk_of(1))
 
 
 # --- the sustained run ----------------------------------------------------------------------------

@@ -425,6 +425,19 @@ class Stuck(Backend):
     def heads(self, names: object, nbytes: int) -> list[Any]:
         return []
 
+    def note(self, notes: str, document: str, keys: object) -> None: ...
+
+    def noted(self, notes: str, document: str) -> list[str]:
+        raise BackendError("no")
+
+    def documents(self, notes: str) -> Iterator[list[str]]:
+        return iter(())
+
+    def release(self, notes: str, pairs: object) -> list[str]:
+        raise BackendError("no")
+
+    def unnote(self, notes: str, pairs: object) -> None: ...
+
     def ping(self) -> None:
         raise BackendError("no")
 

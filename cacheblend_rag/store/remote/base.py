@@ -75,6 +75,32 @@ class Backend(ABC):
     def heads(self, names: Sequence[str], nbytes: int) -> list[ValuePrefix]:
         """The first bytes of values, without those that are gone."""
 
+    # Notes on documents: of each which keys it has, and of each key which documents have it. They
+    # are below a folder ``notes``; documents and keys are names without a slash.
+
+    @abstractmethod
+    def note(self, notes: str, document: str, keys: Sequence[str]) -> None:
+        """Note that a document has these keys as well."""
+
+    @abstractmethod
+    def noted(self, notes: str, document: str) -> list[str]:
+        """The keys noted for a document, in any order."""
+
+    @abstractmethod
+    def documents(self, notes: str) -> Iterator[list[str]]:
+        """The documents that keys are noted for, some at a time, and maybe more than once."""
+
+    @abstractmethod
+    def release(self, notes: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """No longer count these documents among those that have the key beside them; returns the
+        keys that no document has then. What a document has stays noted, for ``unnote``. Done again,
+        it answers the same; of several who release a key, the last one is told that.
+        """
+
+    @abstractmethod
+    def unnote(self, notes: str, pairs: Sequence[tuple[str, str]]) -> None:
+        """Drop the notes that these documents have the key beside them."""
+
     @abstractmethod
     def ping(self) -> None:
         """Ask whether the other side answers at all. Takes no longer than about a second, where the

@@ -7,10 +7,10 @@ import itertools
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cacheblend_rag.errors import MissingExtraError, StoreError
 from cacheblend_rag.store.remote.base import Backend, BackendError, News, ValuePrefix
@@ -18,6 +18,8 @@ from cacheblend_rag.store.url import redacted
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
+
+_Answer = TypeVar("_Answer")
 
 _RETRIES = 2
 _AT_ONCE = 64  # requests for heads
@@ -175,9 +177,38 @@ class ObjectBackend(Backend):
                 yield [(found["path"], found["size"]) for found in page]
 
     def heads(self, names: Sequence[str], nbytes: int) -> list[ValuePrefix]:
-        with self._failing(), ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = list(pool.map(lambda name: self._head(name, nbytes), names))
+        found = self._for_all(lambda name: self._head(name, nbytes), names)
         return [head for head in found if head is not None]
+
+    def note(self, notes: str, document: str, keys: Sequence[str]) -> None:
+        # Empty objects. First what a document has, which alone counts: whoever dies in between has
+        # not said yet that it is registered, and does it again.
+        self._put_all([f"{notes}/of/{document}/{key}" for key in keys])
+        self._put_all([f"{notes}/in/{key}/{document}" for key in keys])
+
+    def noted(self, notes: str, document: str) -> list[str]:
+        with self._failing():
+            return self._names(f"{notes}/of/{document}")
+
+    def documents(self, notes: str) -> Iterator[list[str]]:
+        for page in self.pages(f"{notes}/of"):
+            yield [name.split("/")[-2] for name, _ in page]
+
+    def release(self, notes: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        keys = list(dict.fromkeys(key for _, key in pairs))
+        self._delete_all([f"{notes}/in/{key}/{document}" for document, key in pairs])
+
+        def is_held(key: str) -> bool:
+            # Only who has it noted counts: who noted it again between a ``release`` and its
+            # ``unnote`` would hold it for ever.
+            holders = self._names(f"{notes}/in/{key}")
+            return any(self.exists(f"{notes}/of/{document}/{key}") for document in holders)
+
+        held = self._for_all(is_held, keys)
+        return [key for key, is_it in zip(keys, held, strict=True) if not is_it]
+
+    def unnote(self, notes: str, pairs: Sequence[tuple[str, str]]) -> None:
+        self._delete_all([f"{notes}/of/{document}/{key}" for document, key in pairs])
 
     def ping(self) -> None:
         with self._failing(), contextlib.suppress(*self._not_found, *self._refusals):
@@ -185,6 +216,22 @@ class ObjectBackend(Backend):
 
     def close(self) -> None:
         pass  # obstore keeps its connections for itself
+
+    def _put_all(self, names: Sequence[str]) -> None:
+        self._for_all(lambda name: self.put(name, b""), names)
+
+    def _delete_all(self, names: Sequence[str]) -> None:
+        self._for_all(self.delete, names)
+
+    def _for_all(self, work: Callable[[str], _Answer], names: Sequence[str]) -> list[_Answer]:
+        """The answers of a request for each name, many at once."""
+        with self._failing(), ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(work, names))
+
+    def _names(self, folder: str) -> list[str]:
+        """The last parts of the names in a folder."""
+        pages = self._obstore.list(self._bucket, folder, chunk_size=1000)
+        return [found["path"].rpartition("/")[2] for page in pages for found in page]
 
     def _head(self, name: str, nbytes: int) -> ValuePrefix | None:
         try:

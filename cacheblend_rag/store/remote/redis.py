@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError,
 _PAGE = 500
 _RETRIES = 2
 _PING_S = 1.0
+_KEPT_S = 10 * 365 * 86400  # a chunk, unless the server evicts it
 _REMEMBERED = 10_000  # changes, for those who follow them
 _EMPTY = "empty"  # the cursor of a stream that does not exist
 
@@ -50,6 +52,7 @@ class RedisBackend(Backend):
             self._pinging = client(min(timeout_s, _PING_S), 0)
         except ValueError:  # which may quote a password
             raise StoreError("That is no Redis URL. Use redis://host:6379/0.") from None
+        self._has_noted = False
         self._refusals = (redis.ResponseError,)
         self._errors = (redis.RedisError, OSError, ValueError, TypeError, AttributeError)
 
@@ -66,7 +69,9 @@ class RedisBackend(Backend):
 
     def put(self, name: str, value: bytes, feed: str = "") -> None:
         with self._failing(), self._client.pipeline(transaction=bool(feed)) as pipeline:
-            pipeline.set(name, value)
+            # With an end, and only chunks have one: so a server can be told to evict chunks only
+            # (volatile-lfu), and never what is noted of documents.
+            pipeline.set(name, value, ex=_KEPT_S)
             self._record_event(pipeline, feed, "put", name)
             pipeline.execute()
 
@@ -148,6 +153,69 @@ class RedisBackend(Backend):
             rows = zip(names, answers[::2], answers[1::2], strict=True)
             return [ValuePrefix(*row) for row in rows if isinstance(row[1], bytes) and row[2]]
 
+    def note(self, notes: str, document: str, keys: Sequence[str]) -> None:
+        with self._failing(), self._client.pipeline(transaction=True) as pipeline:
+            pipeline.sadd(_keys_of(notes, document), *keys)
+            for key in keys:
+                pipeline.sadd(_holders_of(notes, key), document)
+            pipeline.execute()
+            if not self._has_noted:
+                self._has_noted = True
+                self._check_policy()
+
+    def noted(self, notes: str, document: str) -> list[str]:
+        with self._failing():
+            found: Any = self._client.smembers(_keys_of(notes, document))
+            return [_as_text(key) for key in found]
+
+    def documents(self, notes: str) -> Iterator[list[str]]:
+        cursor = 0
+        while True:
+            with self._failing():
+                match = _keys_of(notes, "*")
+                cursor, found = self._client.scan(cursor, match=match, count=_PAGE)
+            yield [_as_text(name).rpartition("/")[2] for name in found]
+            if cursor == 0:
+                return
+
+    def release(self, notes: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        keys = list(dict.fromkeys(key for _, key in pairs))
+        with self._failing(), self._client.pipeline(transaction=True) as pipeline:
+            for document, key in pairs:
+                pipeline.srem(_holders_of(notes, key), document)
+            for key in keys:
+                pipeline.smembers(_holders_of(notes, key))
+            left = pipeline.execute()[len(pairs) :]
+            # Only who has it noted counts: who noted it again between a ``release`` and its
+            # ``unnote`` would hold it for ever.
+            others = [
+                (_as_text(document), key)
+                for key, holders in zip(keys, left, strict=True)
+                for document in holders
+            ]
+            for document, key in others:
+                pipeline.sismember(_keys_of(notes, document), key)
+            both = zip(others, pipeline.execute(), strict=True)
+            held = {key for (_, key), is_noted in both if is_noted}
+        return [key for key in keys if key not in held]
+
+    def unnote(self, notes: str, pairs: Sequence[tuple[str, str]]) -> None:
+        with self._failing(), self._client.pipeline(transaction=True) as pipeline:
+            for document, key in pairs:
+                pipeline.srem(_keys_of(notes, document), key)
+            pipeline.execute()
+
+    def _check_policy(self) -> None:
+        info: Any = self._client.info("memory")
+        policy = str(info.get("maxmemory_policy", ""))
+        if policy.startswith("allkeys"):
+            warnings.warn(
+                f"With maxmemory-policy {policy}, Redis may evict what documents consist of, and "
+                "their chunks can't be forgotten then. Set it to volatile-lfu.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
     def ping(self) -> None:
         with self._failing():
             self._pinging.ping()
@@ -171,6 +239,14 @@ class RedisBackend(Backend):
             raise AnswerError(f"{type(error).__name__}: {error}") from error
         except self._errors as error:  # garbage for an answer ends in the last three
             raise BackendError(f"{type(error).__name__}: {error}") from error
+
+
+def _keys_of(notes: str, document: str) -> str:
+    return f"{notes}/of/{document}"
+
+
+def _holders_of(notes: str, key: str) -> str:
+    return f"{notes}/in/{key}"
 
 
 def _is_of_another_type(error: Exception) -> bool:

@@ -16,7 +16,6 @@ from cacheblend_rag.store.base import (
     ChunkInfo,
     ChunkKV,
     Found,
-    KVStore,
     StoreStats,
     ask,
     check_key,
@@ -27,6 +26,7 @@ from cacheblend_rag.store.counts import EventCounts, Held, LastCount, found_with
 from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.parallel import Readers
 from cacheblend_rag.store.remote.base import Backend, BackendError, ValuePrefix
+from cacheblend_rag.store.remote.documents import RemoteDocuments
 from cacheblend_rag.store.remote.guard import Guard, PausedError
 from cacheblend_rag.store.source import BytesSource, DamagedFileError
 
@@ -39,7 +39,7 @@ _PAGE = 500  # heads asked for at once
 _Answer = TypeVar("_Answer")
 
 
-class RemoteStore(KVStore):
+class RemoteStore(RemoteDocuments):
     """Values are the files that ``DiskStore`` writes, named ``cacheblend/v3/<namespace>/<key>``,
     and pass the same checks. A value that fails them is dropped.
 
@@ -70,6 +70,7 @@ class RemoteStore(KVStore):
         self._backend, self._encoding = backend, encoding
         self._prefix = f"cacheblend/{VERSION}/{namespace}{encoding.folder_suffix}/"
         self._feed = f"cacheblend/changes/{namespace}{encoding.folder_suffix}"
+        self._notes = f"cacheblend/documents/{VERSION}/{namespace}{encoding.folder_suffix}"
         self._guard = Guard(backend, timeout_s)
         self._largest = min(largest_bytes, backend.largest)
         self._counts, self._readers = EventCounts("remote"), Readers(_READERS)
