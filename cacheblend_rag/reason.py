@@ -48,11 +48,13 @@ class Reason(StrEnum):
     NOT_REPORTED = "not_reported"
     """The engine did not say what it did."""
 
-    # how the engine was started
+    # how the engine was started, and what was done to it
     OTHER_CONNECTORS = "other_connectors"
     """Another KV connector than ours could hand on blended KV as exact."""
     NOT_READY = "not_ready"
     """The engine's store is not open yet, or its configuration was refused: see ``detail``."""
+    WEIGHTS_CHANGED = "weights_changed"
+    """Weights were changed in the running engine, or are to be: chunks are of the old ones."""
     SPECULATIVE_DECODING = "speculative_decoding"
     """Speculative decoding is on, on a GPU or by a method that was not tested."""
     PIPELINE_PARALLEL = "pipeline_parallel"

@@ -238,6 +238,11 @@ def engine_refusal(config: VllmConfig) -> Why | None:
         return Why(
             Reason.DATA_PARALLEL, "data parallelism is on: start one engine a replica instead"
         )
+    if getattr(config, "weight_transfer_config", None) is not None:
+        return Why(
+            Reason.WEIGHTS_CHANGED,
+            "weight_transfer_config is set: the model's weights are to be changed while it runs",
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return Why(

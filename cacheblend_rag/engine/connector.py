@@ -31,8 +31,9 @@ from cacheblend_rag.engine.refiner import Refiner
 from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
 from cacheblend_rag.engine.start import BY_FRONT_DOOR
+from cacheblend_rag.engine.weights import CHANGED
 from cacheblend_rag.engine.worker_state import StepTimer, WorkerState
-from cacheblend_rag.planner import Message
+from cacheblend_rag.planner import Limits, Message
 from cacheblend_rag.reason import Why
 
 _KEEP_OUTCOMES = 1024
@@ -48,8 +49,8 @@ class BlendMetadata(KVConnectorMetadata):
 @dataclass
 class BlendResults(KVConnectorWorkerMetadata):
     """Workers to scheduler: outcomes by request, as plain data, why blends failed, which requests
-    could not even be computed, what each rank reports besides, what was refined, and a handshake
-    that had to wait for a step.
+    could not even be computed, what each rank reports besides, what was refined, a handshake that
+    had to wait for a step, and whether weights were changed, where that was asked.
     """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class BlendResults(KVConnectorWorkerMetadata):
     messages: dict[int, list[Message]] = field(default_factory=dict)
     refined: list[tuple[str, Refined]] = field(default_factory=list)
     bound: dict[int, RankMessages] = field(default_factory=dict)
+    weights_changed: bool | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
@@ -69,6 +71,7 @@ class BlendResults(KVConnectorWorkerMetadata):
             other.messages | self.messages,
             self.refined,  # by one rank only
             other.bound | self.bound,
+            self.weights_changed,  # all ranks have agreed
         )
 
 
@@ -107,6 +110,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._runner: Any = None
         self._heap = Heap.of(vllm_config.device_config.device_type)
         self._bound: RankMessages | None = None  # a handshake that leaves with the next step
+        self._weights_changed: bool | None = None  # not yet reported
         if self._binds:  # what cannot be written must not be read, whatever vLLM's default is
             given.kv_load_failure_policy = "fail"
 
@@ -160,6 +164,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
                 self._bound_on(rank, bound)
             for rank, messages in sorted(results.messages.items()):
                 self.claims.planning.deliver(rank, messages)
+            if results.weights_changed is not None:
+                self.claims.take_weights(changed=results.weights_changed)
             self.claims.lose(results.lost)
             self.claims.results(results.outcomes, results.failed)
             self.claims.refinements.take(results.refined)
@@ -170,6 +176,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """The report's engine part leaves with the last output."""
         assert self.claims is not None
         return False, self.claims.finished(request)
+
+    def reset_cache(self) -> bool | None:
+        """vLLM's caches are dropped, as they have to be where weights are changed in place."""
+        # The stores keep what they have: it is of a model by its fingerprint.
+        if self.claims is not None:
+            self.claims.suspect_weights()
+        return True
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Where the names of blocks are kept, before the first step."""
@@ -210,6 +223,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             self.worker_state.shadow.hidden.watch(step.watch)
         for name, report in step.plain.items():
             self._remember(name, report)
+        if step.checks_weights:
+            self._check_weights()
         if self.rows is not None:
             self.rows.forget(step.gone)
             self.rows.begin_step(step.tasks, step.batch)
@@ -219,6 +234,13 @@ class CacheBlendConnector(KVConnectorBase_V1):
             # The scheduler has claimed tokens for it: blocks that nobody writes must not be read.
             for name, task in step.tasks.items():  # a worker that does not know its model
                 self._lost[name] = set(task.own_blocks(self._block_size))
+
+    def _check_weights(self) -> None:
+        weights = self.worker_state.weights
+        # Where the model is not known nothing is blended anyway.
+        self._weights_changed = weights is not None and weights.are_changed()
+        if self._weights_changed:
+            self.worker_state.limits = Limits(why_not=CHANGED)
 
     def _refine(self, refine: Refine) -> None:
         assert self.refiner is not None  # there as long as the rows are
@@ -302,10 +324,11 @@ class CacheBlendConnector(KVConnectorBase_V1):
         messages = {} if self.link.has_scheduler else self._messages()
         refined = self.refiner.done() if self.refiner is not None else []
         bound, self._bound = self._bound, None
-        if not (ready or lost or messages or refined or bound):
+        changed, self._weights_changed = self._weights_changed, None
+        if not (ready or lost or messages or refined or bound) and changed is None:
             return None
         own = {get_tensor_model_parallel_rank(): bound} if bound else {}
-        return BlendResults(outcomes, failed, lost, messages, refined, own)
+        return BlendResults(outcomes, failed, lost, messages, refined, own, changed)
 
     def _messages(self) -> dict[int, list[Message]]:
         messages = self.link.take()

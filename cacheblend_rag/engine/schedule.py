@@ -34,14 +34,18 @@ from cacheblend_rag.engine.refinement import Refinements
 from cacheblend_rag.engine.room import Room, most_rows
 from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.watching import Watch, Watching
+from cacheblend_rag.engine.weights import CHANGED
 from cacheblend_rag.learn import Span
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan
-from cacheblend_rag.planner import Planned, Planner
+from cacheblend_rag.planner import Limits, Planned, Planner
 from cacheblend_rag.reason import Reason, RefusedError, Why
 from cacheblend_rag.shadow import Drawn, ShadowJob
 from cacheblend_rag.shadow.report import waiting
 
 _MOST_ENDED = 1024
+_SUSPECT = Why(
+    Reason.NOT_READY, "vLLM's caches were reset: whether the model's weights changed is looked up"
+)
 _NOT_CHOSEN = Why(Reason.OTHER_CONNECTORS, "another KV connector has the prompt's KV")
 _CACHED = Why(Reason.PREFIX_CACHED, "vLLM's prefix cache holds all that would be blended")
 
@@ -66,6 +70,7 @@ class Step(NamedTuple):
         spans: chunks that were learnt, and are to be computed.
         watch: rows of answers that are shadowed; shadows: answers that ended.
         refines: tokens of answers under way that are computed again before the model runs.
+        checks_weights: the workers are to say whether the model's weights were changed.
     """
 
     tasks: dict[str, BlendTask]
@@ -76,6 +81,7 @@ class Step(NamedTuple):
     watch: Watch | None = None
     shadows: Sequence[ShadowJob] = ()
     refines: Sequence[Refine] = ()
+    checks_weights: bool = False
 
 
 @dataclass
@@ -232,6 +238,7 @@ class Claims:
         self._watching = Watching(link)
         # Plain requests too: a blend may be given blocks that one of them is still writing.
         self._live: dict[str, Any] = {}  # all requests that did not end, planned or not
+        self._are_suspect = self._checks_weights = False  # the model's weights
 
     def begin(self, request: Any) -> None:
         """A request arrived; nothing of it was looked up yet."""
@@ -320,6 +327,8 @@ class Claims:
             tracked.shared = tracked.prefix_cached = hit
         else:
             self.refinements.stop(request.request_id)
+        if self._are_suspect:
+            tracked.why_not = tracked.why_not or _SUSPECT
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
             return self._not_blended(tracked)
@@ -401,6 +410,7 @@ class Claims:
         """What the workers have to know of the step that was built."""
         tasks, self._tasks = self._tasks, {}
         plain, self._plain = self._plain, {}
+        checks, self._checks_weights = self._checks_weights, False
         self._ahead.end_of_step()
         self._room.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
@@ -414,7 +424,7 @@ class Claims:
         watch = self._watching.step(_batch(scheduled)) if watches else None
         more = self.planning.observer.take(), watch, self._watching.take()
         if not any(self._has_claim(name) for name in names):
-            return Step(tasks, {}, gone, plain, *more, self._refines(scheduled))
+            return Step(tasks, {}, gone, plain, *more, self._refines(scheduled), checks)
         # Where the rows of a claim stand in the step depends on the rows of all other requests.
         # All requests of the step, not only blends: so workers need no lengths from their runner,
         # which keeps them in other places in each of vLLM's versions.
@@ -432,7 +442,20 @@ class Claims:
             else:
                 tracked.claim, tracked.complete = None, True
                 self._room.free(name)
-        return Step(tasks, batch, gone, plain, *more)
+        return Step(tasks, batch, gone, plain, *more, checks_weights=checks)
+
+    def suspect_weights(self) -> None:
+        """Blend nothing until the workers have said whether the model's weights were changed."""
+        self._are_suspect = self._checks_weights = True
+
+    def take_weights(self, *, changed: bool) -> None:
+        """The workers have said it."""
+        self._are_suspect = False
+        if changed:
+            self.planning.deliver(0, [Limits(why_not=CHANGED)])
+            for tracked in self._requests.values():
+                if not tracked.begun:  # it was planned before
+                    tracked.why_not = tracked.why_not or CHANGED
 
     def _drop_without_outcome(self, preempted: Iterable[str]) -> None:
         """vLLM ends a request whose blocks were lost with an error only while it runs. One that was

@@ -33,7 +33,8 @@ from cacheblend_rag.engine.selfcheck import measured
 from cacheblend_rag.engine.shadow import ShadowWorker
 from cacheblend_rag.engine.slices import SlicedIngestor
 from cacheblend_rag.engine.stored import RankStore
-from cacheblend_rag.errors import CacheBlendError
+from cacheblend_rag.engine.weights import CHANGED, Weights
+from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.known import News, Row
 from cacheblend_rag.plan import PromptPrefix
 from cacheblend_rag.planner import Learning, Limits, Message, Space
@@ -100,6 +101,8 @@ class WorkerExtension(Queries):
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
             rope.check_reaches(max_len)
             self._state().parts = handle, rope, cache
+            moves = bool(self.vllm_config.parallel_config.enable_eplb)
+            self._state().weights = Weights(model, handle.ranks, moves_experts=moves)
             self._connector().rows = StepRows(handle, cache, tensors)
             most, recent = shadow.longest(self.vllm_config, self.device), self._connector().recent
             self._state().shadow = ShadowWorker(handle, tensors, most, recent)
@@ -238,6 +241,7 @@ class WorkerExtension(Queries):
         (name, number, path) if there is one, and store them under ``keys``; returns the bytes
         stored, of all heads where this rank leads, and why what key was not stored.
         """
+        self._check_weights()
         state = self._state()
         with state.parts[0].adapters.using(request_of(adapter)):
             # Between two steps, as all RPCs: nothing else runs on the model meanwhile.
@@ -260,6 +264,7 @@ class WorkerExtension(Queries):
         One that was begun before and did not end is dropped. What is ``learnt`` stays in the memory
         of the engine.
         """
+        self._check_weights()
         self._state().sliced.begin(name, keys, chunks, prefix_ids, contexts, learnt=learnt)
 
     @_reporting
@@ -273,9 +278,21 @@ class WorkerExtension(Queries):
         self._connector().step_timer.exclude(sliced.seconds)
         if not done:
             return {"seconds": sliced.seconds, **self._connector().step_timer.to_plain()}
+        self._check_weights()  # again: they may have been changed between two slices
         keys, computed = sliced.take()
         learnt = sliced.learnt
         return self._later(lambda store: self._put(store, keys, computed, learnt=learnt))
+
+    def _check_weights(self) -> None:
+        """Chunks computed with other weights would be stored under this model's name.
+
+        Raises:
+            EngineError: they are others than at the start. Nothing is blended from here on.
+        """
+        weights = self._state().weights
+        if weights is not None and weights.are_changed():
+            self._send(Limits(why_not=CHANGED))
+            raise EngineError(CHANGED.detail)
 
     @_reporting
     def cacheblend_adapter(self, adapter: list[Any]) -> str:

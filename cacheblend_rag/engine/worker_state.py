@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cacheblend_rag.engine.shadow import ShadowWorker
     from cacheblend_rag.engine.slices import SlicedIngestor
     from cacheblend_rag.engine.stored import RankStore
+    from cacheblend_rag.engine.weights import Weights
     from cacheblend_rag.store.part import Heads
 
 _LONGEST_STEP_S = 1.0  # what lies between two steps that are further apart is no step
@@ -62,6 +63,7 @@ class WorkerState:
 
     shadow: ShadowWorker | None = None  # once the model is known
     facts: dict[str, Any] = field(default_factory=dict)
+    weights: Weights | None = None  # once the model is known
     heads: Heads | None = None
     is_replica: bool = False
     is_open: bool = False

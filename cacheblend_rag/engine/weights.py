@@ -1,0 +1,59 @@
+"""Whether a model's weights are those that it was started with.
+
+vLLM can have them changed in the running engine. What was computed with the old ones is of another
+model then, and the fingerprint, which is made of files, does not tell. So a sample of all weights
+is kept, and compared where it matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from cacheblend_rag.engine.ranks import Ranks
+from cacheblend_rag.reason import Reason, Why
+
+CHANGED = Why(
+    Reason.WEIGHTS_CHANGED,
+    "the model's weights were changed since the engine started. Restart it with the new ones",
+)
+_SAMPLES = 128  # bytes of each tensor
+
+
+class Weights:
+    """Those of a model, as they are when this is made.
+
+    Args:
+        model: the part of it that this rank has.
+        ranks: that have the others. All of them ask together.
+        moves_experts: vLLM exchanges experts between ranks. Those are not looked at.
+    """
+
+    def __init__(self, model: torch.nn.Module, ranks: Ranks, *, moves_experts: bool) -> None:
+        self._model, self._ranks, self._moves_experts = model, ranks, moves_experts
+        self._first = self._sample()
+
+    def are_changed(self) -> bool:
+        """Whether any byte of the sample is another one, on any rank; waits for a GPU."""
+        return self._ranks.any([self._sample() != self._first])[0]
+
+    def _sample(self) -> bytes:
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for some in self._some():
+            by_device.setdefault(some.device, []).append(some)
+        # One copy a device, not one a tensor.
+        return b"".join(torch.cat(some).cpu().numpy().tobytes() for some in by_device.values())
+
+    def _some(self) -> Iterator[torch.Tensor]:
+        """Bytes of each tensor, spread over it."""
+        for name, tensor in self._model.named_parameters():
+            if self._moves_experts and ".experts." in name:
+                continue
+            storage = tensor.untyped_storage()
+            count = storage.nbytes()
+            if count and not tensor.is_meta:
+                # By storage: a transposed weight would have to be copied to be looked at in order.
+                # An odd step, or only one byte of each number would be seen.
+                every = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                yield every[:: max(1, count // _SAMPLES) | 1][:_SAMPLES]
