@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from vllm import envs
+
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import (
     NO_PARSERS,
@@ -44,6 +46,8 @@ from cacheblend_rag.planner import Space
 from cacheblend_rag.reason import Reason
 
 _T = TypeVar("_T")
+_COMPUTES = ("cacheblend_ingest", "cacheblend_shadow")  # by the model, outside of a step
+_ASLEEP_S = 0.2  # between two looks
 _OWN = "cacheblend-"  # what requests that are no client's are named by
 _NOT_HERE = "answers are asked of the server's own endpoints, such as /v1/chat/completions"
 
@@ -76,6 +80,8 @@ class ClientEngine(Engine):
         self._slicing, self._closed = threading.local(), False
         self.pace, self.asked = Pace(), 0
         config = client.vllm_config
+        # Asked of the engine between two steps: so only where somebody can put it to sleep.
+        self._may_sleep = bool(config.model_config.enable_sleep_mode or envs.VLLM_SERVER_DEV_MODE)
         refusal = compat.model_refusal(config.model_config)
         # Asked of the configuration, as a worker without our extension answers each RPC with an
         # error that names a method.
@@ -134,6 +140,8 @@ class ClientEngine(Engine):
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         with naming_death():
+            if method in _COMPUTES:
+                self._wait_until_awake()
             if method == "cacheblend_ingest" and getattr(self._slicing, "on", False):
                 return self._ingest(*args)
             return unwrap(awaited(self._ranks, method, *args))
@@ -165,6 +173,7 @@ class ClientEngine(Engine):
         while True:
             if pause := self.pace.pause(time.monotonic()):
                 time.sleep(pause)
+            self._wait_until_awake()
             parts = self.pace.parts(tokens, time.monotonic(), self._slicing.idle_s)
             results = unwrap(awaited(self._ranks, "cacheblend_ingest_go_on", name, parts))
             if not isinstance(results[0], dict):
@@ -172,6 +181,13 @@ class ClientEngine(Engine):
                 return results
             progress = Progress(**results[0])
             self.pace.learn(progress, parts, tokens, time.monotonic())
+
+    def _wait_until_awake(self) -> None:
+        """An engine that sleeps has no weights, and one that is paused may have them changed: what
+        computes by the model would end it, or store chunks of no model.
+        """
+        while self._may_sleep and self._call(self._client.is_sleeping()):
+            time.sleep(_ASLEEP_S)
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[list[EngineOutput]]:
         self.pace.own_steps += len(requests)
