@@ -23,6 +23,7 @@ from cacheblend_rag.front.learning import LearntIngestion
 from cacheblend_rag.front.shadowing import Shadowing
 from cacheblend_rag.ingest import IngestReport, grouped
 from cacheblend_rag.server.bodies import Given
+from cacheblend_rag.server.errors import NoStoreError
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import (
     CANCELLED,
@@ -238,6 +239,8 @@ def batches(chunks: Sequence[Given], most: Callable[[], int]) -> Iterator[list[G
 def _code(error: Exception) -> str:
     if isinstance(error, UnavailableError):
         return "store_unavailable"
+    if isinstance(error, NoStoreError):
+        return "not_available"
     if isinstance(error, NotStoredError):
         return NOT_STORED
     if isinstance(error, PromptError):
