@@ -79,6 +79,10 @@ class NoStoreError(StoreError):
     """The store is not open, and will not be until another start."""
 
 
+class StateError(StoreError):
+    """The file of the ingestions can't be used."""
+
+
 def _encodable(text: str) -> str:
     """``text`` with half characters written out: an error quotes what a client sent."""
     return text.encode(errors="backslashreplace").decode()

@@ -36,10 +36,10 @@ class JobsFile:
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # it has texts, and a secret
         self._file, self._inode = file, file.stat().st_ino
         self._db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        # A job that was acknowledged survives a power cut: its texts are nowhere else.
-        self._db.execute("PRAGMA synchronous = FULL")
-        with self._lock:
+        with on_failure(self._db.close):
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # A job that was acknowledged survives a power cut: its texts are nowhere else.
+            self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(schema + _ABOUT)
         self._aside = file.with_name(f"{file.name}.aside")
         self._set_aside()

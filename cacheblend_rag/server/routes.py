@@ -79,7 +79,7 @@ Handler = Callable[[ServerRequest], Awaitable[Answer]]
 async def _served(handler: Handler, request: Request) -> Answer:
     service = request.app.state.cacheblend
     if isinstance(service, Absent):
-        raise HttpError(503, str(service.error), code="not_available")
+        raise service.answer()
     return await handler(ServerRequest(request, service))
 
 
