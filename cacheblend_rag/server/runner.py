@@ -107,6 +107,7 @@ class Runner:
             self._jobs.resume()
             while not self._stopped.is_set():
                 if not (self._run_one() or self._learn() or self._shadow()):
+                    self._jobs.erase()
                     self._wanted.wait(_LOOKS_EVERY_S)
                     self._wanted.clear()
         except sqlite3.Error as error:
