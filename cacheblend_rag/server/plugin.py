@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import ParserNames
 from cacheblend_rag.errors import CacheBlendError, EngineError
+from cacheblend_rag.server.calls import STORE
 from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.server.page import page_router
 from cacheblend_rag.server.routes import add_to
@@ -75,7 +76,9 @@ class CacheBlendEndpoints:
             raise EngineError("the server is not ready")
         if isinstance(self._service, Absent):
             raise self._service.answer()
-        return await asyncio.to_thread(self._service.space_of, namespace)
+        if self._service.found(namespace) is None:
+            await STORE.do(self._service.front_of, namespace)
+        return self._service.space_of(namespace)
 
 
 def _parsers(args: Namespace) -> ParserNames:

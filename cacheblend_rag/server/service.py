@@ -77,14 +77,19 @@ class Service:
                 self.runner = Runner(self.jobs, self.front_of, lock, *aside)
         self.engine.before_end(self.close)
 
-    def front_of(self, namespace: str | None) -> Front:
-        """That of a tenant, or of the server's own namespace."""
+    def found(self, namespace: str | None) -> Front | None:
+        """``front_of`` where it is open. Waits for nothing."""
         if not (self.options.has_tenants and namespace):
             return self.front
-        # One that is open is found without a lock, and each has a lock of its own: opening one goes
-        # through what is stored, for seconds where that is much.
-        if (found := self._fronts.get(namespace)) is not None:
+        return self._fronts.get(namespace)
+
+    def front_of(self, namespace: str | None) -> Front:
+        """That of a tenant, or of the server's own namespace."""
+        if (found := self.found(namespace)) is not None:
             return found
+        assert namespace
+        # Each has a lock of its own: opening one goes through what is stored, for seconds where
+        # that is much.
         with self._opening.setdefault(namespace, Lock()):
             if namespace not in self._fronts:
                 self._fronts[namespace] = self._open(namespace)

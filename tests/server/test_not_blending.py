@@ -112,7 +112,6 @@ class Server:
             options=ServerOptions(),
             jobs=jobs,
             front=front,
-            front_of=lambda tenant: front,
             found=lambda tenant: front,
             runner=self.runner,
             engine=engine,
