@@ -223,7 +223,7 @@ class Front(CacheBlend):
 
     def _stored(self) -> dict[str, Any]:
         """Counts of the store. Answers are given, and clients connect, where it can't be asked."""
-        nothing = {"chunks": None, "store": {}, "store_error": None}
+        nothing: dict[str, Any] = {"chunks": None, "store": {}, "store_error": None}
         try:
             chunks = self.count()
             stats = [] if self.is_tenant else self._ask_stores("cacheblend_store_stats")
