@@ -31,11 +31,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL,
     status TEXT NOT NULL, created_at INTEGER NOT NULL, completed_at INTEGER, document TEXT,
-    replaces INTEGER NOT NULL, chunks TEXT, total INTEGER NOT NULL, waiting INTEGER NOT NULL,
+    replaces INTEGER NOT NULL, total INTEGER NOT NULL, waiting INTEGER NOT NULL,
     done TEXT NOT NULL, cancel INTEGER NOT NULL DEFAULT 0, error TEXT, idempotency TEXT,
     digest TEXT NOT NULL, UNIQUE (tenant, idempotency));
 CREATE INDEX IF NOT EXISTS open_jobs ON jobs (status, number);
-CREATE INDEX IF NOT EXISTS with_texts ON jobs (number) WHERE chunks IS NOT NULL;
+CREATE TABLE IF NOT EXISTS texts (job INTEGER PRIMARY KEY, chunks TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS keys (
     job INTEGER NOT NULL, place INTEGER NOT NULL, key TEXT NOT NULL, PRIMARY KEY (job, place)
 ) WITHOUT ROWID;
@@ -199,13 +199,15 @@ class Jobs(JobsFile):
                 return old
             self._check_room(db, tokens)
             name = f"ing_{uuid.uuid4().hex}"
-            values = (name, tenant, QUEUED, int(time.time()), common, replaces, texts)
+            values = (name, tenant, QUEUED, int(time.time()), common, replaces)
             rest = (len(chunks), tokens, json.dumps(asdict(Done())), idempotency, digest)
-            db.execute(
-                "INSERT INTO jobs (id, tenant, status, created_at, document, replaces, chunks, "
-                "total, waiting, done, idempotency, digest) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+            made = db.execute(
+                "INSERT INTO jobs (id, tenant, status, created_at, document, replaces, total, "
+                "waiting, done, idempotency, digest) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
                 (*values, *rest),
             )
+            # Apart: SQLite writes a row as a whole, with each batch that is noted.
+            db.execute("INSERT INTO texts VALUES (?, ?)", (made.lastrowid, texts))
             self._prune(db)
             return self._one(db, tenant, name)
 
@@ -304,7 +306,10 @@ class Jobs(JobsFile):
     def begin(self) -> tuple[Job, list[Given]] | None:
         """The oldest job that waits, and its chunks; None where there is none."""
         with self._writing() as db:
-            query = f"SELECT {_FIELDS}, chunks FROM jobs WHERE status = ? ORDER BY number LIMIT 1"
+            query = (
+                f"SELECT {_FIELDS}, chunks FROM jobs JOIN texts ON job = number WHERE status = ? "
+                "ORDER BY number LIMIT 1"
+            )
             row = db.execute(query, (QUEUED,)).fetchone()
             if row is None:
                 return None
@@ -354,13 +359,17 @@ class Jobs(JobsFile):
         # do, and an end must be noted on a full one. What can't be done now is done another time:
         # by whoever runs the jobs, or by a later start.
         with contextlib.suppress(sqlite3.Error):
-            with self._writing() as db:
-                query = (
-                    "UPDATE jobs SET chunks = NULL WHERE chunks IS NOT NULL "
-                    "AND status NOT IN (?, ?)"
-                )
-                db.execute(query, (QUEUED, RUNNING))
-            self._has_texts = not self._clean()
+            self._erase()
+
+    def _erase(self) -> None:
+        self._clean()  # for room: the log has a page as often as it was written
+        with self._writing() as db:
+            query = (
+                "DELETE FROM texts WHERE job NOT IN "
+                "(SELECT number FROM jobs WHERE status IN (?, ?))"
+            )
+            db.execute(query, (QUEUED, RUNNING))
+        self._has_texts = not self._clean()
 
     def put_back(self, job: Job) -> None:
         """A job was interrupted: it goes on another time."""

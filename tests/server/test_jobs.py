@@ -228,7 +228,7 @@ def test_a_job_runs(jobs: Jobs, front: FakeFront, start: Callable[..., Any]) -> 
     counts = {n: told["counts"][n] for n in ("computed", "present", "repeated", "remaining")}
     assert counts == {"computed": 2, "present": 1, "repeated": 1, "remaining": 0}
     assert told["keys"] == [f"key of text {n}" for n in "abac"]
-    assert jobs._rows("SELECT chunks FROM jobs") == [(None,)], "its texts are not kept"
+    assert jobs._rows("SELECT * FROM texts") == [], "its texts are not kept"
 
 
 def test_a_document_is_replaced_at_the_end(
@@ -639,7 +639,7 @@ def test_a_text_that_could_not_be_erased_is_erased_later(
 ) -> None:
     """The end of its job is noted: to overwrite a text takes more room than that."""
     jobs = make(10**9)
-    disk = Full(jobs, "SET chunks", "wal_checkpoint")
+    disk = Full(jobs, "FROM texts", "wal_checkpoint")
     job = jobs.create("", [LONG])
     jobs.cancel("", job.id)
     assert look(jobs, job)["status"] == "cancelled" and disk.refused and traces(tmp_path)
@@ -651,6 +651,19 @@ def test_a_text_that_could_not_be_erased_is_erased_later(
     disk.words = ()
     start(jobs)
     until(lambda: not traces(tmp_path))
+
+
+def test_the_end_of_a_large_job_is_a_small_write(make: Callable[..., Jobs], tmp_path: Path) -> None:
+    """It has to find room in what was set aside of a full disk; so its texts are not in its row."""
+    jobs, log = make(10**9), tmp_path / "jobs.sqlite-wal"
+    jobs.create("", [LONG])
+    job, _ = jobs.begin() or pytest.fail("none waits")
+    jobs._clean()
+    Full(jobs, "FROM texts", "wal_checkpoint")
+    job.done.place, job.done.tokens = 1, 10**9
+    jobs.progress(job, ["k" * 64], 0)
+    jobs.end(job, "completed")
+    assert 0 < log.stat().st_size < len(str(LONG.text)) / 4
 
 
 def test_a_reader_that_is_in_the_way_is_not_waited_for(
