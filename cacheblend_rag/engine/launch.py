@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
@@ -85,6 +85,12 @@ def serve(arguments: Sequence[str], known: Collection[str] = ()) -> None:
     command.cmd(args)
 
 
+def _ours(extra: Mapping[str, Any]) -> list[str]:
+    """Our options in a connector's extra config, as they are given to the command."""
+    server = {name for name in extra.get(SERVER, {}) if name != "chat_template"}  # vLLM's own
+    return [f"--{name.replace('_', '-')}" for name in sorted(extra.keys() - {SERVER} | server)]
+
+
 def without_what_the_model_refuses(args: Any) -> None:
     """Serve a model that can't be blended without our connector: some can't start with one.
 
@@ -110,4 +116,6 @@ def without_what_the_model_refuses(args: Any) -> None:
             "knows no tenants: leave --tenants and --tenant-header out, or take another model"
         )
     logger.warning("%s is served without blending: %s", model, refusal.detail)
+    if given := _ours(extra):
+        logger.warning("it is served by vLLM alone, so %s has no effect", ", ".join(given))
     args.kv_transfer_config, args.worker_extension_cls = None, ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cacheblend_rag import ingest
@@ -10,9 +11,26 @@ from cacheblend_rag.front.base import Front
 
 _PAGE = 10_000  # keys in one answer of a store
 
+logger = logging.getLogger("vllm.cacheblend_rag")
+
 
 class Documents(Front):
     """Finds, registers and forgets what is stored."""
+
+    def _has_store(self) -> bool:
+        """Whether the store is open. That of an embedded engine which does not blend is closed."""
+        return self.model_check.passed
+
+    def _can_forget(self) -> bool:
+        """``_has_store``; the log says where something stays that should go."""
+        if not self._has_store():
+            logger.warning(
+                "nothing was forgotten: the store is not open, as this engine does not blend (%s). "
+                "What it holds stays, and an engine that blends will find it. Forget it there",
+                self.model_check.detail,
+            )
+            return False
+        return True
 
     def prefetch(self, texts: str | Sequence[str | Sequence[int]]) -> None:
         """Start bringing chunks from a slow tier of the store nearer, ahead of the prompt that will
@@ -34,7 +52,7 @@ class Documents(Front):
         """
         self._check_open()
         keys = ingest.chunk_keys(keys, "keys")
-        if not (self.model_check.passed and keys):
+        if not (keys and self._can_forget()):
             return 0
         absent = set.union(*map(set, self._ask_stores("cacheblend_missing", keys)))
         self._engine.rpc("cacheblend_forget", keys)
@@ -56,7 +74,7 @@ class Documents(Front):
         """
         self._check_open()
         rows = ingest.keys_by_document(documents)
-        if self.model_check.passed and rows:
+        if rows and self._has_store():
             named = [(self._documents + name, keys) for name, keys in rows]
             self._engine.rpc("cacheblend_register", named)
 
@@ -64,7 +82,7 @@ class Documents(Front):
         """Those of ``documents`` that chunks are noted for."""
         self._check_open()
         names = ingest.document_names(documents)
-        if not (self.model_check.passed and names):
+        if not (names and self._has_store()):
             return set()
         found = self._engine.rpc("cacheblend_registered", [self._documents + n for n in names])
         start = len(self._documents)
@@ -78,7 +96,7 @@ class Documents(Front):
         """
         self._check_open()
         names = ingest.document_names(documents)
-        if not (self.model_check.passed and names):
+        if not (names and self._can_forget()):
             return 0
         keys = None if only is None else list(only)
         named = [self._documents + name for name in names]
@@ -101,7 +119,7 @@ class Documents(Front):
             StoreError: the store cannot be asked.
         """
         self._check_open()
-        if not self.model_check.passed:
+        if not self._has_store():
             return set()
         return set(itertools.chain.from_iterable(self._stored_pages(fresh=True)))
 

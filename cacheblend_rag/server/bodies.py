@@ -128,7 +128,7 @@ class Page:
     def __init__(self, query: Iterable[tuple[str, str]], known: Sequence[str] = ()) -> None:
         given = dict(query)
         only(given, ("after", "limit", *known), "the query")
-        self.after = given.get("after")
+        self.after = given.get("after") or None  # an empty one asks for the first page
         limit = whole_number(given.get("limit", "20"))
         if limit is None or not 1 <= limit <= _MOST_LISTED:
             what = f"limit is {given['limit']!r:.80}; it must be a whole number from 1 to 100"

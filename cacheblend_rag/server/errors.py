@@ -75,6 +75,14 @@ class HttpError(CacheBlendError):
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
+class NoStoreError(StoreError):
+    """The store is not open, and will not be until another start."""
+
+
+class StateError(StoreError):
+    """The file of the ingestions can't be used."""
+
+
 def _encodable(text: str) -> str:
     """``text`` with half characters written out: an error quotes what a client sent."""
     return text.encode(errors="backslashreplace").decode()
@@ -86,6 +94,8 @@ def as_http(error: Exception) -> HttpError:
         return error
     if isinstance(error, ConfigError | PromptError):
         return HttpError(400, str(error), code=_code(error))
+    if isinstance(error, NoStoreError):
+        return HttpError(503, str(error), code="not_available")
     if isinstance(error, StoreError):
         return HttpError(503, str(error), code="store_unavailable", retry_after_s=1)
     if isinstance(error, sqlite3.Error):

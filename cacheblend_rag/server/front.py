@@ -22,6 +22,7 @@ from cacheblend_rag.ingest import IngestReport, naming
 from cacheblend_rag.learn import LearnOptions
 from cacheblend_rag.report import make_report
 from cacheblend_rag.server.bodies import Given, Text
+from cacheblend_rag.server.errors import NoStoreError
 from cacheblend_rag.store.tenants import documents_of
 from cacheblend_rag.store.url import redacted
 
@@ -75,6 +76,20 @@ class Front(CacheBlend):
     def is_over(self) -> bool:
         """Whether the engine ends, or has ended."""
         return self._engine.is_dead
+
+    def _has_store(self) -> bool:
+        """True: blending may be off beside an open store, whose chunks can be listed and forgotten.
+
+        Raises:
+            NoStoreError: it is not open. "Nothing is there" would be wrong.
+        """
+        if not self._engine.state["is_open"] or self._engine.space is None:
+            raise NoStoreError(
+                "this server has not opened its store, as it does not blend: "
+                f"{self.model_check.detail}. What the store holds stays, and a server that blends "
+                "will find it"
+            )
+        return True
 
     def batch_tokens(self) -> int:
         """Of the next batch of an ingestion."""
@@ -130,8 +145,7 @@ class Front(CacheBlend):
     def replace_document(self, name: str, keys: Iterable[str]) -> int:
         """Have a document consist of these chunks only; returns how many were forgotten."""
         known = set(keys)
-        if not self.model_check.passed:
-            return 0
+        self._has_store()
         self.register_documents({name: sorted(known)})
         held = self._engine.rpc("cacheblend_document_keys", self._documents + name)
         gone = set(itertools.chain.from_iterable(held)) - known
@@ -139,21 +153,20 @@ class Front(CacheBlend):
 
     def page(self, after: str, limit: int, document: str | None) -> list[str]:
         """Keys of stored chunks in order, behind ``after``."""
-        if not self.model_check.passed:
-            return []
+        self._has_store()
         name = None if document is None else self._documents + document
         pages = self._stored_pages(after, limit, name)
         return list(itertools.islice(itertools.chain.from_iterable(pages), limit))
 
-    def count(self) -> int | None:
-        """How many chunks are stored; None where that isn't known."""
-        if not self.model_check.passed:
-            return None
+    def count(self) -> int:
+        """How many chunks are stored."""
+        self._has_store()
         return int(min(self._ask_stores("cacheblend_count", self._space.to_plain())))
 
     def owned(self, keys: Sequence[str]) -> list[str]:
         """Those of ``keys`` that are this namespace's: all where nobody shares the store."""
-        if not (self.is_tenant and self.model_check.passed):
+        self._has_store()
+        if not self.is_tenant:
             return list(keys)
         ranks = self._ask_stores("cacheblend_owned", self._space.to_plain(), list(keys))
         return sorted(set.intersection(*map(set, ranks)))
@@ -162,9 +175,8 @@ class Front(CacheBlend):
         """Key and tokens of each text, and whether it is stored."""
         chunks = self._numbered(texts)
         keys = [chunk.key for chunk in chunks]
-        absent = set(keys)
-        if self.model_check.passed:
-            absent = set().union(*self._ask_stores("cacheblend_missing", keys))
+        self._has_store()
+        absent = set().union(*self._ask_stores("cacheblend_missing", keys))
         return [
             {
                 "object": "cacheblend.chunk",
@@ -211,14 +223,15 @@ class Front(CacheBlend):
 
     def _stored(self) -> dict[str, Any]:
         """Counts of the store. Answers are given, and clients connect, where it can't be asked."""
+        nothing: dict[str, Any] = {"chunks": None, "store": {}, "store_error": None}
         try:
-            chunks, stats = self.count(), [] if self.is_tenant else self._stats()
+            chunks = self.count()
+            stats = [] if self.is_tenant else self._ask_stores("cacheblend_store_stats")
+        except NoStoreError:  # as ``blending`` says
+            return nothing
         except StoreError as error:
-            return {"chunks": None, "store": {}, "store_error": str(error)}
+            return {**nothing, "store_error": str(error)}
         return {"chunks": chunks, "store": stats[0] if stats else {}, "store_error": None}
-
-    def _stats(self) -> list[dict[str, int]]:
-        return self._ask_stores("cacheblend_store_stats") if self.model_check.passed else []
 
     def _shown_config(self) -> dict[str, Any]:
         shown = {f.name: getattr(self.config, f.name) for f in fields(self.config)}

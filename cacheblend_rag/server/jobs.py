@@ -4,6 +4,7 @@ outlives a ``kill -9``. A job's texts are kept until it ends.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -30,10 +31,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL,
     status TEXT NOT NULL, created_at INTEGER NOT NULL, completed_at INTEGER, document TEXT,
-    replaces INTEGER NOT NULL, chunks TEXT, total INTEGER NOT NULL, waiting INTEGER NOT NULL,
+    replaces INTEGER NOT NULL, total INTEGER NOT NULL, waiting INTEGER NOT NULL,
     done TEXT NOT NULL, cancel INTEGER NOT NULL DEFAULT 0, error TEXT, idempotency TEXT,
     digest TEXT NOT NULL, UNIQUE (tenant, idempotency));
 CREATE INDEX IF NOT EXISTS open_jobs ON jobs (status, number);
+CREATE TABLE IF NOT EXISTS texts (job INTEGER PRIMARY KEY, chunks TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS keys (
     job INTEGER NOT NULL, place INTEGER NOT NULL, key TEXT NOT NULL, PRIMARY KEY (job, place)
 ) WITHOUT ROWID;
@@ -156,6 +158,7 @@ class Jobs(JobsFile):
     def __init__(self, file: Path, most_waiting: int) -> None:
         super().__init__(file, _SCHEMA)
         self._most_waiting = most_waiting
+        self._has_texts = True  # of jobs that ended, as far as is known
 
     def forget_ended(self, engine: str) -> None:
         """Where the KV lived in an engine that is not ``engine``: what ended there is void, and
@@ -168,6 +171,7 @@ class Jobs(JobsFile):
             db.execute("DELETE FROM jobs WHERE status NOT IN (?, ?)", (QUEUED, RUNNING))
             db.execute("DELETE FROM keys")
             db.execute("UPDATE jobs SET done = ?", (json.dumps(asdict(Done())),))
+        self.erase(anew=True)
 
     # ---- clients -------------------------------------------------------------------------------
 
@@ -195,13 +199,15 @@ class Jobs(JobsFile):
                 return old
             self._check_room(db, tokens)
             name = f"ing_{uuid.uuid4().hex}"
-            values = (name, tenant, QUEUED, int(time.time()), common, replaces, texts)
+            values = (name, tenant, QUEUED, int(time.time()), common, replaces)
             rest = (len(chunks), tokens, json.dumps(asdict(Done())), idempotency, digest)
-            db.execute(
-                "INSERT INTO jobs (id, tenant, status, created_at, document, replaces, chunks, "
-                "total, waiting, done, idempotency, digest) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+            made = db.execute(
+                "INSERT INTO jobs (id, tenant, status, created_at, document, replaces, total, "
+                "waiting, done, idempotency, digest) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
                 (*values, *rest),
             )
+            # Apart: SQLite writes a row as a whole, with each batch that is noted.
+            db.execute("INSERT INTO texts VALUES (?, ?)", (made.lastrowid, texts))
             self._prune(db)
             return self._one(db, tenant, name)
 
@@ -244,7 +250,9 @@ class Jobs(JobsFile):
                 if self._cancelled(db, job) == _PAST_CANCEL:
                     raise HttpError(409, f"{name} is about to complete", param="id")
                 db.execute("UPDATE jobs SET cancel = 1 WHERE number = ?", (job.number,))
-            return self._one(db, tenant, name)
+            job = self._one(db, tenant, name)
+        self.erase(anew=job.status == CANCELLED)
+        return job
 
     def delete_documents(self, tenant: str, documents: Iterable[str]) -> UnderWay | None:
         """A tenant's documents were deleted: what waits to be computed of them is left out. Returns
@@ -257,19 +265,19 @@ class Jobs(JobsFile):
                 return None
             db.execute("DELETE FROM deleted WHERE job < ?", (first,))
             for document in documents:
-                db.execute(
-                    "INSERT OR REPLACE INTO deleted VALUES (?, ?, ?)", (tenant, document, last)
-                )
-                query = (
-                    f"SELECT {_FIELDS} FROM jobs WHERE tenant = ? AND document = ? AND status = ?"
-                )
-                for row in db.execute(query, (tenant, document, QUEUED)).fetchall():
-                    self._end(db, _job(row), CANCELLED, None)
-                query = (
-                    "UPDATE jobs SET cancel = 1 WHERE tenant = ? AND document = ? AND status = ?"
-                )
-                db.execute(query, (tenant, document, RUNNING))
-            return self.under_way(tenant)
+                self._delete(db, tenant, document, last)
+            under_way = self.under_way(tenant)
+        self.erase(anew=True)
+        return under_way
+
+    def _delete(self, db: sqlite3.Connection, tenant: str, document: str, last: int) -> None:
+        """Have what is known of a document up to the job ``last`` left out."""
+        db.execute("INSERT OR REPLACE INTO deleted VALUES (?, ?, ?)", (tenant, document, last))
+        query = f"SELECT {_FIELDS} FROM jobs WHERE tenant = ? AND document = ? AND status = ?"
+        for row in db.execute(query, (tenant, document, QUEUED)).fetchall():
+            self._end(db, _job(row), CANCELLED, None)
+        query = "UPDATE jobs SET cancel = 1 WHERE tenant = ? AND document = ? AND status = ?"
+        db.execute(query, (tenant, document, RUNNING))
 
     def under_way(self, tenant: str) -> UnderWay | None:
         """Where the tenant's job is that is being computed; None where none is."""
@@ -293,11 +301,15 @@ class Jobs(JobsFile):
         """What another process had begun is to be begun again: it has ended."""
         with self._writing() as db:
             db.execute("UPDATE jobs SET status = ? WHERE status = ?", (QUEUED, RUNNING))
+        self.erase(anew=True)
 
     def begin(self) -> tuple[Job, list[Given]] | None:
         """The oldest job that waits, and its chunks; None where there is none."""
         with self._writing() as db:
-            query = f"SELECT {_FIELDS}, chunks FROM jobs WHERE status = ? ORDER BY number LIMIT 1"
+            query = (
+                f"SELECT {_FIELDS}, chunks FROM jobs JOIN texts ON job = number WHERE status = ? "
+                "ORDER BY number LIMIT 1"
+            )
             row = db.execute(query, (QUEUED,)).fetchone()
             if row is None:
                 return None
@@ -332,6 +344,32 @@ class Jobs(JobsFile):
     def end(self, job: Job, status: str, error: Mapping[str, str] | None = None) -> None:
         """A job has ended. This is noted on a full disk as well, where clients wait for it."""
         self._write_though_full(lambda db: self._end(db, job, status, error))
+        self.erase(anew=True)
+
+    def erase(self, *, anew: bool = False) -> None:
+        """Leave nothing on the disk of the texts of jobs that ended.
+
+        Args:
+            anew: a job has ended. Else only what could not be erased before is.
+        """
+        self._has_texts = self._has_texts or anew
+        if not self._has_texts:
+            return
+        # Not in the transaction that ends a job: to overwrite its texts takes as much disk as they
+        # do, and an end must be noted on a full one. What can't be done now is done another time:
+        # by whoever runs the jobs, or by a later start.
+        with contextlib.suppress(sqlite3.Error):
+            self._erase()
+
+    def _erase(self) -> None:
+        self._clean()  # for room: the log has a page as often as it was written
+        with self._writing() as db:
+            query = (
+                "DELETE FROM texts WHERE job NOT IN "
+                "(SELECT number FROM jobs WHERE status IN (?, ?))"
+            )
+            db.execute(query, (QUEUED, RUNNING))
+        self._has_texts = not self._clean()
 
     def put_back(self, job: Job) -> None:
         """A job was interrupted: it goes on another time."""
@@ -381,8 +419,7 @@ class Jobs(JobsFile):
         self, db: sqlite3.Connection, job: Job, status: str, error: Mapping[str, str] | None
     ) -> None:
         db.execute(
-            "UPDATE jobs SET status = ?, completed_at = ?, error = ?, chunks = NULL, waiting = 0 "
-            "WHERE number = ?",
+            "UPDATE jobs SET status = ?, completed_at = ?, error = ?, waiting = 0 WHERE number = ?",
             (status, int(time.time()), json.dumps(dict(error)) if error else None, job.number),
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from cacheblend_rag.undo import on_failure
 
+_WAITS_S, _CLEANING_WAITS_S = 30.0, 0.5  # for other processes
 _SET_ASIDE = 1 << 18  # bytes of disk, in which the end of a job can be noted
 _ABOUT = "CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);"
 
@@ -35,11 +36,15 @@ class JobsFile:
         self._lock = threading.RLock()
         os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # it has texts, and a secret
         self._file, self._inode = file, file.stat().st_ino
-        self._db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        # A job that was acknowledged survives a power cut: its texts are nowhere else.
-        self._db.execute("PRAGMA synchronous = FULL")
-        with self._lock:
+        self._db = sqlite3.connect(
+            file, timeout=_WAITS_S, check_same_thread=False, isolation_level=None
+        )
+        with on_failure(self._db.close):
+            # What is deleted may be secret: it is overwritten.
+            self._db.execute("PRAGMA secure_delete = ON")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # A job that was acknowledged survives a power cut: its texts are nowhere else.
+            self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(schema + _ABOUT)
         self._aside = file.with_name(f"{file.name}.aside")
         self._set_aside()
@@ -78,6 +83,16 @@ class JobsFile:
     def _rows(self, query: str, *values: object) -> list[Any]:
         with self._lock:
             return self._db.execute(query, values).fetchall()
+
+    def _clean(self) -> bool:
+        """Leave nothing in the log of what was deleted; returns whether nobody was in the way."""
+        with self._lock:
+            self._db.execute(f"PRAGMA busy_timeout = {int(_CLEANING_WAITS_S * 1000)}")
+            try:
+                (busy, *_) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout = {int(_WAITS_S * 1000)}")
+            return not busy
 
     def about(self, name: str, value: str) -> str:
         """What was noted under ``name`` first: ``value`` where it is this."""

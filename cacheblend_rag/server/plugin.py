@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import ParserNames
 from cacheblend_rag.errors import CacheBlendError, EngineError
+from cacheblend_rag.server.calls import STORE
 from cacheblend_rag.server.options import SERVER, ServerOptions
 from cacheblend_rag.server.page import page_router
 from cacheblend_rag.server.routes import add_to
@@ -32,7 +33,7 @@ class CacheBlendEndpoints:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._service: Service | None = None
+        self._service: Service | Absent | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes. Where there are tenants, a request's is found before any route."""
@@ -53,10 +54,11 @@ class CacheBlendEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """The engine runs."""
         try:
-            state.cacheblend = self._service = await self._made(engine_client, state, args)
+            self._service = await self._made(engine_client, state, args)
         except CacheBlendError as error:
             logger.error("the endpoints under /v1/cacheblend are not available: %s", error)
-            state.cacheblend = Absent(error)
+            self._service = Absent(error)
+        state.cacheblend = self._service
 
     async def _made(self, client: Any, state: Any, args: Namespace) -> Service:
         if client is None:
@@ -72,7 +74,11 @@ class CacheBlendEndpoints:
     async def _ensure(self, namespace: str) -> str:
         if self._service is None:
             raise EngineError("the server is not ready")
-        return await asyncio.to_thread(self._service.space_of, namespace)
+        if isinstance(self._service, Absent):
+            raise self._service.answer()
+        if self._service.found(namespace) is None:
+            await STORE.do(self._service.front_of, namespace)
+        return self._service.space_of(namespace)
 
 
 def _parsers(args: Namespace) -> ParserNames:

@@ -10,12 +10,13 @@ from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.options import TOOL_OPTIONS, ToolOptions
-from cacheblend_rag.server import bodies
-from cacheblend_rag.server.bodies import Page
+from cacheblend_rag.server import bodies, pieces
+from cacheblend_rag.server.bodies import Given, Page
+from cacheblend_rag.server.calls import OWN, STORE
 from cacheblend_rag.server.errors import HttpError, answer, not_found, or_answer
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import Job, shown
@@ -48,11 +49,13 @@ class ServerRequest:
         """A JSON object."""
         request = self.http
         raw = await read(request.receive, request.headers, self.service.options.max_body)
-        return await asyncio.to_thread(bodies.parsed, raw)
+        return await OWN.do(bodies.parsed, raw)
 
     async def front(self) -> Front:
         """That of its namespace."""
-        return await asyncio.to_thread(self.service.front_of, self.tenant)
+        if (found := self.service.found(self.tenant)) is not None:
+            return found
+        return await STORE.do(self.service.front_of, self.tenant)
 
     def page(self, *known: str) -> Page:
         """Which part of a list it asks for."""
@@ -79,7 +82,7 @@ Handler = Callable[[ServerRequest], Awaitable[Answer]]
 async def _served(handler: Handler, request: Request) -> Answer:
     service = request.app.state.cacheblend
     if isinstance(service, Absent):
-        raise HttpError(503, str(service.error), code="not_available")
+        raise service.answer()
     return await handler(ServerRequest(request, service))
 
 
@@ -93,7 +96,8 @@ def _endpoint(method: str, path: str) -> Callable[[Handler], Handler]:
             if isinstance(found, Response):
                 return found
             status, body = found if isinstance(found, tuple) else (200, found)
-            return JSONResponse(body, status)
+            raw = await pieces.written(body)
+            return Response(raw, status, media_type="application/json")
 
         del serve.__wrapped__  # FastAPI would read its signature
         serve.__annotations__ = {"request": Request, "return": Response}
@@ -126,7 +130,7 @@ async def _nothing(request: Request) -> Response:
 async def state(request: ServerRequest) -> Answer:
     """What there is to know of the engine, the model and the store."""
     front = await request.front()
-    return await asyncio.to_thread(front.state)
+    return await STORE.do(front.state)
 
 
 # ---- ingestions --------------------------------------------------------------------------------
@@ -152,8 +156,26 @@ async def put_document(request: ServerRequest) -> Answer:
 async def _ingest(request: ServerRequest, body: Mapping[str, Any], document: str | None) -> Answer:
     wait, given = bodies.flag(body, "wait"), functools.partial(bodies.chunks, body)
     replaces = document is not None
-    chunks = await asyncio.to_thread(given, documents=not replaces, may_be_empty=replaces)
+    chunks = await OWN.do(given, documents=not replaces, may_be_empty=replaces)
     front = await request.front()
+    chunks = await OWN.do(_checked, chunks, front, document)
+    create = functools.partial(
+        request.service.jobs.create,
+        request.owner,
+        chunks,
+        document=document,
+        replaces=replaces,
+        idempotency=_idempotency(request),
+    )
+    job = await OWN.do(create)
+    request.service.runner.wake()
+    if wait:
+        job = await _ended(request, job)
+    return (200 if wait and job.has_ended else 202), await _shown(request, job)
+
+
+def _checked(chunks: list[Given], front: Front, document: str | None) -> list[Given]:
+    """Those of an ingestion; ``document``: that all of them belong to."""
     for i, chunk in enumerate(chunks):
         if chunk.left_context is not None and front.config.ingest_prefix != "document":
             at = f"chunks[{i}].left_context"
@@ -163,22 +185,10 @@ async def _ingest(request: ServerRequest, body: Mapping[str, Any], document: str
                 f"{front.config.ingest_prefix!r}: leave it out",
                 param=at,
             )
-    await asyncio.to_thread(front.check_ids, chunks)
-    if document is not None:
-        chunks = [bodies.Given(c.text, c.left_context, document) for c in chunks]
-    create = functools.partial(
-        request.service.jobs.create,
-        request.owner,
-        chunks,
-        document=document,
-        replaces=replaces,
-        idempotency=_idempotency(request),
-    )
-    job = await asyncio.to_thread(create)
-    request.service.runner.wake()
-    if wait:
-        job = await _ended(request, job)
-    return (200 if wait and job.has_ended else 202), await _shown(request, job)
+    front.check_ids(chunks)
+    if document is None:
+        return chunks
+    return [Given(chunk.text, chunk.left_context, document) for chunk in chunks]
 
 
 def _idempotency(request: ServerRequest) -> str | None:
@@ -195,12 +205,12 @@ async def _ended(request: ServerRequest, job: Job) -> Job:
         job.has_ended or request.service.engine.is_dead or await request.http.is_disconnected()
     ):
         await asyncio.sleep(_WAITS_S)
-        job = await asyncio.to_thread(request.service.jobs.get, request.owner, job.id)
+        job = await OWN.do(request.service.jobs.get, request.owner, job.id)
     return job
 
 
 async def _shown(request: ServerRequest, job: Job) -> dict[str, Any]:
-    return shown(job, await asyncio.to_thread(request.service.jobs.keys, job))
+    return shown(job, await OWN.do(request.service.jobs.keys, job))
 
 
 @_endpoint("GET", "/ingestions")
@@ -208,21 +218,21 @@ async def ingestions(request: ServerRequest) -> Answer:
     """Ingestions, the newest first."""
     page = request.page("order")
     find = request.service.jobs.page
-    jobs = await asyncio.to_thread(find, request.owner, page.after, page.limit + 1, page.order)
+    jobs = await OWN.do(find, request.owner, page.after, page.limit + 1, page.order)
     return page.of([shown(job) for job in jobs])
 
 
 @_endpoint("GET", "/ingestions/{id}")
 async def ingestion(request: ServerRequest) -> Answer:
     """One ingestion."""
-    job = await asyncio.to_thread(request.service.jobs.get, request.owner, request.id())
+    job = await OWN.do(request.service.jobs.get, request.owner, request.id())
     return await _shown(request, job)
 
 
 @_endpoint("POST", "/ingestions/{id}/cancel")
 async def cancel(request: ServerRequest) -> Answer:
     """End an ingestion; what was stored so far stays."""
-    job = await asyncio.to_thread(request.service.jobs.cancel, request.owner, request.id())
+    job = await OWN.do(request.service.jobs.cancel, request.owner, request.id())
     return await _shown(request, job)
 
 
@@ -235,7 +245,7 @@ async def chunks(request: ServerRequest) -> Answer:
     page = request.page("document")
     front = await request.front()
     after = bodies.keys([page.after], "after")[0] if page.after else ""
-    keys = await asyncio.to_thread(front.page, after, page.limit + 1, page.document)
+    keys = await STORE.do(front.page, after, page.limit + 1, page.document)
     return page.of([{"object": "cacheblend.chunk", "id": key} for key in keys])
 
 
@@ -244,7 +254,7 @@ async def delete_chunk(request: ServerRequest) -> Answer:
     """Forget a chunk."""
     [key] = bodies.keys([request.id()], "id")
     front = await request.front()
-    gone = await asyncio.to_thread(lambda: front.forget_keys(front.owned([key])))
+    gone = await STORE.do(lambda: front.forget_keys(front.owned([key])))
     return {"id": key, "object": "cacheblend.chunk", "deleted": gone > 0}
 
 
@@ -264,7 +274,7 @@ async def delete_chunks(request: ServerRequest) -> Answer:
             return front.forget_keys(front.keys_of(bodies.texts(body)))
         return front.forget_keys(front.owned(bodies.keys(body[name], name)))
 
-    return _deletion(await asyncio.to_thread(forget))
+    return _deletion(await STORE.do(forget))
 
 
 def _deletion(count: int) -> Answer:
@@ -277,7 +287,7 @@ async def keys(request: ServerRequest) -> Answer:
     body = await request.body()
     bodies.only(body, ("texts",))
     front = await request.front()
-    found = await asyncio.to_thread(lambda: front.described(bodies.texts(body)))
+    found = await STORE.do(lambda: front.described(bodies.texts(body)))
     return {"object": "list", "data": found}
 
 
@@ -287,7 +297,7 @@ async def prefetch(request: ServerRequest) -> Answer:
     body = await request.body()
     bodies.only(body, ("texts",))
     front = await request.front()
-    await asyncio.to_thread(lambda: front.prefetch(bodies.texts(body)))
+    await STORE.do(lambda: front.prefetch(bodies.texts(body)))
     return 202, {"object": "cacheblend.prefetch"}
 
 
@@ -299,12 +309,12 @@ async def register(request: ServerRequest) -> Answer:
     """Note which chunks documents consist of."""
     body = await request.body()
     bodies.only(body, ("documents",))
-    given, front = bodies.registrations(body), await request.front()
+    given, front = await OWN.do(bodies.registrations, body), await request.front()
 
     def note() -> None:
         front.register_documents({n: front.owned(k) for n, k in given.items()})
 
-    await asyncio.to_thread(note)
+    await STORE.do(note)
     return {"object": "cacheblend.registration", "documents": len(given)}
 
 
@@ -313,9 +323,9 @@ async def registered(request: ServerRequest) -> Answer:
     """Those of some documents that chunks are registered for."""
     body = await request.body()
     bodies.only(body, ("documents",))
-    given, front = bodies.documents(body), await request.front()
-    found = await asyncio.to_thread(front.registered_documents, given)
-    return {"object": "list", "data": [n for n in given if n in found]}
+    given, front = await OWN.do(bodies.documents, body), await request.front()
+    found = await STORE.do(front.registered_documents, given)
+    return {"object": "list", "data": await OWN.do(lambda: [n for n in given if n in found])}
 
 
 @_endpoint("POST", "/documents/delete")
@@ -323,18 +333,20 @@ async def delete_documents(request: ServerRequest) -> Answer:
     """Forget the chunks of documents, but for what other documents have."""
     body = await request.body()
     bodies.only(body, ("documents", "only"))
-    given, front = bodies.documents(body), await request.front()
-    few = None if body.get("only") is None else bodies.keys(body["only"], "only")
-    if few is None:
+    given, front = await OWN.do(bodies.documents, body), await request.front()
+    few = body.get("only")
+    if few is not None:
+        few = await OWN.do(bodies.keys, few, "only")
+    else:
         await _left_out(request, given)
-    return _deletion(await asyncio.to_thread(front.forget_documents, given, few))
+    return _deletion(await STORE.do(front.forget_documents, given, few))
 
 
 @_endpoint("GET", "/documents/{id:path}")
 async def document(request: ServerRequest) -> Answer:
     """Whether chunks are registered for a document."""
     name, front = bodies.document(request.id(), "id"), await request.front()
-    if not await asyncio.to_thread(front.registered_documents, [name]):
+    if not await STORE.do(front.registered_documents, [name]):
         raise not_found("document", name)
     return {"id": name, "object": "cacheblend.document", "registered": True}
 
@@ -349,7 +361,7 @@ async def delete_document(request: ServerRequest) -> Answer:
         there = bool(front.registered_documents([name]))
         return there, front.forget_documents([name])
 
-    there, count = await asyncio.to_thread(forget)
+    there, count = await STORE.do(forget)
     return {"id": name, "object": "cacheblend.document", "deleted": there, "chunks": count}
 
 
@@ -358,8 +370,8 @@ async def _left_out(request: ServerRequest, documents: Sequence[str]) -> None:
     when this returns, so that it can be forgotten.
     """
     jobs, until = request.service.jobs, time.monotonic() + _MOST_WAIT_S
-    before = await asyncio.to_thread(jobs.delete_documents, request.owner, documents)
-    while before is not None and before == await asyncio.to_thread(jobs.under_way, request.owner):
+    before = await OWN.do(jobs.delete_documents, request.owner, documents)
+    while before is not None and before == await OWN.do(jobs.under_way, request.owner):
         if request.service.engine.is_dead or time.monotonic() > until:
             raise HttpError(
                 503,
@@ -379,7 +391,7 @@ async def report(request: ServerRequest) -> Answer:
     query = dict(request.http.query_params)
     bodies.only(query, ("index",), "the query")
     front, name = await request.front(), request.id()
-    found = await asyncio.to_thread(front.reports, name)
+    found = await STORE.do(front.reports, name)
     number = bodies.whole_number(query.get("index", "0"))
     if number is None or number >= max(1, len(found)):
         last = f"there are {len(found)} reports; index begins at 0"
@@ -405,4 +417,4 @@ async def tokenize(request: ServerRequest) -> Answer:
         tools = cast(ToolOptions, {name: body[name] for name in TOOL_OPTIONS if name in body})
         return list(front.tokenize(body["prompt"], chat_template_kwargs=arguments, **tools))
 
-    return {"object": "cacheblend.prompt", "token_ids": await asyncio.to_thread(ids)}
+    return {"object": "cacheblend.prompt", "token_ids": await OWN.do(ids)}

@@ -23,6 +23,7 @@ from cacheblend_rag.front.learning import LearntIngestion
 from cacheblend_rag.front.shadowing import Shadowing
 from cacheblend_rag.ingest import IngestReport, grouped
 from cacheblend_rag.server.bodies import Given
+from cacheblend_rag.server.errors import NoStoreError
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import (
     CANCELLED,
@@ -106,6 +107,7 @@ class Runner:
             self._jobs.resume()
             while not self._stopped.is_set():
                 if not (self._run_one() or self._learn() or self._shadow()):
+                    self._jobs.erase()
                     self._wanted.wait(_LOOKS_EVERY_S)
                     self._wanted.clear()
         except sqlite3.Error as error:
@@ -238,6 +240,8 @@ def batches(chunks: Sequence[Given], most: Callable[[], int]) -> Iterator[list[G
 def _code(error: Exception) -> str:
     if isinstance(error, UnavailableError):
         return "store_unavailable"
+    if isinstance(error, NoStoreError):
+        return "not_available"
     if isinstance(error, NotStoredError):
         return NOT_STORED
     if isinstance(error, PromptError):

@@ -112,6 +112,7 @@ def test_flags_keys_documents() -> None:
 
 
 def test_pages() -> None:
+    assert Page([("after", "")]).after is Page([]).after is None, "the first page"
     page = Page([("limit", "2"), ("after", "x")])
     rows = [{"id": n} for n in "abc"]
     assert page.of(rows) == {

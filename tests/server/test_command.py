@@ -272,6 +272,27 @@ def test_a_model_that_is_not_blended_is_served_without_our_connector(
         launch.without_what_the_model_refuses(args)
 
 
+def test_options_that_go_with_our_connector_are_told(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page is 404 then."""
+    told = list[str]()
+    monkeypatch.setattr(launch.logger, "warning", lambda text, *args: told.append(text % args))
+    hybrid = str(make("mamba-hybrid", tiny_models))
+    server = {"page": True, "max_body": 5, "chat_template": "{{ x }}"}
+    for extra in ({"store": "/kv", "server": server}, {"server": {"chat_template": "t"}}):
+        config = {
+            "kv_connector": "CacheBlendConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
+        ours = ["--skip-tokenizer-init", "--kv-transfer-config", json.dumps(config)]
+        launch.without_what_the_model_refuses(parsed(hybrid, *ours))
+    [why, page, why_again] = told
+    assert "--max-body, --page, --store has no effect" in page
+    assert why == why_again and "without blending" in why
+
+
 def test_plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "theirs,cacheblend")
     assert launch.allowed_plugins() == "theirs,cacheblend"

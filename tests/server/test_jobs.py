@@ -228,7 +228,7 @@ def test_a_job_runs(jobs: Jobs, front: FakeFront, start: Callable[..., Any]) -> 
     counts = {n: told["counts"][n] for n in ("computed", "present", "repeated", "remaining")}
     assert counts == {"computed": 2, "present": 1, "repeated": 1, "remaining": 0}
     assert told["keys"] == [f"key of text {n}" for n in "abac"]
-    assert jobs._rows("SELECT chunks FROM jobs") == [(None,)], "its texts are not kept"
+    assert jobs._rows("SELECT * FROM texts") == [], "its texts are not kept"
 
 
 def test_a_document_is_replaced_at_the_end(
@@ -586,6 +586,99 @@ def test_jobs_go_on_when_their_disk_has_room_again(
     assert disk.refused == 4
     assert told["status"] == "completed" and told["error"] is None
     assert told["keys"] == ["key of text a", "key of text b"]
+
+
+SECRET = "the words of a text that is secret"
+LONG = Given(f"{SECRET} " * 20_000, document="d")  # on pages of its own
+
+
+def traces(folder: Path) -> set[str]:
+    """The files in which the text can be read."""
+    files = folder.glob("jobs.sqlite*")
+    return {file.name for file in files if SECRET.encode() in file.read_bytes()}
+
+
+def is_deleted(jobs: Jobs) -> None:
+    jobs.delete_documents("", ["d"])
+
+
+def is_cancelled(jobs: Jobs) -> None:
+    [job] = jobs.page("", None, 1, "asc")
+    jobs.cancel("", job.id)
+
+
+def has_ended(jobs: Jobs) -> None:
+    job, _ = jobs.begin() or pytest.fail("none waits")
+    job.done.place = 1
+    jobs.progress(job, ["k" * 64], 0)
+    jobs.end(job, "completed")
+
+
+def is_void(jobs: Jobs) -> None:
+    jobs.forget_ended("an engine")
+    job, _ = jobs.begin() or pytest.fail("none waits")
+    jobs._write_though_full(lambda db: jobs._end(db, job, "completed", None))
+    jobs.forget_ended("another engine")
+
+
+@pytest.mark.parametrize("goes", [is_deleted, is_cancelled, has_ended, is_void])
+@pytest.mark.parametrize("chunk", [Given(SECRET, document="d"), LONG], ids=["short", "long"])
+def test_no_text_stays_on_the_disk(
+    make: Callable[..., Jobs], tmp_path: Path, goes: Callable[[Jobs], None], chunk: Given
+) -> None:
+    jobs, other = make(10**9), make(10**9)
+    jobs.create("", [chunk])
+    assert traces(tmp_path), "or it could not be seen to go"
+    goes(jobs)
+    assert not traces(tmp_path)
+    assert other.begin() is None
+
+
+def test_a_text_that_could_not_be_erased_is_erased_later(
+    make: Callable[..., Jobs], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The end of its job is noted: to overwrite a text takes more room than that."""
+    jobs = make(10**9)
+    disk = Full(jobs, "FROM texts", "wal_checkpoint")
+    job = jobs.create("", [LONG])
+    jobs.cancel("", job.id)
+    assert look(jobs, job)["status"] == "cancelled" and disk.refused and traces(tmp_path)
+    make(10**9).resume()
+    assert not traces(tmp_path), "a later start does it"
+    again = jobs.create("", [LONG])
+    jobs.cancel("", again.id)
+    assert traces(tmp_path)
+    disk.words = ()
+    start(jobs)
+    until(lambda: not traces(tmp_path))
+
+
+def test_the_end_of_a_large_job_is_a_small_write(make: Callable[..., Jobs], tmp_path: Path) -> None:
+    """It has to find room in what was set aside of a full disk; so its texts are not in its row."""
+    jobs, log = make(10**9), tmp_path / "jobs.sqlite-wal"
+    jobs.create("", [LONG])
+    job, _ = jobs.begin() or pytest.fail("none waits")
+    jobs._clean()
+    Full(jobs, "FROM texts", "wal_checkpoint")
+    job.done.place, job.done.tokens = 1, 10**9
+    jobs.progress(job, ["k" * 64], 0)
+    jobs.end(job, "completed")
+    assert 0 < log.stat().st_size < len(str(LONG.text)) / 4
+
+
+def test_a_reader_that_is_in_the_way_is_not_waited_for(
+    make: Callable[..., Jobs], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    jobs, other = make(10**9), make(10**9)
+    job = jobs.create("", [LONG])
+    other._db.execute("BEGIN")
+    assert other._db.execute("SELECT COUNT(*) FROM jobs").fetchone() == (1,)
+    before = time.monotonic()
+    jobs.cancel("", job.id)
+    assert time.monotonic() - before < 10 and traces(tmp_path)
+    other._db.execute("COMMIT")
+    start(jobs)
+    until(lambda: not traces(tmp_path))
 
 
 def test_one_process_runs_them_and_another_takes_over(

@@ -40,7 +40,7 @@ def service(tmp_path: Path) -> Iterator[Any]:
     yield SimpleNamespace(
         options=ServerOptions(),
         jobs=jobs,
-        front_of=lambda tenant: of_all,
+        found=lambda tenant: of_all,
         runner=SimpleNamespace(wake=lambda: None),
         engine=SimpleNamespace(is_dead=False),
     )
