@@ -43,6 +43,8 @@ class Reason(StrEnum):
     """The prompt holds images or other inputs of an encoder."""
     PROMPT_LOGPROBS = "prompt_logprobs"
     """The request asks for log-probabilities of the prompt, which need all of it computed."""
+    SKIPS_CACHE = "skips_cache"
+    """The request asks vLLM to take nothing from caches."""
     BEAM_SEARCH = "beam_search"
     """The request is a part of a beam search, to which vLLM's server hands on no options."""
     NOT_REPORTED = "not_reported"

@@ -624,6 +624,9 @@ def _why(request: Any) -> Why | None:
     # Newer vLLMs do not let a connector claim anything for such a request; older ones ask.
     if sampling.prompt_logprobs is not None:
         return Why(Reason.PROMPT_LOGPROBS, "prompt_logprobs needs every prompt token computed")
+    # vLLM then takes nothing of what a connector has, either.
+    if getattr(request, "skip_reading_prefix_cache", False):
+        return Why(Reason.SKIPS_CACHE, "skip_reading_prefix_cache has every prompt token computed")
     return None
 
 

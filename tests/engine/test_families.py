@@ -96,7 +96,10 @@ def of(*names: str, compiled: bool = False) -> pytest.MarkDecorator:
 
 
 # what is new about these, another family of the list has too
-AGAIN = {"mistral", "mixtral", "granite", "olmo2", "phi3", "stablelm"}
+AGAIN = {
+    "mistral", "mixtral", "granite", "olmo2", "phi3", "stablelm", "qwen2", "cohere", "starcoder2",
+    "exaone4", "laguna", "ministral3", "llama3-scaling",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

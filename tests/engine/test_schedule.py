@@ -253,6 +253,16 @@ def test_beams_are_computed_exactly(claims: Claims) -> None:
     assert beam.block_hashes == before
 
 
+def test_a_request_that_takes_nothing_from_caches_says_so(claims: Claims) -> None:
+    """vLLM asks for it too, and throws the number away."""
+    one = request()
+    one.skip_reading_prefix_cache = True
+    claims.begin(one)
+    assert claims.there(one, 0) == 0
+    report = claims.finished(one)
+    assert report is not None and report[PARAMS_KEY]["reason"] == "skips_cache"
+
+
 @pytest.mark.parametrize("plans_all", [False, True])
 @pytest.mark.parametrize("given", [json.loads("[" * 900 + "]" * 900), {PARAMS_KEY: ["\ud800"]}, 5])
 def test_what_no_worker_could_be_sent_is_taken_off_a_request(
