@@ -11,10 +11,11 @@ import re
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
-import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.types import Message, Scope
 
 from cacheblend_rag.server.errors import or_answer
 from cacheblend_rag.server.plugin import CacheBlendEndpoints
@@ -67,17 +68,57 @@ async def endpoints(client: Any, state: Any, args: Namespace) -> Any:
 
 
 async def answered(app: Any, asked: Asked) -> Answered:
-    """Have the endpoints answer a request that came another way than HTTP."""
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
-        reply = await client.request(
-            asked.method,
-            asked.target,
-            headers=asked.headers,
-            content=asked.body,
-            timeout=None,  # ingestions may be waited for
-        )
-    return Answered(reply.status_code, _kept(reply.headers.multi_items()), reply.content)
+    """Have the endpoints answer a request that came another way than HTTP.
+
+    Called as a server would, with the path as it was written: a client's library resolves dots and
+    encodes anew, and then another document is meant.
+    """
+    call = _Call(asked.body)
+    await app(_scope(asked), call.receive, call.send)
+    return Answered(call.status, _kept(_texts(call.headers)), b"".join(call.body))
+
+
+class _Call:
+    """One request to an ASGI app, whose client stays to the end."""
+
+    def __init__(self, body: bytes) -> None:
+        self._given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        self.status, self.headers, self.body = 500, list[tuple[bytes, bytes]](), list[bytes]()
+
+    async def receive(self) -> Message:
+        if self._given:
+            return self._given.pop()
+        await asyncio.Event().wait()  # until the app stops asking whether the client left
+        raise AssertionError("nobody sets it")
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status, self.headers = message["status"], list(message.get("headers", ()))
+        elif message["type"] == "http.response.body":
+            self.body.append(message.get("body", b""))
+
+
+def _scope(asked: Asked) -> Scope:
+    path, _, query = asked.target.encode("latin-1").partition(b"?")
+    headers = [
+        (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in asked.headers
+    ]
+    length = str(len(asked.body)).encode()
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": asked.method,
+        "scheme": "http",
+        "path": unquote(path.decode(errors="replace")),
+        "raw_path": path,
+        "query_string": query,
+        "root_path": "",
+        "headers": [*headers, (b"host", b"engine"), (b"content-length", length)],
+        "client": None,
+        "server": ("engine", 80),
+        "state": {},
+    }
 
 
 def add_relay(app: FastAPI, ask: Callable[[Asked], Awaitable[Answered]], max_body: int) -> None:
@@ -91,7 +132,10 @@ def add_relay(app: FastAPI, ask: Callable[[Asked], Awaitable[Answered]], max_bod
         reply = await or_answer(asked(request))
         if isinstance(reply, Response):
             return reply
-        return Response(reply.body, reply.status, dict(reply.headers))
+        response = Response(reply.body, reply.status)
+        for name, value in reply.headers:
+            response.headers.append(name, value)
+        return response
 
     async def asked(request: Request) -> Answered:
         body = await read(request.receive, request.headers, max_body)
@@ -130,6 +174,10 @@ def _target(request: Request) -> str:
 
 def _given(request: Request) -> list[tuple[str, str]]:
     return _kept(request.headers.items())
+
+
+def _texts(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
 
 
 def _kept(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
