@@ -99,13 +99,7 @@ def plain(args: argparse.Namespace, theirs: Sequence[str]) -> Command:
     """
     from cacheblend_rag.engine.launch import allowed_plugins
 
-    for word in theirs:
-        option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and any(_means(option, ours) for ours in _OURS_ALONE):
-            raise ConfigError(
-                f"{option} is set by cacheblend serve; leave it out. To use other connectors with "
-                "ours, start vllm serve yourself: --print-command shows what we would pass"
-            )
+    _check(theirs)
     model, rest = model_of(theirs)
     embedded = _is_embedded(model, rest)
     options = _without(rest, "--no-enable-prompt-tokens-details")
@@ -121,6 +115,36 @@ def plain(args: argparse.Namespace, theirs: Sequence[str]) -> Command:
     ]
     environment = {"VLLM_PLUGINS": allowed_plugins(), **_environment(embedded)}
     return Command(arguments, environment)
+
+
+def _check(theirs: Sequence[str]) -> None:
+    """Raises:
+    ConfigError: one of vLLM's options is for us to set, or is written so that we'd overlook it.
+    """
+    read = _read_here()
+    for word in theirs:
+        option = word.partition("=")[0].replace("_", "-")
+        if not option.startswith("--"):
+            continue
+        if any(_means(option, ours) for ours in _OURS_ALONE):
+            raise ConfigError(
+                f"{option} is set by cacheblend serve; leave it out. To use other connectors with "
+                "ours, start vllm serve yourself: --print-command shows what we would pass"
+            )
+        meant = [name for name in read if name.startswith(option)]
+        if len(option) > 5 and meant and option not in meant:
+            raise ConfigError(f"write {option} in full, {' or '.join(meant)}: we read it too")
+
+
+def _read_here() -> list[str]:
+    """vLLM's options that change what we pass. vLLM takes their beginnings for them."""
+    from cacheblend_rag.engine.start import GRAPH_OPTIONS
+
+    switches = ["--enforce-eager", "--enable-prompt-tokens-details"]
+    named = [f"--{name.replace('_', '-')}" for name in GRAPH_OPTIONS]
+    others = [_TEMPLATE, _ARGUMENTS, "--block-size", "--served-model-name", "--model", "--config"]
+    negated = [f"--no-{name.removeprefix('--')}" for name in switches]
+    return sorted({*switches, *negated, *named, *others})
 
 
 def connector(args: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, Any]:

@@ -242,6 +242,17 @@ def test_files_of_options_that_are_not_there(
     assert says in capsys.readouterr().err
 
 
+def test_no_option_of_vllms_is_taken_for_the_beginning_of_another() -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command: Any = ServeSubcommand()
+    parser = command.subparser_init(FlexibleArgumentParser().add_subparsers())
+    names, read = set(parser._option_string_actions), serve._read_here()
+    assert set(read) <= names
+    serve._check([*sorted(names - set(serve._OURS_ALONE)), "--", "-x", "value"])
+
+
 def test_every_field_of_the_configuration_has_an_option() -> None:
     from dataclasses import fields
 
@@ -273,6 +284,9 @@ def test_the_embedded_model(
         (["--kv-transfer", "{}"], "is set by cacheblend serve"),
         (["--kv-transfer-config.kv_role", "x"], "is set by cacheblend serve"),
         (["--worker-extension-cls", "x"], "is set by cacheblend serve"),
+        (["--block-siz", "16"], "write --block-siz in full, --block-size"),
+        (["--default_chat_templ={}"], "in full, --default-chat-template-kwargs"),
+        (["--no-enforce-eag"], "in full, --no-enforce-eager"),
         (["--store", "ftp://x"], "can't be opened|cannot be opened"),
         (["--gpu-cache", "much"], "gpu_cache"),
         (["--propagation-length", "-1"], "propagation_length"),
