@@ -38,6 +38,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--check-every", type=seconds, default=2.0, metavar="S", help=text)
     text = "seconds without a byte until a replica's answer is given up (never)"
     parser.add_argument("--timeout", type=seconds, metavar="S", help=text)
+    text = "seconds that requests in flight have left when the proxy is to end (60)"
+    parser.add_argument("--shutdown-timeout", type=positive, default=60, metavar="S", help=text)
     text = "most bytes of a request (256MiB)"
     parser.add_argument("--max-body", type=size, default="256MiB", metavar="SIZE", help=text)
 
@@ -71,6 +73,7 @@ def _route(args: argparse.Namespace, screen: Screen) -> Done:
         date_header=False,
         proxy_headers=False,  # who is in front of us is told to replicas, and is not us
         lifespan="on",
+        timeout_graceful_shutdown=args.shutdown_timeout,  # a replica that hangs would hold it
     )
     server = uvicorn.Server(config)
     # After a good end uvicorn raises what interrupted it; it exits where it could not start.

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cacheblend_rag.cli.base import OK, Done, Screen, positive, share
+from cacheblend_rag.cli.config_file import model_of, with_file
 from cacheblend_rag.cli.parser import Parser
 from cacheblend_rag.config import PREFIXES, BlendConfig
 from cacheblend_rag.errors import ConfigError
@@ -29,7 +30,8 @@ _PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 _SERVER = ("state", "tenants", "tenant_header", "max_body", "max_queued_tokens", "page")
 _EPILOG = (
     "Every other option is one of vLLM's: cacheblend serve --help=vllm lists its groups, "
-    "--help=all its options, --help=max-model-len one of them."
+    "--help=all its options, --help=max-model-len one of them. A YAML file of --config FILE may "
+    "have options of both."
 )
 
 _ABOUT: dict[str, Any] = {
@@ -75,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = _parser()
     if arguments and arguments[0].startswith("--help="):
         return _vllm_help(arguments[0].partition("=")[2])
-    args, theirs = parser.parse_known_args(list(arguments))
+    args, theirs = with_file(parser, arguments)
     command = plain(args, theirs)
     if args.print_command:
         print(command.line())
@@ -93,18 +95,12 @@ def plain(args: argparse.Namespace, theirs: Sequence[str]) -> Command:
 
     Args:
         args: our own options.
-        theirs: what is left, for vLLM.
+        theirs: what is left, for vLLM; without a ``--config``.
     """
     from cacheblend_rag.engine.launch import allowed_plugins
 
-    for word in theirs:
-        option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and any(_means(option, ours) for ours in _OURS_ALONE):
-            raise ConfigError(
-                f"{option} is set by cacheblend serve; leave it out. To use other connectors with "
-                "ours, start vllm serve yourself: --print-command shows what we would pass"
-            )
-    model, rest = _model(theirs)
+    _check(theirs)
+    model, rest = model_of(theirs)
     embedded = _is_embedded(model, rest)
     options = _without(rest, "--no-enable-prompt-tokens-details")
     arguments = [
@@ -119,6 +115,36 @@ def plain(args: argparse.Namespace, theirs: Sequence[str]) -> Command:
     ]
     environment = {"VLLM_PLUGINS": allowed_plugins(), **_environment(embedded)}
     return Command(arguments, environment)
+
+
+def _check(theirs: Sequence[str]) -> None:
+    """Raises:
+    ConfigError: one of vLLM's options is for us to set, or is written so that we'd overlook it.
+    """
+    read = _read_here()
+    for word in theirs:
+        option = word.partition("=")[0].replace("_", "-")
+        if not option.startswith("--"):
+            continue
+        if any(_means(option, ours) for ours in _OURS_ALONE):
+            raise ConfigError(
+                f"{option} is set by cacheblend serve; leave it out. To use other connectors with "
+                "ours, start vllm serve yourself: --print-command shows what we would pass"
+            )
+        meant = [name for name in read if name.startswith(option)]
+        if len(option) > 5 and meant and option not in meant:
+            raise ConfigError(f"write {option} in full, {' or '.join(meant)}: we read it too")
+
+
+def _read_here() -> list[str]:
+    """vLLM's options that change what we pass. vLLM takes their beginnings for them."""
+    from cacheblend_rag.engine.start import GRAPH_OPTIONS
+
+    switches = ["--enforce-eager", "--enable-prompt-tokens-details"]
+    named = [f"--{name.replace('_', '-')}" for name in GRAPH_OPTIONS]
+    others = [_TEMPLATE, _ARGUMENTS, "--block-size", "--served-model-name", "--model", "--config"]
+    negated = [f"--no-{name.removeprefix('--')}" for name in switches]
+    return sorted({*switches, *negated, *named, *others})
 
 
 def connector(args: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, Any]:
@@ -136,6 +162,11 @@ def connector(args: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, A
     if "store" in ours and parse_url(ours["store"]).scheme == "file" and "://" not in ours["store"]:
         path, *options = ours["store"].split("?", 1)
         ours["store"] = "?".join([os.path.abspath(os.path.expanduser(path)), *options])
+    if _has_parts(rest, _ARGUMENTS):
+        raise ConfigError(
+            f"give {_ARGUMENTS} as one JSON object, not in parts: it is for the prefix of chunks "
+            "too, which we read it for"
+        )
     if "chat_template_kwargs" not in ours and (theirs := _value(rest, _ARGUMENTS)):
         try:
             ours["chat_template_kwargs"] = _table(theirs)
@@ -184,15 +215,8 @@ def _means(option: str, ours: str) -> bool:
     return (len(option) > 5 and ours.startswith(option)) or option.startswith(f"{ours}.")
 
 
-def _model(theirs: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The model, where it stands in front of vLLM's options, and these."""
-    if theirs and not theirs[0].startswith("-"):
-        return theirs[0], list(theirs[1:])
-    return None, list(theirs)
-
-
 def _is_embedded(model: str | None, rest: Sequence[str]) -> bool:
-    return model is None and not _has(rest, "--model", "--config")
+    return model is None and not _has(rest, "--model")
 
 
 def _unnamed(embedded: bool, rest: Sequence[str]) -> bool:
@@ -201,6 +225,11 @@ def _unnamed(embedded: bool, rest: Sequence[str]) -> bool:
 
 def _has(words: Sequence[str], *options: str) -> bool:
     return any(word.partition("=")[0].replace("_", "-") in options for word in words)
+
+
+def _has_parts(words: Sequence[str], option: str) -> bool:
+    """Whether a table of vLLM's is given as ``--table.key value``."""
+    return any(word.replace("_", "-").startswith(f"{option}.") for word in words)
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:

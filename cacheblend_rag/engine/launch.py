@@ -57,6 +57,40 @@ def serve(arguments: Sequence[str], known: Collection[str] = ()) -> None:
         ConfigError: there is no such option.
         SystemExit: an argument is refused, or asks for help.
     """
+    command, parser, _ = _parsers(known)
+    args = parser.parse_args(["serve", *arguments])
+    configure = compat.configure_logging()
+    if configure is not None:
+        configure(args)
+    # Before our own look at the model: a wrong option should be told at once, not after a download.
+    command.validate(args)
+    without_what_the_model_refuses(args)
+    command.cmd(args)
+
+
+def config_words(path: str) -> list[str]:
+    """A file of vLLM's ``--config`` as words of its command line, by vLLM's own reader.
+
+    Raises:
+        EngineMissingError: there is no vLLM that was tested.
+        ConfigError: the file can't be read, or is no table of options.
+    """
+    *_, options = _parsers()
+    import yaml
+
+    try:
+        # Its subcommand's parser: only that one knows the options that end in --no-...
+        words: list[str] = options.load_config_file(path)
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"--config {path}: it can't be read ({type(error).__name__}: {error}). It must be a "
+            "file .yaml or .yml with a line for each option, such as block-size: 16"
+        ) from error
+    return words
+
+
+def _parsers(known: Collection[str] = ()) -> tuple[Any, Any, Any]:
+    """vLLM's ``serve``, the parser of its command line, and the one of this command within it."""
     compat.installed_version()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -75,14 +109,7 @@ def serve(arguments: Sequence[str], known: Collection[str] = ()) -> None:
     parser = Parser(prog="cacheblend")
     command: Any = ServeSubcommand()
     options = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    args = parser.parse_args(["serve", *arguments])
-    configure = compat.configure_logging()
-    if configure is not None:
-        configure(args)
-    # Before our own look at the model: a wrong option should be told at once, not after a download.
-    command.validate(args)
-    without_what_the_model_refuses(args)
-    command.cmd(args)
+    return command, parser, options
 
 
 def _ours(extra: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,9 @@ OPEN = {"/health", "/ping", "/metrics", "/version", "/load", "/docs", "/openapi.
 _PLAIN = {("GET", "/v1/models"), ("POST", "/tokenize"), ("POST", "/detokenize")}
 MESSAGES = "/v1/messages"
 ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES})
-_STORED = ("previous_response_id", "background")  # answers that vLLM keeps, for whoever asks
+# Answers that vLLM keeps, for whoever asks; and what a connector fetches, from whoever has it.
+_REFUSED = ("previous_response_id", "background", "ec_transfer_params")
+_SERVERS = ("space", "request_id", "handed_over")  # in our part of kv_transfer_params
 
 Ensure = Callable[[str], Awaitable[str]]  # opens a namespace's space and returns its secret name
 
@@ -160,18 +162,26 @@ def entered(body: dict[str, Any], namespace: str, space: str) -> dict[str, Any]:
     Raises:
         HttpError: 400: it says itself what the server has to say.
     """
-    for name in _STORED:
+    for name in _REFUSED:
         if body.get(name):
             raise HttpError(400, f"{name} is not served to tenants; leave it out", param=name)
     params = _table(body.get("kv_transfer_params"), "kv_transfer_params")
     ours = _table(params.get(PARAMS_KEY), f"kv_transfer_params.{PARAMS_KEY}")
-    for name in ("space", "request_id"):
+    for name in sorted(params.keys() - {PARAMS_KEY}):
+        at = f"kv_transfer_params.{name}"
+        raise HttpError(
+            400,
+            f"{at} is not served to tenants: to another connector it can name KV of others. Leave "
+            f"all but kv_transfer_params.{PARAMS_KEY} out",
+            param=at,
+        )
+    for name in _SERVERS:
         if name in ours:
             at = f"kv_transfer_params.{PARAMS_KEY}.{name}"
             raise HttpError(400, f"{at} is not for clients; leave it out", param=at)
     return {
         **body,
-        "kv_transfer_params": {**params, PARAMS_KEY: {**ours, "space": space}},
+        "kv_transfer_params": {PARAMS_KEY: {**ours, "space": space}},
         "cache_salt": salt(space, body.get("cache_salt")),
     }
 

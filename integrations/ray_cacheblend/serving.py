@@ -147,8 +147,13 @@ class Fleet:
         """
         ours = {**self.config, "store": self.store}
         theirs = self.engine_kwargs.get("default_chat_template_kwargs")
+        if theirs is not None and ours.get("chat_template_kwargs") is not None:
+            raise ConfigError(
+                "chat_template_kwargs in config and default_chat_template_kwargs in engine_kwargs "
+                "are the same here; give one of them"
+            )
         if theirs is not None:  # what vLLM renders chats with holds for the prefix of chunks too
-            ours.setdefault("chat_template_kwargs", dict(theirs))
+            ours["chat_template_kwargs"] = dict(theirs)
         BlendConfig.of(ours, "config")
         server = self.server_options().to_plain()
         if template := self.engine_kwargs.get("chat_template"):

@@ -192,6 +192,17 @@ def test_the_replica_that_knows_is_found(front: httpx.Client) -> None:
     assert front.get("/v1/cacheblend/requests/none").status_code == 404
 
 
+def test_a_repeated_ingestion_reaches_the_same_replica(front: httpx.Client) -> None:
+    def process(key: str) -> str:
+        reply = front.post("/v1/cacheblend/ingestions", headers={"Idempotency-Key": key})
+        assert reply.status_code == 200
+        return str(reply.headers["x-process"])
+
+    found = {key: {process(key) for _ in range(6)} for key in map(str, range(20))}
+    assert all(len(names) == 1 for names in found.values())
+    assert len(set.union(*found.values())) == 2
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,14 @@ def test_options_that_contradict_are_refused(given: dict[str, Any], message: str
         ({"server": {"paeg": True}}, ConfigError, "paeg"),
         ({"config": {"recompute_ratio": 2}}, ConfigError, "recompute_ratio"),
         ({"store": "ftp://x"}, StoreError, "ftp"),
+        (
+            {
+                "config": {"chat_template_kwargs": {"a": 1}},
+                "engine_kwargs": {"default_chat_template_kwargs": {"a": 2}},
+            },
+            ConfigError,
+            "give one of them",
+        ),
     ],
 )
 def test_values_are_refused_before_an_engine_starts(

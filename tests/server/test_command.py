@@ -140,9 +140,117 @@ def test_chat_templates_are_for_requests_and_chunks(
         (["--chat-template-kwargs", silent, "--default-chat-template-kwargs.a", "1"], "one of"),
         (["--default-chat-template-kwargs", "x"], "no JSON object"),
         (["--default-chat-template-kwargs", '{"tokenize": false}'], "can't set tokenize"),
+        (["--default-chat-template-kwargs.enable_thinking", "false"], "as one JSON object"),
     ):
         assert main(["serve", model, "--print-command", *wrong]) == 1
         assert says in capsys.readouterr().err
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # set for the whole process; put back at the end
+    path = tmp_path / "options.yaml"
+
+    def written(text: str) -> str:
+        path.write_text(text)
+        return str(path)
+
+    return written
+
+
+def test_a_file_of_options_is_read_before_ours_are_added(
+    printed: Callable[..., Any], written: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would put the file's words in front of all: behind them, ours would win."""
+    file = written(
+        "block-size: 16\nenforce-eager: false\nenable-prompt-tokens-details: false\nport: 81\n"
+        'chat-template: "{{ messages }}"\ndefault-chat-template-kwargs: {enable_thinking: false}\n'
+    )
+    for given in (["--config", file], [f"--config={file}"]):
+        words, config = printed(*given, "--port", "82")
+        args = parsed(*words)
+        assert (args.block_size, args.port, args.enable_prompt_tokens_details) == (16, 82, False)
+        assert args.enforce_eager is False and args.config is None
+        extra = config["kv_connector_extra_config"]
+        assert extra["chat_template_kwargs"] == {"enable_thinking": False}
+        assert extra["server"] == {"chat_template": "{{ messages }}"}
+    assert parsed(*printed("--config", file, "--block-size", "32")[0]).block_size == 32
+    file = written("compilation-config: {mode: 0}\n")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    words, _ = printed("--config", file)
+    assert "--cudagraph-capture-sizes" not in words
+    assert json.loads(words[words.index("--compilation-config") + 1]) == {"mode": 0}
+
+
+def test_a_file_may_have_our_options_and_the_model(
+    printed: Callable[..., Any], written: Callable[[str], str], model: str
+) -> None:
+    file = written(
+        f"model: {model}\nrecompute_ratio: 0.3\nnamespace: red\nselector-options: {{window: 33}}\n"
+        "page: true\nserved-model-name: [a, b]\n"
+    )
+    words, config = printed("--config", file, "--namespace", "blue", of=None)
+    assert words[0] == model and "--model" not in words
+    assert parsed(*words).served_model_name == ["a", "b"]
+    assert config["kv_connector_extra_config"] == {
+        "recompute_ratio": 0.3,
+        "namespace": "blue",
+        "selector_options": {"window": 33},
+        "server": {"page": True},
+    }
+    words, _ = printed("--config", file, of="mine")
+    assert words[0] == "mine" and model not in words
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("kv-transfer-config: {kv_connector: NixlConnector}", "set by cacheblend serve"),
+        ("kv_transfer_config: {kv_connector: NixlConnector}", "set by cacheblend serve"),
+        ("worker-extension-cls: x", "set by cacheblend serve"),
+        ("config: other.yaml", "names another file"),
+        ("mode: off", "put its value in quotes"),
+        ("store:", "put its value in quotes"),
+        ("tenants: a\ntenant-header: b", "not both"),
+        ("", "can't be read"),
+        ("[a]", "can't be read"),
+        ("a: [", "can't be read"),
+    ],
+    ids=str,
+)
+def test_a_file_of_options_that_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str], written: Any, text: str, says: str
+) -> None:
+    assert main(["serve", model, "--print-command", "--config", written(text)]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith("cacheblend: ") and says in told.err and not told.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--config", "/none.yaml"], "can't be read"),
+        (["--config"], "names no file"),
+        (["--config", "a.yaml", "--config=b.yaml"], "2 times"),
+    ],
+    ids=str,
+)
+def test_files_of_options_that_are_not_there(
+    written: Any, model: str, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert main(["serve", model, "--print-command", *words]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_no_option_of_vllms_is_taken_for_the_beginning_of_another() -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command: Any = ServeSubcommand()
+    parser = command.subparser_init(FlexibleArgumentParser().add_subparsers())
+    names, read = set(parser._option_string_actions), serve._read_here()
+    assert set(read) <= names
+    serve._check([*sorted(names - set(serve._OURS_ALONE)), "--", "-x", "value"])
 
 
 def test_every_field_of_the_configuration_has_an_option() -> None:
@@ -176,6 +284,9 @@ def test_the_embedded_model(
         (["--kv-transfer", "{}"], "is set by cacheblend serve"),
         (["--kv-transfer-config.kv_role", "x"], "is set by cacheblend serve"),
         (["--worker-extension-cls", "x"], "is set by cacheblend serve"),
+        (["--block-siz", "16"], "write --block-siz in full, --block-size"),
+        (["--default_chat_templ={}"], "in full, --default-chat-template-kwargs"),
+        (["--no-enforce-eag"], "in full, --no-enforce-eager"),
         (["--store", "ftp://x"], "can't be opened|cannot be opened"),
         (["--gpu-cache", "much"], "gpu_cache"),
         (["--propagation-length", "-1"], "propagation_length"),

@@ -9,8 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -591,8 +597,16 @@ def test_replicas_have_to_be_given_and_differ() -> None:
             proxy_app(urls, WarmRouter(), ProxyOptions())
 
 
-def test_the_command_runs_and_needs_no_engine() -> None:
-    """In a process of its own, until it is asked to end."""
+@dataclass
+class Command:
+    process: subprocess.Popen[str]
+    url: str
+    errors: str = ""  # what it had said at its end
+
+
+@contextmanager
+def command(replica: str, *more: str) -> Iterator[Command]:
+    """In a process of its own, which is asked to end at last."""
     port = free_port()
     code = (
         "import sys\n"
@@ -600,29 +614,72 @@ def test_the_command_runs_and_needs_no_engine() -> None:
         "from cacheblend_rag.cli import main\n"
         "sys.exit(main())"
     )
-    arguments = ["route", "--replica", f"http://127.0.0.1:{free_port()}", "--port", str(port)]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", code, "route", "--replica", replica, "--port", str(port), *more],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "CACHEBLEND_ROUTE_KEY": "root", "PYTHONPATH": ":".join(sys.path)},
     )
+    found = Command(process, f"http://127.0.0.1:{port}")
     try:
-        url = f"http://127.0.0.1:{port}"
         for _ in range(300):
             time.sleep(0.1)
             try:
-                assert httpx.get(f"{url}/health", trust_env=False).status_code == 503
+                httpx.get(f"{found.url}/health", trust_env=False)
                 break
             except httpx.TransportError:
                 assert process.poll() is None, process.communicate()
-        [state] = httpx.get(f"{url}/route", headers=ROOT, trust_env=False).json()["replicas"]
-        assert state["state"] == "down"
+        yield found
     finally:
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode in (0, -signal.SIGTERM), errors
-    assert "Traceback" not in errors
+        try:
+            _, found.errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode in (0, -signal.SIGTERM), found.errors
+
+
+def test_the_command_runs_and_needs_no_engine() -> None:
+    with command(f"http://127.0.0.1:{free_port()}") as running:
+        assert httpx.get(f"{running.url}/health", trust_env=False).status_code == 503
+        told = httpx.get(f"{running.url}/route", headers=ROOT, trust_env=False).json()
+        assert [replica["state"] for replica in told["replicas"]] == ["down"]
+    assert "Traceback" not in running.errors
+
+
+def test_a_replica_that_hangs_does_not_hold_the_command_at_its_end() -> None:
+    class Hangs(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            asked.set()
+            done.wait(60)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    asked, done = threading.Event(), threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hangs)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        replica = f"http://127.0.0.1:{server.server_port}"
+        with command(replica, "--shutdown-timeout", "1") as running, ThreadPoolExecutor(1) as other:
+            url = f"{running.url}/v1/completions"
+            answer = other.submit(httpx.post, url, trust_env=False, timeout=60)
+            assert asked.wait(20)
+            running.process.send_signal(signal.SIGTERM)
+            try:
+                running.process.wait(15)
+            finally:
+                done.set()
+            assert answer.exception() or answer.result().is_server_error
+    finally:
+        done.set()
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_port_that_is_taken_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

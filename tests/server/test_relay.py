@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from cacheblend_rag.errors import EngineDeadError
 from cacheblend_rag.server.relay import (
     Answered,
     Asked,
+    Replica,
     add_relay,
     answered,
     endpoints,
@@ -33,20 +38,23 @@ def engine_app() -> FastAPI:
         body = await request.body()
         shown = {
             "method": request.method,
-            "path": request.scope["raw_path"].decode(),
-            "query": request.scope["query_string"].decode(),
+            "path": request.scope["raw_path"].decode("latin-1"),
+            "query": request.scope["query_string"].decode("latin-1"),
             "key": request.headers.get("idempotency-key"),
             "host": request.headers["host"],
             "body": body.decode(),
         }
-        return JSONResponse(shown, 202, {"Retry-After": "3"})
+        reply = JSONResponse(shown, 202, {"Retry-After": "3"})
+        reply.set_cookie("a", "1", path=None, samesite=None)
+        reply.set_cookie("b", "2", path=None, samesite=None)
+        return reply
 
     made.router.add_route("/{rest:path}", say, methods=["GET", "POST", "PUT", "DELETE"])
     return made
 
 
-def client(ask: Any = None) -> httpx.AsyncClient:
-    """Of a server that has no engine: each request crosses over as plain data."""
+def front(ask: Any = None) -> FastAPI:
+    """A server that has no engine: each request crosses over as plain data."""
     app, engine = FastAPI(), engine_app()
 
     async def there(asked: Asked) -> Answered:
@@ -54,7 +62,37 @@ def client(ask: Any = None) -> httpx.AsyncClient:
         return await answered(engine, Asked(*plain[:3], plain[3].encode()))
 
     add_relay(app, ask or there, MAX_BODY)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front")
+    return app
+
+
+def client(ask: Any = None) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(front(ask)), base_url="http://front")
+
+
+async def ask_raw(
+    method: str, target: bytes, headers: list[tuple[bytes, bytes]]
+) -> tuple[int, list[tuple[bytes, bytes]], Any]:
+    """What the front answers; httpx would write another path."""
+    path, _, query = target.partition(b"?")
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": unquote(path.decode()),
+        "raw_path": path,
+        "query_string": query,
+        "headers": headers,
+    }
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"body"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await front()(scope, receive, send)
+    body = b"".join(message.get("body", b"") for message in sent[1:])
+    return sent[0]["status"], sent[0]["headers"], json.loads(body)
 
 
 @pytest.mark.parametrize(
@@ -65,19 +103,27 @@ def client(ask: Any = None) -> httpx.AsyncClient:
         ("PUT", "/documents/a%2Fb%20c"),
         ("DELETE", "/chunks/k"),
         ("POST", "/ingestions"),
+        # documents of these names: a client's library would ask for others
+        ("PUT", "/documents/a/../b"),
+        ("DELETE", "/documents/.."),
+        ("PUT", "/documents/./x"),
+        ("PUT", "/documents//x"),
+        ("PUT", "/documents/ü"),
+        ("PUT", "/documents/%c3%bc?x=ü&y=%2F"),
+        ("PUT", '/documents/a"<{|'),
     ],
 )
 async def test_a_request_arrives_as_it_was_sent(method: str, path: str) -> None:
-    reply = await client().request(
-        method, BASE + path, content="body", headers={"Idempotency-Key": "i"}
-    )
-    assert reply.status_code == 202 and reply.headers["retry-after"] == "3"
-    name, _, query = (BASE + path).partition("?")
-    assert reply.json() == {
+    target = (BASE + path).encode()
+    status, headers, shown = await ask_raw(method, target, [(b"idempotency-key", b"i\xe9")])
+    assert status == 202 and (b"retry-after", b"3") in headers
+    assert [value for name, value in headers if name == b"set-cookie"] == [b"a=1", b"b=2"]
+    name, _, query = target.decode("latin-1").partition("?")
+    assert shown == {
         "method": method,
         "path": name,
         "query": query,
-        "key": "i",
+        "key": "i\xe9",
         "host": "engine",
         "body": "body",
     }
@@ -131,27 +177,93 @@ def test_what_only_one_process_knows(path: str, of_one: bool) -> None:
     assert Asked("GET", BASE + path, [], b"").is_of_one is of_one
 
 
+@dataclass
+class FakeFleet:
+    """Replicas that answer with a status; None: one that can't be reached."""
+
+    statuses: dict[Replica, int | None]
+    asked: list[Replica | None] = field(default_factory=list)
+
+    async def replicas(self) -> list[Replica]:
+        return list(self.statuses)
+
+    async def ask_any(self, asked: Asked) -> Answered:
+        self.asked.append(None)
+        status = next(iter(self.statuses.values()))
+        assert status is not None
+        return Answered(status, [], b"")
+
+    async def ask(self, replica: Replica, asked: Asked) -> Answered:
+        self.asked.append(replica)
+        if (status := self.statuses[replica]) is None:
+            raise EngineDeadError("it is gone")
+        return Answered(status, [], b"")
+
+
+REPLICAS = [Replica(f"machine {n % 3}", f"replica {n}") for n in range(6)]  # two on each
+
+
+def keyed(key: str, method: str = "POST", path: str = "/ingestions") -> Asked:
+    return Asked(method, BASE + path, [("Idempotency-Key", key)], b"")
+
+
 @pytest.mark.parametrize(
     ("path", "statuses", "found"),
     [
         ("/requests/r", [404, 404, 200], 200),
         ("/requests/r", [404, 404, 404], 404),
         ("/requests/r", [404, 503, 404], 503),
+        ("/requests/r", [404, None, 200], 200),  # one died, which is no reason
         ("/requests/r", [200], 200),
         ("/chunks/k", [404], 404),
     ],
 )
-async def test_the_one_that_knows_answers(path: str, statuses: list[int], found: int) -> None:
-    replies = [Answered(status, [], b"") for status in statuses]
-    asked_all: list[Asked] = []
-
-    async def ask_any(asked: Asked) -> Answered:
-        return replies[0]
-
-    def ask_all(asked: Asked) -> list[Answered]:
-        asked_all.append(asked)
-        return replies
-
+async def test_the_one_that_knows_answers(
+    path: str, statuses: list[int | None], found: int
+) -> None:
+    fleet = FakeFleet(dict(zip(REPLICAS, statuses, strict=False)))
     asked = Asked("GET", BASE + path, [], b"")
-    assert (await first_found(asked, ask_any, ask_all)).status == found
-    assert bool(asked_all) is (len(statuses) > 1)
+    assert (await first_found(asked, fleet)).status == found
+    assert len(fleet.asked) == (1 if len(statuses) == 1 else 1 + len(statuses))
+
+
+async def home(asked: Asked, known: Iterable[Replica], away: Collection[Replica] = ()) -> Any:
+    fleet = FakeFleet({replica: None if replica in away else 200 for replica in known})
+    assert (await first_found(asked, fleet)).status == 200
+    return fleet.asked
+
+
+async def test_a_repeated_request_reaches_the_jobs_of_the_first() -> None:
+    """A file of jobs is one machine's: elsewhere its key is not known."""
+    homes = set()
+    for number in range(40):
+        asked = keyed(f"key {number}")
+        [first] = await home(asked, REPLICAS)
+        assert await home(asked, reversed(REPLICAS)) == [first]
+        homes.add(first)
+        first_, second = await home(asked, REPLICAS, away=[first])
+        assert first_ == first and second.machine == first.machine
+        left = [replica for replica in REPLICAS if replica != first]
+        assert await home(asked, left) == [second], "so it is where Ray no longer names the first"
+        others = [replica for replica in REPLICAS if replica.machine != first.machine]
+        *_, third = await home(asked, REPLICAS, away=[first, second])
+        assert third in others
+        assert await home(asked, [*others, first]) == [first]
+    assert len(homes) == len(REPLICAS), "keys are spread"
+    with pytest.raises(EngineDeadError, match="ask again"):
+        await home(keyed("k"), REPLICAS, away=REPLICAS)
+
+
+async def test_what_changes_one_document_meets() -> None:
+    [put] = await home(keyed("a", "PUT", "/documents/%c3%bc"), REPLICAS)
+    assert put in REPLICAS
+    for asked in (
+        keyed("b", "PUT", "/documents/%C3%BC?x=1"),
+        keyed("c", "DELETE", "/documents/\xc3\xbc"),
+    ):
+        assert await home(asked, REPLICAS) == [put]
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("POST", "/chunks/keys")])
+async def test_any_replica_does_for_other_requests(method: str, path: str) -> None:
+    assert await home(Asked(method, BASE + path, [], b""), REPLICAS) == [None]

@@ -69,13 +69,13 @@ ONE = bearer("sk-one")
 
 @pytest.mark.parametrize("path", ANSWERS)
 async def test_an_answer_is_asked_in_the_tenants_space(asked: Any, path: str) -> None:
-    given = {"model": "m", "kv_transfer_params": {"x": 1, "cacheblend": {"mode": "off"}}}
+    given = {"model": "m", "kv_transfer_params": {"cacheblend": {"mode": "off"}}}
     answer = (await asked.post(path, json=given, headers=ONE)).json()
     ours = {"mode": "off", "space": "secret-one"}
     assert answer["whose"] == "one"
     assert answer["body"] == {
         "model": "m",
-        "kv_transfer_params": {"x": 1, "cacheblend": ours},
+        "kv_transfer_params": {"cacheblend": ours},
         "cache_salt": salt("secret-one", None),
     }
 
@@ -110,6 +110,12 @@ async def test_a_clients_own_salt_is_kept_within_the_tenants(asked: Any) -> None
         {"kv_transfer_params": {"cacheblend": {"space": None}}},
         {"kv_transfer_params": {"cacheblend": {"request_id": "x"}}},
         {"kv_transfer_params": {"cacheblend": []}},
+        {"kv_transfer_params": {"cacheblend": {"handed_over": {"start": None, "tag": ""}}}},
+        {"kv_transfer_params": {"do_remote_decode": True}},
+        {"kv_transfer_params": {"do_remote_prefill": True, "remote_block_ids": [[7]]}},
+        {"kv_transfer_params": {"cacheblend": {}, "prompt_token_ids": [1]}},
+        {"kv_transfer_params": {"": None}},
+        {"ec_transfer_params": {"a": {"do_remote": True}}},
         {"kv_transfer_params": "x"},
         {"previous_response_id": "resp_x"},
         {"background": True},
