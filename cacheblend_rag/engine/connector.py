@@ -181,7 +181,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         """vLLM's caches are dropped, as they have to be where weights are changed in place."""
         # The stores keep what they have: it is of a model by its fingerprint.
         if self.claims is not None:
-            self.claims.suspect_weights()
+            self.claims.weights.begin()
         return True
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:

@@ -34,7 +34,7 @@ from cacheblend_rag.engine.refinement import Refinements
 from cacheblend_rag.engine.room import Room, most_rows
 from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.watching import Watch, Watching
-from cacheblend_rag.engine.weights import CHANGED
+from cacheblend_rag.engine.weights import CHANGED, Suspicion
 from cacheblend_rag.learn import Span
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan
 from cacheblend_rag.planner import Limits, Planned, Planner
@@ -238,7 +238,7 @@ class Claims:
         self._watching = Watching(link)
         # Plain requests too: a blend may be given blocks that one of them is still writing.
         self._live: dict[str, Any] = {}  # all requests that did not end, planned or not
-        self._are_suspect = self._checks_weights = False  # the model's weights
+        self.weights = Suspicion()
 
     def begin(self, request: Any) -> None:
         """A request arrived; nothing of it was looked up yet."""
@@ -327,7 +327,7 @@ class Claims:
             tracked.shared = tracked.prefix_cached = hit
         else:
             self.refinements.stop(request.request_id)
-        if self._are_suspect:
+        if self.weights.are_suspect:
             tracked.why_not = tracked.why_not or _SUSPECT
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
@@ -337,7 +337,7 @@ class Claims:
         computes = rows_of(plan, total, write_from)
         rows = min(computes, total - hit)
         try:
-            if self._waits(tracked, plan, rows, hit):
+            if _waits(tracked, rows, hit, self._live.values(), self._ahead, self._room):
                 return None
         except RefusedError as refusal:
             tracked.refuse(hit, refusal.why)
@@ -349,27 +349,6 @@ class Claims:
         # these hashes only this request finds them.
         hide(request, hit // tracked.per_hash, uuid.uuid4().hex)
         return tracked.claim.there
-
-    def _waits(self, tracked: _Tracked, plan: Plan, rows: int, hit: int) -> bool:
-        """Whether a blend of so many ``rows`` should not begin with this step.
-
-        Raises:
-            RefusedError: it is not worth it.
-        """
-        request, per = tracked.request, tracked.per_hash
-        # After a preemption the chunks are in memory, or were seen to be missing: no waiting for
-        # them again.
-        is_first = not tracked.begun
-        # What costs least comes first: whoever waits is asked again with every step.
-        if is_first and self._ahead.is_fetching(request.request_id):
-            return True
-        if not self._room.has(rows):
-            if is_first:
-                self._ahead.look_ahead(request.request_id, plan)
-            return True
-        if not _is_written(request, self._live.values(), hit // per, per):
-            return True
-        return is_first and self._ahead.waits(request.request_id, plan)
 
     def _not_blended(self, tracked: _Tracked) -> int:
         """The workers keep its report: its last output never leaves where the front end ends it."""
@@ -410,11 +389,11 @@ class Claims:
         """What the workers have to know of the step that was built."""
         tasks, self._tasks = self._tasks, {}
         plain, self._plain = self._plain, {}
-        checks, self._checks_weights = self._checks_weights, False
+        checks = self.weights.ask()
         self._ahead.end_of_step()
         self._room.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
-        self._drop_without_outcome(gone)
+        _drop_without_outcome(self._requests[name] for name in gone & self._requests.keys())
         for name in gone:
             self.refinements.stop(name)
             self._room.free(name)
@@ -423,7 +402,7 @@ class Claims:
         watches = self._watching.has_any(names)
         watch = self._watching.step(_batch(scheduled)) if watches else None
         more = self.planning.observer.take(), watch, self._watching.take()
-        if not any(self._has_claim(name) for name in names):
+        if not any(t.claim for name in names if (t := self._requests.get(name))):
             return Step(tasks, {}, gone, plain, *more, self._refines(scheduled), checks)
         # Where the rows of a claim stand in the step depends on the rows of all other requests.
         # All requests of the step, not only blends: so workers need no lengths from their runner,
@@ -444,27 +423,14 @@ class Claims:
                 self._room.free(name)
         return Step(tasks, batch, gone, plain, *more, checks_weights=checks)
 
-    def suspect_weights(self) -> None:
-        """Blend nothing until the workers have said whether the model's weights were changed."""
-        self._are_suspect = self._checks_weights = True
-
     def take_weights(self, *, changed: bool) -> None:
-        """The workers have said it."""
-        self._are_suspect = False
+        """The workers have said whether the model's weights were changed."""
+        self.weights.are_suspect = False
         if changed:
             self.planning.deliver(0, [Limits(why_not=CHANGED)])
             for tracked in self._requests.values():
                 if not tracked.begun:  # it was planned before
                     tracked.why_not = tracked.why_not or CHANGED
-
-    def _drop_without_outcome(self, preempted: Iterable[str]) -> None:
-        """vLLM ends a request whose blocks were lost with an error only while it runs. One that was
-        preempted before that was known would keep the token that was sampled from such blocks.
-        """
-        for name in preempted:
-            tracked = self._requests.get(name)
-            if tracked is not None and not tracked.outcome_known:
-                compat.drop_output_in_flight(tracked.request)
 
     def _refines(self, scheduled: Any) -> Sequence[Refine]:
         """What is computed again with a step that has no rows of a blend. Nothing, where a request
@@ -534,9 +500,40 @@ class Claims:
         # vLLM hands this on with the request's last output, as ``kv_transfer_params``.
         return {PARAMS_KEY: {**tracked.report(), **tracked.handed_over(), "refined": refined}}
 
-    def _has_claim(self, name: str) -> bool:
-        tracked = self._requests.get(name)
-        return tracked is not None and tracked.claim is not None
+
+def _waits(
+    tracked: _Tracked, rows: int, hit: int, live: Iterable[Any], ahead: Ahead, room: Room
+) -> bool:
+    """Whether a blend of so many ``rows`` should not begin with this step. vLLM leaves the request
+    out of it then, and asks again with the next one.
+
+    Raises:
+        RefusedError: it is not worth it.
+    """
+    request, plan = tracked.request, tracked.plan
+    assert plan is not None
+    # After a preemption the chunks are in memory, or were seen to be missing: no waiting for them
+    # again.
+    is_first = not tracked.begun
+    # What costs least comes first: whoever waits is asked again with every step.
+    if is_first and ahead.is_fetching(request.request_id):
+        return True
+    if not room.has(rows):
+        if is_first:
+            ahead.look_ahead(request.request_id, plan)
+        return True
+    if not _is_written(request, live, hit // tracked.per_hash, tracked.per_hash):
+        return True
+    return is_first and ahead.waits(request.request_id, plan)
+
+
+def _drop_without_outcome(preempted: Iterable[_Tracked]) -> None:
+    """vLLM ends a request whose blocks were lost with an error only while it runs. One that was
+    preempted before that was known would keep the token that was sampled from such blocks.
+    """
+    for tracked in preempted:
+        if not tracked.outcome_known:
+            compat.drop_output_in_flight(tracked.request)
 
 
 def _task(tracked: _Tracked, claim: _Claim, blocks: Sequence[int]) -> BlendTask:

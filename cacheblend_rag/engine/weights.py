@@ -57,3 +57,24 @@ class Weights:
                 # An odd step, or only one byte of each number would be seen.
                 every = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
                 yield every[:: max(1, count // _SAMPLES) | 1][:_SAMPLES]
+
+
+class Suspicion:
+    """The scheduler's side: after vLLM's caches were reset, nothing is blended until the workers
+    have said whether the weights were changed.
+
+    Attributes:
+        are_suspect: they have not said it yet.
+    """
+
+    def __init__(self) -> None:
+        self.are_suspect = self._is_to_ask = False
+
+    def begin(self) -> None:
+        """The caches were reset."""
+        self.are_suspect = self._is_to_ask = True
+
+    def ask(self) -> bool:
+        """Whether the workers are to be asked with this step, which is once."""
+        asks, self._is_to_ask = self._is_to_ask, False
+        return asks

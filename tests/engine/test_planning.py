@@ -133,55 +133,54 @@ def test_what_was_fetched_for_a_request_that_left_is_dropped() -> None:
     assert held == {"stays"}
 
 
+class Disk:
+    """Stands for a worker's rows and blender; plans are words here."""
+
+    def __init__(self) -> None:
+        self.blender, self.held, self.looked = self, set[str](), 0
+
+    def consider(self, plan: Any) -> tuple[Any, set[str]]:
+        self.looked += 1
+        return (Why(Reason.PREFILL_AS_QUICK, "slow") if plan == "poor" else None), set()
+
+    def is_fast(self, plan: Any) -> bool:
+        return bool(plan == "fast")
+
+    def fetch(self, name: str, plan: Any) -> None:
+        self.held.add(name)
+
+    def forget(self, name: str) -> None:
+        self.held.discard(name)
+
+    def refusal(self, name: str) -> None:
+        return None
+
+    def stage(self, name: str, plan: Any) -> None:
+        pass
+
+    def begin_ahead(self, task: Any) -> None:
+        self.held.discard(task.request_id)
+
+
 def test_what_is_fetched_for_blends_to_come_is_bounded() -> None:
     """It is beside the store's own memory: of a long queue it would fill the host's."""
-    held, looked = set[str](), list[str]()
-
-    class Disk:
-        def consider(self, plan: Any) -> tuple[Any, set[str]]:
-            looked.append(plan)
-            return (
-                (Why(Reason.PREFILL_AS_QUICK, "slow"), set()) if plan == "poor" else (None, set())
-            )
-
-        def is_fast(self, plan: Any) -> bool:
-            return bool(plan == "fast")
-
-        def fetch(self, name: str, plan: Any) -> None:
-            held.add(name)
-
-        def forget(self, name: str) -> None:
-            held.discard(name)
-
-        def refusal(self, name: str) -> None:
-            return None
-
-        def stage(self, name: str, plan: Any) -> None:
-            pass
-
-    class Rows:
-        blender = Disk()
-
-        def begin_ahead(self, task: Any) -> None:
-            held.discard(task.request_id)
-
-    ahead = Ahead(cast(Any, SimpleNamespace(rows=Rows())))
-    slow = cast(Plan, "slow")
+    disk, slow = Disk(), cast(Plan, "slow")
+    ahead = Ahead(cast(Any, SimpleNamespace(rows=disk)))
     for name in map(str, range(10)):
         ahead.look_ahead(name, slow)  # these have no room yet
     for _ in range(3):
         for name in map(str, range(10, 100)):
             assert ahead.waits(name, slow)
-    until(lambda: len(held) == 8)
+    until(lambda: len(disk.held) == 8)
     time.sleep(0.05)
-    assert held == set(map(str, range(8))), "no more, whoever asks"
-    assert len(looked) == 8 + 90, "each is looked at once"
+    assert disk.held == set(map(str, range(8))), "no more, whoever asks"
+    assert disk.looked == 8 + 90, "each is looked at once"
     assert not ahead.waits("quick", cast(Plan, "fast")), "what is in memory need not wait"
     assert not ahead.waits("0", slow)
     ahead.begin(cast(Any, SimpleNamespace(request_id="0")))
     ahead.forget("1")
     assert ahead.waits("98", slow) and ahead.waits("99", slow)
-    until(lambda: held == {*map(str, range(2, 8)), "98", "99"})
+    until(lambda: disk.held == {*map(str, range(2, 8)), "98", "99"})
     with pytest.raises(RefusedError):
         ahead.waits("poor", cast(Plan, "poor"))
     ahead.forget("2")

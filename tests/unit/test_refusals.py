@@ -43,6 +43,8 @@ WORDS = {
     Reason.PROMPT_LOGPROBS: ("`prompt_logprobs`",),
     Reason.PROMPT_EMBEDS: ("embeddings",),
     Reason.BEAM_SEARCH: ("beam search",),
+    Reason.SKIPS_CACHE: ("`skip_reading_prefix_cache`",),
+    Reason.WEIGHTS_CHANGED: ("weights changed in the running engine",),
     Reason.OTHER_CONNECTORS: ("other KV connectors",),
     Reason.ROWS_DIFFER: ("ratio 1 must equal a plain prefill",),
 }
