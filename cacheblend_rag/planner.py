@@ -95,6 +95,12 @@ class Limits(NamedTuple):
     costs: Costs | None = None
     proving: bool = False
 
+    def behind(self, earlier: Limits) -> Limits:
+        """These, where ``earlier`` ones held: once weights were changed, nothing is blended."""
+        why_not = earlier.why_not
+        is_final = why_not is not None and why_not.reason is Reason.WEIGHTS_CHANGED
+        return earlier if is_final else self
+
 
 class Lost(NamedTuple):
     """Chunks that a blend wanted and the stores do not have."""
@@ -152,6 +158,11 @@ class Planner:
         self.learning: Learning | None = None
 
     @property
+    def why_not(self) -> Why | None:
+        """Why nothing is blended; None where something is."""
+        return self._limits.why_not
+
+    @property
     def plans_all(self) -> bool:
         """Whether requests are planned that carry no options of ours."""
         return self._default is not None
@@ -161,7 +172,7 @@ class Planner:
         if isinstance(message, News):
             self.known.learn(rank, message)
         elif isinstance(message, Limits):
-            self._limits = message
+            self._limits = message.behind(self._limits)
         elif isinstance(message, Lost):
             self._lose(message.keys)
         elif isinstance(message, Learning):

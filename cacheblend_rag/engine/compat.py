@@ -224,6 +224,15 @@ def is_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def moves(config: VllmConfig) -> dict[str, bool]:
+    """Which weights vLLM itself moves in memory, see ``weights.Weights``."""
+    prefetched = getattr(getattr(config, "offload_config", None), "prefetch", None)
+    return {
+        "moves_experts": bool(config.parallel_config.enable_eplb),
+        "moves_all": bool(getattr(prefetched, "offload_group_size", 0)),
+    }
+
+
 def engine_refusal(config: VllmConfig) -> Why | None:
     """Why this engine configuration can't blend exactly; None if it can."""
     parallel = config.parallel_config

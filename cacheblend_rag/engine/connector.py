@@ -50,7 +50,8 @@ class BlendMetadata(KVConnectorMetadata):
 class BlendResults(KVConnectorWorkerMetadata):
     """Workers to scheduler: outcomes by request, as plain data, why blends failed, which requests
     could not even be computed, what each rank reports besides, what was refined, a handshake that
-    had to wait for a step, and whether weights were changed, where that was asked.
+    had to wait for a step, and for which reset of vLLM's caches, if that was asked, whether weights
+    were changed.
     """
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class BlendResults(KVConnectorWorkerMetadata):
     messages: dict[int, list[Message]] = field(default_factory=dict)
     refined: list[tuple[str, Refined]] = field(default_factory=list)
     bound: dict[int, RankMessages] = field(default_factory=dict)
-    weights_changed: bool | None = None
+    weights_changed: tuple[int, bool] | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> BlendResults:
         """Rank 0's outcomes; any rank's failures."""
@@ -110,7 +111,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self._runner: Any = None
         self._heap = Heap.of(vllm_config.device_config.device_type)
         self._bound: RankMessages | None = None  # a handshake that leaves with the next step
-        self._weights_changed: bool | None = None  # not yet reported
+        self._weights_changed: tuple[int, bool] | None = None  # not yet reported
         if self._binds:  # what cannot be written must not be read, whatever vLLM's default is
             given.kv_load_failure_policy = "fail"
 
@@ -165,7 +166,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             for rank, messages in sorted(results.messages.items()):
                 self.claims.planning.deliver(rank, messages)
             if results.weights_changed is not None:
-                self.claims.take_weights(changed=results.weights_changed)
+                number, changed = results.weights_changed
+                self.claims.take_weights(number, changed=changed)
             self.claims.lose(results.lost)
             self.claims.results(results.outcomes, results.failed)
             self.claims.refinements.take(results.refined)
@@ -224,7 +226,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         for name, report in step.plain.items():
             self._remember(name, report)
         if step.checks_weights:
-            self._check_weights()
+            self._check_weights(step.checks_weights)
         if self.rows is not None:
             self.rows.forget(step.gone)
             self.rows.begin_step(step.tasks, step.batch)
@@ -235,11 +237,12 @@ class CacheBlendConnector(KVConnectorBase_V1):
             for name, task in step.tasks.items():  # a worker that does not know its model
                 self._lost[name] = set(task.own_blocks(self._block_size))
 
-    def _check_weights(self) -> None:
+    def _check_weights(self, number: int) -> None:
         weights = self.worker_state.weights
         # Where the model is not known nothing is blended anyway.
-        self._weights_changed = weights is not None and weights.are_changed()
-        if self._weights_changed:
+        changed = weights is not None and weights.are_changed()
+        self._weights_changed = number, changed
+        if changed:
             self.worker_state.limits = Limits(why_not=CHANGED)
 
     def _refine(self, refine: Refine) -> None:

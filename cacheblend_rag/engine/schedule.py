@@ -43,9 +43,6 @@ from cacheblend_rag.shadow import Drawn, ShadowJob
 from cacheblend_rag.shadow.report import waiting
 
 _MOST_ENDED = 1024
-_SUSPECT = Why(
-    Reason.NOT_READY, "vLLM's caches were reset: whether the model's weights changed is looked up"
-)
 _NOT_CHOSEN = Why(Reason.OTHER_CONNECTORS, "another KV connector has the prompt's KV")
 _CACHED = Why(Reason.PREFIX_CACHED, "vLLM's prefix cache holds all that would be blended")
 
@@ -70,7 +67,8 @@ class Step(NamedTuple):
         spans: chunks that were learnt, and are to be computed.
         watch: rows of answers that are shadowed; shadows: answers that ended.
         refines: tokens of answers under way that are computed again before the model runs.
-        checks_weights: the workers are to say whether the model's weights were changed.
+        checks_weights: for which reset of vLLM's caches the workers are to say whether the model's
+            weights were changed; 0: for none.
     """
 
     tasks: dict[str, BlendTask]
@@ -81,7 +79,7 @@ class Step(NamedTuple):
     watch: Watch | None = None
     shadows: Sequence[ShadowJob] = ()
     refines: Sequence[Refine] = ()
-    checks_weights: bool = False
+    checks_weights: int = 0
 
 
 @dataclass
@@ -327,8 +325,11 @@ class Claims:
             tracked.shared = tracked.prefix_cached = hit
         else:
             self.refinements.stop(request.request_id)
-        if self.weights.are_suspect:
-            tracked.why_not = tracked.why_not or _SUSPECT
+        if (why_not := self.weights.fault(self.planning.planner.why_not)) is not None:
+            tracked.why_not = tracked.why_not or why_not
+            if tracked.usable(hit) < hit:  # it would go on behind blocks that were never written
+                tracked.hide()
+                return None
         plan, write_from, tracked.claim = tracked.plan, tracked.usable(hit), None
         if plan is None or tracked.why_not or write_from >= plan.end:
             return self._not_blended(tracked)
@@ -354,6 +355,7 @@ class Claims:
         """The workers keep its report: its last output never leaves where the front end ends it."""
         if not tracked.begun:
             self._plain[tracked.name] = tracked.report()
+            self._ahead.forget(tracked.request.request_id)  # what was fetched for it
         return 0
 
     def allocated(self, request: Any, blocks: Sequence[int], there: int) -> None:
@@ -389,7 +391,7 @@ class Claims:
         """What the workers have to know of the step that was built."""
         tasks, self._tasks = self._tasks, {}
         plain, self._plain = self._plain, {}
-        checks = self.weights.ask()
+        checks = self.weights.ask(has_rows=bool(scheduled.num_scheduled_tokens))
         self._ahead.end_of_step()
         self._room.end_of_step()
         gone = set(scheduled.preempted_req_ids or ())
@@ -423,14 +425,11 @@ class Claims:
                 self._room.free(name)
         return Step(tasks, batch, gone, plain, *more, checks_weights=checks)
 
-    def take_weights(self, *, changed: bool) -> None:
+    def take_weights(self, number: int, *, changed: bool) -> None:
         """The workers have said whether the model's weights were changed."""
-        self.weights.are_suspect = False
+        self.weights.take(number, changed=changed)
         if changed:
             self.planning.deliver(0, [Limits(why_not=CHANGED)])
-            for tracked in self._requests.values():
-                if not tracked.begun:  # it was planned before
-                    tracked.why_not = tracked.why_not or CHANGED
 
     def _refines(self, scheduled: Any) -> Sequence[Refine]:
         """What is computed again with a step that has no rows of a blend. Nothing, where a request

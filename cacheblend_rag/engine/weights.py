@@ -18,6 +18,9 @@ CHANGED = Why(
     Reason.WEIGHTS_CHANGED,
     "the model's weights were changed since the engine started. Restart it with the new ones",
 )
+_SUSPECT = Why(
+    Reason.NOT_READY, "vLLM's caches were reset: whether the model's weights changed is looked up"
+)
 _SAMPLES = 128  # bytes of each tensor
 
 
@@ -28,10 +31,19 @@ class Weights:
         model: the part of it that this rank has.
         ranks: that have the others. All of them ask together.
         moves_experts: vLLM exchanges experts between ranks. Those are not looked at.
+        moves_all: vLLM brings weights as a forward needs them. None is looked at.
     """
 
-    def __init__(self, model: torch.nn.Module, ranks: Ranks, *, moves_experts: bool) -> None:
-        self._model, self._ranks, self._moves_experts = model, ranks, moves_experts
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        ranks: Ranks,
+        *,
+        moves_experts: bool = False,
+        moves_all: bool = False,
+    ) -> None:
+        self._model, self._ranks = model, ranks
+        self._moves_experts, self._moves_all = moves_experts, moves_all
         self._first = self._sample()
 
     def are_changed(self) -> bool:
@@ -48,7 +60,7 @@ class Weights:
     def _some(self) -> Iterator[torch.Tensor]:
         """Bytes of each tensor, spread over it."""
         for name, tensor in self._model.named_parameters():
-            if self._moves_experts and ".experts." in name:
+            if self._moves_all or (self._moves_experts and ".experts." in name):
                 continue
             storage = tensor.untyped_storage()
             count = storage.nbytes()
@@ -62,19 +74,39 @@ class Weights:
 class Suspicion:
     """The scheduler's side: after vLLM's caches were reset, nothing is blended until the workers
     have said whether the weights were changed.
-
-    Attributes:
-        are_suspect: they have not said it yet.
     """
 
     def __init__(self) -> None:
-        self.are_suspect = self._is_to_ask = False
+        self._number = 0  # of the resets
+        self._asked = self._answered = 0  # for which of them
+        self._are_changed = False
+
+    def fault(self, of_plans: Why | None) -> Why | None:
+        """Why nothing is blended now, even if it was planned; None where weights are no reason.
+
+        ``of_plans``: why nothing is planned: an ingestion looks at the weights, too.
+        """
+        is_known = of_plans is not None and of_plans.reason is CHANGED.reason
+        if self._are_changed or is_known:
+            return CHANGED
+        return _SUSPECT if self._answered < self._number else None
 
     def begin(self) -> None:
         """The caches were reset."""
-        self.are_suspect = self._is_to_ask = True
+        self._number += 1
 
-    def ask(self) -> bool:
-        """Whether the workers are to be asked with this step, which is once."""
-        asks, self._is_to_ask = self._is_to_ask, False
-        return asks
+    def ask(self, *, has_rows: bool) -> int:
+        """The number of the reset for which the workers are to answer with this step; 0: of none.
+
+        ``has_rows``: the step computes something. Others are made while an engine is paused, before
+        its weights are changed, or sleeps and has none.
+        """
+        if not has_rows or self._asked == self._number:
+            return 0
+        self._asked = self._number
+        return self._number
+
+    def take(self, number: int, *, changed: bool) -> None:
+        """An answer came."""
+        self._answered = max(self._answered, number)
+        self._are_changed |= changed

@@ -101,8 +101,7 @@ class WorkerExtension(Queries):
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
             rope.check_reaches(max_len)
             self._state().parts = handle, rope, cache
-            moves = bool(self.vllm_config.parallel_config.enable_eplb)
-            self._state().weights = Weights(model, handle.ranks, moves_experts=moves)
+            self._state().weights = Weights(model, handle.ranks, **compat.moves(self.vllm_config))
             self._connector().rows = StepRows(handle, cache, tensors)
             most, recent = shadow.longest(self.vllm_config, self.device), self._connector().recent
             self._state().shadow = ShadowWorker(handle, tensors, most, recent)
@@ -278,8 +277,8 @@ class WorkerExtension(Queries):
         self._connector().step_timer.exclude(sliced.seconds)
         if not done:
             return {"seconds": sliced.seconds, **self._connector().step_timer.to_plain()}
-        self._check_weights()  # again: they may have been changed between two slices
         keys, computed = sliced.take()
+        self._check_weights()  # again: they may have been changed between two slices
         learnt = sliced.learnt
         return self._later(lambda store: self._put(store, keys, computed, learnt=learnt))
 
@@ -352,7 +351,7 @@ class WorkerExtension(Queries):
         """Tell the scheduler's side what all ranks know."""
         state = self._state()
         if isinstance(message, Limits):
-            state.limits = message
+            state.limits = message.behind(state.limits)
         elif isinstance(message, Space) and message.default:
             state.space = message
         # All ranks have it; one tells.

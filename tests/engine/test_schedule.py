@@ -16,8 +16,9 @@ from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.room import Room, most_rows
 from cacheblend_rag.engine.schedule import Claims
 from cacheblend_rag.engine.start import graph_sizes
+from cacheblend_rag.engine.weights import CHANGED
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan, Segment
-from cacheblend_rag.planner import Planned
+from cacheblend_rag.planner import Limits, Planned
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.shadow import Drawn
 
@@ -178,8 +179,84 @@ def test_who_has_no_room_costs_little(claims: Claims, monkeypatch: pytest.Monkey
     assert there is not None
     claims.allocated(waiting[0], Blocks().get_block_ids()[0], there)
     for _ in range(5):
+        step(claims, new={"0": there}, rows={"0": 1})  # it takes many steps
         assert all(claims.there(one, 0) is None for one in waiting[1:])
     assert asked == {"0": 1, "written": 1}
+
+
+def allocated(claims: Claims, one: Any) -> int:
+    there = claims.there(one, 0)
+    assert there is not None
+    claims.allocated(one, Blocks().get_block_ids()[0], there)
+    return there
+
+
+def test_an_empty_step_says_nothing_of_weights(claims: Claims) -> None:
+    """vLLM makes them while an engine is paused, before the change, or has none as it sleeps."""
+    claims.weights.begin()
+    assert step(claims, new={}, rows={}).checks_weights == 0
+    one = request()
+    claims.begin(one)
+    assert claims.there(one, 0) == 0
+    assert step(claims, new={"r": 0}, rows={"r": 64}).checks_weights == 1
+    assert step(claims, new={}, rows={"r": 1}).checks_weights == 0
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_an_answer_to_an_earlier_reset_ends_no_later_suspicion(
+    claims: Claims, *, changed: bool
+) -> None:
+    claims.weights.begin()
+    assert step(claims, new={"p": 0}, rows={"p": 1}).checks_weights == 1
+    claims.weights.begin()
+    claims.take_weights(1, changed=False)
+    assert claims.weights.fault(None) is not None
+    assert step(claims, new={"p": 0}, rows={"p": 1}).checks_weights == 2
+    claims.take_weights(2, changed=changed)
+    assert (claims.weights.fault(None) is None) is not changed
+
+
+def test_a_blend_before_weights_were_changed_is_not_repeated(claims: Claims) -> None:
+    """It was planned, begun and preempted; its first step afterwards comes late."""
+    one = request()
+    claims.begin(one)
+    there = allocated(claims, one)
+    step(claims, new={"r": there}, rows={"r": COMPUTES})
+    claims.weights.begin()
+    claims.take_weights(1, changed=True)
+    assert claims.there(one, 0) == 0
+    assert not step(claims, new={"r": 0}, rows={"r": 1}).tasks
+
+
+def test_blocks_that_were_never_written_are_not_read_for_suspicion(claims: Claims) -> None:
+    one = request()
+    claims.begin(one)
+    there = allocated(claims, one)
+    step(claims, new={"r": there}, rows={"r": 40})  # it is preempted in the middle of its blend
+    before = list(one.block_hashes)
+    claims.weights.begin()
+    assert claims.there(one, 112) is None
+    assert not set(before[:7]) & set(one.block_hashes)
+    assert claims.there(one, 0) == 0
+
+
+def test_an_ingestion_finds_weights_changed_behind_a_plan(claims: Claims) -> None:
+    one = request()
+    claims.begin(one)
+    planner = claims.planning.planner
+    planner.learn(0, Limits(why_not=CHANGED))
+    planner.learn(0, Limits())  # of a proof that passed
+    assert planner.why_not == CHANGED
+    assert claims.there(one, 0) == 0
+
+
+def test_what_was_fetched_for_a_plain_request_is_let_go(claims: Claims) -> None:
+    """Not at its end: as many as are fetched ahead would keep all others waiting until then."""
+    forgotten = list[str]()
+    claims._ahead.forget = forgotten.append  # type: ignore[method-assign]
+    one = request()
+    claims.begin(one)
+    assert claims.there(one, 176) == 0 and forgotten == ["r"]
 
 
 def test_a_refused_blend_that_begins_with_an_earlier_one_says_so(claims: Claims) -> None:

@@ -105,7 +105,8 @@ class Model(nn.Module):
 @pytest.mark.parametrize("which", ["wide", "packed", "experts"])
 def test_a_change_of_any_weight_is_seen(which: str) -> None:
     model = nn.ModuleDict({"mlp": Model()})
-    all_of_them = Weights(model, ALONE, moves_experts=False)
+    all_of_them = Weights(model, ALONE)
+    none = Weights(model, ALONE, moves_all=True)
     but_experts = Weights(model, ALONE, moves_experts=True)
     assert not all_of_them.are_changed() and not but_experts.are_changed()
     with torch.no_grad():
@@ -113,3 +114,4 @@ def test_a_change_of_any_weight_is_seen(which: str) -> None:
         part.add_(1)
     assert all_of_them.are_changed()
     assert but_experts.are_changed() == (which != "experts")
+    assert not none.are_changed()
