@@ -40,6 +40,9 @@ class Correction:
         candidate_E: bool, reused tokens that are not exact; chosen: int64 positions, ascending.
         propagation_length: tokens at which the weight of a recomputed token's change has fallen to
             1/e.
+
+    Attributes:
+        goes_on: some tokens have no blocks in this pass, and are moved in later ones.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Correction:
         self._there = executor.rope.delta(zeros(self.moved_N), self.moved_N)
         self._back = executor.rope.delta(self._sources_R, zeros(self._sources_R))
         self._sums: dict[int, list[torch.Tensor]] = {}  # by layer, of earlier passes
+        self.goes_on = False
 
     def _chunk(self, start: int, end: int, propagation_length: int) -> _Chunk | None:
         """The chunk at prompt tokens [start, end); None where nothing of it moves."""
@@ -84,8 +88,8 @@ class Correction:
         fresh: tuple[torch.Tensor, torch.Tensor],
         reused: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """K and V [N, G, D] of the tokens ``moved_N`` at layer ``index``; None where this pass, of
-        tokens between and behind chunks, shows nothing of them.
+        """K and V [N, G, D] of the tokens ``moved_N`` at layer ``index``; None where no pass so far
+        shows anything of them.
 
         Args:
             tile_T: int64, ascending, the recomputed tokens of this pass; those of earlier passes
@@ -95,9 +99,27 @@ class Correction:
         # Recomputed tokens ascend over the passes, so those of this one are a run of them.
         low = int(torch.searchsorted(self._sources_R, tile_T[0]))
         high = int(torch.searchsorted(self._sources_R, tile_T[-1], right=True))
-        if low == high:
+        sums = self._sums.pop(index, None)
+        if low < high:
+            sums = self._added(index, sums, slice(low, high), tile_T, fresh, reused)
+        if sums is None:  # tokens between and behind chunks, in all passes so far
             return None
-        here = slice(low, high)
+        if high < len(self._sources_R) or self.goes_on:
+            self._sums[index] = sums
+        moves = self._rope.apply(sums[0], self._there, index), sums[1]
+        k, v = (_moved(_rows(r, self.moved_N), by) for r, by in zip(reused, moves, strict=True))
+        return k, v
+
+    def _added(
+        self,
+        index: int,
+        sums: list[torch.Tensor] | None,
+        here: slice,
+        tile_T: torch.Tensor,
+        fresh: tuple[torch.Tensor, torch.Tensor],
+        reused: tuple[torch.Tensor, torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """The ``sums`` of earlier passes with what the sources ``here`` show."""
         sources = self._sources_R[here]
         at = torch.searchsorted(tile_T, sources)
         back = RotationDelta(self._back.cos_TNP[:, here], self._back.sin_TNP[:, here])
@@ -109,22 +131,16 @@ class Correction:
         off_k = self._rope.apply(off_k, back, index)
         # A pass may have some of the recomputed tokens, and vLLM may need more passes. Each adds to
         # the sums of those before, and what it corrects is as far as they go.
-        sums = self._sums.get(index) or [
-            off.new_zeros(len(self.moved_N), *off.shape[1:]) for off in (off_k, off_v)
-        ]
+        sums = sums or [off.new_zeros(len(self.moved_N), *off.shape[1:]) for off in (off_k, off_v)]
         for chunk in self._chunks:
-            first, last = max(chunk.low, low), min(chunk.high, high)
+            first, last = max(chunk.low, here.start), min(chunk.high, here.stop)
             if first < last:
                 weight_CS = chunk.weight_CS[:, first - chunk.low : last - chunk.low]
                 for total, off in zip(sums, (off_k, off_v), strict=True):
-                    rows = off[first - low : last - low]
+                    rows = off[first - here.start : last - here.start]
                     # One operation: a CPU spends longer on handing tensors around than on these.
                     total[chunk.moved].flatten(1).addmm_(weight_CS, rows.flatten(1))
-        if high < len(self._sources_R):
-            self._sums[index] = sums
-        moves = self._rope.apply(sums[0], self._there, index), sums[1]
-        k, v = (_moved(_rows(r, self.moved_N), by) for r, by in zip(reused, moves, strict=True))
-        return k, v
+        return sums
 
 
 def _rows(kv_NGD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -73,6 +73,7 @@ class TorchExecutor(BlendExecutor):
         self._slots = self._cache.slots(table, torch.arange(low, high))
         if self._correction is not None:
             moved = self._correction.moved_N
+            self._correction.goes_on = high < self.region.end
             self._moved_slots = self._cache.slots(table, moved[moved < high].cpu())
 
     def place(self, layers: range) -> None:
