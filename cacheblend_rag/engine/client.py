@@ -80,8 +80,6 @@ class ClientEngine(Engine):
         self._slicing, self._closed = threading.local(), False
         self.pace, self.asked = Pace(), 0
         config = client.vllm_config
-        # Asked of the engine between two steps: so only where somebody can put it to sleep.
-        self._may_sleep = bool(config.model_config.enable_sleep_mode or envs.VLLM_SERVER_DEV_MODE)
         refusal = compat.model_refusal(config.model_config)
         # Asked of the configuration, as a worker without our extension answers each RPC with an
         # error that names a method.
@@ -93,6 +91,8 @@ class ClientEngine(Engine):
                 "/v1/cacheblend need. Start it by `cacheblend serve`, or add "
                 f"--worker-extension-cls {WORKER}"
             )
+        # Asked of the engine between two steps: so only where somebody can put it to sleep.
+        self._may_sleep = bool(config.model_config.enable_sleep_mode or envs.VLLM_SERVER_DEV_MODE)
         states = self.rpc("cacheblend_state")
         self.state: dict[str, Any] = states[0]
         self.sampling_names = sampling_names()

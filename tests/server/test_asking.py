@@ -20,6 +20,7 @@ pytestmark = pytest.mark.vllm
 def engine() -> ClientEngine:
     """Of no server."""
     made = object.__new__(ClientEngine)
+    made._may_sleep = False
     made.pace, made.asked, made._slicing = Pace(), 0, threading.local()
     return made
 
