@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -167,6 +167,9 @@ class StepRows:
         earlier steps were queued, so this comes behind them, as the step does. What fails here is
         begun again with the step, which says why it can't.
         """
+        # To choose may need stored KV, or missing chunks' tokens, in blocks that are new.
+        if self._tensors.zeroes_blocks:
+            return
         clock = Clock(self.handle.device)
         outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached, task.planned)
         on_stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
@@ -390,24 +393,7 @@ class StepRows:
         know the rows: this waits for them.
         """
         positions = {part.name: part.positions.numpy() for part in parts}
-        sequences: list[tuple[Array, Array, int]] = []  # first rows, lengths, number of the request
-        at = 0
-        for number, name in enumerate(order):
-            s = batch[name]
-            if name in positions:
-                drafts = s.computed + s.known + np.arange(s.drafts)
-                first, length = _runs(np.concatenate([positions[name], drafts]))
-            # Another request of the step, or one that is computed exactly: one run, as vLLM has it.
-            else:
-                first, length = np.array([0]), np.array([s.computed + s.rows])
-            sequences.append((at + first, length, number))
-            at += s.rows
-        bounds = np.concatenate([*(first for first, _, _ in sequences), [at]])
-        lengths = np.concatenate([length for _, length, _ in sequences])
-        whose = np.concatenate([np.full(len(length), n) for _, length, n in sequences])
-        # All runs of a request have its whole block table. Stock kernels are causal from the end of
-        # a sequence, and a run's sequence ends with its last row: so each row sees what stands
-        # before it.
+        bounds, lengths, whose = _sequences(positions, [(name, batch[name]) for name in order])
         table = self._tensors.table(len(order))[upload(whose, self.handle.device)]
         slots = next(iter(context.slot_mapping.values()))
         return self._cache.build(bounds, lengths, table, slots, self._tensors.positions(len(slots)))
@@ -512,6 +498,35 @@ def _proxy(impl: _StepImpl) -> ProxyLayer:
     if layout.is_latent(impl._layer):
         return _LatentStepLayer(_LatentStepImpl(impl))
     return ProxyLayer(impl)
+
+
+def _sequences(
+    positions: Mapping[str, Array], batch: Sequence[tuple[str, Scheduled]]
+) -> tuple[Array, Array, Array]:
+    """The sequences that a step's metadata is built of, each run of a blend's rows one of them:
+    their first rows and the end of all, their contexts, and the numbers of their requests.
+
+    All runs of a request have its whole block table. Stock kernels are causal from the end of a
+    sequence, and a run's sequence ends with its last row: so each row sees what stands before it.
+
+    Args:
+        positions: of blends' rows; batch: all requests, in the order of their rows.
+    """
+    sequences: list[tuple[Array, Array, int]] = []  # first rows, lengths, number of the request
+    at = 0
+    for number, (name, s) in enumerate(batch):
+        if name in positions:
+            drafts = s.computed + s.known + np.arange(s.drafts)
+            first, length = _runs(np.concatenate([positions[name], drafts]))
+        # Another request of the step, or one that is computed exactly: one run, as vLLM has it.
+        else:
+            first, length = np.array([0]), np.array([s.computed + s.rows])
+        sequences.append((at + first, length, number))
+        at += s.rows
+    bounds = np.concatenate([*(first for first, _, _ in sequences), [at]])
+    lengths = np.concatenate([length for _, length, _ in sequences])
+    whose = np.concatenate([np.full(len(length), n) for _, length, n in sequences])
+    return bounds, lengths, whose
 
 
 def _runs(positions: Array) -> tuple[Array, Array]:

@@ -25,6 +25,13 @@ class StepTensors(ABC):
     def __init__(self, runner: Any, handle: ModelHandle) -> None:
         self._runner, self._handle = runner, handle
 
+    @property
+    def zeroes_blocks(self) -> bool:
+        """Whether vLLM zeroes a step's new blocks as it prepares the step."""
+        # A version that does not say so may do it.
+        caches = self._runner.kv_cache_config
+        return bool(getattr(caches, "needs_kv_cache_zeroing", True))
+
     @abstractmethod
     def order(self, counts: Mapping[str, int]) -> list[str]:
         """The requests in the order of their rows; ``counts`` has the rows of each."""

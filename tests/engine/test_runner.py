@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.runner import step_tensors
@@ -93,3 +94,14 @@ def test_prompts_of_embeddings_are_refused_where_none_ran(embeds: bool) -> None:
     with pytest.raises(RefusedError, match="enable_prompt_embeds") as refused:
         step_tensors(runner, handle)
     assert refused.value.why.reason is Reason.PROMPT_EMBEDS
+
+
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_vllm_says_whether_it_zeroes_new_blocks(zeroes: bool) -> None:
+    assert hasattr(KVCacheConfig, "needs_kv_cache_zeroing"), "or nothing is begun ahead"
+    runner = runner_of(images=False, dimensions=0)
+    handle: Any = SimpleNamespace()
+    runner.kv_cache_config = SimpleNamespace(needs_kv_cache_zeroing=zeroes)
+    assert step_tensors(runner, handle).zeroes_blocks is zeroes
+    runner.kv_cache_config = SimpleNamespace()
+    assert step_tensors(runner, handle).zeroes_blocks, "a version that does not say so"
