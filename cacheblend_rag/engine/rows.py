@@ -120,7 +120,6 @@ class _Blend:
     def advance(self, scheduled: Scheduled) -> Positions:
         """Go on by this step's rows: open their blocks, and return their positions."""
         first = scheduled.computed - self.task.first_row
-        self.done = scheduled.computed + scheduled.known
         if self.executor is not None:
             self.executor.open(self.blocks, self.placed, self.done)
             # vLLM's uploads for this step are queued. And the host is about to wait for the rows.
@@ -199,6 +198,8 @@ class StepRows:
         ours = {name: self._blends[name] for name in batch if name in self._blends}
         if not ours:
             return
+        for name, blend in ours.items():  # first, since one that is lost here goes on as well
+            blend.done = batch[name].computed + batch[name].known
         with self._losing(*(blend for blend in ours.values() if blend.executor is not None)):
             self._change(ours, batch)
         self._collect(ours)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.forward_context import override_forward_context
 
 from cacheblend_rag.engine.blend import Choice, Positions
 from cacheblend_rag.engine.outcome import BlendTask
-from cacheblend_rag.engine.rows import StepRows
+from cacheblend_rag.engine.rows import Scheduled, StepRows
 from cacheblend_rag.plan import Plan, Segment
 
 pytestmark = pytest.mark.vllm
@@ -66,22 +68,49 @@ class Executor:
 
 
 class Blender:
-    """Chooses every second token, and a ``spare`` number more than there are rows."""
+    """Chooses the last tokens, ``spare`` more than there are rows.
 
-    def __init__(self, said: list[str], spare: int = 0, fails: str = "") -> None:
-        self._said, self._spare, self._fails = said, spare, fails
+    Args:
+        said: what executors are asked for; fails: what each request's executor can't do.
+    """
+
+    def __init__(
+        self, said: list[str], spare: int = 0, fails: Mapping[str, str] | None = None
+    ) -> None:
+        self._said, self._spare, self._fails = said, spare, fails or {}
 
     def choose(self, task: BlendTask, outcome: Any) -> Choice:
         self._said.append("choose")
         chosen = torch.arange(PROMPT - task.rows - self._spare, PROMPT)
-        executor: Any = Executor(self._said, self._fails)
+        executor: Any = Executor(self._said, self._fails.get(task.name, ""))
         return Choice(executor, Positions(chosen))
 
     def recompute(self, executor: Any, positions: torch.Tensor) -> None:
         executor.recompute(positions)
 
 
-def rows_of(**tensors: Any) -> StepRows:
+class Tensors:
+    """Stands where vLLM's step is."""
+
+    zeroes_blocks = False
+
+    def order(self, counts: Mapping[str, int]) -> list[str]:
+        return list(counts)
+
+    def table(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, 1)
+
+    def positions(self, count: int) -> torch.Tensor:
+        return torch.zeros(count)
+
+    def write(self, place: slice, number: int, ids: torch.Tensor, *args: Any) -> None:
+        torch.zeros(PROMPT * 4)[place] = ids.float()  # as many as there are rows
+
+    def write_nothing(self, rows: slice) -> None:
+        pass
+
+
+def rows_of(ranks: Any = None) -> StepRows:
     alone = SimpleNamespace(
         all_or_none=lambda work: work(), any=lambda flags: flags, agree=lambda **_: None
     )
@@ -91,18 +120,48 @@ def rows_of(**tensors: Any) -> StepRows:
         model_config=SimpleNamespace(dtype=torch.float32),
     )
     handle: Any = SimpleNamespace(
-        device=CPU, num_layers=LAYERS, config=config, ranks=alone, adapters=adapters
+        device=CPU,
+        num_layers=LAYERS,
+        config=config,
+        ranks=ranks or alone,
+        adapters=adapters,
+        attention={},
     )
-    cache: Any = SimpleNamespace(block_size=BLOCK, handle=handle)
-    return StepRows(handle, cache, SimpleNamespace(zeroes_blocks=False, **tensors))  # type: ignore[arg-type]
+    cache: Any = SimpleNamespace(block_size=BLOCK, handle=handle, build=lambda *args: {})
+    return StepRows(handle, cache, Tensors())  # type: ignore[arg-type]
+
+
+def begin_step(rows: StepRows, tasks: Sequence[BlendTask], batch: Mapping[str, Scheduled]) -> None:
+    """A step that is no whole graph."""
+    context: Any = SimpleNamespace(
+        cudagraph_runtime_mode=None, no_compile_layers={}, slot_mapping={"layer": torch.zeros(1)}
+    )
+    with override_forward_context(context):
+        rows.begin_step({task.name: task for task in tasks}, batch)
 
 
 @pytest.mark.parametrize("zeroes", [False, True])
-def test_nothing_is_begun_in_blocks_that_are_yet_to_be_zeroed(zeroes: bool) -> None:
+def test_nothing_is_begun_in_blocks_that_are_yet_to_be_zeroed(
+    zeroes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, said = rows_of(), list[str]()
-    rows._tensors.zeroes_blocks = zeroes  # type: ignore[misc]
+    monkeypatch.setattr(Tensors, "zeroes_blocks", zeroes)
     rows.blender = Blender(said, spare=4)  # type: ignore[assignment]
     rows.begin_ahead(task_of("a"))
     assert said == ([] if zeroes else ["choose", "open", "recompute", "place"])
     rows._begin(task_of("a"))
     assert said == ["choose", "open", "recompute", "place"], "once, at the latest with the step"
+
+
+def test_blends_that_are_lost_together_end_with_their_last_rows() -> None:
+    """Those that go on as plain requests would else be taken for blends in a later step, and have
+    its blends lost with them.
+    """
+    rows = rows_of()
+    rows.blender = Blender([], fails={"a": "open"})  # type: ignore[assignment]
+    a, b, c = (task_of(name, rows=PROMPT) for name in "abc")
+    begin_step(rows, [a, b], {name: Scheduled(0, PROMPT) for name in "ab"})
+    assert [(f.name, f.why_not is None) for f in rows.finished()] == [("a", False), ("b", False)]
+    begin_step(rows, [c], {"b": Scheduled(PROMPT, 1), "c": Scheduled(0, PROMPT)})
+    assert [(f.name, f.why_not) for f in rows.finished()] == [("c", None)]
+    assert not rows.lost()
