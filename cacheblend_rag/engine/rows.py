@@ -127,6 +127,11 @@ class _Blend:
         self.placed = max(self.placed, self.done)
         return self.positions[first : first + scheduled.known]
 
+    def give_up(self) -> None:
+        """Nothing more comes of what is stored."""
+        if self.executor is not None:
+            self.executor.give_up()
+
 
 class _Part(NamedTuple):
     """A blend's rows in this step: which they are, and the positions they get."""
@@ -251,8 +256,8 @@ class StepRows:
         for name in names:
             for blends in (self._blends, self._begun_ahead):
                 blend = blends.pop(name, None)
-                if blend is not None and blend.executor is not None:
-                    blend.executor.give_up()
+                if blend is not None:
+                    blend.give_up()
 
     # ---- a blend -------------------------------------------------------------------------------
 
@@ -268,8 +273,7 @@ class StepRows:
         clock = Clock(self.handle.device)
         outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached, task.planned)
         try:
-            chosen = self.handle.ranks.all_or_none(lambda: self._chosen(task, outcome))
-            self._blends[task.request_id] = chosen
+            self._blends[task.request_id] = self._chosen_by_all(task, outcome)
             return
         except RefusedError as refusal:
             why_not = refusal.why
@@ -308,6 +312,7 @@ class StepRows:
         """
         logger.exception("%s can't be blended: %s", blend.task.request_id, cause)
         blend.why_not = Why(Reason.BLEND_FAILED, f"blending failed: {cause}")
+        blend.give_up()  # or what its transfer has half filled would be held for ever
         if blend.task.first_row == blend.task.write_from:
             return
         # The blocks before these hold what other requests may have written, and may be reading.
@@ -319,20 +324,31 @@ class StepRows:
         with logging_failures(logger, "the blocks of %s can't be cleared", blend.task.request_id):
             clear(self._cache, own, self._most_rows)
 
+    def _chosen_by_all(self, task: BlendTask, outcome: BlendOutcome) -> _Blend:
+        """Where one rank can't, all raise."""
+        with contextlib.ExitStack() as here:
+
+            def choose() -> _Blend:
+                blend = self._chosen(task, outcome)
+                here.enter_context(on_failure(blend.give_up))  # another rank's too
+                return blend
+
+            return self.handle.ranks.all_or_none(choose)
+
     def _chosen(self, task: BlendTask, outcome: BlendOutcome) -> _Blend:
         if self.blender is None:
             raise RuntimeError("the worker was not bound")
         assert all(task.blocks), "the null block, which all requests share, is among the blocks"
         executor, positions, proof = self.blender.choose(task, outcome)
         placed, spare = task.write_from, len(positions) - task.rows
-        assert spare >= 0, "a blend never computes fewer tokens than it claimed"
         # A chunk that went missing leaves more to compute than was claimed, and vLLM's rows cannot
         # grow. The surplus are the lowest positions, all below ``first_row``. They must be in the
         # cache when the rows attend, and nothing may be placed over them later: hence ``placed``.
-        if spare:  # more than there are rows: the first tokens are computed before the step
-            placed = task.first_row
-            # Memory of a transfer under way: nobody else would give it back.
-            with on_failure(executor.give_up):
+        # Memory of a transfer under way: nobody else would give it back.
+        with on_failure(executor.give_up):
+            assert spare >= 0, "a blend never computes fewer tokens than it claimed"
+            if spare:  # more than there are rows: the first tokens are computed before the step
+                placed = task.first_row
                 executor.open(task.blocks, task.write_from, placed)
                 self.blender.recompute(executor, positions[:spare].device)
                 executor.place(range(self.handle.num_layers))

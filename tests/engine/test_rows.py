@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ from vllm.forward_context import override_forward_context
 
 from cacheblend_rag.engine.blend import Choice, Positions
 from cacheblend_rag.engine.outcome import BlendTask
+from cacheblend_rag.engine.ranks import PeerError
 from cacheblend_rag.engine.rows import Scheduled, StepRows
 from cacheblend_rag.plan import Plan, Segment
 
@@ -165,3 +166,22 @@ def test_blends_that_are_lost_together_end_with_their_last_rows() -> None:
     begin_step(rows, [c], {"b": Scheduled(PROMPT, 1), "c": Scheduled(0, PROMPT)})
     assert [(f.name, f.why_not) for f in rows.finished()] == [("c", None)]
     assert not rows.lost()
+
+
+@pytest.mark.parametrize("fails", ["open", "peer", "fewer"])
+def test_who_can_not_be_blended_gives_its_transfer_up(fails: str) -> None:
+    """Its chunks would stay half filled in GPU memory, and be brought anew for each request."""
+
+    def refuses(work: Callable[[], Any]) -> Any:
+        work()
+        raise PeerError("another rank failed on purpose")
+
+    rows, said = rows_of(), list[str]()
+    if fails == "peer":
+        rows.handle.ranks.all_or_none = refuses  # type: ignore[method-assign]
+    spare = -1 if fails == "fewer" else 0
+    rows.blender = Blender(said, spare, {"a": fails})  # type: ignore[assignment]
+    begin_step(rows, [task_of("a", rows=PROMPT)], {"a": Scheduled(0, PROMPT)})
+    assert said.count("give_up") == 1 and said[-1] == "give_up"
+    (done,) = rows.finished()
+    assert done.why_not is not None
