@@ -228,19 +228,25 @@ class StepRows:
         """Called behind the model's forward: judge the blends that were to prove something."""
         for blend in self._finished:
             proof, blend.proof = blend.proof, None
-            if proof is None or blend.why_not is not None:
+            if proof is None:
                 continue
-            error, bound = proof.error(), tolerance(self._dtype)[0]
-            if error is None:
-                continue
-            # Each rank sees its own heads only, so a vote keeps the ranks alike. "Not below" is
-            # true of NaN too.
-            if self.handle.ranks.any([not error <= bound])[0]:
+            found: float | None = None
+            with self._losing(blend):
+                found = proof.error()
+            error, bound = found or 0.0, tolerance(self._dtype)[0]
+            # Each rank sees its own heads only, and may have lost the blend alone. So all of them
+            # vote on every proof that was begun. "Not below" is true of NaN too.
+            flags = [blend.why_not is not None, not error <= bound, found is None]
+            is_lost, differs, is_unknown = self.handle.ranks.any(flags)
+            if is_lost:  # by a failure, which says nothing of others
+                if blend.why_not is None:
+                    self._lose(blend, "another rank failed, its log has the cause")
+            elif differs:
                 detail = f"rows of vLLM's step differ by {error:.3g} ({bound:g} allowed)"
                 self._lose(blend, detail)
                 self._is_disproved = True
                 self.proved(Why(Reason.ROWS_DIFFER, detail))
-            elif not self._is_disproved:  # by another that was under way with this one
+            elif not (is_unknown or self._is_disproved):  # by another, under way with this one
                 self.proved(None)
 
     def finished(self) -> list[Finished]:
@@ -478,8 +484,8 @@ class _StepImpl(ProxyImpl):
                 part.executor.place_layer(self._index)
                 if move is not None:
                     move(self._index, key[part.place], value[part.place])
-            if part.blend.proof is not None and self._is_last:
-                part.blend.proof.note(part.positions.device, key[part.place], value[part.place])
+                if part.blend.proof is not None and self._is_last:
+                    part.blend.proof.note(part.positions.device, key[part.place], value[part.place])
 
 
 class _LatentStepImpl(ProxyImpl):

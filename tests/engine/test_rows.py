@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from vllm.forward_context import override_forward_context
 
 from cacheblend_rag.engine.blend import Choice, Positions
 from cacheblend_rag.engine.outcome import BlendTask
-from cacheblend_rag.engine.ranks import PeerError
+from cacheblend_rag.engine.ranks import PeerError, Ranks
 from cacheblend_rag.engine.rows import Scheduled, StepRows
 from cacheblend_rag.plan import Plan, Segment
+from cacheblend_rag.reason import Reason
 
 pytestmark = pytest.mark.vllm
 CPU, BLOCK, LAYERS = torch.device("cpu"), 4, 2
@@ -111,6 +114,50 @@ class Tensors:
         pass
 
 
+class Voices:
+    """Between two ranks: each vote takes one flag after another from both."""
+
+    def __init__(self) -> None:
+        self._barrier = Barrier(2, timeout=10)
+        self._flags: list[Sequence[bool]] = [[], []]
+
+    def any(self, rank: int, flags: Sequence[bool]) -> list[bool]:
+        self._flags[rank] = flags
+        self._barrier.wait()
+        both = list(zip(*self._flags, strict=True))
+        self._barrier.wait()
+        return [any(flags) for flags in both]
+
+
+class TwoRanks(Ranks):
+    """A rank in a thread of its own. It fails where it would wait for the other in vain.
+
+    Attributes:
+        votes: how many flags each vote was on.
+    """
+
+    def __init__(self, voices: Voices, number: int) -> None:
+        self.alone, self.number, self.votes = False, number, list[int]()
+        self._voices = voices
+
+    def _any(self, flags: Sequence[bool]) -> list[bool]:
+        self.votes.append(len(flags))
+        return self._voices.any(self.number, flags)
+
+
+_T = TypeVar("_T")
+
+
+def on_two_ranks(work: Callable[[TwoRanks], _T]) -> list[_T]:
+    """What it returns on each; all have cast the same votes."""
+    voices = Voices()
+    ranks = [TwoRanks(voices, number) for number in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(work, ranks))
+    assert ranks[0].votes == ranks[1].votes
+    return results
+
+
 def rows_of(ranks: Any = None) -> StepRows:
     alone = SimpleNamespace(
         all_or_none=lambda work: work(), any=lambda flags: flags, agree=lambda **_: None
@@ -185,3 +232,46 @@ def test_who_can_not_be_blended_gives_its_transfer_up(fails: str) -> None:
     assert said.count("give_up") == 1 and said[-1] == "give_up"
     (done,) = rows.finished()
     assert done.why_not is not None
+
+
+ERRORS = [
+    ([1e-6, 1e-6], "holds"),
+    ([1e-6, 1.0], "differs"),
+    ([float("nan"), 1e-6], "differs"),
+    ([1e-6, MemoryError("on purpose")], "lost"),
+    ([1.0, "lost"], "lost"),
+    ([None, None], "unknown"),
+    ([1e-6, None], "unknown"),
+]
+
+
+@pytest.mark.parametrize(("errors", "what"), ERRORS)
+def test_all_ranks_vote_on_each_proof_that_was_begun(errors: list[Any], what: str) -> None:
+    """One may have lost the blend, or know nothing of it, alone: the others would wait for it."""
+
+    def judge(ranks: TwoRanks) -> tuple[bool, list[Any]]:
+        rows, error, said = rows_of(ranks), errors[ranks.number], list[Any]()
+        rows.blender = Blender([])  # type: ignore[assignment]
+        rows._cache.slots = lambda *args: torch.zeros(0)  # type: ignore[method-assign]
+        rows.proved = said.append
+        begin_step(rows, [task_of("a")], {"a": Scheduled(PROMPT - 8, 8)})
+        (blend,) = rows._finished
+        blend.proof = SimpleNamespace(error=lambda: measured(error))  # type: ignore[assignment]
+        if error == "lost":
+            rows._lose(blend, "on purpose")
+        rows.prove()
+        return bool(rows.lost()), [said and said[0] and said[0].reason]
+
+    expected = {
+        "holds": (False, [None]),
+        "differs": (True, [Reason.ROWS_DIFFER]),
+        "lost": (True, [[]]),
+        "unknown": (False, [[]]),
+    }
+    assert on_two_ranks(judge) == [expected[what]] * 2
+
+
+def measured(error: Any) -> Any:
+    if isinstance(error, Exception):
+        raise error
+    return 1.0 if error == "lost" else error
