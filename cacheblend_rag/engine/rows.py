@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -217,7 +218,8 @@ class StepRows:
         if context is None or context.cudagraph_runtime_mode == CUDAGraphMode.FULL:
             self._compute_before_step(ours, batch)
         else:
-            self._rewrite(ours, batch, context)
+            # One vote for all: a model that takes embeddings makes them on all ranks together.
+            self.handle.ranks.all_or_none(lambda: self._rewrite(ours, batch, context))
 
     def lost(self) -> dict[str, set[int]]:
         """Requests that could not be computed since the call before, and their own blocks."""
@@ -398,16 +400,10 @@ class StepRows:
                 )
         context.attn_metadata = self._metadata(parts, order, batch, context)
         moves = [(part, part.executor.propagator(part.positions.device)) for part in parts]
-        layers = self.handle.attention
         # A copy with other layers, for this step only. The runner makes a new context for the next
         # one, so nothing has to be undone, whatever happens in the forward.
-        context.no_compile_layers = {
-            **context.no_compile_layers,
-            **{
-                name: _proxy(_StepImpl(layer, i, moves, self._losing, i == len(layers) - 1))
-                for i, (name, layer) in enumerate(layers.items())
-            },
-        }
+        proxies = _proxies(self.handle.attention, moves, self._losing)
+        context.no_compile_layers = {**context.no_compile_layers, **proxies}
 
     def _metadata(
         self, parts: list[_Part], order: list[str], batch: Mapping[str, Scheduled], context: Any
@@ -432,21 +428,32 @@ class StepRows:
         counts = np.array([batch[name].rows for name in order])
         first = dict(zip(order, (counts.cumsum() - counts).tolist(), strict=True))
         for name, blend in ours.items():
-            scheduled, positions = batch[name], blend.advance(batch[name])
-            if blend.executor is None:
-                continue
-            # Rows ascend and end with the last token, so those that are vLLM's own come behind. Of
-            # context, even these are computed here: they may move what is reused.
-            at, theirs = positions.numpy(), scheduled.computed + np.arange(scheduled.known)
-            others = int(((at != theirs) | (at < blend.task.plan.end)).sum())
-            if others:
-                with self.handle.adapters.using(blend.task.adapter):
-                    blend.executor.recompute(positions[:others].device)
-                # Or the graph would put the KV of the tokens that vLLM takes these rows for over
-                # what is placed there.
-                self._tensors.write_nothing(slice(first[name], first[name] + others))
-            # No layer of a graph asks for its stored KV, so all of it is placed before.
-            blend.executor.place(range(self.handle.num_layers))
+            if blend.executor is not None:
+                work = partial(self._compute, blend, blend.executor, batch[name], first[name])
+                # Ranks compute together. One that fails alone would go on without the others.
+                with self._losing(blend):
+                    self.handle.ranks.all_or_none(work)
+
+    def _compute(
+        self, blend: _Blend, executor: BlendExecutor, scheduled: Scheduled, first: int
+    ) -> None:
+        """What a blend's rows, from the step's row ``first`` on, would come to."""
+        # Rows ascend and end with the last token, so those that are vLLM's own come behind. Of
+        # context, even these are computed here: they may move what is reused.
+        positions, theirs = (
+            blend.advance(scheduled),
+            scheduled.computed + np.arange(scheduled.known),
+        )
+        at = positions.numpy()
+        others = int(((at != theirs) | (at < blend.task.plan.end)).sum())
+        if others:
+            with self.handle.adapters.using(blend.task.adapter):
+                executor.recompute(positions[:others].device)
+            # Or the graph would put the KV of the tokens that vLLM takes these rows for over what
+            # is placed there.
+            self._tensors.write_nothing(slice(first, first + others))
+        # No layer of a graph asks for its stored KV, so all of it is placed before.
+        executor.place(range(self.handle.num_layers))
 
 
 class _StepImpl(ProxyImpl):
@@ -521,6 +528,19 @@ def _proxy(impl: _StepImpl) -> ProxyLayer:
     if layout.is_latent(impl._layer):
         return _LatentStepLayer(_LatentStepImpl(impl))
     return ProxyLayer(impl)
+
+
+def _proxies(
+    layers: Mapping[str, Any],
+    moves: list[tuple[_Part, Propagator | None]],
+    losing: Callable[[_Blend], AbstractContextManager[None]],
+) -> dict[str, ProxyLayer]:
+    """What stands in the place of each layer for a step."""
+    last = len(layers) - 1
+    return {
+        name: _proxy(_StepImpl(layer, i, moves, losing, i == last))
+        for i, (name, layer) in enumerate(layers.items())
+    }
 
 
 def _sequences(

@@ -81,6 +81,7 @@ class StepTensors(ABC):
         """Of tokens of the request whose adapter is in use: an adapter may change embeddings, and
         vLLM's layer takes these tokens for the first ones of the step.
         """
+        self._handle.ranks.agree()  # each has a part of the vocabulary
         with self._handle.adapters.during(len(ids)):
             embeddings: torch.Tensor = self._handle.model.embed_input_ids(ids)
         return embeddings

@@ -40,8 +40,8 @@ def task_of(name: str, *, rows: int = 8, blocks: int = 6) -> BlendTask:
 class Executor:
     """Stands where a request's executor does, and writes down what it is asked for."""
 
-    def __init__(self, said: list[str], fails: str = "") -> None:
-        self._said, self._fails = said, fails
+    def __init__(self, said: list[str], fails: str = "", ranks: Ranks | None = None) -> None:
+        self._said, self._fails, self._ranks = said, fails, ranks
         self.ids_E = torch.arange(PROMPT)
 
     def _say(self, word: str) -> None:
@@ -63,6 +63,8 @@ class Executor:
 
     def recompute(self, tile: torch.Tensor) -> None:
         self._say("recompute")
+        if self._ranks is not None:
+            self._ranks.agree()  # as a forward of ours does
 
     def propagator(self, tile: torch.Tensor) -> None:
         return None
@@ -79,14 +81,18 @@ class Blender:
     """
 
     def __init__(
-        self, said: list[str], spare: int = 0, fails: Mapping[str, str] | None = None
+        self,
+        said: list[str],
+        spare: int = 0,
+        fails: Mapping[str, str] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._said, self._spare, self._fails = said, spare, fails or {}
+        self._said, self._spare, self._fails, self._ranks = said, spare, fails or {}, ranks
 
     def choose(self, task: BlendTask, outcome: Any) -> Choice:
         self._said.append("choose")
         chosen = torch.arange(PROMPT - task.rows - self._spare, PROMPT)
-        executor: Any = Executor(self._said, self._fails.get(task.name, ""))
+        executor: Any = Executor(self._said, self._fails.get(task.name, ""), self._ranks)
         return Choice(executor, Positions(chosen))
 
     def recompute(self, executor: Any, positions: torch.Tensor) -> None:
@@ -275,3 +281,34 @@ def measured(error: Any) -> Any:
     if isinstance(error, Exception):
         raise error
     return 1.0 if error == "lost" else error
+
+
+class Together(Tensors):
+    """So it does to embed."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def write(self, place: slice, *args: Any) -> None:
+        self._ranks.agree()
+
+
+@pytest.mark.parametrize("is_graph", [True, False])
+@pytest.mark.parametrize("fails", ["open", "recompute", "place"])
+def test_who_fails_alone_in_a_step_leaves_no_rank_waiting(fails: str, is_graph: bool) -> None:
+    def step(ranks: TwoRanks) -> list[tuple[str, bool]]:
+        rows = rows_of(ranks)
+        rows._tensors = Together(ranks)  # type: ignore[assignment]
+        blender = Blender([], fails={"a": fails} if ranks.number else {}, ranks=ranks)
+        rows.blender = blender  # type: ignore[assignment]
+        tasks = [task_of(name, rows=PROMPT) for name in "ab"]
+        batch = {name: Scheduled(0, PROMPT) for name in "ab"}
+        if is_graph:
+            rows.begin_step({task.name: task for task in tasks}, batch)
+        else:
+            begin_step(rows, tasks, batch)
+        return [(done.name, done.why_not is None) for done in rows.finished()]
+
+    there = not is_graph and fails != "open"  # other steps neither compute nor place before
+    expected = [("a", there), ("b", is_graph or there)]
+    assert on_two_ranks(step) == [expected] * 2

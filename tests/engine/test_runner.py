@@ -59,7 +59,11 @@ def test_rows_of_text_are_written_in_all_dimensions_and_embedded(
         return torch.stack([ids, -ids], -1).float()
 
     adapters = SimpleNamespace(during=during)
-    handle: Any = SimpleNamespace(model=SimpleNamespace(embed_input_ids=embed), adapters=adapters)
+    handle: Any = SimpleNamespace(
+        model=SimpleNamespace(embed_input_ids=embed),
+        adapters=adapters,
+        ranks=SimpleNamespace(agree=lambda: None),
+    )
     tensors = step_tensors(runner, handle)
     slots = torch.zeros(ROWS, dtype=torch.int64)
     context = SimpleNamespace(slot_mapping={"a": slots, "b": slots})
