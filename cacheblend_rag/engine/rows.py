@@ -440,11 +440,8 @@ class StepRows:
         """What a blend's rows, from the step's row ``first`` on, would come to."""
         # Rows ascend and end with the last token, so those that are vLLM's own come behind. Of
         # context, even these are computed here: they may move what is reused.
-        positions, theirs = (
-            blend.advance(scheduled),
-            scheduled.computed + np.arange(scheduled.known),
-        )
-        at = positions.numpy()
+        positions = blend.advance(scheduled)
+        at, theirs = positions.numpy(), scheduled.computed + np.arange(scheduled.known)
         others = int(((at != theirs) | (at < blend.task.plan.end)).sum())
         if others:
             with self.handle.adapters.using(blend.task.adapter):
