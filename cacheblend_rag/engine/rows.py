@@ -398,24 +398,13 @@ class StepRows:
                 self._tensors.write(
                     part.place, order.index(part.name), ids, part.positions.device, context
                 )
-        context.attn_metadata = self._metadata(parts, order, batch, context)
+        in_order = [(name, batch[name]) for name in order]
+        context.attn_metadata = _metadata(self._cache, self._tensors, parts, in_order, context)
         moves = [(part, part.executor.propagator(part.positions.device)) for part in parts]
         # A copy with other layers, for this step only. The runner makes a new context for the next
         # one, so nothing has to be undone, whatever happens in the forward.
         proxies = _proxies(self.handle.attention, moves, self._losing)
         context.no_compile_layers = {**context.no_compile_layers, **proxies}
-
-    def _metadata(
-        self, parts: list[_Part], order: list[str], batch: Mapping[str, Scheduled], context: Any
-    ) -> dict[str, Any]:
-        """Attention metadata of the step, each run of a blend's rows a sequence. The host has to
-        know the rows: this waits for them.
-        """
-        positions = {part.name: part.positions.numpy() for part in parts}
-        bounds, lengths, whose = _sequences(positions, [(name, batch[name]) for name in order])
-        table = self._tensors.table(len(order))[upload(whose, self.handle.device)]
-        slots = next(iter(context.slot_mapping.values()))
-        return self._cache.build(bounds, lengths, table, slots, self._tensors.positions(len(slots)))
 
     def _compute_before_step(
         self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]
@@ -538,6 +527,23 @@ def _proxies(
         name: _proxy(_StepImpl(layer, i, moves, losing, i == last))
         for i, (name, layer) in enumerate(layers.items())
     }
+
+
+def _metadata(
+    cache: PagedCache,
+    tensors: StepTensors,
+    parts: list[_Part],
+    batch: Sequence[tuple[str, Scheduled]],
+    context: Any,
+) -> dict[str, Any]:
+    """Attention metadata of the step, each run of a blend's rows a sequence. The host has to know
+    the rows: this waits for them.
+    """
+    positions = {part.name: part.positions.numpy() for part in parts}
+    bounds, lengths, whose = _sequences(positions, batch)
+    table = tensors.table(len(batch))[upload(whose, cache.handle.device)]
+    slots = next(iter(context.slot_mapping.values()))
+    return cache.build(bounds, lengths, table, slots, tensors.positions(len(slots)))
 
 
 def _sequences(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from threading import Barrier
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -185,13 +187,17 @@ def rows_of(ranks: Any = None) -> StepRows:
     return StepRows(handle, cache, Tensors())  # type: ignore[arg-type]
 
 
-def begin_step(rows: StepRows, tasks: Sequence[BlendTask], batch: Mapping[str, Scheduled]) -> None:
-    """A step that is no whole graph."""
+def no_graph() -> AbstractContextManager[None]:
+    """Steps within are no whole graphs. For all threads: vLLM keeps it in a global variable."""
     context: Any = SimpleNamespace(
         cudagraph_runtime_mode=None, no_compile_layers={}, slot_mapping={"layer": torch.zeros(1)}
     )
-    with override_forward_context(context):
-        rows.begin_step({task.name: task for task in tasks}, batch)
+    within: AbstractContextManager[None] = override_forward_context(context)
+    return within
+
+
+def begin_step(rows: StepRows, tasks: Sequence[BlendTask], batch: Mapping[str, Scheduled]) -> None:
+    rows.begin_step({task.name: task for task in tasks}, batch)
 
 
 @pytest.mark.parametrize("zeroes", [False, True])
@@ -214,9 +220,11 @@ def test_blends_that_are_lost_together_end_with_their_last_rows() -> None:
     rows = rows_of()
     rows.blender = Blender([], fails={"a": "open"})  # type: ignore[assignment]
     a, b, c = (task_of(name, rows=PROMPT) for name in "abc")
-    begin_step(rows, [a, b], {name: Scheduled(0, PROMPT) for name in "ab"})
+    with no_graph():
+        begin_step(rows, [a, b], {name: Scheduled(0, PROMPT) for name in "ab"})
     assert [(f.name, f.why_not is None) for f in rows.finished()] == [("a", False), ("b", False)]
-    begin_step(rows, [c], {"b": Scheduled(PROMPT, 1), "c": Scheduled(0, PROMPT)})
+    with no_graph():
+        begin_step(rows, [c], {"b": Scheduled(PROMPT, 1), "c": Scheduled(0, PROMPT)})
     assert [(f.name, f.why_not) for f in rows.finished()] == [("c", None)]
     assert not rows.lost()
 
@@ -234,7 +242,8 @@ def test_who_can_not_be_blended_gives_its_transfer_up(fails: str) -> None:
         rows.handle.ranks.all_or_none = refuses  # type: ignore[method-assign]
     spare = -1 if fails == "fewer" else 0
     rows.blender = Blender(said, spare, {"a": fails})  # type: ignore[assignment]
-    begin_step(rows, [task_of("a", rows=PROMPT)], {"a": Scheduled(0, PROMPT)})
+    with no_graph():
+        begin_step(rows, [task_of("a", rows=PROMPT)], {"a": Scheduled(0, PROMPT)})
     assert said.count("give_up") == 1 and said[-1] == "give_up"
     (done,) = rows.finished()
     assert done.why_not is not None
@@ -274,7 +283,8 @@ def test_all_ranks_vote_on_each_proof_that_was_begun(errors: list[Any], what: st
         "lost": (True, [[]]),
         "unknown": (False, [[]]),
     }
-    assert on_two_ranks(judge) == [expected[what]] * 2
+    with no_graph():
+        assert on_two_ranks(judge) == [expected[what]] * 2
 
 
 def measured(error: Any) -> Any:
@@ -303,12 +313,10 @@ def test_who_fails_alone_in_a_step_leaves_no_rank_waiting(fails: str, is_graph: 
         rows.blender = blender  # type: ignore[assignment]
         tasks = [task_of(name, rows=PROMPT) for name in "ab"]
         batch = {name: Scheduled(0, PROMPT) for name in "ab"}
-        if is_graph:
-            rows.begin_step({task.name: task for task in tasks}, batch)
-        else:
-            begin_step(rows, tasks, batch)
+        begin_step(rows, tasks, batch)
         return [(done.name, done.why_not is None) for done in rows.finished()]
 
     there = not is_graph and fails != "open"  # other steps neither compute nor place before
     expected = [("a", there), ("b", is_graph or there)]
-    assert on_two_ranks(step) == [expected] * 2
+    with contextlib.nullcontext() if is_graph else no_graph():
+        assert on_two_ranks(step) == [expected] * 2
