@@ -165,7 +165,7 @@ class Blender:
         if task.proves and task.first_row > task.write_from:  # else its rows are all tokens
             proof = Proof(self.handle, task.token_ids, self._most_rows)
             loaded = [
-                Loaded(s.start, s.end, s.start, s.key, proof.chunk)
+                Loaded(s.start, s.end, s.start, proof.key, proof.chunk)
                 for s in task.plan.segments
                 if s.key
             ]

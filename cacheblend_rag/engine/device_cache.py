@@ -35,12 +35,15 @@ class DeviceCache:
         self._held: OrderedDict[str, CachedChunk] = OrderedDict()
         self._lock = RLock()
 
-    def get(self, key: str) -> CachedChunk | None:
-        """The chunk under ``key``; also one that another request is still filling."""
+    def get(self, key: str, chunk: ChunkKV) -> CachedChunk | None:
+        """The copy of ``chunk`` under ``key``; also one that another request is still filling."""
         with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-            return self._held.get(key)
+            held = self._held.get(key)
+            # Other tokens' KV would be a wrong answer that nothing else notices.
+            if held is None or not _same(held.chunk, chunk):
+                return None
+            self._held.move_to_end(key)
+            return held
 
     def complete(self, key: str) -> ChunkKV | None:
         """The chunk under ``key`` if no other needs to be read for it; from any thread."""
@@ -51,11 +54,12 @@ class DeviceCache:
 
     def room(self, key: str, chunk: ChunkKV) -> CachedChunk | None:
         """Memory to fill with ``chunk``, in place of what was unused for longest; None where it is
-        larger than the whole cache. Who fills it sets ``is_complete``.
+        larger than the whole cache, or has no key. Who fills it sets ``is_complete``.
         """
-        if chunk.nbytes > self.capacity:
+        if not key or chunk.nbytes > self.capacity:
             return None
         with self._lock:
+            self.discard(key)  # of other tokens
             # Also chunks that a request still reads. Their tensors live as long as that request
             # holds them, so the memory is over ``capacity`` for a moment, and never wrong.
             while self.nbytes + chunk.nbytes > self.capacity:
@@ -76,3 +80,8 @@ class DeviceCache:
             old = self._held.pop(key, None)
             if old is not None:
                 self.nbytes -= old.chunk.nbytes
+
+
+def _same(held: ChunkKV, chunk: ChunkKV) -> bool:
+    """Whether both are the KV of the same tokens at the same positions."""
+    return (held.token_ids, held.base) == (chunk.token_ids, chunk.base)

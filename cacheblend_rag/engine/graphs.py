@@ -86,12 +86,16 @@ class QuestionGraphs:
     Attributes:
         usable: false where the model is split over ranks, runs eagerly by the user's wish, or can't
             be captured; the pass then runs as it is.
+
+    Args:
+        view: of a layer's paged cache; block_size: the scheduler's.
     """
 
     def __init__(
         self,
         handle: ModelHandle,
         view: Callable[[int, torch.Tensor, torch.Tensor, int], PagedKV],
+        block_size: int,
     ) -> None:
         self._handle, self._view = handle, view
         config = handle.config
@@ -110,7 +114,8 @@ class QuestionGraphs:
         self._rows = rows[:, None].repeat(1, _MOST_ASKING)
         self._length = torch.zeros(1, dtype=torch.int32, device=device)
         size = view(0, self._length, self._length, 1).k_BSGD.shape[1]
-        self._table = torch.zeros(most // size + 2, dtype=torch.int32, device=device)
+        entries = longest_table(most, block_size, size)
+        self._table = torch.zeros(entries, dtype=torch.int32, device=device)
         self._groups = int(handle.layers[0].num_kv_heads)
         self._scores: dict[int, torch.Tensor] = {}
 
@@ -213,6 +218,13 @@ class QuestionGraphs:
         with captured.capture():
             self._handle.run(make(captured.arrive), ids, rope)
         return captured
+
+
+def longest_table(tokens: int, block_size: int, size: int) -> int:
+    """Entries of the block table of so many tokens, of the backend's blocks of ``size`` tokens: all
+    that the scheduler's blocks of ``block_size`` are cut into, and a block to spare.
+    """
+    return (-(-tokens // block_size) + 1) * (block_size // size)
 
 
 def _padded(rows_5T: Array, size: int) -> Array:

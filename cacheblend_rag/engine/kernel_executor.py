@@ -356,7 +356,7 @@ class KernelExecutorFactory(ExecutorFactory):
         self._kernels = KernelCache(handle, cache.block_size)
         self._device_cache = DeviceCache(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._device_cache)
-        self._graphs = QuestionGraphs(handle, self._kernels.view)
+        self._graphs = QuestionGraphs(handle, self._kernels.view, cache.block_size)
         # With the default selector. Other layers are captured when they are first asked for.
         self._graphs.prepare(QuerySelector().evidence.among(handle.sees_all))
 

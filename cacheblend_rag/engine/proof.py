@@ -20,8 +20,11 @@ class Proof:
     """Of one blend, on one rank.
 
     Attributes:
-        chunk: the whole prompt's own KV, as if it were stored.
+        chunk: the whole prompt's own KV, as if it were stored; key: none, so that what keeps chunks
+            by their keys passes it over.
     """
+
+    key = ""
 
     def __init__(self, handle: ModelHandle, token_ids: tuple[int, ...], most_tokens: int) -> None:
         ids = upload(torch.tensor(token_ids), handle.device)

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,13 +121,17 @@ class _Blend:
     def advance(self, scheduled: Scheduled) -> Positions:
         """Go on by this step's rows: open their blocks, and return their positions."""
         first = scheduled.computed - self.task.first_row
-        self.done = scheduled.computed + scheduled.known
         if self.executor is not None:
             self.executor.open(self.blocks, self.placed, self.done)
             # vLLM's uploads for this step are queued. And the host is about to wait for the rows.
             self.executor.resume()
         self.placed = max(self.placed, self.done)
         return self.positions[first : first + scheduled.known]
+
+    def give_up(self) -> None:
+        """Nothing more comes of what is stored."""
+        if self.executor is not None:
+            self.executor.give_up()
 
 
 class _Part(NamedTuple):
@@ -167,6 +172,9 @@ class StepRows:
         earlier steps were queued, so this comes behind them, as the step does. What fails here is
         begun again with the step, which says why it can't.
         """
+        # To choose may need stored KV, or missing chunks' tokens, in blocks that are new.
+        if self._tensors.zeroes_blocks:
+            return
         clock = Clock(self.handle.device)
         outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached, task.planned)
         on_stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
@@ -196,6 +204,8 @@ class StepRows:
         ours = {name: self._blends[name] for name in batch if name in self._blends}
         if not ours:
             return
+        for name, blend in ours.items():  # first, since one that is lost here goes on as well
+            blend.done = batch[name].computed + batch[name].known
         with self._losing(*(blend for blend in ours.values() if blend.executor is not None)):
             self._change(ours, batch)
         self._collect(ours)
@@ -208,7 +218,8 @@ class StepRows:
         if context is None or context.cudagraph_runtime_mode == CUDAGraphMode.FULL:
             self._compute_before_step(ours, batch)
         else:
-            self._rewrite(ours, batch, context)
+            # One vote for all: a model that takes embeddings makes them on all ranks together.
+            self.handle.ranks.all_or_none(lambda: self._rewrite(ours, batch, context))
 
     def lost(self) -> dict[str, set[int]]:
         """Requests that could not be computed since the call before, and their own blocks."""
@@ -219,19 +230,25 @@ class StepRows:
         """Called behind the model's forward: judge the blends that were to prove something."""
         for blend in self._finished:
             proof, blend.proof = blend.proof, None
-            if proof is None or blend.why_not is not None:
+            if proof is None:
                 continue
-            error, bound = proof.error(), tolerance(self._dtype)[0]
-            if error is None:
-                continue
-            # Each rank sees its own heads only, so a vote keeps the ranks alike. "Not below" is
-            # true of NaN too.
-            if self.handle.ranks.any([not error <= bound])[0]:
+            found: float | None = None
+            with self._losing(blend):
+                found = proof.error()
+            error, bound = found or 0.0, tolerance(self._dtype)[0]
+            # Each rank sees its own heads only, and may have lost the blend alone. So all of them
+            # vote on every proof that was begun. "Not below" is true of NaN too.
+            flags = [blend.why_not is not None, not error <= bound, found is None]
+            is_lost, differs, is_unknown = self.handle.ranks.any(flags)
+            if is_lost:  # by a failure, which says nothing of others
+                if blend.why_not is None:
+                    self._lose(blend, "another rank failed, its log has the cause")
+            elif differs:
                 detail = f"rows of vLLM's step differ by {error:.3g} ({bound:g} allowed)"
                 self._lose(blend, detail)
                 self._is_disproved = True
                 self.proved(Why(Reason.ROWS_DIFFER, detail))
-            elif not self._is_disproved:  # by another that was under way with this one
+            elif not (is_unknown or self._is_disproved):  # by another, under way with this one
                 self.proved(None)
 
     def finished(self) -> list[Finished]:
@@ -247,8 +264,8 @@ class StepRows:
         for name in names:
             for blends in (self._blends, self._begun_ahead):
                 blend = blends.pop(name, None)
-                if blend is not None and blend.executor is not None:
-                    blend.executor.give_up()
+                if blend is not None:
+                    blend.give_up()
 
     # ---- a blend -------------------------------------------------------------------------------
 
@@ -264,8 +281,7 @@ class StepRows:
         clock = Clock(self.handle.device)
         outcome = BlendOutcome(clock, task.plan.segments, task.prefix_cached, task.planned)
         try:
-            chosen = self.handle.ranks.all_or_none(lambda: self._chosen(task, outcome))
-            self._blends[task.request_id] = chosen
+            self._blends[task.request_id] = self._chosen_by_all(task, outcome)
             return
         except RefusedError as refusal:
             why_not = refusal.why
@@ -304,6 +320,7 @@ class StepRows:
         """
         logger.exception("%s can't be blended: %s", blend.task.request_id, cause)
         blend.why_not = Why(Reason.BLEND_FAILED, f"blending failed: {cause}")
+        blend.give_up()  # or what its transfer has half filled would be held for ever
         if blend.task.first_row == blend.task.write_from:
             return
         # The blocks before these hold what other requests may have written, and may be reading.
@@ -315,20 +332,31 @@ class StepRows:
         with logging_failures(logger, "the blocks of %s can't be cleared", blend.task.request_id):
             clear(self._cache, own, self._most_rows)
 
+    def _chosen_by_all(self, task: BlendTask, outcome: BlendOutcome) -> _Blend:
+        """Where one rank can't, all raise."""
+        with contextlib.ExitStack() as here:
+
+            def choose() -> _Blend:
+                blend = self._chosen(task, outcome)
+                here.enter_context(on_failure(blend.give_up))  # another rank's too
+                return blend
+
+            return self.handle.ranks.all_or_none(choose)
+
     def _chosen(self, task: BlendTask, outcome: BlendOutcome) -> _Blend:
         if self.blender is None:
             raise RuntimeError("the worker was not bound")
         assert all(task.blocks), "the null block, which all requests share, is among the blocks"
         executor, positions, proof = self.blender.choose(task, outcome)
         placed, spare = task.write_from, len(positions) - task.rows
-        assert spare >= 0, "a blend never computes fewer tokens than it claimed"
         # A chunk that went missing leaves more to compute than was claimed, and vLLM's rows cannot
         # grow. The surplus are the lowest positions, all below ``first_row``. They must be in the
         # cache when the rows attend, and nothing may be placed over them later: hence ``placed``.
-        if spare:  # more than there are rows: the first tokens are computed before the step
-            placed = task.first_row
-            # Memory of a transfer under way: nobody else would give it back.
-            with on_failure(executor.give_up):
+        # Memory of a transfer under way: nobody else would give it back.
+        with on_failure(executor.give_up):
+            assert spare >= 0, "a blend never computes fewer tokens than it claimed"
+            if spare:  # more than there are rows: the first tokens are computed before the step
+                placed = task.first_row
                 executor.open(task.blocks, task.write_from, placed)
                 self.blender.recompute(executor, positions[:spare].device)
                 executor.place(range(self.handle.num_layers))
@@ -370,47 +398,13 @@ class StepRows:
                 self._tensors.write(
                     part.place, order.index(part.name), ids, part.positions.device, context
                 )
-        context.attn_metadata = self._metadata(parts, order, batch, context)
+        in_order = [(name, batch[name]) for name in order]
+        context.attn_metadata = _metadata(self._cache, self._tensors, parts, in_order, context)
         moves = [(part, part.executor.propagator(part.positions.device)) for part in parts]
-        layers = self.handle.attention
         # A copy with other layers, for this step only. The runner makes a new context for the next
         # one, so nothing has to be undone, whatever happens in the forward.
-        context.no_compile_layers = {
-            **context.no_compile_layers,
-            **{
-                name: _proxy(_StepImpl(layer, i, moves, self._losing, i == len(layers) - 1))
-                for i, (name, layer) in enumerate(layers.items())
-            },
-        }
-
-    def _metadata(
-        self, parts: list[_Part], order: list[str], batch: Mapping[str, Scheduled], context: Any
-    ) -> dict[str, Any]:
-        """Attention metadata of the step, each run of a blend's rows a sequence. The host has to
-        know the rows: this waits for them.
-        """
-        positions = {part.name: part.positions.numpy() for part in parts}
-        sequences: list[tuple[Array, Array, int]] = []  # first rows, lengths, number of the request
-        at = 0
-        for number, name in enumerate(order):
-            s = batch[name]
-            if name in positions:
-                drafts = s.computed + s.known + np.arange(s.drafts)
-                first, length = _runs(np.concatenate([positions[name], drafts]))
-            # Another request of the step, or one that is computed exactly: one run, as vLLM has it.
-            else:
-                first, length = np.array([0]), np.array([s.computed + s.rows])
-            sequences.append((at + first, length, number))
-            at += s.rows
-        bounds = np.concatenate([*(first for first, _, _ in sequences), [at]])
-        lengths = np.concatenate([length for _, length, _ in sequences])
-        whose = np.concatenate([np.full(len(length), n) for _, length, n in sequences])
-        # All runs of a request have its whole block table. Stock kernels are causal from the end of
-        # a sequence, and a run's sequence ends with its last row: so each row sees what stands
-        # before it.
-        table = self._tensors.table(len(order))[upload(whose, self.handle.device)]
-        slots = next(iter(context.slot_mapping.values()))
-        return self._cache.build(bounds, lengths, table, slots, self._tensors.positions(len(slots)))
+        proxies = _proxies(self.handle.attention, moves, self._losing)
+        context.no_compile_layers = {**context.no_compile_layers, **proxies}
 
     def _compute_before_step(
         self, ours: Mapping[str, _Blend], batch: Mapping[str, Scheduled]
@@ -423,21 +417,29 @@ class StepRows:
         counts = np.array([batch[name].rows for name in order])
         first = dict(zip(order, (counts.cumsum() - counts).tolist(), strict=True))
         for name, blend in ours.items():
-            scheduled, positions = batch[name], blend.advance(batch[name])
-            if blend.executor is None:
-                continue
-            # Rows ascend and end with the last token, so those that are vLLM's own come behind. Of
-            # context, even these are computed here: they may move what is reused.
-            at, theirs = positions.numpy(), scheduled.computed + np.arange(scheduled.known)
-            others = int(((at != theirs) | (at < blend.task.plan.end)).sum())
-            if others:
-                with self.handle.adapters.using(blend.task.adapter):
-                    blend.executor.recompute(positions[:others].device)
-                # Or the graph would put the KV of the tokens that vLLM takes these rows for over
-                # what is placed there.
-                self._tensors.write_nothing(slice(first[name], first[name] + others))
-            # No layer of a graph asks for its stored KV, so all of it is placed before.
-            blend.executor.place(range(self.handle.num_layers))
+            if blend.executor is not None:
+                work = partial(self._compute, blend, blend.executor, batch[name], first[name])
+                # Ranks compute together. One that fails alone would go on without the others.
+                with self._losing(blend):
+                    self.handle.ranks.all_or_none(work)
+
+    def _compute(
+        self, blend: _Blend, executor: BlendExecutor, scheduled: Scheduled, first: int
+    ) -> None:
+        """What a blend's rows, from the step's row ``first`` on, would come to."""
+        # Rows ascend and end with the last token, so those that are vLLM's own come behind. Of
+        # context, even these are computed here: they may move what is reused.
+        positions = blend.advance(scheduled)
+        at, theirs = positions.numpy(), scheduled.computed + np.arange(scheduled.known)
+        others = int(((at != theirs) | (at < blend.task.plan.end)).sum())
+        if others:
+            with self.handle.adapters.using(blend.task.adapter):
+                executor.recompute(positions[:others].device)
+            # Or the graph would put the KV of the tokens that vLLM takes these rows for over what
+            # is placed there.
+            self._tensors.write_nothing(slice(first, first + others))
+        # No layer of a graph asks for its stored KV, so all of it is placed before.
+        executor.place(range(self.handle.num_layers))
 
 
 class _StepImpl(ProxyImpl):
@@ -475,8 +477,8 @@ class _StepImpl(ProxyImpl):
                 part.executor.place_layer(self._index)
                 if move is not None:
                     move(self._index, key[part.place], value[part.place])
-            if part.blend.proof is not None and self._is_last:
-                part.blend.proof.note(part.positions.device, key[part.place], value[part.place])
+                if part.blend.proof is not None and self._is_last:
+                    part.blend.proof.note(part.positions.device, key[part.place], value[part.place])
 
 
 class _LatentStepImpl(ProxyImpl):
@@ -512,6 +514,65 @@ def _proxy(impl: _StepImpl) -> ProxyLayer:
     if layout.is_latent(impl._layer):
         return _LatentStepLayer(_LatentStepImpl(impl))
     return ProxyLayer(impl)
+
+
+def _proxies(
+    layers: Mapping[str, Any],
+    moves: list[tuple[_Part, Propagator | None]],
+    losing: Callable[[_Blend], AbstractContextManager[None]],
+) -> dict[str, ProxyLayer]:
+    """What stands in the place of each layer for a step."""
+    last = len(layers) - 1
+    return {
+        name: _proxy(_StepImpl(layer, i, moves, losing, i == last))
+        for i, (name, layer) in enumerate(layers.items())
+    }
+
+
+def _metadata(
+    cache: PagedCache,
+    tensors: StepTensors,
+    parts: list[_Part],
+    batch: Sequence[tuple[str, Scheduled]],
+    context: Any,
+) -> dict[str, Any]:
+    """Attention metadata of the step, each run of a blend's rows a sequence. The host has to know
+    the rows: this waits for them.
+    """
+    positions = {part.name: part.positions.numpy() for part in parts}
+    bounds, lengths, whose = _sequences(positions, batch)
+    table = tensors.table(len(batch))[upload(whose, cache.handle.device)]
+    slots = next(iter(context.slot_mapping.values()))
+    return cache.build(bounds, lengths, table, slots, tensors.positions(len(slots)))
+
+
+def _sequences(
+    positions: Mapping[str, Array], batch: Sequence[tuple[str, Scheduled]]
+) -> tuple[Array, Array, Array]:
+    """The sequences that a step's metadata is built of, each run of a blend's rows one of them:
+    their first rows and the end of all, their contexts, and the numbers of their requests.
+
+    All runs of a request have its whole block table. Stock kernels are causal from the end of a
+    sequence, and a run's sequence ends with its last row: so each row sees what stands before it.
+
+    Args:
+        positions: of blends' rows; batch: all requests, in the order of their rows.
+    """
+    sequences: list[tuple[Array, Array, int]] = []  # first rows, lengths, number of the request
+    at = 0
+    for number, (name, s) in enumerate(batch):
+        if name in positions:
+            drafts = s.computed + s.known + np.arange(s.drafts)
+            first, length = _runs(np.concatenate([positions[name], drafts]))
+        # Another request of the step, or one that is computed exactly: one run, as vLLM has it.
+        else:
+            first, length = np.array([0]), np.array([s.computed + s.rows])
+        sequences.append((at + first, length, number))
+        at += s.rows
+    bounds = np.concatenate([*(first for first, _, _ in sequences), [at]])
+    lengths = np.concatenate([length for _, length, _ in sequences])
+    whose = np.concatenate([np.full(len(length), n) for _, length, n in sequences])
+    return bounds, lengths, whose
 
 
 def _runs(positions: Array) -> tuple[Array, Array]:

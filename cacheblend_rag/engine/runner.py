@@ -25,6 +25,13 @@ class StepTensors(ABC):
     def __init__(self, runner: Any, handle: ModelHandle) -> None:
         self._runner, self._handle = runner, handle
 
+    @property
+    def zeroes_blocks(self) -> bool:
+        """Whether vLLM zeroes a step's new blocks as it prepares the step."""
+        # A version that does not say so may do it.
+        caches = self._runner.kv_cache_config
+        return bool(getattr(caches, "needs_kv_cache_zeroing", True))
+
     @abstractmethod
     def order(self, counts: Mapping[str, int]) -> list[str]:
         """The requests in the order of their rows; ``counts`` has the rows of each."""
@@ -74,6 +81,7 @@ class StepTensors(ABC):
         """Of tokens of the request whose adapter is in use: an adapter may change embeddings, and
         vLLM's layer takes these tokens for the first ones of the step.
         """
+        self._handle.ranks.agree()  # each has a part of the vocabulary
         with self._handle.adapters.during(len(ids)):
             embeddings: torch.Tensor = self._handle.model.embed_input_ids(ids)
         return embeddings

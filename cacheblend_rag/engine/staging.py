@@ -173,7 +173,7 @@ class Transfer:
         passing: list[tuple[int, ChunkKV]] = []
         layers = np.arange(num_layers)
         for i, (key, chunk) in enumerate(sources.items()):
-            cached = staging.device_cache.get(key)
+            cached = staging.device_cache.get(key, chunk)
             if cached is None:
                 cached = staging.device_cache.room(key, chunk)
                 if cached is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.runner import step_tensors
@@ -58,7 +59,11 @@ def test_rows_of_text_are_written_in_all_dimensions_and_embedded(
         return torch.stack([ids, -ids], -1).float()
 
     adapters = SimpleNamespace(during=during)
-    handle: Any = SimpleNamespace(model=SimpleNamespace(embed_input_ids=embed), adapters=adapters)
+    handle: Any = SimpleNamespace(
+        model=SimpleNamespace(embed_input_ids=embed),
+        adapters=adapters,
+        ranks=SimpleNamespace(agree=lambda: None),
+    )
     tensors = step_tensors(runner, handle)
     slots = torch.zeros(ROWS, dtype=torch.int64)
     context = SimpleNamespace(slot_mapping={"a": slots, "b": slots})
@@ -93,3 +98,14 @@ def test_prompts_of_embeddings_are_refused_where_none_ran(embeds: bool) -> None:
     with pytest.raises(RefusedError, match="enable_prompt_embeds") as refused:
         step_tensors(runner, handle)
     assert refused.value.why.reason is Reason.PROMPT_EMBEDS
+
+
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_vllm_says_whether_it_zeroes_new_blocks(zeroes: bool) -> None:
+    assert hasattr(KVCacheConfig, "needs_kv_cache_zeroing"), "or nothing is begun ahead"
+    runner = runner_of(images=False, dimensions=0)
+    handle: Any = SimpleNamespace()
+    runner.kv_cache_config = SimpleNamespace(needs_kv_cache_zeroing=zeroes)
+    assert step_tensors(runner, handle).zeroes_blocks is zeroes
+    runner.kv_cache_config = SimpleNamespace()
+    assert step_tensors(runner, handle).zeroes_blocks, "a version that does not say so"

@@ -49,7 +49,7 @@ def test_a_transfer_begun_ahead_is_used_once_and_only_for_the_same_chunks() -> N
         staging.stage({"b": b}, range(LAYERS))
         other = staging._expected
         assert other is not None and staging.begin({"b": b}, FIRST) is not other[-1], "by order"
-        assert device_cache.get("a") is None, "what was given up does not stay half filled"
+        assert device_cache.get("a", a) is None, "what was given up does not stay half filled"
 
 
 def test_a_transfer_held_starts_no_more_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
