@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
@@ -235,9 +236,22 @@ def _nodes_of(index: BaseIndex[Any]) -> list[BaseNode]:
     if nodes := list(index.docstore.docs.values()):
         return nodes
     store = getattr(index, "vector_store", None)
-    try:
+    with listing(store):
         return list(store.get_nodes(None)) if store is not None else []
-    except NotImplementedError as error:
+
+
+@contextmanager
+def listing(store: object) -> Iterator[None]:
+    """While a vector store lists nodes. Stores say in many ways that they can't: not implemented,
+    not without a filter, not before a collection exists.
+
+    Raises:
+        PromptError: it can't.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise PromptError(
-            f"{type(store).__name__} can't list its nodes; pass them to ingest() instead"
+            f"{type(store).__name__} can't list its nodes ({cause}); pass them to ingest() instead"
         ) from error

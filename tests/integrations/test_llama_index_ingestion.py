@@ -388,6 +388,58 @@ def test_nodes_of_an_earlier_session_are_forgotten_if_they_can_be_listed(
     assert store() == 0
 
 
+class NewCollection(Listing):
+    """As Qdrant's: there is nothing to ask before something is added."""
+
+    def get_nodes(self, *which: Any) -> list[BaseNode]:
+        if not self._nodes:
+            raise LookupError("404 Not Found: collection")  # of its client, so of any kind
+        return super().get_nodes(*which)
+
+
+class NotWithoutFilter(Listing):
+    """As PGVector's, which takes no ids for all nodes, and lists them only if asked so."""
+
+    def get_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        assert node_ids is not None or filters is not None
+        return super().get_nodes(node_ids or None, filters)
+
+
+@pytest.mark.parametrize("of", [NewCollection, NotWithoutFilter])
+@pytest.mark.parametrize("in_loop", [False, True], ids=["thread", "loop"])
+async def test_what_an_inner_store_can_t_list_it_still_takes_and_clears(
+    of: type[Listing],
+    in_loop: bool,
+    hook: CacheBlendIngestion,
+    store: Callable[[], int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inner = of()
+    vectors = CacheBlendVectorStore(inner, hook)
+    nodes = embedded("one", "two")
+    if in_loop:
+        await vectors.async_add(nodes)
+        await vectors.adelete_nodes([])
+    else:
+        vectors.add(nodes)
+        vectors.delete_nodes([])
+    assert store() == 2, "none was named"
+    await vectors.aclear() if in_loop else vectors.clear()
+    assert store() == 0 and not inner.data.embedding_dict
+    assert ("NotWithoutFilter was cleared and can't list" in caplog.text) == (
+        of is NotWithoutFilter
+    )
+
+
+def test_backfill_says_why_nodes_can_t_be_listed(hook: CacheBlendIngestion) -> None:
+    storage = StorageContext.from_defaults(vector_store=NewCollection())
+    index = index_of([], storage_context=storage)
+    with pytest.raises(PromptError, match=r"NewCollection .*LookupError: 404.* ingest\(\)"):
+        hook.backfill(index)
+
+
 def test_clearing_one_store_leaves_the_other_s(
     hook: CacheBlendIngestion, store: Callable[[], int]
 ) -> None:
