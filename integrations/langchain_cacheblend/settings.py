@@ -127,9 +127,13 @@ class EngineSettings(BaseModel):
                 raise ConfigError(f"{name} can't be set for a call: {why}")
             call.pop(name, None)
         own: CallOptions = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-        if stops := self.stop if stop is None else stop:
-            own["stop"] = stops
+        if self.stop:
+            own["stop"] = self.stop
         options = cast(CallOptions, {**own, **self.sampling, **tool_options(call)})
+        if stop is not None:  # LangChain passes a call's apart from its other options
+            options.pop("stop", None)
+        if stop:
+            options["stop"] = stop
         given = (self.chat_template_kwargs, options.get("chat_template_kwargs"))
         options["chat_template_kwargs"] = template_arguments(*given)
         return options
