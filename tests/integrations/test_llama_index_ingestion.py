@@ -440,6 +440,20 @@ def test_backfill_says_why_nodes_can_t_be_listed(hook: CacheBlendIngestion) -> N
         hook.backfill(index)
 
 
+@pytest.mark.parametrize("text", [" ", "caf\udce9"])
+def test_nodes_without_kv_are_deleted(
+    hook: CacheBlendIngestion, store: Callable[[], int], text: str
+) -> None:
+    inner = Listing()
+    [node] = embedded("one")
+    CacheBlendVectorStore(inner, hook).add([node])
+    [other] = embedded("other")
+    other.set_content(text)  # type: ignore[attr-defined]
+    inner.add([other])
+    CacheBlendVectorStore(inner, hook).delete_nodes([node.node_id, other.node_id])
+    assert store() == 0
+
+
 def test_clearing_one_store_leaves_the_other_s(
     hook: CacheBlendIngestion, store: Callable[[], int]
 ) -> None:
