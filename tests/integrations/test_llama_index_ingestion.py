@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import socket
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +30,12 @@ from llama_matrix import EMBED, documents, split
 
 from cacheblend_rag import BlendConfig, PromptError, StoreError
 from cacheblend_rag.prefix import NEUTRAL_TEXT
-from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM, CacheBlendVectorStore
+from llama_index_cacheblend import (
+    CacheBlendIngestion,
+    CacheBlendLLM,
+    CacheBlendVectorStore,
+    relay,
+)
 from llama_index_cacheblend.ingestion import texts_before_nodes
 
 SPLITTER = SentenceSplitter(chunk_size=256, chunk_overlap=0)
@@ -175,6 +182,20 @@ def test_worker_processes_have_it_computed_here(
     assert len(engines) == 1
     asyncio.run(pipeline(hook).arun(documents=documents(), num_workers=2))
     assert store() == len(made)
+
+
+def test_who_leaves_at_the_door_holds_up_nobody() -> None:
+    taken = list[relay.Batch]()
+    held = relay.Relay(taken.append)
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as knocks:
+            knocks.connect(held.address)
+    batch = relay.Batch(["a text"], [None], None)
+    sends = threading.Thread(target=relay.send, args=(held.address, batch), daemon=True)
+    sends.start()
+    sends.join(5)
+    assert not sends.is_alive() and taken == [batch]
+    held.close()
 
 
 def test_errors_of_worker_processes_are_ours(
