@@ -302,6 +302,16 @@ class SharedEngine:
                 )
 
 
+def may_have_kv(text: str) -> bool:
+    """Whether a text can have been ingested. Other stores take any, empty ones and halves of
+    characters included, and have to get rid of them again.
+    """
+    try:
+        return bool(checked(text).strip())
+    except PromptError:
+        return False
+
+
 def _shown(settings: object) -> str:
     """For messages: the values of what may be secret are left out."""
     if isinstance(settings, Mapping):

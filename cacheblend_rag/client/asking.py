@@ -200,6 +200,7 @@ class RemoteAnswers:
 
     def _prepare_request(self, prompt: Prompt, options: requests.Options) -> _Request:
         tools = options.tools
+        check_takes_tools(prompt, tools)
         if tools is not None and tools.may_call and not self.parsers.tool:
             raise ConfigError(
                 f"{self._connection.url} has no parser for calls of tools. Start it with one that "

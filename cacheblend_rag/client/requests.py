@@ -155,6 +155,7 @@ def chat(
         max_model_len: tokens that prompt and answer may have together.
     """
     body = _body(options, max_model_len - len(ids))
+    body.setdefault("max_tokens", 16)  # as completions have it; these would fill the context
     if "logprobs" in body:
         body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
     if arguments := dict(options.config.chat_template_kwargs):

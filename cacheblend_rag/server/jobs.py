@@ -357,11 +357,15 @@ class Jobs(JobsFile):
             return
         # Not in the transaction that ends a job: to overwrite its texts takes as much disk as they
         # do, and an end must be noted on a full one. What can't be done now is done another time:
-        # by whoever runs the jobs, or by a later start.
+        # every process that has the file asks for it again and again, and so does a later start.
+        self._has_texts = False  # first: other threads may note an end meanwhile
         with contextlib.suppress(sqlite3.Error):
-            self._erase()
+            if self._erase():
+                return
+        self._has_texts = True
 
-    def _erase(self) -> None:
+    def _erase(self) -> bool:
+        """Returns whether nobody was in the way."""
         self._clean()  # for room: the log has a page as often as it was written
         with self._writing() as db:
             query = (
@@ -369,7 +373,7 @@ class Jobs(JobsFile):
                 "(SELECT number FROM jobs WHERE status IN (?, ?))"
             )
             db.execute(query, (QUEUED, RUNNING))
-        self._has_texts = not self._clean()
+        return self._clean()
 
     def put_back(self, job: Job) -> None:
         """A job was interrupted: it goes on another time."""

@@ -77,7 +77,7 @@ class CacheBlendEndpoints:
         if isinstance(self._service, Absent):
             raise self._service.answer()
         if self._service.found(namespace) is None:
-            await STORE.do(self._service.front_of, namespace)
+            await STORE.do_once(self._service.front_of, namespace)
         return self._service.space_of(namespace)
 
 

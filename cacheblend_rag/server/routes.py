@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, FastAPI, Request
@@ -16,7 +16,7 @@ from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.options import TOOL_OPTIONS, ToolOptions
 from cacheblend_rag.server import bodies, pieces
 from cacheblend_rag.server.bodies import Given, Page
-from cacheblend_rag.server.calls import OWN, STORE
+from cacheblend_rag.server.calls import BUSY, OWN, STORE
 from cacheblend_rag.server.errors import HttpError, answer, not_found, or_answer
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import Job, shown
@@ -55,7 +55,7 @@ class ServerRequest:
         """That of its namespace."""
         if (found := self.service.found(self.tenant)) is not None:
             return found
-        return await STORE.do(self.service.front_of, self.tenant)
+        return await STORE.do_once(self.service.front_of, self.tenant)
 
     def page(self, *known: str) -> Page:
         """Which part of a list it asks for."""
@@ -167,11 +167,11 @@ async def _ingest(request: ServerRequest, body: Mapping[str, Any], document: str
         replaces=replaces,
         idempotency=_idempotency(request),
     )
-    job = await OWN.do(create)
+    look = await _look(request, create)
     request.service.runner.wake()
     if wait:
-        job = await _ended(request, job)
-    return (200 if wait and job.has_ended else 202), await _shown(request, job)
+        look = await _ended(request, look)
+    return (200 if wait and look.job.has_ended else 202), shown(*look)
 
 
 def _checked(chunks: list[Given], front: Front, document: str | None) -> list[Given]:
@@ -199,18 +199,36 @@ def _idempotency(request: ServerRequest) -> str | None:
     return key
 
 
-async def _ended(request: ServerRequest, job: Job) -> Job:
+class _Look(NamedTuple):
+    """A job as it is, and the keys of its chunks where they are known."""
+
+    job: Job
+    keys: Sequence[str] | None
+
+
+async def _look(request: ServerRequest, find: Callable[[], Job]) -> _Look:
+    """In one call: what was done is not to be answered by a refusal of a second one."""
+
+    def look() -> _Look:
+        job = find()
+        return _Look(job, request.service.jobs.keys(job) if job.has_keys else None)
+
+    return await OWN.do(look)
+
+
+async def _ended(request: ServerRequest, look: _Look) -> _Look:
     """The job at its end; as it is where the server ends first, or the client has left."""
+    get = functools.partial(request.service.jobs.get, request.owner, look.job.id)
     while not (
-        job.has_ended or request.service.engine.is_dead or await request.http.is_disconnected()
+        look.job.has_ended or request.service.engine.is_dead or await request.http.is_disconnected()
     ):
         await asyncio.sleep(_WAITS_S)
-        job = await OWN.do(request.service.jobs.get, request.owner, job.id)
-    return job
-
-
-async def _shown(request: ServerRequest, job: Job) -> dict[str, Any]:
-    return shown(job, await OWN.do(request.service.jobs.keys, job))
+        try:
+            look = await _look(request, get)
+        except HttpError as error:
+            if error.code != BUSY:  # the job is there: who was refused would make another one
+                raise
+    return look
 
 
 @_endpoint("GET", "/ingestions")
@@ -225,15 +243,15 @@ async def ingestions(request: ServerRequest) -> Answer:
 @_endpoint("GET", "/ingestions/{id}")
 async def ingestion(request: ServerRequest) -> Answer:
     """One ingestion."""
-    job = await OWN.do(request.service.jobs.get, request.owner, request.id())
-    return await _shown(request, job)
+    get = functools.partial(request.service.jobs.get, request.owner, request.id())
+    return shown(*await _look(request, get))
 
 
 @_endpoint("POST", "/ingestions/{id}/cancel")
 async def cancel(request: ServerRequest) -> Answer:
     """End an ingestion; what was stored so far stays."""
-    job = await OWN.do(request.service.jobs.cancel, request.owner, request.id())
-    return await _shown(request, job)
+    cancel = functools.partial(request.service.jobs.cancel, request.owner, request.id())
+    return shown(*await _look(request, cancel))
 
 
 # ---- chunks ------------------------------------------------------------------------------------

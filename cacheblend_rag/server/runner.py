@@ -94,6 +94,7 @@ class Runner:
         with closing(self._lock), logging_failures(logger, "ingestions stop"):
             try:
                 while not self._owns():
+                    self._jobs.erase()  # of jobs that were ended from here
                     if self._stopped.wait(_LOOKS_EVERY_S):
                         return
                 while not self._stopped.is_set():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,7 +26,7 @@ from cacheblend_rag import (
 )
 from langchain_cacheblend.fields import ModelArguments
 from langchain_cacheblend.retrieval import not_found, text_of
-from langchain_cacheblend.settings import EngineSettings, details, usage
+from langchain_cacheblend.settings import EngineSettings, details, off_the_loop, usage
 from langchain_cacheblend.structured import structured
 from langchain_cacheblend.tools import of_chunk, of_message, openai_tools, to_prompt
 
@@ -97,7 +99,7 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         async with blend.astream(to_prompt(messages), **self.options(stop, kwargs)) as stream:
             async for _ in stream:
                 clock.check()
-        return self._whole(blend, stream.result, missing)
+        return await asyncio.to_thread(self._whole, blend, stream.result, missing)
 
     def _stream(
         self,
@@ -129,7 +131,8 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         async with aclosing(asked) as stream:
             async for delta in stream:
                 clock.check()
-                chunk = self._chunk(blend, delta, stream, missing)
+                make = partial(self._chunk, blend, delta, stream, missing)
+                chunk = await off_the_loop(stream, make)
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(delta, chunk=chunk)
                 yield chunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +18,7 @@ from pydantic import ConfigDict
 from cacheblend_rag import AsyncBlendStream, BlendResult, BlendStream, CacheBlend
 from langchain_cacheblend.fields import ModelArguments
 from langchain_cacheblend.retrieval import not_found
-from langchain_cacheblend.settings import EngineSettings, details, usage
+from langchain_cacheblend.settings import EngineSettings, details, off_the_loop, usage
 
 
 class CacheBlendLLM(EngineSettings, BaseLLM):
@@ -96,7 +97,7 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return self._results(blend, results, missing)
+        return await asyncio.to_thread(self._results, blend, results, missing)
 
     def _stream(
         self,
@@ -127,7 +128,8 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
         async with aclosing(blend.astream(prompt, **self.options(stop, kwargs))) as stream:
             async for delta in stream:
                 clock.check()
-                chunk = self._chunk(blend, delta, stream, missing)
+                make = partial(self._chunk, blend, delta, stream, missing)
+                chunk = await off_the_loop(stream, make)
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(delta, chunk=chunk)
                 yield chunk

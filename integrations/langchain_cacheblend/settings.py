@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, Unpack, cast
+from typing import Any, Self, TypeVar, Unpack, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from cacheblend_rag import BlendConfig, BlendResult, CacheBlend, ConfigError
+from cacheblend_rag import AsyncBlendStream, BlendConfig, BlendResult, CacheBlend, ConfigError
 from cacheblend_rag.client import SharedServer
 from cacheblend_rag.config import template_arguments
 from cacheblend_rag.options import CallOptions
 from cacheblend_rag.shared import SharedEngine
 from langchain_cacheblend.fields import ModelFields
 from langchain_cacheblend.tools import tool_options
+
+Made = TypeVar("Made")
 
 
 class EngineSettings(BaseModel):
@@ -124,9 +127,13 @@ class EngineSettings(BaseModel):
                 raise ConfigError(f"{name} can't be set for a call: {why}")
             call.pop(name, None)
         own: CallOptions = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-        if stops := self.stop if stop is None else stop:
-            own["stop"] = stops
+        if self.stop:
+            own["stop"] = self.stop
         options = cast(CallOptions, {**own, **self.sampling, **tool_options(call)})
+        if stop is not None:  # LangChain passes a call's apart from its other options
+            options.pop("stop", None)
+        if stop:
+            options["stop"] = stop
         given = (self.chat_template_kwargs, options.get("chat_template_kwargs"))
         options["chat_template_kwargs"] = template_arguments(*given)
         return options
@@ -191,6 +198,14 @@ def _renamed(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name} can only be {has!r}: a stream's last piece has its usage. Leave {name} out"
             )
     return found
+
+
+async def off_the_loop(stream: AsyncBlendStream, make: Callable[[], Made]) -> Made:
+    """What ``make`` makes of a stream's newest piece. At its end a server is asked for the report,
+    and everything else on the event loop would wait for that.
+    """
+    is_last = stream.pieces[-1].finish_reason is not None
+    return await asyncio.to_thread(make) if is_last else make()
 
 
 class Deadline:

@@ -12,6 +12,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
 from cacheblend_rag import ConfigError
+from cacheblend_rag.shared import may_have_kv
 from cacheblend_rag.undo import on_failure
 from langchain_cacheblend.ingestion import CacheBlendIngestion
 
@@ -125,7 +126,7 @@ class CacheBlendVectorStore(VectorStore):
             documents = self.inner.get_by_ids(unknown) if unknown else []
         except NotImplementedError:
             documents = []
-        return [self.ingestion.text_of(document) for document in documents]
+        return list(filter(may_have_kv, map(self.ingestion.text_of, documents)))
 
     def _forget(self, ids: list[str] | None, old: Sequence[str]) -> None:
         engine = self.ingestion.engine

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
@@ -14,7 +15,7 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore
 
 from cacheblend_rag import CacheBlend, IngestReport, PromptError
 from cacheblend_rag.document import Piece, texts_before
-from cacheblend_rag.shared import SharedEngine
+from cacheblend_rag.shared import SharedEngine, may_have_kv
 from llama_index_cacheblend import relay
 from llama_index_cacheblend.llm import CacheBlendLLM
 
@@ -126,7 +127,7 @@ class CacheBlendIngestion(TransformComponent):
     def chunks_of(self, nodes: Iterable[BaseNode]) -> set[tuple[str, str]]:
         """Document and key of each node's chunk, for ``forget_chunks``."""
         texts = [(document_of(node), self.text_of(node)) for node in nodes]
-        return {(d, self._engine.blend().key(text)) for d, text in texts if text}
+        return {(d, self._engine.blend().key(text)) for d, text in texts if may_have_kv(text)}
 
     def forget_chunks(self, chunks: Iterable[tuple[str, str]]) -> int:
         """Drop the KV of single nodes, but for texts that other documents share. Another node of
@@ -145,7 +146,7 @@ class CacheBlendIngestion(TransformComponent):
             Chunks dropped.
         """
         texts = [self.text_of(node) for node in docstore.docs.values()]
-        return self._engine.blend().delete_except(text for text in texts if text)
+        return self._engine.blend().delete_except(filter(may_have_kv, texts))
 
     def _batch(self, nodes: Sequence[BaseNode]) -> relay.Batch:
         # what stands in place of a node's text (a window of sentences, say) has no place of its own
@@ -235,9 +236,22 @@ def _nodes_of(index: BaseIndex[Any]) -> list[BaseNode]:
     if nodes := list(index.docstore.docs.values()):
         return nodes
     store = getattr(index, "vector_store", None)
-    try:
+    with listing(store):
         return list(store.get_nodes(None)) if store is not None else []
-    except NotImplementedError as error:
+
+
+@contextmanager
+def listing(store: object) -> Iterator[None]:
+    """While a vector store lists nodes. Stores say in many ways that they can't: not implemented,
+    not without a filter, not before a collection exists.
+
+    Raises:
+        PromptError: it can't.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise PromptError(
-            f"{type(store).__name__} can't list its nodes; pass them to ingest() instead"
+            f"{type(store).__name__} can't list its nodes ({cause}); pass them to ingest() instead"
         ) from error

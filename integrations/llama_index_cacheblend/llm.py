@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
@@ -304,7 +305,8 @@ def _whole(asked: _PreparedCall, make: _Make[_Response]) -> _Response:
 
 async def _awhole(asked: _PreparedCall, make: _Make[_Response]) -> _Response:
     result = await asked.blend.agenerate(asked.prompt, **asked.options)
-    return make(responses.whole(result), asked.tail(result))
+    tail = await asyncio.to_thread(asked.tail, result)  # a server's tokenizer is asked over HTTP
+    return make(responses.whole(result), tail)
 
 
 def _pieces(asked: _PreparedCall, make: _Make[_Response]) -> Generator[_Response, None, None]:
@@ -320,10 +322,13 @@ async def _apieces(asked: _PreparedCall, make: _Make[_Response]) -> AsyncGenerat
     async with aclosing(asked.blend.astream(asked.prompt, **asked.options)) as stream:
         async for _ in stream:
             answer = answer.then(stream.pieces[-1])
-            yield make(answer, _tail(asked, stream))
+            is_last = stream.pieces[-1].finish_reason is not None
+            # not on the event loop: a server is asked for the report
+            tail = await asyncio.to_thread(_tail, asked, stream) if is_last else {}
+            yield make(answer, tail)
 
 
 def _tail(asked: _PreparedCall, stream: BlendStream | AsyncBlendStream) -> dict[str, Any]:
     """Counts and report, for the last piece."""
-    last = stream.pieces[-1].finish_reason is not None
-    return asked.tail(stream.result) if last else {}
+    is_last = stream.pieces[-1].finish_reason is not None
+    return asked.tail(stream.result) if is_last else {}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import threading
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NamedTuple
 
 from cacheblend_rag import CacheBlendError, EngineError, errors
+
+_PAUSE_S = 0.05
 
 
 class Batch(NamedTuple):
@@ -31,23 +34,25 @@ class Relay:
     """
 
     def __init__(self, ingest: Ingest) -> None:
-        self._ingest = ingest
+        self._ingest, self._closed = ingest, False
         self._listener = Listener(None, authkey=_authkey())
         self.address: Any = self._listener.address
         threading.Thread(target=self._accept, name="cacheblend-relay", daemon=True).start()
 
     def close(self) -> None:
         """Take no more connections."""
+        self._closed = True
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 connection = self._listener.accept()
             except (AuthenticationError, EOFError):  # somebody without our authkey knocked
                 continue
-            except OSError:  # closed
-                return
+            except OSError:  # closed; or somebody went away at the door, or this process is full
+                time.sleep(_PAUSE_S)
+                continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection[Any, Any]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -19,7 +19,7 @@ from llama_index.core.vector_stores.types import (
 
 from cacheblend_rag import PromptError
 from cacheblend_rag.undo import on_failure
-from llama_index_cacheblend.ingestion import CacheBlendIngestion, document_of
+from llama_index_cacheblend.ingestion import CacheBlendIngestion, document_of, listing
 
 _log = logging.getLogger(__name__)
 
@@ -123,29 +123,39 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
     def clear(self) -> None:
         listed = self._listed(None, None)
         self.inner.clear()
-        self._forget_nodes(list(self._chunks), None, listed)
+        self._forget_all(listed)
 
     async def aclear(self) -> None:
         listed = await self._alisted(None, None)
         await self.inner.aclear()
-        await asyncio.to_thread(self._forget_nodes, list(self._chunks), None, listed)
+        await asyncio.to_thread(self._forget_all, listed)
 
     def _listed(
         self, node_ids: list[str] | None, filters: MetadataFilters | None
     ) -> list[BaseNode] | None:
         """Nodes that are about to be deleted; None where the inner store can't list any."""
-        try:
+        if node_ids == [] and filters is None:  # of which some stores list all that they have
+            return []
+        with self._listing():
             return self.inner.get_nodes(node_ids, filters)
-        except NotImplementedError:
-            return None
+        return None
 
     async def _alisted(
         self, node_ids: list[str] | None, filters: MetadataFilters | None
     ) -> list[BaseNode] | None:
-        try:
+        if node_ids == [] and filters is None:
+            return []
+        with self._listing():
             return await self.inner.aget_nodes(node_ids, filters)
-        except NotImplementedError:
-            return None
+        return None
+
+    @contextmanager
+    def _listing(self) -> Iterator[None]:
+        try:
+            with listing(self.inner):
+                yield
+        except PromptError as error:
+            _log.info("%s", error)
 
     def _forget(self, document: str) -> None:
         self._chunks = {n: chunk for n, chunk in self._chunks.items() if chunk[0] != document}
@@ -156,6 +166,15 @@ class CacheBlendVectorStore(BasePydanticVectorStore):
                 "%s was deleted, but no KV is registered for it: what there is stays until "
                 "CacheBlendIngestion.gc(docstore) is called.",
                 document,
+            )
+
+    def _forget_all(self, listed: list[BaseNode] | None) -> None:
+        self._forget_nodes(list(self._chunks), None, listed)
+        if listed is None:
+            _log.warning(
+                "%s was cleared and can't list what it had: the KV of nodes that were not added "
+                "through this object stays until CacheBlendIngestion.gc(docstore) is called.",
+                type(self.inner).__name__,
             )
 
     def _forget_nodes(

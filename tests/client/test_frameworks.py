@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,53 @@ def test_langchains_vector_store_keeps_kv_in_step(server: FakeServer, behind: Ca
     assert behind.stored() == {behind.key(d.page_content) for d in DOCUMENTS[1:]}
     prompt = f"{DOCUMENTS[1].page_content}\n\nWhat is this?"
     assert chat.invoke(prompt).response_metadata["cacheblend"]["blended"]
+
+
+# ---- event loops ---------------------------------------------------------------------------------
+
+
+async def llama_index_pieces(url: str) -> list[str | None]:
+    stream = await CacheBlendLLM(url=url).astream_chat([ChatMessage(content="Hello")])
+    return [response.delta async for response in stream]
+
+
+async def chat_pieces(url: str) -> list[str | None]:
+    return [str(piece.text) async for piece in ChatCacheBlend(url=url).astream("Hello", logprobs=1)]
+
+
+async def llm_pieces(url: str) -> list[str | None]:
+    return [piece async for piece in langchain_cacheblend.CacheBlendLLM(url=url).astream("Hello")]
+
+
+async def whole_answers(url: str) -> list[str | None]:
+    """Whose log-probabilities have the server's tokenizer name tokens."""
+    asked = [
+        ChatCacheBlend(url=url).ainvoke("Hello", logprobs=1),
+        langchain_cacheblend.CacheBlendLLM(url=url).ainvoke("Hello", logprobs=1),
+        CacheBlendLLM(url=url).acomplete("Hello", logprobs=1),
+    ]
+    return ["A", " short", *map(str, await asyncio.gather(*asked))]
+
+
+@pytest.mark.parametrize("ask", [llama_index_pieces, chat_pieces, llm_pieces, whole_answers])
+async def test_a_server_that_is_slow_to_tell_holds_up_no_event_loop(
+    server: FakeServer, ask: Callable[[str], Awaitable[list[str | None]]]
+) -> None:
+    assert CacheBlendLLM(url=server.url).metadata  # which LlamaIndex asks for first
+    beats = list[float]()
+
+    async def beat() -> None:
+        while True:
+            beats.append(time.monotonic())
+            await asyncio.sleep(0.01)
+
+    server.slow = {"requests": 0.6, "detokenize": 0.6, "tokenize": 0.6}
+    beside = asyncio.ensure_future(beat())
+    pieces = await ask(server.url)
+    beside.cancel()
+    assert pieces[:2] == ["A", " short"]
+    gaps = [later - before for before, later in itertools.pairwise(beats)]
+    assert len(gaps) > 20 and max(gaps) < 0.4
 
 
 # ---- LlamaIndex ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from fake_server import FakeServer, Fault, serving
 from langchain_core.messages import AIMessageChunk
 from llama_index.core.tools import FunctionTool
 from scripted import NAMES, THOUGHT, TIMETABLE, call, says
+from vllm.sampling_params import SamplingParams
 
 from cacheblend_rag import BlendResult, CacheBlend, ConfigError, PromptError, ServerError
 from cacheblend_rag.client.failures import pause
@@ -99,6 +100,19 @@ async def test_thoughts_alone(remote: CacheBlend, behind: CacheBlend, server: Fa
     assert "prompt" in server.bodies[-1]
 
 
+async def test_an_answer_is_as_long_as_without_a_server_where_nobody_says(
+    remote: CacheBlend, behind: CacheBlend, server: FakeServer
+) -> None:
+    default = SamplingParams().max_tokens
+    for asked, more in ((ASKED, {"tools": [TIMETABLE]}), (ASKED, {}), ("When?", {})):
+        given: Any = more
+        remote.generate(asked, **given)
+        assert server.bodies[-1].get("max_tokens", default) == default
+        assert ("messages" not in server.bodies[-1]) or "max_tokens" in server.bodies[-1]
+    remote.generate(ASKED, max_tokens=None)
+    assert server.bodies[-1]["max_tokens"] > 200
+
+
 def test_ids_and_reports(remote: CacheBlend, behind: CacheBlend, server: FakeServer) -> None:
     says(behind, NORTH)
     tools: Any = {"tools": [TIMETABLE]}
@@ -119,6 +133,8 @@ def test_a_server_without_parsers_says_how_to_start_one_with(
         with pytest.raises(ConfigError, match="serve MODEL --enable-auto-tool-choice --tool-call"):
             plain.generate(ASKED, tools=[TIMETABLE])
         assert plain.generate(ASKED, tools=[TIMETABLE], tool_choice="none").text
+        with pytest.raises(PromptError, match="pass chat messages"):  # as without a server
+            plain.generate("When?", tools=[TIMETABLE])
     with pytest.raises(PromptError, match="pass chat messages"):
         remote.generate("When?", tools=[TIMETABLE])
     with pytest.raises(ConfigError, match="must be a list"):

@@ -58,6 +58,7 @@ class FakeServer:
         self.api_key: str | None = None
         self.is_plain_vllm = False
         self.faults: dict[str, deque[Fault]] = {}  # by the end of a path
+        self.slow: dict[str, float] = {}  # seconds, by a part of a path
         self.calls: list[tuple[str, str]] = []
         self.bodies: list[dict[str, Any]] = []  # of completions
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -116,6 +117,9 @@ def _add_refusals(app: FastAPI, server: FakeServer) -> None:
             return JSONResponse({"error": "Unauthorized"}, 401)
         if server.is_plain_vllm and path.startswith("/v1/cacheblend"):
             return error(404, "Not Found", kind="NotFoundError")
+        await asyncio.sleep(
+            max((s for p, s in server.slow.items() if p in path.split("/")), default=0)
+        )
         for end, faults in server.faults.items():
             if path.endswith(end) and faults:
                 return await _fault(faults.popleft())

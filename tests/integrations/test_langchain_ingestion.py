@@ -173,6 +173,22 @@ def test_documents_of_an_earlier_session_are_forgotten_too(
     assert stored() == 0
 
 
+@pytest.mark.parametrize("text", ["", " \n", "caf\udce9"])
+async def test_a_document_without_kv_is_deleted(
+    store: CacheBlendVectorStore, stored: Callable[[], int], text: str
+) -> None:
+    inner: Any = store.inner
+    [story], ids = documents("a"), ["none", "a"]
+    for in_loop in (False, True):
+        inner.add_documents([story, story], ids=ids)  # of which there is no record
+        inner.store["none"]["text"] = text
+        store.ingestion.engine.blend().ingest([story.page_content], progress=False)
+        assert stored() == 1
+        done = await store.adelete(ids) if in_loop else store.delete(ids)
+        assert done is not False
+        assert not store.get_by_ids(ids) and stored() == 0
+
+
 async def test_searches_are_the_inner_store_s(store: CacheBlendVectorStore) -> None:
     store.add_documents(documents("abcd"))
     inner, vector = store.inner, [0.5] * 8

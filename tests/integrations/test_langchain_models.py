@@ -71,6 +71,11 @@ async def test_options_of_the_object_and_of_a_call(llm: Model) -> None:
     assert last.sampling["stop"] == [" short"]
     own.invoke("Hello", stop=[], mode="off", max_tokens=3)
     assert "stop" not in sent(llm.blend)[-1].sampling
+    for where in ("sampling", "extra_body"):
+        more = type(llm)(engine=llm.engine, **{where: {"stop": [" answer"]}})
+        assert set((await in_all_ways(more)).values()) == {"A short"}
+        assert set((await in_all_ways(more, stop=[" short"])).values()) == {"A"}
+        assert text_of(more.invoke("Hello", stop=[])) == TEXT
 
 
 def test_unknown_and_impossible_options_are_refused(llm: Model) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import socket
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +30,12 @@ from llama_matrix import EMBED, documents, split
 
 from cacheblend_rag import BlendConfig, PromptError, StoreError
 from cacheblend_rag.prefix import NEUTRAL_TEXT
-from llama_index_cacheblend import CacheBlendIngestion, CacheBlendLLM, CacheBlendVectorStore
+from llama_index_cacheblend import (
+    CacheBlendIngestion,
+    CacheBlendLLM,
+    CacheBlendVectorStore,
+    relay,
+)
 from llama_index_cacheblend.ingestion import texts_before_nodes
 
 SPLITTER = SentenceSplitter(chunk_size=256, chunk_overlap=0)
@@ -175,6 +182,20 @@ def test_worker_processes_have_it_computed_here(
     assert len(engines) == 1
     asyncio.run(pipeline(hook).arun(documents=documents(), num_workers=2))
     assert store() == len(made)
+
+
+def test_who_leaves_at_the_door_holds_up_nobody() -> None:
+    taken = list[relay.Batch]()
+    held = relay.Relay(taken.append)
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as knocks:
+            knocks.connect(held.address)
+    batch = relay.Batch(["a text"], [None], None)
+    sends = threading.Thread(target=relay.send, args=(held.address, batch), daemon=True)
+    sends.start()
+    sends.join(5)
+    assert not sends.is_alive() and taken == [batch]
+    held.close()
 
 
 def test_errors_of_worker_processes_are_ours(
@@ -385,6 +406,72 @@ def test_nodes_of_an_earlier_session_are_forgotten_if_they_can_be_listed(
     assert store() == 1
     assert "SimpleVectorStore can't list" in caplog.text
     CacheBlendVectorStore(inner, hook).clear()
+    assert store() == 0
+
+
+class NewCollection(Listing):
+    """As Qdrant's: there is nothing to ask before something is added."""
+
+    def get_nodes(self, *which: Any) -> list[BaseNode]:
+        if not self._nodes:
+            raise LookupError("404 Not Found: collection")  # of its client, so of any kind
+        return super().get_nodes(*which)
+
+
+class NotWithoutFilter(Listing):
+    """As PGVector's, which takes no ids for all nodes, and lists them only if asked so."""
+
+    def get_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        assert node_ids is not None or filters is not None
+        return super().get_nodes(node_ids or None, filters)
+
+
+@pytest.mark.parametrize("of", [NewCollection, NotWithoutFilter])
+@pytest.mark.parametrize("in_loop", [False, True], ids=["thread", "loop"])
+async def test_what_an_inner_store_can_t_list_it_still_takes_and_clears(
+    of: type[Listing],
+    in_loop: bool,
+    hook: CacheBlendIngestion,
+    store: Callable[[], int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inner = of()
+    vectors = CacheBlendVectorStore(inner, hook)
+    nodes = embedded("one", "two")
+    if in_loop:
+        await vectors.async_add(nodes)
+        await vectors.adelete_nodes([])
+    else:
+        vectors.add(nodes)
+        vectors.delete_nodes([])
+    assert store() == 2, "none was named"
+    await vectors.aclear() if in_loop else vectors.clear()
+    assert store() == 0 and not inner.data.embedding_dict
+    assert ("NotWithoutFilter was cleared and can't list" in caplog.text) == (
+        of is NotWithoutFilter
+    )
+
+
+def test_backfill_says_why_nodes_can_t_be_listed(hook: CacheBlendIngestion) -> None:
+    storage = StorageContext.from_defaults(vector_store=NewCollection())
+    index = index_of([], storage_context=storage)
+    with pytest.raises(PromptError, match=r"NewCollection .*LookupError: 404.* ingest\(\)"):
+        hook.backfill(index)
+
+
+@pytest.mark.parametrize("text", [" ", "caf\udce9"])
+def test_nodes_without_kv_are_deleted(
+    hook: CacheBlendIngestion, store: Callable[[], int], text: str
+) -> None:
+    inner = Listing()
+    [node] = embedded("one")
+    CacheBlendVectorStore(inner, hook).add([node])
+    [other] = embedded("other")
+    other.set_content(text)  # type: ignore[attr-defined]
+    inner.add([other])
+    CacheBlendVectorStore(inner, hook).delete_nodes([node.node_id, other.node_id])
     assert store() == 0
 
 

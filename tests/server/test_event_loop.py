@@ -122,6 +122,49 @@ async def test_a_store_that_hangs_holds_up_no_answer(
     assert (await ask.get("/v1/cacheblend", headers=TENANT)).status_code == 200, "there is room"
 
 
+async def test_a_tenant_that_is_being_opened_takes_one_thread(
+    ask: httpx.AsyncClient, service: Service
+) -> None:
+    """However many of its requests wait, and though the first of them left."""
+    service.front.state = lambda: {"object": "cacheblend.state"}
+    service.opened.add("one")
+    service.opens.clear()
+    headers, body = {"X-Tenant": "new"}, {"prompt": "p"}
+    first, *waiting = (
+        asyncio.ensure_future(call)
+        for _ in range(20)  # two calls each, of 3 threads and 32 places
+        for call in (
+            ask.get("/v1/cacheblend", headers=headers),
+            ask.post("/v1/completions", json=body, headers=headers),
+        )
+    )
+    await asyncio.sleep(0.2)
+    first.cancel()
+    answer = await asyncio.wait_for(ask.get("/v1/cacheblend", headers=TENANT), 5)
+    assert answer.status_code == 200 and not any(call.done() for call in waiting)
+    service.opens.set()
+    done = await asyncio.wait_for(asyncio.gather(*waiting), 20)
+    assert {call.status_code for call in done} == {200}
+
+
+async def test_one_call_for_all_fails_for_all_and_is_then_done_anew() -> None:
+    over, few, asked = threading.Event(), Calls("the store", 1, 1), list[str]()
+
+    def opens(name: str) -> str:
+        asked.append(name)
+        assert over.wait(20)
+        if len(asked) == 1:
+            raise OSError("away")
+        return name
+
+    both = [asyncio.ensure_future(few.do_once(opens, "a")) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    over.set()
+    failed = await asyncio.gather(*both, return_exceptions=True)
+    assert [str(error) for error in failed] == ["away"] * 2
+    assert await few.do_once(opens, "a") == "a" and asked == ["a", "a"]
+
+
 async def test_who_leaves_makes_room() -> None:
     over, few = threading.Event(), Calls("the store", 1, 2)
     both = [asyncio.ensure_future(few.do(over.wait, 20)) for _ in range(2)]

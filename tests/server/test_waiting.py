@@ -18,6 +18,7 @@ from cacheblend_rag import BlendConfig, CacheBlend
 from cacheblend_rag.errors import StoreError
 from cacheblend_rag.server import front, routes
 from cacheblend_rag.server.bodies import Given
+from cacheblend_rag.server.calls import Calls
 from cacheblend_rag.server.front import Front
 from cacheblend_rag.server.jobs import Jobs
 from cacheblend_rag.server.options import ServerOptions
@@ -65,6 +66,37 @@ async def test_the_end_of_the_server_is_not_held_up(app: FastAPI, service: Any) 
         answer = await asyncio.wait_for(waiting, 5)
     assert answer.status_code == 202 and answer.json()["status"] == "queued"
     assert service.jobs.get("", answer.json()["id"]).id == answer.json()["id"]
+
+
+async def test_a_job_that_was_made_is_not_answered_by_a_refusal(
+    app: FastAPI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its client would make another one."""
+    few = Calls("this server's own work", 1, 1)
+    monkeypatch.setattr(routes, "OWN", few)
+    over = threading.Event()
+    service.runner.wake = lambda: few._begin(over.wait, 20)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://s") as client:
+        path = "/v1/cacheblend/ingestions"
+        answer = await client.post(path, json={**BODY, "wait": False})
+        assert answer.status_code == 202 and answer.json()["status"] == "queued"
+        assert (await client.get(path)).json()["error"]["code"] == "busy"
+        over.set()
+        while few._room._value < 1:
+            await asyncio.sleep(0.01)
+        over.clear()
+        waiting = asyncio.ensure_future(client.post(path, json=BODY))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        for _ in range(2):
+            job, _ = service.jobs.begin()
+            job.done.place = 1
+            service.jobs.progress(job, ["key"], 0)
+            service.jobs.end(job, "completed")
+        over.set()
+        answer = await asyncio.wait_for(waiting, 5)
+    assert answer.status_code == 200 and answer.json()["keys"] == ["key"]
+    assert len(service.jobs.page("", None, 9, "asc")) == 2
 
 
 async def test_nothing_waits_for_a_client_that_left(app: FastAPI, service: Any) -> None:

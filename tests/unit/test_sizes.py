@@ -31,6 +31,7 @@ CATCH_ALL = {
     "cacheblend_rag/server/proxy/health.py": 1,  # why the replica is left out
     "cacheblend_rag/store/database.py": 2,  # the next best database, warned of
     "cacheblend_rag/store/follow.py": 1,  # warned of, asked again
+    "integrations/llama_index_cacheblend/ingestion.py": 1,  # any vector store's: raised as ours
 }
 
 
