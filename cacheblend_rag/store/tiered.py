@@ -121,15 +121,20 @@ class TieredStore(KVStore):
         return self._registry.document_keys(document)
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
-        return self._registry.unregister(documents, only)
+        return self._registry.unregister(documents, only, forgotten)
 
-    def drop(self, documents: Iterable[str]) -> list[str]:
-        keys = self._registry.drop(documents)
-        copies = self.fast if self._registry is self.slow else self.slow
+    def drop(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        # A copy may be refused where it is not in memory: the notes must outlast that.
+        if self._registry is self.fast or not isinstance(self.fast, MemoryStore):
+            return super().drop(documents, only)
+        keys = self.slow.drop(documents, only)
         for key in keys:
-            copies.discard(key)
+            self.fast.discard(key)
         return keys
 
     def scan(self) -> Iterator[ChunkInfo]:

@@ -47,7 +47,10 @@ class RemoteDocuments(KVStore):
         return self._noted(document_id(document))
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
         some = None if only is None else set(only)
         pairs = [
@@ -61,7 +64,9 @@ class RemoteDocuments(KVStore):
         orphans = set[str]()
         for part in _parts(pairs):
             orphans.update(self._asked(partial(self._backend.release, self._notes, part)))
-        for part in _parts(pairs):
+        orphans.difference_update(forgotten or ())
+        kept = set() if forgotten is None else orphans
+        for part in _parts(pair for pair in pairs if pair[1] not in kept):
             self._asked(partial(self._backend.unnote, self._notes, part))
         return sorted(orphans)
 
