@@ -72,8 +72,9 @@ class Documents:
             orphans = [
                 key for key in unregister(db) if not self._rows.is_being_put(db, namespace, key)
             ]
-            for key in orphans:
-                erase(key)
+            failed = [error for key in orphans if (error := _refusal(erase, key)) is not None]
+            if failed:  # all were tried, and all stay noted
+                raise failed[0]
             self._rows.forget(db, namespace, orphans)
             return orphans
 
@@ -81,3 +82,11 @@ class Documents:
         # Or what was deleted could still be read from free pages and from the log.
         self._database.clean()
         return dropped
+
+
+def _refusal(erase: Callable[[bytes], None], key: bytes) -> OSError | None:
+    try:
+        erase(key)
+    except OSError as error:
+        return error
+    return None

@@ -305,18 +305,22 @@ def test_forgetting_that_failed_is_done_when_it_is_done_again(tier: str) -> None
 
 def test_a_disk_that_refuses_keeps_the_document(tmp_path: Path) -> None:
     with DiskStore(tmp_path, namespace="tiny-r0") as store:
-        put(store, 1)
-        store.register("d", keys(1))
+        put(store, 1, 2)
+        store.register("d", keys(1, 2))
+        erase, first = store._catalog.erase, keys(1, 2)[0]
+
+        def refuse(key: str) -> None:
+            if key == first:
+                raise OSError(errno.EROFS, "Read-only file system")
+            erase(key)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(store._catalog, "erase", refuse)
             with pytest.raises(StoreError, match="Read-only"):
                 store.forget("d")
-        assert held(store, range(2)) == [1] and store.document_keys("d") == keys(1)
-        assert store.forget("d") == 1 and held(store, range(2)) == []
-
-
-def refuse(key: str) -> None:
-    raise OSError(errno.EROFS, "Read-only file system")
+        assert [store.contains(key) for key in keys(1, 2)] == [True, False], "each was tried"
+        assert store.document_keys("d") == keys(1, 2)
+        assert store.forget("d") == 2 and held(store, range(3)) == []
 
 
 def test_a_rank_drops_every_copy_whichever_key_the_disk_refuses() -> None:
@@ -390,6 +394,18 @@ def test_two_who_forget_a_shared_chunk_at_once_do_not_leave_it(opening: Open) ->
             ids = [[document_id("d")], [document_id("e")]]
             told = list(pool.map(lambda store, its: store.unregister(its), stores, ids))
         assert keys(turn) in told
+
+
+@shared_stores
+def test_two_who_drop_documents_at_once_leave_no_chunk_of_both(opening: Open) -> None:
+    stores = [opening(), opening()]
+    for turn in range(5):
+        put(stores[0], turn)
+        for name in ("d", "e"):
+            stores[0].register(name, keys(turn))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda store, name: store.forget(name), stores, ("d", "e")))
+        assert held(stores[0], range(turn + 1)) == [] and stores[1].documents() == set()
 
 
 @remotes
