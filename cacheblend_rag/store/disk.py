@@ -228,15 +228,21 @@ class DiskStore(DiskDocuments):
             raise failed
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Name and content of the file of every intact chunk of the namespace."""
+        """Name and content of the file of every intact chunk of the namespace. Warns where one
+        cannot be read now.
+        """
         for key in self._catalog.all_keys():
             path = self._path(key)
             try:
                 data = path.read_bytes()
                 # Checked on the way out, or an archive would carry damage to another machine.
                 decode(BytesSource(data), key, self._encoding.cipher)
-            except (OSError, DamagedFileError):
-                continue  # gone or damaged: ``verify`` tells and sets aside
+            except DamagedFileError:
+                continue  # ``verify`` tells and sets aside
+            except OSError as error:
+                if not is_no_file(error):
+                    self._unreadable(error)
+                continue
             yield path.name, data
 
     def put_file(self, key: str, data: bytes) -> bool:

@@ -256,6 +256,17 @@ def test_what_cannot_be_read_now_is_not_called_damaged(
         assert len(list(store.verify())) == 3 and store.stats().corrupt == 0
 
 
+def test_what_an_archive_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with disk(tmp_path) as store:
+        store.put(key_of(1), chunk_of(1))
+        monkeypatch.setattr(Path, "read_bytes", too_many)
+        with pytest.warns(RuntimeWarning, match="cannot be read .Too many open files"):
+            assert list(store.files()) == []
+
+
 def opened_but(closed: str, path: Path) -> contextlib.AbstractContextManager[int]:
     if path.stem == closed:
         raise OSError(errno.EMFILE, "Too many open files")
