@@ -7,14 +7,17 @@ ships with this package, in ``calibrations/``.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from cacheblend_rag.config import UNCALIBRATED_RATIO, BlendConfig
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.models import cache_home
+from cacheblend_rag.undo import on_failure
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "calibrations"
@@ -55,10 +58,13 @@ class Calibration:
         return asdict(self)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON; folders are made."""
+        """Write it as JSON, whole or not at all; folders are made."""
         path.parent.mkdir(parents=True, exist_ok=True)
         data = {"format": FORMAT, **self.to_plain()}
-        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
+        with on_failure(lambda: unfinished.unlink(missing_ok=True)):
+            unfinished.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            unfinished.replace(path)
 
 
 def from_plain(data: Mapping[str, Any]) -> Calibration:
@@ -116,15 +122,25 @@ def in_folder(folder: Path, fingerprint: str) -> Path:
 
 def find(fingerprint: str, file: str | None = None) -> Calibration | None:
     """The calibration of these weights: ``file``, else at its usual place, else the one that ships;
-    None if there is none.
+    None if there is none. What nobody named and is of no use is warned of, and counts as absent.
 
     Raises:
         ConfigError: the file is absent, no calibration, or of another model or format.
     """
-    places = [Path(file)] if file else [usual_path(fingerprint), in_folder(SHIPPED, fingerprint)]
-    path = next((place for place in places if file or place.exists()), None)
-    if path is None:
-        return None
+    if file:
+        return _of(fingerprint, Path(file))
+    for place in (usual_path(fingerprint), in_folder(SHIPPED, fingerprint)):
+        try:
+            if place.exists():
+                return _of(fingerprint, place)
+        # Of another version, or damaged: it must not keep an engine from starting that may not even
+        # ask for it.
+        except (ConfigError, OSError) as error:
+            warnings.warn(f"Left out: {error}", RuntimeWarning, stacklevel=3)
+    return None
+
+
+def _of(fingerprint: str, path: Path) -> Calibration:
     found = _read(path)
     if found.fingerprint != fingerprint:
         raise ConfigError(

@@ -199,11 +199,12 @@ def register(folder: Path, sources: list[str], keys: list[str], tenant: str = ""
             by_document.setdefault(source, []).append(key)
     for namespace in namespaces(folder, tenant):
         with contextlib.suppress(StoreError), open_namespace(folder, namespace) as store:
-            before = store.unregister(map(document_id, by_document))
             for document, its_keys in by_document.items():
                 store.register(document, [key for key in its_keys if store.contains(key)])
-            for key in set(before).difference(*by_document.values()):
-                store.discard(key)  # of a document that has changed since it was last read
+            for document, its_keys in by_document.items():
+                # of one that has changed since it was last read
+                old = set(store.document_keys(document)).difference(its_keys)
+                store.drop([document_id(document)], old)
 
 
 # --- to and from one file -------------------------------------------------------------------------

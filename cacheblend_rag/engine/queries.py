@@ -28,11 +28,14 @@ class Queries:
         """Which of ``documents`` something is noted for."""
         return self._later(lambda store: store.registered(documents))
 
-    def cacheblend_unregister(self, documents: list[str], only: list[str] | None) -> Any:
-        """Drop the notes on ``documents``, or only those on the keys ``only`` among theirs; returns
-        the keys dropped that no document consists of any more.
+    def cacheblend_unregister(
+        self, documents: list[str], only: list[str] | None, forgotten: list[str]
+    ) -> Any:
+        """Drop the notes on ``documents``, or only those on the keys ``only`` among theirs, but for
+        what is yet to be forgotten: the keys that no other document consists of, without those
+        ``forgotten``. These are returned.
         """
-        return self._later(lambda store: store.unregister(documents, only))
+        return self._later(lambda store: store.unregister(documents, only, forgotten))
 
     def cacheblend_document_keys(self, document: str) -> Any:
         """The keys that are noted for a document."""

@@ -12,7 +12,7 @@ from cacheblend_rag.daemons import DaemonPool
 from cacheblend_rag.engine.base import TICKET, as_result
 from cacheblend_rag.errors import CacheBlendError
 from cacheblend_rag.keys import KeySpace
-from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, document_id
+from cacheblend_rag.store.base import ChunkInfo, ChunkKV, KVStore, ask, discard_all, document_id
 from cacheblend_rag.store.follow import Follower
 from cacheblend_rag.store.learnt import LearningStore
 from cacheblend_rag.store.registry import DocumentRegistry
@@ -104,16 +104,16 @@ class RankStore:
 
     def forget(self, keys: Sequence[str]) -> None:
         """Drop chunks, and the copies of them outside the store."""
+        try:
+            discard_all(self.store, keys)
         # The copies go in any case: what must be forgotten may not be served from memory because
         # the disk refused.
-        answers = [ask(self.store.discard, key) for key in keys]  # of all, whichever fails
-        for key in keys:
-            self._forget(key)
-        # Told at once, and not only with the next look at the store: a plan made now must not count
-        # on them.
-        self.follower.note(removed=keys)
-        if failed := [answer for answer in answers if answer is not None]:
-            raise failed[0]
+        finally:
+            for key in keys:
+                self._forget(key)
+            # Told at once, and not only with the next look at the store: a plan made now must not
+            # count on them.
+            self.follower.note(removed=keys)
 
     def register(self, documents: Sequence[tuple[str, Sequence[str]]]) -> None:
         """Note which keys each document consists of."""
@@ -128,9 +128,14 @@ class RankStore:
         """As ``KVStore.document_keys``."""
         return self._registry.document_keys(document)
 
-    def unregister(self, documents: Sequence[str], only: Sequence[str] | None) -> list[str]:
+    def unregister(
+        self,
+        documents: Sequence[str],
+        only: Sequence[str] | None,
+        forgotten: Sequence[str] | None = None,
+    ) -> list[str]:
         """As ``KVStore.unregister``, of documents by name."""
-        return self._registry.unregister(map(document_id, documents), only)
+        return self._registry.unregister(map(document_id, documents), only, forgotten)
 
     def stats(self) -> dict[str, int]:
         """The store's counts."""

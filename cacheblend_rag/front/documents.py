@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from cacheblend_rag import ingest
 from cacheblend_rag.front.base import Front
 
 _PAGE = 10_000  # keys in one answer of a store
+_NONE = frozenset[str]()
 
 logger = logging.getLogger("vllm.cacheblend_rag")
 
@@ -100,8 +102,20 @@ class Documents(Front):
             return 0
         keys = None if only is None else list(only)
         named = [self._documents + name for name in names]
-        dropped = self._engine.rpc("cacheblend_unregister", named, keys)
-        return self.forget_keys(itertools.chain.from_iterable(dropped))
+        count, forgotten = 0, set[str]()
+        # A note goes when its chunk has gone: where that fails, a second call finds what is left.
+        # Asked again until nothing is: two who forget what they share may each be told late.
+        while left := self._to_forget(named, keys, forgotten):
+            count += self.forget_keys(left)
+            forgotten |= left
+        return count
+
+    def _to_forget(
+        self, named: Sequence[str], only: Sequence[str] | None, forgotten: AbstractSet[str] = _NONE
+    ) -> set[str]:
+        """Drop the notes on documents, as ``KVStore.unregister`` of each rank does."""
+        left = self._engine.rpc("cacheblend_unregister", named, only, sorted(forgotten))
+        return set(itertools.chain.from_iterable(left)) - forgotten
 
     def delete_except(self, texts: Iterable[str | Sequence[int]]) -> int:
         """Forget every chunk of this model and namespace that is not among ``texts``; returns how

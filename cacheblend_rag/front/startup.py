@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import statistics
 import time
 import uuid
@@ -194,8 +193,9 @@ class Startup(Ingestion, Answers):
 
     def _replace_prompt_prefix(self, name: str, prompt_prefix: Chunk) -> None:
         """One with a date is another every day, and only the newest is kept."""
-        old = self._engine.rpc("cacheblend_unregister", [name], None)
-        self._engine.rpc("cacheblend_forget", list(itertools.chain.from_iterable(old)))
+        old = self._to_forget([name], None)
+        self._engine.rpc("cacheblend_forget", sorted(old))
+        self._to_forget([name], None, old)
         self._ingest([prompt_prefix], ())
         self._engine.rpc("cacheblend_register", [(name, [prompt_prefix.key])])
 

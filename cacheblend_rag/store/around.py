@@ -80,9 +80,12 @@ class StoreAround(KVStore):
         return self.store.document_keys(document)
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
-        return self.store.unregister(documents, only)
+        return self.store.unregister(documents, only, forgotten)
 
     def close(self) -> None:
         self.store.close()

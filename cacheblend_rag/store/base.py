@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
-from cacheblend_rag.errors import UnavailableError
+from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.store.parallel import TimedOut
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class KVStore(ABC):
         """Forget ``key``; does nothing where it is absent.
 
         Raises:
-            UnavailableError: the store cannot be asked; the chunk may still be there.
+            StoreError: it cannot be done now; the chunk may still be there.
         """
 
     @abstractmethod
@@ -249,10 +249,17 @@ class KVStore(ABC):
         return []
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
         """Drop the notes on these ids, or of those notes only that on the keys ``only``; returns
-        the keys dropped that no document consists of any more.
+        the keys that no document consists of any more, without those ``forgotten``.
+
+        Args:
+            forgotten: keep the notes on what is returned. Whoever forgets these chunks first, and
+                asks again with their keys, can do so again where that fails. None: keep none.
         """
         return []
 
@@ -266,14 +273,18 @@ class KVStore(ABC):
         """
         return len(self.drop(self.documents() - {document_id(document) for document in live}))
 
-    def drop(self, documents: Iterable[str]) -> list[str]:
-        """Drop the documents of these ids and the chunks that no other one consists of; returns the
-        keys of these.
+    def drop(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        """Drop the documents of these ids, or what they have of the keys ``only``, and the chunks
+        that no other one consists of; returns the keys of these. What failed can be done again.
+
+        Raises:
+            StoreError: not all could be discarded.
         """
-        keys = self.unregister(documents)
-        for key in keys:
-            self.discard(key)
-        return keys
+        documents, forgotten = list(documents), list[str]()
+        while left := self.unregister(documents, only, forgotten):
+            discard_all(self, left)
+            forgotten += left
+        return sorted(forgotten)
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Release what is held open; does nothing on the second call."""
@@ -296,6 +307,22 @@ def ask(question: Callable[[str], _Answer], key: str) -> _Answer | UnavailableEr
         return question(key)
     except UnavailableError as error:
         return error
+
+
+def discard_all(store: KVStore, keys: Iterable[str]) -> None:
+    """Discard every key, whichever fails.
+
+    Raises:
+        StoreError: the first failure, when all were tried.
+    """
+    failed: StoreError | None = None
+    for key in keys:
+        try:
+            store.discard(key)
+        except StoreError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def document_id(document: str) -> str:

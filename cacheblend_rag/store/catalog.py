@@ -74,10 +74,14 @@ class Catalog:
         entry = self._entry(self._namespace, info, nbytes)
         return self.index.put(self._namespace, *entry, self._is_gone, is_new=is_new)
 
-    def drop(self, documents: Collection[bytes]) -> list[str]:
-        """Forget documents and erase the chunks that no other one consists of: their keys."""
+    def drop(
+        self, documents: Collection[bytes], only: Collection[bytes] | None = None
+    ) -> list[str]:
+        """Forget documents, or of their keys these, and erase the chunks that no other one consists
+        of: their keys.
+        """
         self._settle(soon=False)
-        keys = self.index.drop(self._namespace, documents, lambda key: self.erase(key.hex()))
+        keys = self.index.drop(self._namespace, documents, only, lambda key: self.erase(key.hex()))
         return [key.hex() for key in keys]
 
     def erase(self, key: str) -> None:

@@ -211,24 +211,38 @@ class DiskStore(DiskDocuments):
         return self._counts.stats(chunks=chunks, nbytes=nbytes)
 
     def verify(self) -> Iterator[tuple[str, bool]]:
-        """Read every chunk of the namespace; whether each is intact. Damaged ones are set aside."""
+        """Read every chunk of the namespace; whether each is intact. Damaged ones are set aside.
+
+        Raises:
+            UnavailableError: some cannot be read now, which says nothing of them; at the end.
+        """
+        failed: UnavailableError | None = None
         for key in self._catalog.all_keys():
             path = self._path(key)
             read = ask(lambda key, path=path: self._read(key, path, is_use=False), key)  # type: ignore[misc]
-            is_intact = isinstance(read, ChunkKV)
-            if is_intact or _is_damaged(path):
-                yield key, is_intact
+            if isinstance(read, UnavailableError):
+                failed = failed or read
+            elif read is not None or _is_damaged(path):
+                yield key, read is not None
+        if failed is not None:
+            raise failed
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Name and content of the file of every intact chunk of the namespace."""
+        """Name and content of the file of every intact chunk of the namespace. Warns where one
+        cannot be read now.
+        """
         for key in self._catalog.all_keys():
             path = self._path(key)
             try:
                 data = path.read_bytes()
                 # Checked on the way out, or an archive would carry damage to another machine.
                 decode(BytesSource(data), key, self._encoding.cipher)
-            except (OSError, DamagedFileError):
-                continue  # gone or damaged: ``verify`` tells and sets aside
+            except DamagedFileError:
+                continue  # ``verify`` tells and sets aside
+            except OSError as error:
+                if not is_no_file(error):
+                    self._unreadable(error)
+                continue
             yield path.name, data
 
     def put_file(self, key: str, data: bytes) -> bool:

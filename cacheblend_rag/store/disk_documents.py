@@ -36,13 +36,21 @@ class DiskDocuments(KVStore):
             return [key.hex() for key in self._catalog.index.document_keys(self.namespace, raw)]
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
         with explained(self._folder):
             raw = [bytes.fromhex(document) for document in documents]
             keys = None if only is None else {bytes.fromhex(key) for key in only}
-            return [key.hex() for key in self._catalog.index.unregister(self.namespace, raw, keys)]
+            gone = None if forgotten is None else {bytes.fromhex(key) for key in forgotten}
+            found = self._catalog.index.unregister(self.namespace, raw, keys, gone)
+            return [key.hex() for key in found]
 
-    def drop(self, documents: Iterable[str]) -> list[str]:
+    def drop(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
         with explained(self._folder):
-            return self._catalog.drop([bytes.fromhex(document) for document in documents])
+            raw = [bytes.fromhex(document) for document in documents]
+            return self._catalog.drop(
+                raw, None if only is None else {bytes.fromhex(key) for key in only}
+            )

@@ -44,31 +44,37 @@ class Documents:
         namespace: str,
         documents: Collection[bytes],
         only: Collection[bytes] | None = None,
+        forgotten: Collection[bytes] | None = None,
     ) -> list[bytes]:
-        """Drop documents, or of their keys these; returns the keys dropped that none has now."""
+        """As ``KVStore.unregister``."""
 
         def unregister(db: sqlite3.Connection) -> list[bytes]:
-            return self._rows.unregister(db, namespace, documents, only)
+            return self._rows.unregister(db, namespace, documents, only, forgotten)
 
         return self._database.write(unregister, owed=unregister)
 
     def drop(
-        self, namespace: str, documents: Collection[bytes], erase: Callable[[bytes], None]
+        self,
+        namespace: str,
+        documents: Collection[bytes],
+        only: Collection[bytes] | None,
+        erase: Callable[[bytes], None],
     ) -> list[bytes]:
-        """Drop documents, and erase the chunks that none has now while no other process can note
-        anything of them; returns their keys. What another process put just now stays: it will say
-        for which document.
+        """Drop documents, or of their keys these, and erase the chunks that none has now while no
+        other process can note anything of them; returns their keys. What another process put just
+        now stays: it will say for which document.
         """
 
         def unregister(db: sqlite3.Connection) -> list[bytes]:
-            return self._rows.unregister(db, namespace, documents, None)
+            return self._rows.unregister(db, namespace, documents, only)
 
         def drop(db: sqlite3.Connection) -> list[bytes]:
             orphans = [
                 key for key in unregister(db) if not self._rows.is_being_put(db, namespace, key)
             ]
-            for key in orphans:
-                erase(key)
+            failed = [error for key in orphans if (error := _refusal(erase, key)) is not None]
+            if failed:  # all were tried, and all stay noted
+                raise failed[0]
             self._rows.forget(db, namespace, orphans)
             return orphans
 
@@ -76,3 +82,11 @@ class Documents:
         # Or what was deleted could still be read from free pages and from the log.
         self._database.clean()
         return dropped
+
+
+def _refusal(erase: Callable[[bytes], None], key: bytes) -> OSError | None:
+    try:
+        erase(key)
+    except OSError as error:
+        return error
+    return None

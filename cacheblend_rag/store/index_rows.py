@@ -51,8 +51,9 @@ class Rows:
         namespace: str,
         documents: Collection[bytes],
         only: Collection[bytes] | None,
+        forgotten: Collection[bytes] | None = None,
     ) -> list[bytes]:
-        orphans: list[bytes] = []
+        orphans: dict[bytes, bytes] = {}  # with the last document that had each
         for document in documents:
             query = "SELECT key FROM documents WHERE namespace = ? AND document = ?"
             keys = [key for (key,) in db.execute(query, (namespace, document))]
@@ -60,8 +61,14 @@ class Rows:
             query = "DELETE FROM documents WHERE namespace = ? AND document = ? AND key = ?"
             db.executemany(query, [(namespace, document, key) for key in keys])
             query = "SELECT 1 FROM documents WHERE namespace = ? AND key = ?"
-            orphans += [k for k in keys if db.execute(query, (namespace, k)).fetchone() is None]
-        return [key for key in orphans if is_key(key)]
+            left = [k for k in keys if db.execute(query, (namespace, k)).fetchone() is None]
+            orphans.update(dict.fromkeys(filter(is_key, left), document))
+        for key in forgotten or ():
+            orphans.pop(key, None)
+        if forgotten is not None:
+            rows = [(namespace, document, key) for key, document in orphans.items()]
+            db.executemany("INSERT INTO documents VALUES (?, ?, ?)", rows)
+        return list(orphans)
 
     def is_being_put(self, db: sqlite3.Connection, namespace: str, key: bytes) -> bool:
         query = "SELECT putter, put_at FROM chunks WHERE namespace = ? AND key = ?"

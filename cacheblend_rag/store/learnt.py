@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
@@ -101,8 +101,8 @@ class LearningStore(StoreAround):
         with self.learnt.pinned(keys), self.store.pinned(keys):
             yield
 
-    def drop(self, documents: Iterable[str]) -> list[str]:
-        keys = self.store.drop(documents)
+    def drop(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        keys = self.store.drop(documents, only)
         for key in keys:
             self.learnt.discard(key)
         return keys

@@ -128,9 +128,12 @@ class MemoryStore(KVStore):
         return self._registry.document_keys(document)
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
-        return self._registry.unregister(documents, only)
+        return self._registry.unregister(documents, only, forgotten)
 
     def scan(self) -> Iterator[ChunkInfo]:
         with self._lock:

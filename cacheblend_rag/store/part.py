@@ -74,13 +74,18 @@ class PartStore(StoreAround):
             self.store.register(document, keys)
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
         # One that comes later than the leading rank would undo what was registered in between.
-        return self.store.unregister(documents, only) if self._heads.leads else []
+        if not self._heads.leads:
+            return []
+        return self.store.unregister(documents, only, forgotten)
 
-    def drop(self, documents: Iterable[str]) -> list[str]:
-        return self.store.drop(documents)
+    def drop(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        return self.store.drop(documents, only)
 
     def _parts(self, found: Found) -> Found:
         return found._replace(chunks=[self._part(chunk) for chunk in found.chunks])

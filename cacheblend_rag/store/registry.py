@@ -32,15 +32,22 @@ class DocumentRegistry:
             return sorted(self._keys.get(document_id(document), ()))
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
         """As ``KVStore.unregister``."""
-        gone: set[str] = set()
+        dropped: dict[str, set[str]] = {}
         with self._lock:
             for document in documents:
                 held = self._keys.pop(document, set())
-                dropped = held if only is None else held.intersection(only)
-                if kept := held - dropped:
+                dropped[document] = held if only is None else held.intersection(only)
+                if kept := held - dropped[document]:
                     self._keys[document] = kept
-                gone |= dropped
-            return sorted(gone.difference(*self._keys.values()))
+            orphans = set().union(*dropped.values()).difference(*self._keys.values())
+            orphans.difference_update(forgotten or ())
+            for document, keys in dropped.items():
+                if forgotten is not None and (kept := keys & orphans):
+                    self._keys.setdefault(document, set()).update(kept)
+            return sorted(orphans)

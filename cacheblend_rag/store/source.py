@@ -22,6 +22,10 @@ class DamagedFileError(Exception):
     """It is not the chunk that was written under this key."""
 
 
+class CutShortError(DamagedFileError):
+    """There are fewer bytes than were asked for: of a part, the whole may be intact."""
+
+
 class Source(Protocol):
     """A stream of known length."""
 
@@ -125,6 +129,6 @@ class BytesSource:
 
     def read_into(self, target: memoryview) -> None:
         if len(target) > len(self._left):
-            raise DamagedFileError("too short")
+            raise CutShortError("too short")
         target[:] = self._left[: len(target)]
         self._left = self._left[len(target) :]

@@ -40,6 +40,7 @@ class TieredStore(KVStore):
         self._reading, self._prefetching = Readers(_READERS), Readers(_PREFETCHERS)
         self._reporting, self._unreported = Readers(1), deque[str](maxlen=_BACKLOG)
         self._meter, self._counts = Meter(), EventCounts("tiers")
+        self._owed: list[str] = []  # forgotten by others, and not dropped here yet
 
     def contains(self, key: str) -> bool:
         there = ask(self.slow.contains, key)
@@ -82,7 +83,7 @@ class TieredStore(KVStore):
 
     def put(self, key: str, chunk: ChunkKV) -> str:
         # Fast first: a chunk that the slow tier cannot write is still served from the fast one.
-        self.fast.put(key, chunk)
+        self._put_near(key, chunk)
         return self.slow.put(key, chunk)
 
     def discard(self, key: str) -> None:
@@ -121,15 +122,20 @@ class TieredStore(KVStore):
         return self._registry.document_keys(document)
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
-        return self._registry.unregister(documents, only)
+        return self._registry.unregister(documents, only, forgotten)
 
-    def drop(self, documents: Iterable[str]) -> list[str]:
-        keys = self._registry.drop(documents)
-        copies = self.fast if self._registry is self.slow else self.slow
+    def drop(self, documents: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+        # A copy may be refused where it is not in memory: the notes must outlast that.
+        if self._registry is self.fast or not isinstance(self.fast, MemoryStore):
+            return super().drop(documents, only)
+        keys = self.slow.drop(documents, only)
         for key in keys:
-            copies.discard(key)
+            self.fast.discard(key)
         return keys
 
     def scan(self) -> Iterator[ChunkInfo]:
@@ -142,8 +148,9 @@ class TieredStore(KVStore):
 
     def changes(self, cursor: object) -> Changes:
         found = self.slow.changes(cursor)
-        for key in found.removed:
-            self.fast.discard(key)
+        # A copy that cannot be dropped now is tried again, and keeps nobody from being told.
+        owed = [*dict.fromkeys([*self._owed, *found.removed])]
+        self._owed = [key for key in owed if self._refuses_to_drop(key)]
         if found.whole and isinstance(self.fast, MemoryStore):
             self.fast.clear()  # what went is not known; what is still there is read again
         return found
@@ -195,11 +202,19 @@ class TieredStore(KVStore):
         while self._unreported:
             self.slow.touch(self._unreported.popleft())
 
+    def _refuses_to_drop(self, key: str) -> bool:
+        try:
+            self.fast.discard(key)
+        except StoreError as error:
+            warnings.warn(f"Not dropped from the fast tier: {error}", RuntimeWarning, stacklevel=3)
+            return True
+        return False
+
     def _load(self, key: str) -> ChunkKV | None:
         with self._meter.loading() as load:
             load.chunk = self.slow.get(key)
         if load.chunk is not None:
-            self._promote(key, load.chunk)
+            self._put_near(key, load.chunk)
         return load.chunk
 
     def _fetch(self, key: str) -> None:
@@ -207,12 +222,12 @@ class TieredStore(KVStore):
         if ask(self.fast.contains, key) is not True:
             ask(self._load, key)
 
-    def _promote(self, key: str, chunk: ChunkKV) -> None:
+    def _put_near(self, key: str, chunk: ChunkKV) -> None:
         try:
             self.fast.put(key, chunk)
         except StoreError as error:
-            # The chunk was read: serve it, and say that the fast tier is out of order.
-            warnings.warn(f"Not promoted to the fast tier: {error}", RuntimeWarning, stacklevel=3)
+            # It holds copies only: say that it is out of order, and go on without.
+            warnings.warn(f"Not kept in the fast tier: {error}", RuntimeWarning, stacklevel=3)
 
 
 def _answered(answer: _Answer | UnavailableError) -> _Answer:

@@ -143,6 +143,9 @@ def _options(scheme: str, query: str) -> dict[str, str]:
     if unknown:
         known = ", ".join(sorted(_OPTIONS[scheme])) or "none"
         raise StoreError(f"{scheme}:// has no option {', '.join(unknown)}. It has: {known}.")
+    # an empty variable, which would leave out a tier or a limit without a word
+    if empty := sorted(name for name, value in options.items() if not value):
+        raise StoreError(f"An option has no value: {', '.join(empty)}. Give one, or leave it out.")
     return options
 
 

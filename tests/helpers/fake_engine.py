@@ -136,8 +136,8 @@ class FakeEngine(Engine):
             case "registered", [documents]:
                 noted = self.notes.documents()
                 return [[name for name in documents if document_id(name) in noted]]
-            case "unregister", [documents, only]:
-                return [self.notes.unregister(map(document_id, documents), only)]
+            case "unregister", [documents, only, forgotten]:
+                return [self.notes.unregister(map(document_id, documents), only, forgotten)]
             case "compared", [prompts]:
                 return [[[(0.25, True), (0.5, False)] for _ in prompts]]
             case "drop_answers", _:

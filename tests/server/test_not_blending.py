@@ -87,8 +87,8 @@ class Engine:
                 return None
             case "registered", [names]:
                 return [n for n in names if document_id(n) in self.notes.documents()]
-            case "unregister", [names, only]:
-                return self.notes.unregister(map(document_id, names), only)
+            case "unregister", [names, only, forgotten]:
+                return self.notes.unregister(map(document_id, names), only, forgotten)
             case "document_keys", [name]:
                 return self.notes.document_keys(name)
             case "page", _:

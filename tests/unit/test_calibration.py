@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,37 @@ def test_what_is_no_calibration(change: dict[str, Any] | None, says: str, tmp_pa
     path.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         find(WEIGHTS, str(path))
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 1, "ratio"', '{"format": 99}', "[]", "\xff"])
+def test_a_damaged_one_that_nobody_named_counts_as_absent(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "SHIPPED", tmp_path / "shipped")
+    path = usual_path(WEIGHTS)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.warns(RuntimeWarning, match=rf"Left out: .*{path.name}.*cacheblend calibrate"):
+        assert find(WEIGHTS) is None
+    MADE.save(in_folder(tmp_path / "shipped", WEIGHTS))
+    with pytest.warns(RuntimeWarning, match="Left out"):
+        assert find(WEIGHTS) == MADE
+    with pytest.raises(ConfigError, match="calibrat"):
+        find(WEIGHTS, str(path))
+
+
+def test_one_that_cannot_be_written_leaves_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    MADE.save(path := usual_path(WEIGHTS))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            replace(MADE, ratio=0.3).save(path)
+    assert find(WEIGHTS) == MADE and list(path.parent.iterdir()) == [path]
+
+
+def no_space(path: Path, text: str, encoding: str) -> None:
+    path.write_bytes(text[:9].encode())
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_auto_is_the_calibration_or_the_careful_ratio() -> None:

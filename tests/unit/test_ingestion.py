@@ -94,6 +94,28 @@ def test_documents_are_noted_with_their_chunks(blend: CacheBlend) -> None:
         blend.ingest(TEXTS[:2], documents=["a"], progress=False)
 
 
+def test_a_document_that_could_not_be_forgotten_can_be_later(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blend.ingest(TEXTS[:2], documents=["a", "a"], progress=False)
+    before, engine = len(blend.stored()), blend.engine
+    rpc: Any = engine.rpc
+
+    def refusing(method: str, *args: Any) -> list[Any]:
+        if method == "cacheblend_forget":
+            raise StoreError("the disk is read-only")
+        return list(rpc(method, *args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "rpc", refusing)
+        with pytest.raises(StoreError, match="read-only"):
+            blend.forget_documents("a")
+    assert blend.registered_documents("a") == {"a"}
+    assert blend.forget_documents("a") == 2
+    assert len(blend.stored()) == before - 2
+    assert blend.registered_documents("a") == set()
+
+
 def test_too_long_ones_are_counted_and_the_others_computed(blend: CacheBlend) -> None:
     report = blend.ingest([TEXTS[0], LONG, "short", TEXTS[1]], progress=False)
     assert (report.chunks, report.computed, report.too_long, report.too_short) == (4, 2, 1, 1)

@@ -309,8 +309,32 @@ def test_tiers_serve_from_slow_what_fast_cannot_keep() -> None:
 
     store = TieredStore(FullStore(1), MemoryStore(1 << 20))
     store.slow.put(key_of(1), chunk_of(1))
-    with pytest.warns(RuntimeWarning, match="Not promoted"):
+    with pytest.warns(RuntimeWarning, match="Not kept in the fast tier"):
         assert same(store.get(key_of(1)), chunk_of(1))
+    with pytest.warns(RuntimeWarning, match="Not kept in the fast tier"):
+        assert store.put(key_of(2), chunk_of(2)) == ""
+    assert same(store.slow.get(key_of(2)), chunk_of(2))
+
+
+def test_a_copy_that_cannot_be_dropped_is_dropped_later() -> None:
+    class ReadOnly(MemoryStore):
+        is_writable = False
+
+        def discard(self, key: str) -> None:
+            if not self.is_writable:
+                raise StoreError("read-only")
+            super().discard(key)
+
+    store = TieredStore(fast := ReadOnly(1 << 20), slow := MemoryStore(1 << 20))
+    store.put(key_of(1), chunk_of(1))
+    cursor = slow.changes(None).cursor
+    slow.discard(key_of(1))
+    with pytest.warns(RuntimeWarning, match="Not dropped from the fast tier: read-only"):
+        changes = store.changes(cursor)
+    assert changes.removed == [key_of(1)], "who follows the store is told all the same"
+    fast.is_writable = True
+    assert store.changes(changes.cursor).removed == []
+    assert store.get(key_of(1)) is None
 
 
 # --- files ----------------------------------------------------------------------------------------

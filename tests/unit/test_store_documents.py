@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -15,9 +16,16 @@ from hypothesis import strategies as st
 from servers import RedisServer, s3_bucket
 
 from cacheblend_rag.engine.stored import RankStore
-from cacheblend_rag.errors import UnavailableError
+from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.keys import KeySpace
-from cacheblend_rag.store import DiskStore, Heads, KVStore, MemoryStore, open_store
+from cacheblend_rag.store import (
+    DiskStore,
+    Heads,
+    KVStore,
+    MemoryStore,
+    TieredStore,
+    open_store,
+)
 from cacheblend_rag.store.base import document_id
 from cacheblend_rag.store.registry import DocumentRegistry
 from cacheblend_rag.store.remote import BackendError, RemoteStore
@@ -124,7 +132,11 @@ NAMES = ["a", "b", "c/d ä"]
 WHICH = st.sets(st.sampled_from(range(5)))
 CALLS = st.one_of(
     st.tuples(st.just("register"), st.sampled_from(NAMES), WHICH),
-    st.tuples(st.just("unregister"), st.sets(st.sampled_from(NAMES)), st.none() | WHICH),
+    st.tuples(
+        st.sampled_from(["unregister", "to forget"]),
+        st.sets(st.sampled_from(NAMES)),
+        st.none() | WHICH,
+    ),
     st.tuples(st.just("drop"), st.sets(st.sampled_from(NAMES)), st.none()),
 )
 
@@ -147,8 +159,15 @@ def test_every_store_does_what_the_plain_registry_does(opening: Open, calls: lis
             plain.register(names, some)
         else:
             ids = [document_id(name) for name in names]
-            done = store.drop(ids) if what == "drop" else store.unregister(ids, some)
-            assert sorted(done) == plain.unregister(ids, some)
+            if what == "to forget":
+                gone = keys(number % 5)
+                left = plain.unregister(ids, some, gone)
+                assert sorted(store.unregister(ids, some, gone)) == left
+                assert store.unregister(ids, some, [*gone, *left]) == []
+                assert plain.unregister(ids, some, [*gone, *left]) == []
+            else:
+                done = store.drop(ids) if what == "drop" else store.unregister(ids, some)
+                assert sorted(done) == plain.unregister(ids, some)
         assert other.documents() == plain.documents()
         assert all(other.document_keys(n) == plain.document_keys(n) for n in NAMES)
     for store in stores:
@@ -237,6 +256,85 @@ def test_a_document_of_several_ranks_is_one(opening: Open) -> None:
     assert first.document_keys("d") == keys(2)
 
 
+@every_store
+def test_what_is_still_to_be_forgotten_stays_noted(opening: Open) -> None:
+    store = opening()
+    store.register("d", keys(1, 2, 3))
+    store.register("e", keys(2))
+    ids = [document_id("d")]
+    for _ in range(2):  # whoever could not discard them is told again
+        assert sorted(store.unregister(ids, None, [])) == keys(1, 3)
+        assert store.document_keys("d") == keys(1, 3)
+    assert store.unregister(ids, None, keys(1)) == keys(3)
+    assert store.document_keys("d") == keys(3)
+    assert store.unregister(ids, None, keys(3)) == []
+    assert store.documents() == {document_id("e")}
+
+
+class Refusing(MemoryStore):
+    """As a disk that cannot be written, for so many times."""
+
+    times = 1
+
+    def discard(self, key: str) -> None:
+        if self.times:
+            self.times -= 1
+            raise StoreError("Read-only file system")
+        super().discard(key)
+
+
+@pytest.mark.parametrize("tier", ["", "fast", "slow"])
+def test_forgetting_that_failed_is_done_when_it_is_done_again(tier: str) -> None:
+    refusing = store = Refusing(1 << 20)
+    if tier == "fast":
+        store = TieredStore(TieredStore(MemoryStore(1 << 20), refusing), MemoryStore(1 << 20))  # type: ignore[assignment]
+    elif tier == "slow":
+        store = TieredStore(MemoryStore(1 << 20), refusing)  # type: ignore[assignment]
+    put(store, 1, 2, 3)
+    store.register("d", keys(1, 2))
+    store.register("e", keys(2, 3))
+    for name, left in (("d", [2, 3]), ("e", [])):
+        refusing.times = 1
+        with pytest.raises(StoreError, match="Read-only"):
+            store.forget(name)
+        assert store.forget(name) > 0
+        assert held(store, range(4)) == left
+        assert [store.get(key_of(seed)) is not None for seed in (1, 2, 3)].count(True) == len(left)
+    assert store.documents() == set()
+
+
+def test_a_disk_that_refuses_keeps_the_document(tmp_path: Path) -> None:
+    with DiskStore(tmp_path, namespace="tiny-r0") as store:
+        put(store, 1, 2)
+        store.register("d", keys(1, 2))
+        erase, first = store._catalog.erase, keys(1, 2)[0]
+
+        def refuse(key: str) -> None:
+            if key == first:
+                raise OSError(errno.EROFS, "Read-only file system")
+            erase(key)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store._catalog, "erase", refuse)
+            with pytest.raises(StoreError, match="Read-only"):
+                store.forget("d")
+        assert [store.contains(key) for key in keys(1, 2)] == [True, False], "each was tried"
+        assert store.document_keys("d") == keys(1, 2)
+        assert store.forget("d") == 2 and held(store, range(3)) == []
+
+
+def test_a_rank_drops_every_copy_whichever_key_the_disk_refuses() -> None:
+    store, dropped = Refusing(1 << 20), list[str]()
+    rank = RankStore(store, dropped.append)
+    rank.put(keys(1, 2), [chunk_of(1), chunk_of(2)])
+    with pytest.raises(StoreError, match="Read-only"):
+        rank.forget(keys(1, 2))
+    assert len(rank.missing(keys(1, 2))) == 1, "the second one was tried"
+    assert dropped == keys(1, 2)
+    rank.forget(keys(1, 2))
+    assert rank.missing(keys(1, 2)) == keys(1, 2)
+
+
 def test_ranks_with_memory_of_their_own_each_know_documents() -> None:
     space = KeySpace("f", ())
     ranks = [rank_of(open_store("memory://", namespace="n", heads=h)) for h in _HEADS]
@@ -296,6 +394,18 @@ def test_two_who_forget_a_shared_chunk_at_once_do_not_leave_it(opening: Open) ->
             ids = [[document_id("d")], [document_id("e")]]
             told = list(pool.map(lambda store, its: store.unregister(its), stores, ids))
         assert keys(turn) in told
+
+
+@shared_stores
+def test_two_who_drop_documents_at_once_leave_no_chunk_of_both(opening: Open) -> None:
+    stores = [opening(), opening()]
+    for turn in range(5):
+        put(stores[0], turn)
+        for name in ("d", "e"):
+            stores[0].register(name, keys(turn))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda store, name: store.forget(name), stores, ("d", "e")))
+        assert held(stores[0], range(turn + 1)) == [] and stores[1].documents() == set()
 
 
 @remotes

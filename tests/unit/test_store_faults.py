@@ -5,6 +5,7 @@ the runs of ``benchmarks/store_faults.py``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import shutil
@@ -13,6 +14,7 @@ import sqlite3
 import struct
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +23,9 @@ import pytest
 from benchmark import benchmark
 from chunks import chunk_of, key_of, same
 
-from cacheblend_rag.errors import StoreError
+from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.store import DiskStore
+from cacheblend_rag.store.catalog import opened
 from cacheblend_rag.store.chunk_file import ChunkHeader
 
 
@@ -233,6 +236,41 @@ def test_what_is_no_file_is_no_chunk_and_hides_none(
         assert store.get(key_of(1)) is None
         assert store.put(key_of(1), chunk_of(1)) == ""
         assert all(same(store.get(key_of(seed)), chunk_of(seed)) for seed in range(3))
+
+
+@pytest.mark.filterwarnings("ignore:Chunks in")
+def test_what_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with disk(tmp_path) as store:
+        for seed in range(3):
+            store.put(key_of(seed), chunk_of(seed))
+        closed = sorted(map(key_of, range(3)))[0]
+        with monkeypatch.context() as patch:
+            patch.setattr("cacheblend_rag.store.disk.opened", partial(opened_but, closed))
+            rows = store.verify()
+            told = [next(rows), next(rows)]
+            with pytest.raises(UnavailableError, match="Too many"):
+                next(rows)
+        assert told == [(key, True) for key in sorted(map(key_of, range(3))) if key != closed]
+        assert len(list(store.verify())) == 3 and store.stats().corrupt == 0
+
+
+def test_what_an_archive_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with disk(tmp_path) as store:
+        store.put(key_of(1), chunk_of(1))
+        monkeypatch.setattr(Path, "read_bytes", too_many)
+        with pytest.warns(RuntimeWarning, match="cannot be read .Too many open files"):
+            assert list(store.files()) == []
+
+
+def opened_but(closed: str, path: Path) -> contextlib.AbstractContextManager[int]:
+    if path.stem == closed:
+        raise OSError(errno.EMFILE, "Too many open files")
+    return opened(path)
 
 
 def test_what_is_set_aside_is_bounded_and_counts_as_held(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from servers import RedisServer, answering, free_port, s3_bucket
 
 from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.store import ChunkInfo, ChunkKV, Encoding, MemoryStore, TieredStore, open_store
-from cacheblend_rag.store.base import ask
+from cacheblend_rag.store.base import ask, document_id
 from cacheblend_rag.store.chunk_file import encode
 from cacheblend_rag.store.counts import Held, LastCount
 from cacheblend_rag.store.remote import Backend, BackendError, RemoteStore
-from cacheblend_rag.store.remote.base import News
+from cacheblend_rag.store.remote.base import News, ValuePrefix
 from cacheblend_rag.store.seal import Cipher
 
 TIMEOUT = 0.5
@@ -427,8 +427,8 @@ class Stuck(Backend):
 
     def note(self, notes: str, document: str, keys: object) -> None: ...
 
-    def noted(self, notes: str, document: str) -> list[str]:
-        raise BackendError("no")
+    def noted(self, notes: str, document: str) -> Iterator[list[str]]:
+        return iter(())
 
     def documents(self, notes: str) -> Iterator[list[str]]:
         return iter(())
@@ -586,6 +586,152 @@ def test_changes_begin_anew_where_something_else_has_their_name(redis_server: Re
         assert [info.key for info in store.scan()] == [key_of(2)]
         store.put(key_of(3), chunk_of(3))
         assert [info.key for info in store.changes(told.cursor).added] == [key_of(3)]
+
+
+class Shelf(Stuck):
+    """Values in a dict, of which the store may read no whole one."""
+
+    def __init__(self, values: dict[str, bytes]) -> None:
+        super().__init__()
+        self.values, self.is_readable = values, True
+        self.entries: list[tuple[str, bool]] = []
+
+    def get(self, name: str, limit: int) -> bytes | None:
+        raise BackendError("whole values are not to be read")
+
+    def news(self, feed: str, cursor: object) -> News:
+        return News(1, self.entries)
+
+    def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
+        yield [(name, len(value)) for name, value in self.values.items()]
+
+    def heads(self, names: Any, nbytes: int) -> list[Any]:
+        if not self.is_readable:
+            raise BackendError("connection reset")
+        rows = [(name, self.values[name]) for name in names]
+        return [ValuePrefix(name, value[:nbytes], len(value)) for name, value in rows]
+
+
+LONG = ChunkKV(tuple(range(40_000)), 2, torch.zeros(1, 2, 40_000, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "encoding", [Encoding(), Encoding(cipher=Cipher(b"k" * 32))], ids=["plain", "sealed"]
+)
+def test_no_listing_reads_a_whole_value(encoding: Encoding) -> None:
+    """A foreign one and one of many tokens have longer heads than are read at first."""
+    shelf = Shelf({})
+    with RemoteStore(shelf, namespace="tiny-r0", encoding=encoding) as store:
+        for seed, chunk in ((1, chunk_of(1)), (2, LONG)):
+            value = b"".join(bytes(part) for part in encode(key_of(seed), chunk, encoding))
+            shelf.values[store._name(key_of(seed))] = value
+        shelf.values[store._name(key_of(3))] = b"\xff" * 100_000
+        infos = {info.key: info for info in store.scan()}
+        assert set(infos) == {key_of(1), key_of(2)}
+        assert infos[key_of(2)] == ChunkInfo.of(key_of(2), LONG)
+        shelf.entries = [(key_of(n), True) for n in (1, 2, 3)]
+        assert [info.key for info in store.changes(0).added] == [key_of(1), key_of(2)]
+        assert store.failures == 0
+
+
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+def test_what_went_is_told_whatever_came() -> None:
+    shelf = Shelf({})
+    shelf.is_readable = False
+    with RemoteStore(shelf, namespace="tiny-r0") as store:
+        shelf.values[store._name(key_of(1))] = file_of(key_of(1), chunk_of(1))
+        shelf.entries = [(key_of(1), True), (key_of(2), False)]
+        changes = store.changes("before")
+        assert (changes.removed, changes.added, changes.cursor) == ([key_of(2)], (), "before")
+        shelf.is_readable = True
+        changes = store.changes(changes.cursor)
+        assert [info.key for info in changes.added] == [key_of(1)] and changes.cursor == 1
+        shelf.is_readable, shelf.entries = False, [(key_of(1), True)]
+        unavailable(lambda: store.changes("before"))
+
+
+@pytest.mark.filterwarnings("ignore:The remote store fails")
+def test_objects_that_cannot_be_read_hide_no_others(s3_url: str) -> None:
+    """One that is archived or of another key is refused; an empty one has no range."""
+    from obstore.exceptions import PermissionDeniedError
+
+    with open_store(f"{s3_url}&timeout=20s", namespace="unreadable") as store:
+        assert isinstance(store, RemoteStore)
+        backend: Any = store._backend
+        obstore, cursor = backend._obstore, store.changes(None).cursor
+        for seed in (1, 2, 3):
+            store.put(key_of(seed), chunk_of(seed))
+        refused, empty = store._name(key_of(2)), store._name(key_of(3))
+        obstore.put(backend._bucket, empty, b"")
+
+        class Archived:
+            def get(self, bucket: object, name: str, **options: object) -> Any:
+                if name == refused:
+                    raise PermissionDeniedError("InvalidObjectState")
+                return obstore.get(bucket, name, **options)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(obstore, name)
+
+        backend._obstore = Archived()
+        with pytest.warns(RuntimeWarning, match="cannot be read"):
+            assert [info.key for info in store.scan()] == [key_of(1)]
+        assert [info.key for info in store.changes(cursor).added] == [key_of(1)]
+        for _ in range(5):
+            assert isinstance(ask(store.get, key_of(2)), UnavailableError)
+        assert store.failures == 0 and not store.is_paused, "the other side is there"
+        assert same(store.get(key_of(1)), chunk_of(1))
+
+
+def test_a_document_of_many_chunks_is_forgotten_in_small_parts(s3_url: str) -> None:
+    url = f"{s3_url}&timeout=1s"
+    with open_store(url, namespace="many") as store:
+        assert isinstance(store, RemoteStore)
+        backend: Any = store._backend
+        backend._obstore = Slow()
+        many = [key_of(n) for n in range(300)]
+        store.register("d", many)
+        assert store.document_keys("d") == sorted(many)
+        assert store.unregister([document_id("d")]) == sorted(many)
+        assert store.documents() == set()
+        assert store.failures == 0
+
+
+class Slow:
+    """An obstore that does nothing but remember names, each request in its time."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def put(self, bucket: object, name: str, value: bytes, **options: object) -> None:
+        time.sleep(0.1)
+        self.names.add(name)
+
+    def head(self, bucket: object, name: str) -> None:
+        time.sleep(0.1)
+        if name not in self.names:
+            raise FileNotFoundError(name)
+
+    def delete(self, bucket: object, name: str) -> None:
+        time.sleep(0.1)
+        self.names.discard(name)
+
+    def list(self, bucket: object, folder: str, **options: object) -> Iterator[list[Any]]:
+        found = sorted(name for name in self.names if name.startswith(f"{folder}/"))
+        for start in range(0, max(len(found), 1), 20):
+            time.sleep(0.1)
+            yield [{"path": name, "size": 0} for name in found[start : start + 20]]
+
+
+def test_a_user_who_may_not_ask_about_the_server_registers(redis_server: RedisServer) -> None:
+    with open_store(f"{redis_server.url}?timeout=20s", namespace="acl") as store:
+        assert isinstance(store, RemoteStore)
+        client: Any = store._backend._client  # type: ignore[attr-defined]
+        client.execute_command("ACL", "SETUSER", "small", "on", ">pw", "~*", "+@all", "-info")
+    url = redis_server.url.replace("redis://", "redis://small:pw@")
+    with open_store(f"{url}?timeout=20s", namespace="acl") as store:
+        store.register("d", [key_of(1)])
+        assert store.document_keys("d") == [key_of(1)]
 
 
 def test_clients_that_are_not_installed_say_what_to_install(

@@ -146,7 +146,7 @@ HAS, LACKS, AWAY = "has", "lacks", "away"
         (AWAY, AWAY, AWAY, AWAY),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Not promoted")
+@pytest.mark.filterwarnings("ignore:Not kept in the fast tier")
 def test_two_tiers_answer_as_one(fast: str, slow: str, answer: str, contains: str) -> None:
     tiers = [Moody(1 << 20), Moody(1 << 20)]
     for tier, state in zip(tiers, (fast, slow), strict=True):

@@ -95,7 +95,9 @@ def test_urls(url: str, expected: StoreURL) -> None:
         ("file:///kv?capacity=1&capacity=2", "twice: capacity. Give it once"),
         ("file:///kv?quota=1&memory=2&quota=3&memory=2&evict=lru", "twice: memory, quota. Give"),
         ("file:///kv?capacity", "not of the form"),
-        ("file:///kv?capacity=", "is not a size"),
+        ("file:///kv?capacity=", "has no value: capacity. Give one, or leave it out"),
+        ("s3://b?disk=&capacity=1TiB", "has no value: disk"),
+        ("s3://b?endpoint=&region=", "has no value: endpoint, region"),
         ("file:///kv?capacity=lots", "'lots' is not a size. Write for example 512MiB"),
     ],
 )

@@ -40,6 +40,7 @@ class Backend(ABC):
     """
 
     largest: int  # bytes that a value may have
+    at_once = 500  # names that one call is given: it has a deadline
 
     @abstractmethod
     def get(self, name: str, limit: int) -> bytes | None:
@@ -73,7 +74,9 @@ class Backend(ABC):
 
     @abstractmethod
     def heads(self, names: Sequence[str], nbytes: int) -> list[ValuePrefix]:
-        """The first bytes of values, without those that are gone."""
+        """The first bytes of values, without those that are gone or cannot be read by themselves:
+        one of them must not hide the others.
+        """
 
     # Notes on documents: of each which keys it has, and of each key which documents have it. They
     # are below a folder ``notes``; documents and keys are names without a slash.
@@ -83,8 +86,8 @@ class Backend(ABC):
         """Note that a document has these keys as well."""
 
     @abstractmethod
-    def noted(self, notes: str, document: str) -> list[str]:
-        """The keys noted for a document, in any order."""
+    def noted(self, notes: str, document: str) -> Iterator[list[str]]:
+        """The keys noted for a document, some at a time and in any order."""
 
     @abstractmethod
     def documents(self, notes: str) -> Iterator[list[str]]:

@@ -11,7 +11,6 @@ from typing import TypeVar
 from cacheblend_rag.store.base import KVStore, check_key, document_id, is_key
 from cacheblend_rag.store.remote.base import Backend
 
-_AT_ONCE = 500  # notes in one call, which has a deadline
 _Answer = TypeVar("_Answer")
 _Item = TypeVar("_Item")
 
@@ -33,21 +32,21 @@ class RemoteDocuments(KVStore):
         for key in keys:
             check_key(key)
         name = document_id(document)
-        for part in _parts(dict.fromkeys(keys)):
+        for part in self._parts(dict.fromkeys(keys)):
             self._asked(partial(self._backend.note, self._notes, name, part))
 
     def documents(self) -> set[str]:
-        # Page by page, each with its own deadline.
-        pages, found = self._backend.documents(self._notes), set[str]()
-        while (page := self._asked(lambda: next(pages, None))) is not None:
-            found.update(filter(is_key, page))  # a document's name has the form of a key
-        return found
+        # a document's name has the form of a key
+        return self._keys_in(self._backend.documents(self._notes))
 
     def document_keys(self, document: str) -> list[str]:
         return self._noted(document_id(document))
 
     def unregister(
-        self, documents: Iterable[str], only: Collection[str] | None = None
+        self,
+        documents: Iterable[str],
+        only: Collection[str] | None = None,
+        forgotten: Collection[str] | None = None,
     ) -> list[str]:
         some = None if only is None else set(only)
         pairs = [
@@ -59,9 +58,11 @@ class RemoteDocuments(KVStore):
         # All are released before the first note goes: where that fails, it can be done again, and
         # says the same. Without the note, nobody would know that the chunk is to be forgotten.
         orphans = set[str]()
-        for part in _parts(pairs):
+        for part in self._parts(pairs):
             orphans.update(self._asked(partial(self._backend.release, self._notes, part)))
-        for part in _parts(pairs):
+        orphans.difference_update(forgotten or ())
+        kept = set() if forgotten is None else orphans
+        for part in self._parts(pair for pair in pairs if pair[1] not in kept):
             self._asked(partial(self._backend.unnote, self._notes, part))
         return sorted(orphans)
 
@@ -74,11 +75,16 @@ class RemoteDocuments(KVStore):
         """
 
     def _noted(self, document: str) -> list[str]:
-        keys = self._asked(partial(self._backend.noted, self._notes, document))
-        return sorted(filter(is_key, keys))
+        return sorted(self._keys_in(self._backend.noted(self._notes, document)))
 
+    def _keys_in(self, pages: Iterator[list[str]]) -> set[str]:
+        # Page by page, each with its own deadline.
+        found = set[str]()
+        while (page := self._asked(lambda: next(pages, None))) is not None:
+            found.update(filter(is_key, page))
+        return found
 
-def _parts(items: Iterable[_Item]) -> Iterator[Sequence[_Item]]:
-    rest = iter(items)
-    while part := list(islice(rest, _AT_ONCE)):
-        yield part
+    def _parts(self, items: Iterable[_Item]) -> Iterator[Sequence[_Item]]:
+        rest = iter(items)
+        while part := list(islice(rest, self._backend.at_once)):
+            yield part

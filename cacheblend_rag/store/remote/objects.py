@@ -7,13 +7,14 @@ import itertools
 import re
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cacheblend_rag.errors import MissingExtraError, StoreError
-from cacheblend_rag.store.remote.base import Backend, BackendError, News, ValuePrefix
+from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError, News, ValuePrefix
 from cacheblend_rag.store.url import redacted
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 _Answer = TypeVar("_Answer")
 
 _RETRIES = 2
-_AT_ONCE = 64  # requests for heads
+_AT_ONCE = 64  # requests
 _SKEW_S = 60.0  # by which clocks of machines may differ
 _REMEMBERED_S = 86400.0  # changes, for those who follow them
 _PRUNE_EVERY = 1000  # changes
+_NO_RANGE = re.compile(r"status code: 416\b|InvalidRange")
 _EVENT = re.compile(r"[0-9]{13}-[0-9a-f]{8}-(put|deleted)-(.+)")
 
 
@@ -84,6 +86,7 @@ class ObjectBackend(Backend):
     """One bucket, or the part of it below the URL's path."""
 
     largest = 5 << 30  # one PUT
+    at_once = _AT_ONCE  # one round of requests: with more, a call may miss its deadline every time
 
     def __init__(self, bucket: ObjectStore) -> None:
         import obstore
@@ -98,6 +101,7 @@ class ObjectBackend(Backend):
         self._not_found = (NotFoundError, FileNotFoundError)
         self._refusals = (PermissionDeniedError, UnauthenticatedError)
         self._errors = (BaseError, OSError, ValueError)
+        self._has_warned = False
 
     def get(self, name: str, limit: int) -> bytes | None:
         with self._failing():
@@ -174,7 +178,8 @@ class ObjectBackend(Backend):
     def pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
         with self._failing():
             for page in self._obstore.list(self._bucket, prefix.rstrip("/"), chunk_size=500):
-                yield [(found["path"], found["size"]) for found in page]
+                # no value of ours is empty
+                yield [(found["path"], found["size"]) for found in page if found["size"]]
 
     def heads(self, names: Sequence[str], nbytes: int) -> list[ValuePrefix]:
         found = self._for_all(lambda name: self._head(name, nbytes), names)
@@ -186,13 +191,13 @@ class ObjectBackend(Backend):
         self._put_all([f"{notes}/of/{document}/{key}" for key in keys])
         self._put_all([f"{notes}/in/{key}/{document}" for key in keys])
 
-    def noted(self, notes: str, document: str) -> list[str]:
-        with self._failing():
-            return self._names(f"{notes}/of/{document}")
+    def noted(self, notes: str, document: str) -> Iterator[list[str]]:
+        for page in self._listed(f"{notes}/of/{document}"):
+            yield [name.rpartition("/")[2] for name in page]
 
     def documents(self, notes: str) -> Iterator[list[str]]:
-        for page in self.pages(f"{notes}/of"):
-            yield [name.split("/")[-2] for name, _ in page]
+        for page in self._listed(f"{notes}/of"):
+            yield [name.split("/")[-2] for name in page]
 
     def release(self, notes: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
         keys = list(dict.fromkeys(key for _, key in pairs))
@@ -201,8 +206,9 @@ class ObjectBackend(Backend):
         def is_held(key: str) -> bool:
             # Only who has it noted counts: who noted it again between a ``release`` and its
             # ``unnote`` would hold it for ever.
-            holders = self._names(f"{notes}/in/{key}")
-            return any(self.exists(f"{notes}/of/{document}/{key}") for document in holders)
+            holders = itertools.chain.from_iterable(self._listed(f"{notes}/in/{key}"))
+            names = (name.rpartition("/")[2] for name in holders)
+            return any(self.exists(f"{notes}/of/{document}/{key}") for document in names)
 
         held = self._for_all(is_held, keys)
         return [key for key, is_it in zip(keys, held, strict=True) if not is_it]
@@ -228,10 +234,10 @@ class ObjectBackend(Backend):
         with self._failing(), ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(work, names))
 
-    def _names(self, folder: str) -> list[str]:
-        """The last parts of the names in a folder."""
-        pages = self._obstore.list(self._bucket, folder, chunk_size=1000)
-        return [found["path"].rpartition("/")[2] for page in pages for found in page]
+    def _listed(self, folder: str) -> Iterator[list[str]]:
+        with self._failing():
+            for page in self._obstore.list(self._bucket, folder, chunk_size=1000):
+                yield [found["path"] for found in page]
 
     def _head(self, name: str, nbytes: int) -> ValuePrefix | None:
         try:
@@ -239,14 +245,36 @@ class ObjectBackend(Backend):
             return ValuePrefix(name, bytes(found.bytes()), found.meta["size"])
         except self._not_found:
             return None
+        # One that was archived, is of another key, or is empty by now.
+        except self._errors as error:
+            if not (isinstance(error, self._refusals) or _NO_RANGE.search(str(error))):
+                raise
+            self._warn_of(name, error)
+            return None
+
+    def _warn_of(self, name: str, error: Exception) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"The object {name} and maybe others cannot be read ({_text(error)}); what they "
+                "hold is recomputed.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
         try:
             yield
+        except self._refusals as error:
+            raise AnswerError(_text(error)) from error
         except self._errors as error:
-            text = str(error).strip()
-            raise BackendError(f"{type(error).__name__}: {text.splitlines()[0][:200]}") from error
+            raise BackendError(_text(error)) from error
+
+
+def _text(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _stamp(seconds: float) -> str:

@@ -159,14 +159,17 @@ class RedisBackend(Backend):
             for key in keys:
                 pipeline.sadd(_holders_of(notes, key), document)
             pipeline.execute()
-            if not self._has_noted:
-                self._has_noted = True
+        if not self._has_noted:
+            self._has_noted = True
+            # It is noted by now: a user who may not ask for this, or a proxy that does not know it,
+            # is no failure.
+            with contextlib.suppress(*self._errors):
                 self._check_policy()
 
-    def noted(self, notes: str, document: str) -> list[str]:
+    def noted(self, notes: str, document: str) -> Iterator[list[str]]:
         with self._failing():
             found: Any = self._client.smembers(_keys_of(notes, document))
-            return [_as_text(key) for key in found]
+        yield [_as_text(key) for key in found]
 
     def documents(self, notes: str) -> Iterator[list[str]]:
         cursor = 0

@@ -25,17 +25,18 @@ from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encod
 from cacheblend_rag.store.counts import EventCounts, Held, LastCount, found_within
 from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.parallel import Readers
-from cacheblend_rag.store.remote.base import Backend, BackendError, ValuePrefix
+from cacheblend_rag.store.remote.base import Backend, BackendError
 from cacheblend_rag.store.remote.documents import RemoteDocuments
 from cacheblend_rag.store.remote.guard import Guard, PausedError
-from cacheblend_rag.store.source import BytesSource, DamagedFileError
+from cacheblend_rag.store.source import BytesSource, CutShortError, DamagedFileError
 
 _NAME = re.compile(r".*/([0-9a-f]{64})")
-_HEAD_BYTES = 16 << 10  # the header and 3,900 tokens; for longer chunks the whole value is read
+_HEAD_BYTES = 16 << 10  # the header and 3,900 tokens; of longer chunks more is read then
+_LONGER = 8  # times
+_MOST_BYTES = 8 << 20  # of heads in one call
 _LARGEST = 1 << 30  # a larger value is not ours
 _PLAIN = Encoding()
 _READERS = 8
-_PAGE = 500  # heads asked for at once
 _Answer = TypeVar("_Answer")
 
 
@@ -151,8 +152,14 @@ class RemoteStore(RemoteDocuments):
         there = (
             [] if news.whole else [self._name(key) for key, is_there in last.items() if is_there]
         )
-        parts = (there[i : i + _PAGE] for i in range(0, len(there), _PAGE))
-        added = [info for part in parts for info in self._infos(part)]
+        added = list[ChunkInfo]()
+        try:
+            added.extend(self._infos(there))
+        except UnavailableError:
+            # What went is told whatever the rest does. All of it is told again the next time.
+            if not removed:
+                raise
+            return Changes(cursor, (), removed)
         return Changes(news.cursor, added, removed, news.whole)
 
     def stats(self) -> StoreStats:
@@ -188,23 +195,22 @@ class RemoteStore(RemoteDocuments):
         while (page := self._asked(lambda: next(pages, None))) is not None:
             yield page
 
-    def _infos(self, names: Sequence[str]) -> Iterator[ChunkInfo]:
-        for head in self._asked(partial(self._backend.heads, names, _HEAD_BYTES)):
-            if (info := self._info(head)) is not None:
-                yield info
-
-    def _info(self, head: ValuePrefix) -> ChunkInfo | None:
-        key = self._key(head.name)
-        try:
-            return decode_info(BytesSource(head.data, head.size), key, self._encoding.cipher)
-        except DamagedFileError:
-            # All of it was read, so it is damaged, and not only longer than what was asked for.
-            if len(head.data) >= head.size:
-                return None
-        chunk = self._get(key, head.name)  # its head is longer than what was read
-        if chunk is None:
-            return None
-        return ChunkInfo.of(key, chunk)
+    def _infos(self, names: Sequence[str], nbytes: int = _HEAD_BYTES) -> Iterator[ChunkInfo]:
+        at_once = max(1, min(self._backend.at_once, _MOST_BYTES // nbytes))
+        longer = list[str]()  # than what was read of them
+        for start in range(0, len(names), at_once):
+            part = names[start : start + at_once]
+            for head in self._asked(partial(self._backend.heads, part, nbytes)):
+                source = BytesSource(head.data, head.size)
+                try:
+                    yield decode_info(source, self._key(head.name), self._encoding.cipher)
+                except CutShortError:
+                    if len(head.data) < min(head.size, self._largest):
+                        longer.append(head.name)
+                except DamagedFileError:
+                    continue  # whoever asks for it gets it dropped
+        if longer:
+            yield from self._infos(longer, nbytes * _LONGER)
 
     def _name(self, key: str) -> str:
         check_key(key)
