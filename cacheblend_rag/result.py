@@ -172,14 +172,13 @@ class AsyncBlendStream(_Stream, AsyncIterator[str]):
         self._closed = False
 
     async def __anext__(self) -> str:
-        if self._closed:
-            raise StopAsyncIteration
-        if self._begun is None:
+        if not (self._closed or self._begun):
             asked = time.perf_counter()
             self._begun = await self._begin()
             self._start = asked + self._begun.prepared_s
-        pieces = self._begun.pieces
-        piece = await anext(pieces, None)
+        if self._closed or self._begun is None:  # maybe while the prompt was prepared
+            raise StopAsyncIteration
+        piece = await anext(self._begun.pieces, None)
         if piece is None:
             if self._ended:  # may ask the engine once more, so not on this loop
                 await asyncio.to_thread(lambda: self.result)

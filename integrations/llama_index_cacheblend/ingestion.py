@@ -146,7 +146,7 @@ class CacheBlendIngestion(TransformComponent):
             Chunks dropped.
         """
         texts = [self.text_of(node) for node in docstore.docs.values()]
-        return self._engine.blend().delete_except(filter(may_have_kv, texts))
+        return self._engine.blend().delete_except(text for text in texts if may_have_kv(text))
 
     def _batch(self, nodes: Sequence[BaseNode]) -> relay.Batch:
         # what stands in place of a node's text (a window of sentences, say) has no place of its own

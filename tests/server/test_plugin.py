@@ -28,7 +28,7 @@ def by_hand(hybrid: bool = False, **extra: Any) -> Any:
     """vLLM's client of a server that was started without our worker extension."""
     parallel = SimpleNamespace(worker_extension_cls="")
     transfer = SimpleNamespace(kv_connector_extra_config=extra)
-    model = SimpleNamespace(runner_type="generate", is_hybrid=hybrid)
+    model = SimpleNamespace(runner_type="generate", is_hybrid=hybrid, enable_sleep_mode=False)
     config = SimpleNamespace(
         parallel_config=parallel, kv_transfer_config=transfer, model_config=model
     )

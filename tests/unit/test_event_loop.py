@@ -51,6 +51,19 @@ def held(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     made.go.set()
 
 
+async def test_what_is_closed_while_its_prompt_is_prepared_never_runs(
+    blend: CacheBlend, held: Held
+) -> None:
+    stream = blend.astream(TEXT)
+    first = asyncio.ensure_future(anext(stream, "nothing"))
+    await asyncio.sleep(0.05)
+    assert held.threads
+    await stream.aclose()
+    held.go.set()
+    assert await first == "nothing" and await anext(stream, None) is None
+    assert sent(blend) == []
+
+
 async def test_the_loop_goes_on_while_prompts_are_prepared(blend: CacheBlend, held: Held) -> None:
     asked = [asyncio.create_task(blend.agenerate(f"{TEXT} {i}?")) for i in range(16)]
     for _ in range(100):
