@@ -144,7 +144,7 @@ def document_names(documents: object) -> list[str]:
     names = _several(documents, "documents")
     for name in names:
         _check_document(name)
-    return names
+    return list(dict.fromkeys(names))
 
 
 def keys_by_document(documents: object) -> list[tuple[str, list[str]]]:

@@ -23,7 +23,7 @@ from cacheblend_rag.cli.base import (
     megabytes,
     size,
 )
-from cacheblend_rag.errors import StoreError
+from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.retrieval import MANIFEST, Passage, Retriever
 from cacheblend_rag.store.base import document_id
 from cacheblend_rag.store.folder import (
@@ -111,20 +111,26 @@ def _verify(args: argparse.Namespace, screen: Screen) -> Done:
     rows: list[dict[str, Any]] = []
     for namespace in namespaces(args.store, args.namespace):
         counts = Counter[bool]()
-        damaged = []
+        damaged, unread = [], ""
         with open_namespace(args.store, namespace) as store:
-            for key, is_intact in store.verify():
-                counts[is_intact] += 1
-                if not is_intact:
-                    damaged.append(key)
-                    screen.out.print(f"[red]damaged[/red] {namespace} {key}", soft_wrap=True)
+            try:
+                for key, is_intact in store.verify():
+                    counts[is_intact] += 1
+                    if not is_intact:
+                        damaged.append(key)
+                        screen.out.print(f"[red]damaged[/red] {namespace} {key}", soft_wrap=True)
+            except UnavailableError as error:  # the other namespaces are looked at all the same
+                unread = str(error)
+                screen.out.print(f"[red]not read[/red] {namespace} {unread}", soft_wrap=True)
             recovery = store.recovery._asdict()
-        rows.append({"namespace": namespace, "intact": counts[True], "damaged": damaged} | recovery)
+        found = {"namespace": namespace, "intact": counts[True], "damaged": damaged}
+        rows.append(found | recovery | {"unread": unread})
     intact = sum(row["intact"] for row in rows)
     broken = sum(len(row["damaged"]) for row in rows)
     screen.out.print(f"{intact} chunks intact, {broken} damaged and set aside.", highlight=False)
     data = {"store": str(args.store), "namespaces": rows, "intact": intact, "damaged": broken}
-    return Done(REFUSED if broken else OK, data)
+    is_whole = not broken and not any(row["unread"] for row in rows)
+    return Done(OK if is_whole else REFUSED, data)
 
 
 # --- less of it -----------------------------------------------------------------------------------
@@ -204,7 +210,8 @@ def register(folder: Path, sources: list[str], keys: list[str], tenant: str = ""
             for document, its_keys in by_document.items():
                 # of one that has changed since it was last read
                 old = set(store.document_keys(document)).difference(its_keys)
-                store.drop([document_id(document)], old)
+                if old:
+                    store.drop([document_id(document)], old)
 
 
 # --- to and from one file -------------------------------------------------------------------------

@@ -226,10 +226,11 @@ def is_cpu() -> bool:
 
 def moves(config: VllmConfig) -> dict[str, bool]:
     """Which weights vLLM itself moves in memory, see ``weights.Weights``."""
-    prefetched = getattr(getattr(config, "offload_config", None), "prefetch", None)
+    offload = getattr(config, "offload_config", None)
+    is_on = getattr(getattr(offload, "prefetch", None), "offload_group_size", 0) > 0
     return {
         "moves_experts": bool(config.parallel_config.enable_eplb),
-        "moves_all": bool(getattr(prefetched, "offload_group_size", 0)),
+        "moves_layers": is_on and getattr(offload, "offload_backend", "auto") != "uva",
     }
 
 

@@ -17,6 +17,7 @@ Shape legend: E tokens of the request, T rows of the step, S sequences.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -105,6 +106,7 @@ class _Blend:
         blocks: those allocated so far.
         placed: the first position whose stored KV may be wanting in the cache.
         proof: of blends that are to show that they are right.
+        is_lost: it failed, and its rows are the tokens that vLLM takes them for.
         done: tokens that are computed when this step ends, as vLLM counts.
     """
 
@@ -117,6 +119,7 @@ class _Blend:
     why_not: Why | None = None
     blocks: list[int] = field(default_factory=list)
     done: int = 0
+    is_lost: bool = False
 
     def advance(self, scheduled: Scheduled) -> Positions:
         """Go on by this step's rows: open their blocks, and return their positions."""
@@ -241,8 +244,8 @@ class StepRows:
             flags = [blend.why_not is not None, not error <= bound, found is None]
             is_lost, differs, is_unknown = self.handle.ranks.any(flags)
             if is_lost:  # by a failure, which says nothing of others
-                if blend.why_not is None:
-                    self._lose(blend, "another rank failed, its log has the cause")
+                # That rank has told the blocks, with an earlier step maybe: they may be another's.
+                self._lose(blend, "another rank failed, its log has the cause", tells=False)
             elif differs:
                 detail = f"rows of vLLM's step differ by {error:.3g} ({bound:g} allowed)"
                 self._lose(blend, detail)
@@ -313,15 +316,19 @@ class StepRows:
             for blend in blends:
                 self._lose(blend, f"{type(error).__name__}: {error}{because}")
 
-    def _lose(self, blend: _Blend, cause: str) -> None:
+    def _lose(self, blend: _Blend, cause: str, *, tells: bool = True) -> None:
         """Not even an exact answer can be had: vLLM ends the request with an error, since it takes
         some of its blocks for computed. Where it takes none, every token is a row and nothing else
         was needed.
         """
-        logger.exception("%s can't be blended: %s", blend.task.request_id, cause)
+        if blend.is_lost:
+            return
+        blend.is_lost = True
+        because = sys.exc_info()[1]
+        logger.error("%s can't be blended: %s", blend.task.request_id, cause, exc_info=because)
         blend.why_not = Why(Reason.BLEND_FAILED, f"blending failed: {cause}")
         blend.give_up()  # or what its transfer has half filled would be held for ever
-        if blend.task.first_row == blend.task.write_from:
+        if blend.task.first_row == blend.task.write_from or not tells:
             return
         # The blocks before these hold what other requests may have written, and may be reading.
         own = blend.blocks[blend.task.write_from // self._cache.block_size :]
@@ -418,28 +425,37 @@ class StepRows:
         first = dict(zip(order, (counts.cumsum() - counts).tolist(), strict=True))
         for name, blend in ours.items():
             if blend.executor is not None:
-                work = partial(self._compute, blend, blend.executor, batch[name], first[name])
+                work = partial(_computed, self.handle, blend, blend.executor, batch[name])
                 # Ranks compute together. One that fails alone would go on without the others.
                 with self._losing(blend):
-                    self.handle.ranks.all_or_none(work)
+                    others = self.handle.ranks.all_or_none(work)
+                    # Behind the vote: where one rank failed, the graph writes what is exact. Else
+                    # it would put the KV of the tokens that vLLM takes these rows for over what is
+                    # placed there.
+                    if others:
+                        self._tensors.write_nothing(slice(first[name], first[name] + others))
 
-    def _compute(
-        self, blend: _Blend, executor: BlendExecutor, scheduled: Scheduled, first: int
-    ) -> None:
-        """What a blend's rows, from the step's row ``first`` on, would come to."""
-        # Rows ascend and end with the last token, so those that are vLLM's own come behind. Of
-        # context, even these are computed here: they may move what is reused.
-        positions = blend.advance(scheduled)
-        at, theirs = positions.numpy(), scheduled.computed + np.arange(scheduled.known)
-        others = int(((at != theirs) | (at < blend.task.plan.end)).sum())
-        if others:
-            with self.handle.adapters.using(blend.task.adapter):
-                executor.recompute(positions[:others].device)
-            # Or the graph would put the KV of the tokens that vLLM takes these rows for over what
-            # is placed there.
-            self._tensors.write_nothing(slice(first, first + others))
-        # No layer of a graph asks for its stored KV, so all of it is placed before.
-        executor.place(range(self.handle.num_layers))
+
+def _computed(
+    handle: ModelHandle, blend: _Blend, executor: BlendExecutor, scheduled: Scheduled
+) -> int:
+    """Compute what a blend's rows would come to; returns how many, from its first one on, are
+    other tokens than vLLM takes them for.
+    """
+    # Within the vote, or other ranks, on which it was not lost, would wait for this one.
+    if blend.is_lost:
+        raise RuntimeError("it was lost in an earlier step")
+    # Rows ascend and end with the last token, so those that are vLLM's own come behind. Of
+    # context, even these are computed here: they may move what is reused.
+    positions = blend.advance(scheduled)
+    at, theirs = positions.numpy(), scheduled.computed + np.arange(scheduled.known)
+    others = int(((at != theirs) | (at < blend.task.plan.end)).sum())
+    if others:
+        with handle.adapters.using(blend.task.adapter):
+            executor.recompute(positions[:others].device)
+    # No layer of a graph asks for its stored KV, so all of it is placed before.
+    executor.place(range(handle.num_layers))
+    return others
 
 
 class _StepImpl(ProxyImpl):

@@ -134,8 +134,11 @@ class RankStore:
         only: Sequence[str] | None,
         forgotten: Sequence[str] | None = None,
     ) -> list[str]:
-        """As ``KVStore.unregister``, of documents by name."""
-        return self._registry.unregister(map(document_id, documents), only, forgotten)
+        """As ``KVStore.unregister``, of documents by name. A chunk that somebody stored again
+        meanwhile keeps its notes.
+        """
+        gone = forgotten and [key for key in forgotten if ask(self.store.contains, key) is False]
+        return self._registry.unregister(map(document_id, documents), only, gone)
 
     def stats(self) -> dict[str, int]:
         """The store's counts."""

@@ -31,7 +31,8 @@ class Weights:
         model: the part of it that this rank has.
         ranks: that have the others. All of them ask together.
         moves_experts: vLLM exchanges experts between ranks. Those are not looked at.
-        moves_all: vLLM brings weights as a forward needs them. None is looked at.
+        moves_layers: vLLM brings layers' weights as a forward needs them. Those are not looked at,
+            but what is before and behind the layers.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Weights:
         ranks: Ranks,
         *,
         moves_experts: bool = False,
-        moves_all: bool = False,
+        moves_layers: bool = False,
     ) -> None:
         self._model, self._ranks = model, ranks
-        self._moves_experts, self._moves_all = moves_experts, moves_all
+        moved = {"experts": moves_experts, "layers": moves_layers}
+        self._moved = {part for part, is_moved in moved.items() if is_moved}
         self._first = self._sample()
 
     def are_changed(self) -> bool:
@@ -60,7 +62,7 @@ class Weights:
     def _some(self) -> Iterator[torch.Tensor]:
         """Bytes of each tensor, spread over it."""
         for name, tensor in self._model.named_parameters():
-            if self._moves_all or (self._moves_experts and ".experts." in name):
+            if self._moved.intersection(name.split(".")):
                 continue
             storage = tensor.untyped_storage()
             count = storage.nbytes()

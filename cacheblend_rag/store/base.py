@@ -281,10 +281,14 @@ class KVStore(ABC):
             StoreError: not all could be discarded.
         """
         documents, forgotten = list(documents), list[str]()
-        while left := self.unregister(documents, only, forgotten):
+        while True:
+            # One that somebody stored again meanwhile keeps its notes.
+            gone = [key for key in forgotten if not self.contains(key)]
+            left = [key for key in self.unregister(documents, only, gone) if key not in forgotten]
+            if not left:
+                return sorted(forgotten)
             discard_all(self, left)
             forgotten += left
-        return sorted(forgotten)
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Release what is held open; does nothing on the second call."""

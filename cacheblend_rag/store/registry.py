@@ -40,7 +40,7 @@ class DocumentRegistry:
         """As ``KVStore.unregister``."""
         dropped: dict[str, set[str]] = {}
         with self._lock:
-            for document in documents:
+            for document in dict.fromkeys(documents):
                 held = self._keys.pop(document, set())
                 dropped[document] = held if only is None else held.intersection(only)
                 if kept := held - dropped[document]:

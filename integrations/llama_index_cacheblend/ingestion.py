@@ -250,6 +250,8 @@ def listing(store: object) -> Iterator[None]:
     """
     try:
         yield
+    except OSError:  # no answer is not the answer that it can't
+        raise
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise PromptError(

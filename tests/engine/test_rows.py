@@ -278,13 +278,31 @@ def test_all_ranks_vote_on_each_proof_that_was_begun(errors: list[Any], what: st
         return bool(rows.lost()), [said and said[0] and said[0].reason]
 
     expected = {
-        "holds": (False, [None]),
-        "differs": (True, [Reason.ROWS_DIFFER]),
-        "lost": (True, [[]]),
-        "unknown": (False, [[]]),
+        "holds": [(False, [None])] * 2,
+        "differs": [(True, [Reason.ROWS_DIFFER])] * 2,
+        "lost": [(False, [[]]), (True, [[]])],  # told once: the blocks may be another's by now
+        "unknown": [(False, [[]])] * 2,
     }
     with no_graph():
-        assert on_two_ranks(judge) == [expected[what]] * 2
+        assert on_two_ranks(judge) == expected[what]
+
+
+def test_a_blend_that_was_lost_is_not_placed_again() -> None:
+    """A step that is one graph follows one whose rows were computed exactly."""
+    rows = rows_of()
+    rows.blender = Blender([])  # type: ignore[assignment]
+    written = list[slice]()
+    rows._tensors.write_nothing = written.append  # type: ignore[method-assign]
+    with no_graph():
+        begin_step(rows, [task_of("a", rows=PROMPT)], {"a": Scheduled(0, PROMPT - 1)})
+    (blend,) = rows._blends.values()
+    rows._lose(blend, "in a layer of that step")
+    placed = list[range]()
+    blend.executor.place = placed.append  # type: ignore[union-attr, method-assign]
+    begin_step(rows, [], {"a": Scheduled(PROMPT - 1, 1)})
+    assert not placed and not written
+    [done] = rows.finished()
+    assert done.why_not is not None and "in a layer" in done.why_not.detail
 
 
 def measured(error: Any) -> Any:

@@ -106,7 +106,8 @@ class Model(nn.Module):
 def test_a_change_of_any_weight_is_seen(which: str) -> None:
     model = nn.ModuleDict({"mlp": Model()})
     all_of_them = Weights(model, ALONE)
-    none = Weights(model, ALONE, moves_all=True)
+    around = nn.ModuleDict({"layers": model, "norm": nn.LayerNorm(8)})
+    but_layers = Weights(around, ALONE, moves_layers=True)
     but_experts = Weights(model, ALONE, moves_experts=True)
     assert not all_of_them.are_changed() and not but_experts.are_changed()
     with torch.no_grad():
@@ -114,4 +115,7 @@ def test_a_change_of_any_weight_is_seen(which: str) -> None:
         part.add_(1)
     assert all_of_them.are_changed()
     assert but_experts.are_changed() == (which != "experts")
-    assert not none.are_changed()
+    assert not but_layers.are_changed()
+    with torch.no_grad():
+        around.norm.weight.mul_(2)
+    assert but_layers.are_changed()

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fake_retriever import FakeRetriever
 
 from cacheblend_rag import cli
 from cacheblend_rag.cli.store import register
+from cacheblend_rag.errors import UnavailableError
 from cacheblend_rag.retrieval import Passage
 from cacheblend_rag.store import DiskStore, Encoding
 from cacheblend_rag.store.folder import namespaces
@@ -67,6 +69,25 @@ def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (data["intact"], data["damaged"]) == (7, 0)
     assert cli.main(["verify", "--store", str(folder)]) == 0
     assert "7 chunks intact" in capsys.readouterr().out
+
+
+def test_verify_goes_on_behind_a_namespace_that_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = DiskStore.verify
+
+    def fails(store: DiskStore) -> Iterator[tuple[str, bool]]:
+        yield from verify(store)
+        if store.namespace == "one":
+            raise UnavailableError("2 files: permission denied")
+
+    monkeypatch.setattr(DiskStore, "verify", fails)
+    data = run(capsys, 3, "verify", "--store", folder)
+    assert data["intact"] == 8
+    assert {row["namespace"]: row["unread"] for row in data["namespaces"]} == {
+        "one": "2 files: permission denied",
+        "two": "",
+    }
 
 
 def test_verify_says_what_a_crash_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,7 @@ WHICH = st.sets(st.sampled_from(range(5)))
 CALLS = st.one_of(
     st.tuples(st.just("register"), st.sampled_from(NAMES), WHICH),
     st.tuples(
-        st.sampled_from(["unregister", "to forget"]),
+        st.sampled_from(["unregister", "to forget", "twice"]),
         st.sets(st.sampled_from(NAMES)),
         st.none() | WHICH,
     ),
@@ -165,6 +165,10 @@ def test_every_store_does_what_the_plain_registry_does(opening: Open, calls: lis
                 assert sorted(store.unregister(ids, some, gone)) == left
                 assert store.unregister(ids, some, [*gone, *left]) == []
                 assert plain.unregister(ids, some, [*gone, *left]) == []
+            elif what == "twice":
+                assert sorted(store.unregister([*ids, *ids], some)) == plain.unregister(
+                    [*ids, *ids], some
+                )
             else:
                 done = store.drop(ids) if what == "drop" else store.unregister(ids, some)
                 assert sorted(done) == plain.unregister(ids, some)
@@ -523,3 +527,28 @@ def test_what_is_no_key_is_neither_noted_nor_told(opening: Open) -> None:
     store._backend.note(store._notes, "y", [key_of(1)])
     assert store.document_keys("d") == keys(1)
     assert store.documents() == {document_id("d")}
+
+
+def test_what_is_stored_again_meanwhile_keeps_its_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or nobody could forget it by its document any more."""
+    store = MemoryStore(1 << 20)
+    put(store, 1)
+    store.register("d", [key_of(1)])
+    discard = store.discard
+
+    def again(key: str) -> None:
+        discard(key)
+        put(store, 1)
+        store.register("d", [key])
+
+    monkeypatch.setattr(store, "discard", again)
+    assert store.drop([document_id("d")]) == [key_of(1)]
+    assert store.document_keys("d") == [key_of(1)] and store.contains(key_of(1))
+    monkeypatch.setattr(store, "discard", discard)
+    rank = RankStore(store, lambda key: None)
+    assert rank.unregister(["d"], None, [key_of(1)]) == [key_of(1)]
+    assert rank.document_keys("d") == [key_of(1)], "it is there"
+    store.discard(key_of(1))
+    assert rank.unregister(["d"], None, [key_of(1)]) == []
+    assert rank.document_keys("d") == []
+    rank.close()

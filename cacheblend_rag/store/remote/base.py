@@ -15,12 +15,15 @@ class AnswerError(BackendError):
     """The other side answers that it does not do this: it is there, and others may ask it."""
 
 
+REFUSED = -1
+
+
 class ValuePrefix(NamedTuple):
     """The start of a value."""
 
     name: str
     data: bytes
-    size: int  # of the whole value
+    size: int  # of the whole value; REFUSED: it can't be read
 
 
 class News(NamedTuple):
@@ -74,8 +77,8 @@ class Backend(ABC):
 
     @abstractmethod
     def heads(self, names: Sequence[str], nbytes: int) -> list[ValuePrefix]:
-        """The first bytes of values, without those that are gone or cannot be read by themselves:
-        one of them must not hide the others.
+        """The first bytes of values, without those that are gone. One that cannot be read by itself
+        is ``REFUSED``: it must not hide the others.
         """
 
     # Notes on documents: of each which keys it has, and of each key which documents have it. They

@@ -14,7 +14,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cacheblend_rag.errors import MissingExtraError, StoreError
-from cacheblend_rag.store.remote.base import AnswerError, Backend, BackendError, News, ValuePrefix
+from cacheblend_rag.store.remote.base import (
+    REFUSED,
+    AnswerError,
+    Backend,
+    BackendError,
+    News,
+    ValuePrefix,
+)
 from cacheblend_rag.store.url import redacted
 
 if TYPE_CHECKING:
@@ -250,7 +257,7 @@ class ObjectBackend(Backend):
             if not (isinstance(error, self._refusals) or _NO_RANGE.search(str(error))):
                 raise
             self._warn_of(name, error)
-            return None
+            return ValuePrefix(name, b"", REFUSED)
 
     def _warn_of(self, name: str, error: Exception) -> None:
         if not self._has_warned:

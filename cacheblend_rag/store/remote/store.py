@@ -25,7 +25,7 @@ from cacheblend_rag.store.chunk_file import Encoding, decode, decode_info, encod
 from cacheblend_rag.store.counts import EventCounts, Held, LastCount, found_within
 from cacheblend_rag.store.marker import VERSION
 from cacheblend_rag.store.parallel import Readers
-from cacheblend_rag.store.remote.base import Backend, BackendError
+from cacheblend_rag.store.remote.base import REFUSED, Backend, BackendError
 from cacheblend_rag.store.remote.documents import RemoteDocuments
 from cacheblend_rag.store.remote.guard import Guard, PausedError
 from cacheblend_rag.store.source import BytesSource, CutShortError, DamagedFileError
@@ -198,9 +198,14 @@ class RemoteStore(RemoteDocuments):
     def _infos(self, names: Sequence[str], nbytes: int = _HEAD_BYTES) -> Iterator[ChunkInfo]:
         at_once = max(1, min(self._backend.at_once, _MOST_BYTES // nbytes))
         longer = list[str]()  # than what was read of them
+        read = refused = 0
         for start in range(0, len(names), at_once):
             part = names[start : start + at_once]
             for head in self._asked(partial(self._backend.heads, part, nbytes)):
+                if head.size == REFUSED:
+                    refused += 1
+                    continue
+                read += 1
                 source = BytesSource(head.data, head.size)
                 try:
                     yield decode_info(source, self._key(head.name), self._encoding.cipher)
@@ -209,6 +214,12 @@ class RemoteStore(RemoteDocuments):
                         longer.append(head.name)
                 except DamagedFileError:
                     continue  # whoever asks for it gets it dropped
+        # Where nothing can be read, it is no fault of a few values: such a store is not empty.
+        if refused and not read:
+            raise UnavailableError(
+                f"The remote store hands out none of the {refused} chunks asked for. Check what "
+                "its credentials may read."
+            )
         if longer:
             yield from self._infos(longer, nbytes * _LONGER)
 
