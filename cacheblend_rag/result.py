@@ -97,14 +97,14 @@ class _Stream(ABC):
         Raises:
             CacheBlendError: the stream was not read to its end.
         """
-        if not self._ended:
+        if not self.has_ended:
             raise CacheBlendError("the result is there once the stream was read to its end")
         if self._result is None:
             self._result = self._make_result()
         return self._result
 
     @property
-    def _ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the last piece came. The result is made when it is asked for, or with the call
         after: the engine may have to be asked for the report, for which the piece would wait.
         """
@@ -131,7 +131,7 @@ class BlendStream(_Stream, Iterator[str]):
     def __next__(self) -> str:
         piece = next(self._source, None)
         if piece is None:
-            if self._ended:
+            if self.has_ended:
                 _ = self.result
             raise StopIteration
         piece = self._read(piece)
@@ -180,7 +180,7 @@ class AsyncBlendStream(_Stream, AsyncIterator[str]):
             raise StopAsyncIteration
         piece = await anext(self._begun.pieces, None)
         if piece is None:
-            if self._ended:  # may ask the engine once more, so not on this loop
+            if self.has_ended:  # may ask the engine once more, so not on this loop
                 await asyncio.to_thread(lambda: self.result)
             raise StopAsyncIteration
         piece = self._begun.read(piece)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -24,3 +27,17 @@ def logging_failures(logger: logging.Logger, message: str, *args: object) -> Ite
         yield
     except Exception:
         logger.exception(message, *args)
+
+
+def try_all(work: Callable[[Item], object], items: Iterable[Item], error: type[Exception]) -> None:
+    """Do ``work`` for every item, also behind one for which it raises ``error``; the first of these
+    is raised when all were tried.
+    """
+    first: Exception | None = None
+    for item in items:
+        try:
+            work(item)
+        except error as failure:
+            first = first or failure
+    if first is not None:
+        raise first

@@ -131,8 +131,8 @@ def _check(theirs: Sequence[str]) -> None:
                 f"{option} is set by cacheblend serve; leave it out. To use other connectors with "
                 "ours, start vllm serve yourself: --print-command shows what we would pass"
             )
-        meant = [name for name in read if name.startswith(option)]
-        if len(option) > 5 and meant and option not in meant:
+        meant = [name for name in read if _begins(option, name)]
+        if meant and option not in meant:
             raise ConfigError(f"write {option} in full, {' or '.join(meant)}: we read it too")
 
 
@@ -212,7 +212,12 @@ def _value(words: Sequence[str], option: str) -> str | None:
 
 def _means(option: str, ours: str) -> bool:
     """Whether vLLM would read ``option`` as ``ours``: a part of its name, or of its table."""
-    return (len(option) > 5 and ours.startswith(option)) or option.startswith(f"{ours}.")
+    return _begins(option, ours) or option.startswith(f"{ours}.")
+
+
+def _begins(option: str, name: str) -> bool:
+    """Whether ``option`` is long enough to be the option ``name``, or its beginning."""
+    return len(option) > 5 and name.startswith(option)
 
 
 def _is_embedded(model: str | None, rest: Sequence[str]) -> bool:

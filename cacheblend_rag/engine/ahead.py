@@ -56,9 +56,7 @@ class Ahead:
         # Asked once a request: ``consider`` also has chunks brought nearer, and is not for every
         # step.
         why_not = blender.refusal(request_id) if fetched else blender.consider(plan)[0]
-        if why_not:
-            self._let_go(request_id)
-            blender.forget(request_id)
+        if why_not:  # the scheduler's side then forgets it
             raise RefusedError(*why_not)
         if fetched:
             return False
@@ -121,7 +119,7 @@ class Ahead:
             rows.begin_ahead(task)
 
     def forget(self, request_id: str) -> None:
-        """A request ended."""
+        """A request ended, or will not be blended."""
         self._fetching.pop(request_id, None)
         self._let_go(request_id)
         if (blender := self._blender) is not None:

@@ -31,8 +31,6 @@ from cacheblend_rag.server.runner import Runner
 from cacheblend_rag.store.url import parse_url
 from cacheblend_rag.undo import on_failure
 
-_REMOTES = ("redis", "rediss", "s3", "gs", "az")
-
 
 class Service:
     """Made in another thread than the event loop's, whose RPCs it waits for.
@@ -127,7 +125,7 @@ def store_identity(store: str) -> str:
     who uses it.
     """
     url = parse_url(store)
-    if url.scheme not in _REMOTES:
+    if not url.is_remote:
         return f"{url.scheme}:{os.path.realpath(url.path) if url.path else ''}"
     # not by urlsplit, which refuses what a store's own client may take
     host, _, path = url.path.partition("://")[2].partition("/")

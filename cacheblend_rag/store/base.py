@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from cacheblend_rag.errors import StoreError, UnavailableError
 from cacheblend_rag.store.parallel import TimedOut
+from cacheblend_rag.undo import try_all
 
 if TYPE_CHECKING:
     import torch
@@ -319,14 +320,7 @@ def discard_all(store: KVStore, keys: Iterable[str]) -> None:
     Raises:
         StoreError: the first failure, when all were tried.
     """
-    failed: StoreError | None = None
-    for key in keys:
-        try:
-            store.discard(key)
-        except StoreError as error:
-            failed = failed or error
-    if failed is not None:
-        raise failed
+    try_all(store.discard, keys, StoreError)
 
 
 def document_id(document: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from cacheblend_rag.store.database import Database
 from cacheblend_rag.store.index_rows import Rows, is_key
+from cacheblend_rag.undo import try_all
 
 
 class Documents:
@@ -72,9 +73,7 @@ class Documents:
             orphans = [
                 key for key in unregister(db) if not self._rows.is_being_put(db, namespace, key)
             ]
-            failed = [error for key in orphans if (error := _refusal(erase, key)) is not None]
-            if failed:  # all were tried, and all stay noted
-                raise failed[0]
+            try_all(erase, orphans, OSError)  # where one is refused, all stay noted
             self._rows.forget(db, namespace, orphans)
             return orphans
 
@@ -82,11 +81,3 @@ class Documents:
         # Or what was deleted could still be read from free pages and from the log.
         self._database.clean()
         return dropped
-
-
-def _refusal(erase: Callable[[bytes], None], key: bytes) -> OSError | None:
-    try:
-        erase(key)
-    except OSError as error:
-        return error
-    return None

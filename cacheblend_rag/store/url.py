@@ -55,6 +55,11 @@ class StoreURL(NamedTuple):
     sizes: dict[str, int]  # option -> bytes
     options: dict[str, str] = {}  # noqa: RUF012 - the others, as they are
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it names a server, and no folder or memory of this machine."""
+        return self.scheme in _REMOTES
+
 
 def parse_url(url: str) -> StoreURL:
     """Take ``url`` apart; a plain path is a file URL.

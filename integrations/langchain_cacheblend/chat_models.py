@@ -158,7 +158,7 @@ class ChatCacheBlend(EngineSettings, BaseChatModel):
         """A piece of an answer; the last one carries counts and report."""
         piece = stream.pieces[-1]
         tail = of_chunk(piece.tool_calls, piece.reasoning)
-        if piece.finish_reason is not None:
+        if stream.has_ended:
             tail |= {
                 "usage_metadata": usage(stream.result),
                 "response_metadata": details(stream.result, self.model, blend.tokenizer, missing),

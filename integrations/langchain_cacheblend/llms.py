@@ -158,8 +158,7 @@ class CacheBlendLLM(EngineSettings, BaseLLM):
         stream: BlendStream | AsyncBlendStream,
         missing: list[str] | None,
     ) -> GenerationChunk:
-        last = stream.pieces[-1].finish_reason is not None
-        info = self._info(blend, stream.result, missing) if last else None
+        info = self._info(blend, stream.result, missing) if stream.has_ended else None
         return GenerationChunk(text=delta, generation_info=info)
 
     def _info(

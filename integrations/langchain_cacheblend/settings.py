@@ -204,8 +204,7 @@ async def off_the_loop(stream: AsyncBlendStream, make: Callable[[], Made]) -> Ma
     """What ``make`` makes of a stream's newest piece. At its end a server is asked for the report,
     and everything else on the event loop would wait for that.
     """
-    is_last = stream.pieces[-1].finish_reason is not None
-    return await asyncio.to_thread(make) if is_last else make()
+    return await asyncio.to_thread(make) if stream.has_ended else make()
 
 
 class Deadline:

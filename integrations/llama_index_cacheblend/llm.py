@@ -322,13 +322,11 @@ async def _apieces(asked: _PreparedCall, make: _Make[_Response]) -> AsyncGenerat
     async with aclosing(asked.blend.astream(asked.prompt, **asked.options)) as stream:
         async for _ in stream:
             answer = answer.then(stream.pieces[-1])
-            is_last = stream.pieces[-1].finish_reason is not None
             # not on the event loop: a server is asked for the report
-            tail = await asyncio.to_thread(_tail, asked, stream) if is_last else {}
+            tail = await asyncio.to_thread(_tail, asked, stream) if stream.has_ended else {}
             yield make(answer, tail)
 
 
 def _tail(asked: _PreparedCall, stream: BlendStream | AsyncBlendStream) -> dict[str, Any]:
     """Counts and report, for the last piece."""
-    is_last = stream.pieces[-1].finish_reason is not None
-    return asked.tail(stream.result) if is_last else {}
+    return asked.tail(stream.result) if stream.has_ended else {}
