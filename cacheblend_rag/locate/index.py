@@ -9,9 +9,16 @@ import numpy as np
 
 from cacheblend_rag.errors import ConfigError
 from cacheblend_rag.locate.arrays import Growing, Ids, as_ids, exclusive_sum
-from cacheblend_rag.locate.hashes import ANCHOR_WIDTH, Entries, entries_of, hash_levels
+from cacheblend_rag.locate.hashes import (
+    ANCHOR_WIDTH,
+    Entries,
+    entries_of,
+    hash_levels,
+    window_hashes,
+)
 from cacheblend_rag.locate.parts import parts_of_chunks
-from cacheblend_rag.locate.runs import Run, Snapshot, find, live_entries, new_run
+from cacheblend_rag.locate.plain import plainly_there
+from cacheblend_rag.locate.runs import Found, Run, Snapshot, find, live_entries, new_run
 from cacheblend_rag.locate.spans import Match, best_of_each_stretch, joined, resolve_overlaps
 from cacheblend_rag.locate.wholes import whole_chunks
 
@@ -124,8 +131,20 @@ class ChunkIndex:
         prompt = as_ids(token_ids)
         if len(prompt) < ANCHOR_WIDTH or not view.runs:
             return []
+        windows = window_hashes(prompt)
+        found = [find(run, windows) for run in view.runs]
+        plain = plainly_there(view, prompt, found, min_tokens)
+        return self._searched(view, prompt, found, min_tokens) if plain is None else plain
+
+    def _searched(
+        self, view: Snapshot, prompt: Ids, found: list[Found], min_tokens: int
+    ) -> list[Match]:
+        """The same for any prompt.
+
+        Args:
+            found: what each run has of the prompt's windows.
+        """
         levels = hash_levels(prompt, view.longest)
-        found = [find(run, levels[0]) for run in view.runs]
         parts = parts_of_chunks(view, prompt, found)
         wholes = whole_chunks(view, prompt, levels, found, min_tokens)
         spans = best_of_each_stretch(view, joined(parts, wholes), min_tokens)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.locate import ChunkIndex, Match, parts, wholes
+from cacheblend_rag.locate import ChunkIndex, Match, parts, plain, wholes
 from cacheblend_rag.locate import hashes as hashes_module
 from cacheblend_rag.locate import index as index_module
 from cacheblend_rag.locate.parts import MAX_ANCHORS
@@ -727,3 +727,81 @@ def test_adding_and_discarding_while_others_locate(rng: random.Random) -> None:
     assert {key for key in chunks if key in index} == set(kept)
     located = index.locate([token for key in kept for token in chunks[key]])
     assert [match.key for match in located] == kept
+
+
+# --- the quick way, and the way that any prompt can go ------------------------------------------
+
+
+def both_ways(index: ChunkIndex, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the quick way answered; both must say the same."""
+    quick = index.locate(prompt)
+    answers: list[object] = []
+    with monkeypatch.context() as patch:
+
+        def noting(*given: Any) -> None:
+            answers.append(plain.plainly_there(*given))
+
+        patch.setattr(index_module, "plainly_there", noting)
+        assert index.locate(prompt) == quick
+    assert answers in ([], [None], [quick])  # none: there is nothing to look for
+    return answers != [None]
+
+
+def test_whole_chunks_apart_from_one_another_are_found_the_quick_way(
+    rng: random.Random, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = [t for ids in chunks.values() for t in [*ids, *random_ids(rng, rng.randrange(3))]]
+    prompt = random_ids(rng, 20) + body + random_ids(rng, 30)
+    assert both_ways(index_of(chunks), prompt, monkeypatch)
+    for at in (0, 7, 393, 399):  # a tokeniser merged what stands at an end of the last two
+        changed = prompt.copy()
+        changed[20 + body.index(chunks["chunk400"][0]) + at] = -1
+        assert both_ways(index_of(chunks), changed, monkeypatch), at
+
+
+@pytest.mark.parametrize("kind", ["cut", "twice", "within", "changed", "dropped", "overlapping"])
+def test_anything_else_is_not(
+    kind: str, rng: random.Random, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = chunks["chunk400"]
+    index = index_of(
+        chunks | {"more": ids[:200] + random_ids(rng, 50)} if kind == "twice" else chunks
+    )
+    if kind == "overlapping":
+        index.add("beside", ids[-60:] + random_ids(rng, 100))
+        ids = ids + index_tokens(index, "beside")[60:]
+    changed = [*ids[:190], -1, *ids[191:]]
+    body = {"cut": ids[40:], "within": ids[:300], "changed": changed}.get(kind, ids)
+    if kind == "dropped":
+        index.discard("chunk400")
+    is_quick = both_ways(index, random_ids(rng, 20) + body + random_ids(rng, 30), monkeypatch)
+    assert is_quick == (kind == "dropped")  # nothing is known that stands there
+
+
+def index_tokens(index: ChunkIndex, key: str) -> list[int]:
+    view = index._snapshot
+    row = view.keys.index(key)
+    first = int(view.starts[row])
+    return view.tokens[first : first + int(view.lengths[row])].tolist()
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_both_ways_say_the_same(data: st.DataObject) -> None:
+    seed = data.draw(st.integers(0, 2**31))
+    rng = random.Random(seed)
+    vocabulary = rng.choice([2, 40, VOCABULARY])
+    chunks = {
+        f"c{n}": random_ids(rng, rng.choice([15, 16, 20, 31, 32, 40, 64, 90, 150]), vocabulary)
+        for n in range(rng.randrange(1, 6))
+    }
+    prompt = random_ids(rng, rng.randrange(20), vocabulary)
+    for _ in range(rng.randrange(1, 6)):
+        ids = rng.choice(list(chunks.values())).copy()
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            ids[rng.choice([0, 5, 9, -1, -6, -12, rng.randrange(len(ids))])] = rng.randrange(
+                vocabulary
+            )
+        prompt += ids[rng.choice([0, 0, 0, 5]) : len(ids) - rng.choice([0, 0, 0, 5])]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        both_ways(index_of(chunks), prompt, monkeypatch)
