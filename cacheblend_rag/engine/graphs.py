@@ -10,12 +10,14 @@ Shape legend: T tokens of the pass, padded; N context tokens, padded; G KV heads
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import GraphCaptureContext
 from vllm.logger import init_logger
 
 from cacheblend_kernels.paged import PagedKV
@@ -48,7 +50,8 @@ class CapturedPass:
     def capture(self) -> Iterator[None]:
         """What runs inside is captured, given that it calls ``arrive`` at each layer."""
         torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):
+        # Ranks exchange what addresses their sums read, when this ends.
+        with get_tp_group().graph_capture(GraphCaptureContext(self._stream)):
             self._begin()
             try:
                 yield
@@ -81,11 +84,13 @@ class CapturedPass:
 
 
 class QuestionGraphs:
-    """Captures the pass for a size when it is first needed, and replays it.
+    """Captures the pass for a size when it is first needed, and replays it. Ranks of a tensor
+    parallel group capture together, which they do at start only: one that fails later would leave
+    the others waiting.
 
     Attributes:
-        usable: false where the model is split over ranks, runs eagerly by the user's wish, or can't
-            be captured; the pass then runs as it is.
+        usable: false where the model runs eagerly by the user's wish, or can't be captured on some
+            rank; the pass then runs as it is.
 
     Args:
         view: of a layer's paged cache; block_size: the scheduler's.
@@ -97,17 +102,17 @@ class QuestionGraphs:
         view: Callable[[int, torch.Tensor, torch.Tensor, int], PagedKV],
         block_size: int,
     ) -> None:
-        self._handle, self._view = handle, view
+        self._handle, self._view, self._ranks = handle, view, handle.ranks
         config = handle.config
-        self.usable = (
-            get_tensor_model_parallel_world_size() == 1 and not config.model_config.enforce_eager
-        )
+        self.usable = not config.model_config.enforce_eager
+        self._is_starting = False
         self._passes: dict[tuple[int, int, AskedLayers], CapturedPass] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # Graphs share one pool and run one after another, so the memory of one pass serves all
         # sizes.
         self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
         device, most = handle.device, int(config.model_config.max_model_len)
+        self._contexts = sorted({_LEAST_CONTEXT, _power_of_2(most)})  # captured at start
         # A graph reads addresses, not values. So these tensors are never replaced, only written to:
         # the rows, and positions in the table of the model's own rotation.
         rows = torch.tensor([*SPARE, 0], dtype=torch.int64, device=device)
@@ -137,9 +142,7 @@ class QuestionGraphs:
         # Padded, as each size takes a graph of its own: 8 sizes serve all passes of up to 256
         # tokens.
         size = -(-rows_5T.shape[1] // 32) * 32
-        # The number of programs is fixed when a graph is captured, and follows from the longest
-        # context that it serves. Powers of two, so that few are captured.
-        context = max(_LEAST_CONTEXT, 1 << (most - 1).bit_length())
+        context = self._context(most)
         if not self.usable or size > _MOST_ASKING:
             return None
         self._rows[:, :size].copy_(upload(_padded(rows_5T, size), self._handle.device))
@@ -166,13 +169,26 @@ class QuestionGraphs:
         captured.replay(self._reading(at, before))
         return score[:, :most].sum(0)
 
+    def _context(self, most: int) -> int:
+        """A bound on the context of the graph that serves one of up to ``most`` tokens."""
+        # The number of programs is fixed when a graph is captured, and follows from the longest
+        # context that it serves. Powers of two, so that few are captured.
+        wanted = _power_of_2(most)
+        return wanted if self._ranks.alone else next(c for c in self._contexts if c >= wanted)
+
     def prepare(self, layers: AskedLayers) -> None:
         """Capture the usual sizes of these layers now, so that no request waits for it."""
         empty = self._view(0, self._table[:1], torch.zeros_like(self._length), 1)
-        for size in range(_MOST_ASKING, 0, -32):  # the largest first: the others fit its memory
+        sizes = range(_MOST_ASKING, 0, -32)  # the largest first: the others fit its memory
+        contexts = self._contexts[:1] if self._ranks.alone else self._contexts
+        self._is_starting = True
+        for most, size in itertools.product(contexts, sizes):
             spare = np.array([SPARE] * size).T
-            if self.ask(spare, layers, 1, lambda: empty, lambda _: None) is None:
-                return
+            self.ask(spare, layers, most, lambda: empty, lambda _: None)
+            self.usable = not self._ranks.any([not self.usable])[0]
+            if not self.usable:
+                break
+        self._is_starting = False
 
     def seconds(self, size: int) -> float | None:
         """How long the pass of a padded size runs, without a context; None where there is none."""
@@ -199,6 +215,8 @@ class QuestionGraphs:
         self, key: tuple[int, int, AskedLayers], make: Callable[[LayerHook | None], Pass]
     ) -> CapturedPass | None:
         if key not in self._passes:
+            if not (self._ranks.alone or self._is_starting):
+                return None
             try:
                 self._passes[key] = self._capture(key[0], key[2].sees_from, make)
             # Models, compilers and drivers raise anything here.
@@ -213,11 +231,16 @@ class QuestionGraphs:
     ) -> CapturedPass:
         """Run once as it is, so that all is compiled and allocated, then capture."""
         ids, rope = self._rows[0, :size], self._rows[5, :size]
-        self._handle.run(make(None), ids, rope)
+        self._ranks.all_or_none(lambda: self._handle.run(make(None), ids, rope))
         captured = CapturedPass(self._pool, self._stream, reads_from)
         with captured.capture():
             self._handle.run(make(captured.arrive), ids, rope)
         return captured
+
+
+def _power_of_2(most: int) -> int:
+    """``_LEAST_CONTEXT``, or the next power of two that is no less than ``most``."""
+    return max(_LEAST_CONTEXT, 1 << (most - 1).bit_length())
 
 
 def longest_table(tokens: int, block_size: int, size: int) -> int:

@@ -380,9 +380,9 @@ class KernelExecutorFactory(ExecutorFactory):
             self._staging.stage(sources, first)
 
     def costs(self) -> dict[str, float]:
-        ask = self._graphs.seconds(64)
-        if ask is None and not self._handle.ranks.alone:
+        if not self._handle.ranks.alone:
             return {}
+        ask = self._graphs.seconds(64)
         # A recomputed token is a row of a step, so it costs what a prefilled one does.
         prefill = prefill_seconds(self._handle)
         return {

@@ -405,12 +405,13 @@ class StepRows:
                 self._tensors.write(
                     part.place, order.index(part.name), ids, part.positions.device, context
                 )
+        moves = [(part, part.executor.propagator(part.positions.device)) for part in parts]
+        proxies = _proxies(self.handle.attention, moves, self._losing)
+        # Last of all, since the host waits here for the rows, and then the GPU for the host.
         in_order = [(name, batch[name]) for name in order]
         context.attn_metadata = _metadata(self._cache, self._tensors, parts, in_order, context)
-        moves = [(part, part.executor.propagator(part.positions.device)) for part in parts]
         # A copy with other layers, for this step only. The runner makes a new context for the next
         # one, so nothing has to be undone, whatever happens in the forward.
-        proxies = _proxies(self.handle.attention, moves, self._losing)
         context.no_compile_layers = {**context.no_compile_layers, **proxies}
 
     def _compute_before_step(
