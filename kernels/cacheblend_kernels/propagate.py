@@ -1,6 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Move reused tokens in the paged cache as the recomputed ones around them were moved.
 
+Two kernels: the first writes down how far each recomputed token of the pass moved, the second
+moves the others. Most recomputed tokens are near to many stretches of the context, and to look a
+token's old KV up takes one load after another.
+
 Shape legend: N context tokens, R recomputed tokens, T of them in this pass, G KV heads, D head
 size, P rotated pairs.
 """
@@ -17,9 +21,10 @@ from cacheblend_kernels.launch import Launcher
 from cacheblend_kernels.paged import PagedKV, Propagation, check_cache, has_whole_rows
 from cacheblend_kernels.reference import CUTOFF
 
-_TOKENS, _ROWS = 64, 16  # context tokens a program, recomputed tokens a step
+_TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
 _WARPS = 4
+_ROWS_OFF = 16  # recomputed tokens a program of the first kernel
 
 
 def propagate(
@@ -44,9 +49,11 @@ def propagate(
         cos_XP, sin_XP: float32 tables of a turn from position 0 to each position.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
     """
-    _launch(
-        *_arguments(propagation, k_TGD, v_TGD, cache, cos_XP, sin_XP, is_neox), num_warps=_WARPS
-    )
+    off_2TGD = k_TGD.new_empty(2, *k_TGD.shape)
+    for launch, arguments in _launches(
+        propagation, k_TGD, v_TGD, off_2TGD, cache, cos_XP, sin_XP, is_neox
+    ):
+        launch(*arguments, num_warps=_WARPS)
 
 
 class Propagator:
@@ -67,7 +74,8 @@ class Propagator:
     ) -> None:
         self._propagation, self._is_neox = propagation, is_neox
         self._tables = list(zip(cos_TXP, sin_TXP, strict=True))
-        self._ready: dict[int, tuple[object, Any, list[Any]]] = {}
+        self._off_2TGD: torch.Tensor | None = None  # of the layer that is moved
+        self._ready: dict[int, tuple[object, list[tuple[Any, list[Any]]]]] = {}
 
     def __call__(
         self, table: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV
@@ -83,61 +91,127 @@ class Propagator:
             # Triton compiles anew for other multiples of 16.
             *(x.data_ptr() % 16 == 0 for x in (k_TGD, v_TGD, k, v)),
         )  # fmt: skip
-        known, run, values = self._ready.get(table, (None, None, []))
-        # In the order of ``_arguments``: fresh K and V first, those of the cache at 9.
+        known, ready = self._ready.get(table, (None, []))
+        # In the order of ``_launches``: the first kernel begins with what is fresh and the cache,
+        # the second with the cache.
         if known == like:
-            run(k_TGD, v_TGD, *values[2:9], k, v, *values[11:])
+            (off, of_off), (move, of_move) = ready
+            off(k_TGD, v_TGD, k, v, *of_off[4:])
+            move(k, v, *of_move[2:])
             return
-        cos_XP, sin_XP = self._tables[table]
-        grid, given, constants = _arguments(
-            self._propagation, k_TGD, v_TGD, cache, cos_XP, sin_XP, self._is_neox
-        )
-        compiled = _launch(grid, given, constants, num_warps=_WARPS)
-        if compiled is not None:
-            self._ready[table] = like, compiled[grid], [*given, *constants.values()]
+        if self._off_2TGD is None or self._off_2TGD.shape[1:] != k_TGD.shape:
+            self._off_2TGD = k_TGD.new_empty(2, *k_TGD.shape)
+        made = []
+        for launch, (grid, given, constants) in _launches(
+            self._propagation, k_TGD, v_TGD, self._off_2TGD, cache, *self._tables[table],
+            self._is_neox,
+        ):  # fmt: skip
+            compiled = launch(grid, given, constants, num_warps=_WARPS)
+            if compiled is not None:
+                made.append((compiled[grid], [*given, *constants.values()]))
+        if made:
+            self._ready[table] = like, made
 
 
-def _arguments(
+def _launches(
     propagation: Propagation,
     k_TGD: torch.Tensor,
     v_TGD: torch.Tensor,
+    off_2TGD: torch.Tensor,
     cache: PagedKV,
     cos_XP: torch.Tensor,
     sin_XP: torch.Tensor,
     is_neox: bool,
-) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
-    """Grid, arguments and constants of the kernel, checked."""
-    groups, dim = k_TGD.shape[1:]
+) -> list[tuple[Launcher, tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]]]:
+    """Both kernels, each with its grid, arguments and constants, which are checked.
+
+    Args:
+        off_2TGD: for the differences of K and V, in the dtype of these.
+    """
+    count, groups, dim = k_TGD.shape
     pairs = cos_XP.shape[1]
     _, size, _, _ = cache.k_BSGD.shape
     check_cache(cache)
     assert k_TGD.shape == v_TGD.shape and cache.k_BSGD.shape[2:] == (groups, dim)
     assert has_whole_rows(k_TGD) and has_whole_rows(v_TGD)
+    assert off_2TGD.shape[1:] == k_TGD.shape and off_2TGD.is_contiguous()
     assert cos_XP.shape == sin_XP.shape and 2 * pairs <= dim
     for each in (*propagation, cos_XP, sin_XP):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
-    return (
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    shapes = {
+        "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
+        "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": 2 * pairs < dim,
+    }  # fmt: skip
+    p = propagation
+    off = (
+        (triton.cdiv(max(count, 1), _ROWS_OFF), groups, 1),
+        (
+            k_TGD, v_TGD, k, v, off_2TGD[0], off_2TGD[1], p.position_R, p.chunk_R, p.pass_2,
+            cache.table, cos_XP, sin_XP, k_TGD.stride(0), v_TGD.stride(0), *strides,
+        ),
+        {**shapes, "BLOCK_R": _ROWS_OFF},
+    )  # fmt: skip
+    move = (
         (_PROGRAMS, groups, 1),
         (
-            k_TGD, v_TGD, propagation.chunk_N, propagation.position_R, propagation.chunk_R,
-            propagation.before_N, propagation.pass_2, propagation.propagation_length_1,
-            cache.table, k, v, cos_XP, sin_XP, cache.length, k_TGD.stride(0), v_TGD.stride(0),
-            *k.stride()[:3], *v.stride()[:3],
+            k, v, off_2TGD[0], off_2TGD[1], p.chunk_N, p.position_R, p.chunk_R, p.before_N,
+            p.pass_2, p.propagation_length_1, cache.table, cos_XP, sin_XP, cache.length, *strides,
         ),
-        {
-            "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
-            "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
-            "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": 2 * pairs < dim,
-            "BLOCK_N": _TOKENS, "BLOCK_R": _ROWS, "CUTOFF": CUTOFF,
-        },
+        {**shapes, "BLOCK_N": _TOKENS, "BLOCK_R": _ROWS, "CUTOFF": CUTOFF},
     )  # fmt: skip
+    return [(_launch_off, off), (_launch_move, move)]
 
 
 @triton.jit(do_not_specialize=["k_row", "v_row"])
-def _propagate_kernel(
-    fresh_k, fresh_v, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table, k,
-    v, cos, sin, length, k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
+def _off_kernel(
+    fresh_k, fresh_v, k, v, off_k, off_v, position, chunk_of_row, pass_2, table, cos, sin,
+    k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
+    NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Fresh K and V less those in the cache, keys turned back to position 0: the pairs' first
+    halves, then their second ones, then what does not turn. 0 for tokens without stored KV.
+    """
+    first, rows, g = tl.load(pass_2), tl.load(pass_2 + 1), tl.program_id(1)
+    kind: tl.constexpr = k.dtype.element_ty
+    d, p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
+    one = p if NEOX else 2 * p
+    two = p + PAIRS if NEOX else 2 * p + 1
+    t = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    here = t < rows
+    known = here & (tl.load(chunk_of_row + first + t, mask=here, other=-1) >= 0)
+    at = tl.load(position + first + t, mask=known, other=0).to(tl.int32)
+    block = tl.load(table + at // SIZE, mask=known, other=0).to(tl.int64)
+    old_k = k + block * k_block + at % SIZE * k_place + g * k_head
+    old_v = v + block * v_block + at % SIZE * v_place + g * v_head
+    new_k, new_v = fresh_k + t * k_row + g * DIM, fresh_v + t * v_row + g * DIM
+    to = (t * GROUPS + g) * DIM
+    in_d, in_p = here[:, None] & (d < DIM)[None], here[:, None] & (p < PAIRS)[None]
+    there_d, there_p = in_d & known[:, None], in_p & known[:, None]
+    values = _difference(new_v, old_v, d, there_d)
+    tl.store(off_v + to[:, None] + d[None], values.to(kind), in_d)
+    a = _difference(new_k, old_k, one, there_p)
+    b = _difference(new_k, old_k, two, there_p)
+    turn = at[:, None] * PAIRS + p[None]
+    co = tl.load(cos + turn, mask=there_p, other=0.0)
+    si = tl.load(sin + turn, mask=there_p, other=0.0)
+    # Turned back by the token's own angle, so that differences at unlike positions can be added.
+    tl.store(off_k + to[:, None] + p[None], (a * co + b * si).to(kind), in_p)
+    tl.store(off_k + to[:, None] + PAIRS + p[None], (b * co - a * si).to(kind), in_p)
+    if REST:
+        turns_not = (d >= 2 * PAIRS)[None]
+        rest = _difference(new_k, old_k, d, there_d & turns_not)
+        tl.store(off_k + to[:, None] + d[None], rest.to(kind), in_d & turns_not)
+
+
+@triton.jit
+def _move_kernel(
+    k, v, off_k, off_v, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table,
+    cos, sin, length, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CUTOFF: tl.constexpr,
@@ -187,29 +261,20 @@ def _propagate_kernel(
             total += tl.sum(weight, 1)
             t = r - first
             # Of this pass: only its differences are known.
-            now = there & (t >= 0) & (t < rows) & (theirs >= 0)
+            now = there & (t >= 0) & (t < rows)
             weight = weight.to(kind)
-            # Fresh K and V are compared with what lies in the cache: this runs before they are
-            # written, and a recomputed token is moved by none of the programs.
-            there_d, there_p = now[:, None] & in_d[None], now[:, None] & in_p[None]
-            block = tl.load(table + at // SIZE, mask=now, other=0).to(tl.int64)
-            old_k = k + block * k_block + at % SIZE * k_place + g * k_head
-            old_v = v + block * v_block + at % SIZE * v_place + g * v_head
-            new_k, new_v = fresh_k + t * k_row + g * DIM, fresh_v + t * v_row + g * DIM
-            values = _difference(new_v, old_v, d, there_d)
-            a = _difference(new_k, old_k, one, there_p)
-            b = _difference(new_k, old_k, two, there_p)
-            turn = at[:, None] * PAIRS + p[None]
-            co = tl.load(cos + turn, mask=there_p, other=0.0)
-            si = tl.load(sin + turn, mask=there_p, other=0.0)
-            # Turned back by the token's own angle, so that differences at unlike positions can be
-            # added.
-            sum_a = tl.dot(weight, (a * co + b * si).to(kind), sum_a, input_precision="ieee")
-            sum_b = tl.dot(weight, (b * co - a * si).to(kind), sum_b, input_precision="ieee")
-            sum_v = tl.dot(weight, values.to(kind), sum_v, input_precision="ieee")
+            row = (t * GROUPS + g) * DIM
+            of_p, of_d = now[:, None] & in_p[None], now[:, None] & in_d[None]
+            a = tl.load(off_k + row[:, None] + p[None], mask=of_p, other=0.0)
+            b = tl.load(off_k + row[:, None] + PAIRS + p[None], mask=of_p, other=0.0)
+            values = tl.load(off_v + row[:, None] + d[None], mask=of_d, other=0.0)
+            sum_a = tl.dot(weight, a, sum_a, input_precision="ieee")
+            sum_b = tl.dot(weight, b, sum_b, input_precision="ieee")
+            sum_v = tl.dot(weight, values, sum_v, input_precision="ieee")
             if REST:
-                rest = _difference(new_k, old_k, d, there_d & (d >= 2 * PAIRS)[None])
-                sum_rest = tl.dot(weight, rest.to(kind), sum_rest, input_precision="ieee")
+                turns_not = of_d & (d >= 2 * PAIRS)[None]
+                rest = tl.load(off_k + row[:, None] + d[None], mask=turns_not, other=0.0)
+                sum_rest = tl.dot(weight, rest, sum_rest, input_precision="ieee")
         # 1 + total, not total: a token whose neighbours are far or few hardly moves.
         share = 1.0 / (1.0 + total)
         block = tl.load(table + n // SIZE, mask=moves, other=0).to(tl.int64)
@@ -245,4 +310,4 @@ def _difference(new, old, column, mask):
     )
 
 
-_launch = Launcher(_propagate_kernel)
+_launch_off, _launch_move = Launcher(_off_kernel), Launcher(_move_kernel)
