@@ -316,10 +316,16 @@ class Engine:
             modes = {"full": MODES["full"], "blend": {"recompute_ratio": self._args.ratio}}
             rows = measure(self._load.blend, words, chunks, modes, self._args.rounds)
             assert all(row["report"]["blended"] for row in rows["blend"]), rows["blend"][-1]
+            self._show_stages(number, each, [row["report"]["stages_s"] for row in rows["blend"]])
             found[f"{number} x {each}"] = {
                 mode: [row["ttft_s"] for row in of_mode] for mode, of_mode in rows.items()
             }
         return found
+
+    def _show_stages(self, number: int, each: int, stages: list[dict[str, float]]) -> None:
+        of = {name: statistics.median(s.get(name, 0.0) for s in stages) for name in stages[-1]}
+        parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in of.items())
+        print(f"{number} x {each}, engine {self._name}, stages, ms: {parts}", flush=True)
 
     def warm_up(self) -> None:
         """Have the whole pool in this engine's memory, and all that is compiled late compiled."""
