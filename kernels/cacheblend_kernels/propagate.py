@@ -21,7 +21,7 @@ from cacheblend_kernels.launch import Launcher
 from cacheblend_kernels.paged import PagedKV, Propagation, check_cache, has_whole_rows
 from cacheblend_kernels.reference import CUTOFF
 
-_TOKENS, _ROWS = 64, 32  # context tokens a program, recomputed tokens a step
+_TOKENS, _ROWS = 64, 16  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
 _WARPS = 4
 _ROWS_OFF = 16  # recomputed tokens a program of the first kernel
