@@ -7,7 +7,8 @@ size, P rotated pairs.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from cacheblend_kernels.reference import CUTOFF
 _TOKENS, _ROWS = 64, 16  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
 _WARPS = 4
+_MOST_DIM = 128  # of a head of latents
 
 
 def propagate(
@@ -31,6 +33,7 @@ def propagate(
     sin_XP: torch.Tensor,
     *,
     is_neox: bool,
+    first: int = 0,
 ) -> None:
     """Move the tokens around the recomputed ones of this pass, whose fresh K and V are not in the
     cache yet.
@@ -43,10 +46,10 @@ def propagate(
         k_TGD, v_TGD: fresh K and V, of the pass's tokens first; rows of [G, D] are contiguous.
         cos_XP, sin_XP: float32 tables of a turn from position 0 to each position.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
+        first: the first rotary dimension of latents, whose values have no dimensions; else 0.
     """
-    _launch(
-        *_arguments(propagation, k_TGD, v_TGD, cache, cos_XP, sin_XP, is_neox), num_warps=_WARPS
-    )
+    for part in _parts(k_TGD, v_TGD, cache, first):
+        _launch(*_arguments(propagation, part, cos_XP, sin_XP, is_neox), num_warps=_WARPS)
 
 
 class Propagator:
@@ -64,10 +67,11 @@ class Propagator:
         sin_TXP: torch.Tensor,
         *,
         is_neox: bool,
+        first: int = 0,
     ) -> None:
-        self._propagation, self._is_neox = propagation, is_neox
+        self._propagation, self._is_neox, self._first = propagation, is_neox, first
         self._tables = list(zip(cos_TXP, sin_TXP, strict=True))
-        self._ready: dict[int, tuple[object, Any, list[Any]]] = {}
+        self._ready: dict[tuple[int, bool], tuple[object, Any, list[Any]]] = {}
 
     def __call__(
         self, table: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV
@@ -77,43 +81,86 @@ class Propagator:
         Args:
             cache: a layer's; all have the strides, the dtype and the block table of the first.
         """
+        for part in _parts(k_TGD, v_TGD, cache, self._first):
+            self._move(table, part)
+
+    def _move(self, table: int, part: _Part) -> None:
+        k_TGD, v_TGD, cache = part[:3]
         k, v = cache.k_BSGD, cache.v_BSGD
         like = (
             k_TGD.stride(), v_TGD.stride(), k_TGD.shape,
             # Triton compiles anew for other multiples of 16.
             *(x.data_ptr() % 16 == 0 for x in (k_TGD, v_TGD, k, v)),
         )  # fmt: skip
-        known, run, values = self._ready.get(table, (None, None, []))
+        key = table, part.keys
+        known, run, values = self._ready.get(key, (None, None, []))
         # In the order of ``_arguments``: fresh K and V first, those of the cache at 9.
         if known == like:
             run(k_TGD, v_TGD, *values[2:9], k, v, *values[11:])
             return
-        cos_XP, sin_XP = self._tables[table]
         grid, given, constants = _arguments(
-            self._propagation, k_TGD, v_TGD, cache, cos_XP, sin_XP, self._is_neox
+            self._propagation, part, *self._tables[table], self._is_neox
         )
         compiled = _launch(grid, given, constants, num_warps=_WARPS)
         if compiled is not None:
-            self._ready[table] = like, compiled[grid], [*given, *constants.values()]
+            self._ready[key] = like, compiled[grid], [*given, *constants.values()]
+
+
+class _Part(NamedTuple):
+    """What one launch moves.
+
+    Attributes:
+        k_TGD, v_TGD, cache: fresh K and V, and those in the cache.
+        keys, values: which of the two; the other is there in form only.
+    """
+
+    k_TGD: torch.Tensor
+    v_TGD: torch.Tensor
+    cache: PagedKV
+    keys: bool = True
+    values: bool = True
+
+
+def _parts(
+    k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV, first: int
+) -> tuple[_Part, ...]:
+    """K and V together; of latents the rotated part as keys, and the others as values of several
+    heads, since a program has no room for all.
+    """
+    if v_TGD.shape[-1]:
+        assert first == 0, "only keys of latents are rotated from a later dimension on"
+        return (_Part(k_TGD, v_TGD, cache),)
+    turned, turned_k = k_TGD[..., first:], cache.k_BSGD[..., first:]
+    still, still_k = _heads(k_TGD, first), _heads(cache.k_BSGD, first)
+    return (
+        _Part(turned, turned, cache._replace(k_BSGD=turned_k, v_BSGD=turned_k), values=False),
+        _Part(still, still, cache._replace(k_BSGD=still_k, v_BSGD=still_k), keys=False),
+    )
+
+
+def _heads(x: torch.Tensor, first: int) -> torch.Tensor:
+    """The first dimensions of latents [..., 1, D] as those of several heads."""
+    heads: torch.Tensor = x[..., 0, :first].unflatten(-1, (-1, math.gcd(first, _MOST_DIM)))
+    return heads
 
 
 def _arguments(
     propagation: Propagation,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor,
-    cache: PagedKV,
+    part: _Part,
     cos_XP: torch.Tensor,
     sin_XP: torch.Tensor,
     is_neox: bool,
 ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
     """Grid, arguments and constants of the kernel, checked."""
+    k_TGD, v_TGD, cache, keys, values = part
     groups, dim = k_TGD.shape[1:]
     pairs = cos_XP.shape[1]
     _, size, _, _ = cache.k_BSGD.shape
     check_cache(cache)
     assert k_TGD.shape == v_TGD.shape and cache.k_BSGD.shape[2:] == (groups, dim)
     assert has_whole_rows(k_TGD) and has_whole_rows(v_TGD)
-    assert cos_XP.shape == sin_XP.shape and 2 * pairs <= dim
+    assert cos_XP.shape == sin_XP.shape and (2 * pairs <= dim or not keys)
+    assert values or 2 * pairs == dim, "latents have nothing behind what is rotated"
     for each in (*propagation, cos_XP, sin_XP):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
@@ -128,8 +175,9 @@ def _arguments(
         {
             "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
             "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
-            "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": 2 * pairs < dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": keys and 2 * pairs < dim,
             "BLOCK_N": _TOKENS, "BLOCK_R": _ROWS, "CUTOFF": CUTOFF,
+            "KEYS": keys, "VALUES": values,
         },
     )  # fmt: skip
 
@@ -140,7 +188,8 @@ def _propagate_kernel(
     v, cos, sin, length, k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CUTOFF: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CUTOFF: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):  # fmt: skip
     context, g = tl.load(length), tl.program_id(1)
     first, rows = tl.load(pass_2), tl.load(pass_2 + 1)
@@ -196,17 +245,19 @@ def _propagate_kernel(
             old_k = k + block * k_block + at % SIZE * k_place + g * k_head
             old_v = v + block * v_block + at % SIZE * v_place + g * v_head
             new_k, new_v = fresh_k + t * k_row + g * DIM, fresh_v + t * v_row + g * DIM
-            values = _difference(new_v, old_v, d, there_d)
-            a = _difference(new_k, old_k, one, there_p)
-            b = _difference(new_k, old_k, two, there_p)
-            turn = at[:, None] * PAIRS + p[None]
-            co = tl.load(cos + turn, mask=there_p, other=0.0)
-            si = tl.load(sin + turn, mask=there_p, other=0.0)
-            # Turned back by the token's own angle, so that differences at unlike positions can be
-            # added.
-            sum_a = tl.dot(weight, (a * co + b * si).to(kind), sum_a, input_precision="ieee")
-            sum_b = tl.dot(weight, (b * co - a * si).to(kind), sum_b, input_precision="ieee")
-            sum_v = tl.dot(weight, values.to(kind), sum_v, input_precision="ieee")
+            if VALUES:
+                values = _difference(new_v, old_v, d, there_d)
+                sum_v = tl.dot(weight, values.to(kind), sum_v, input_precision="ieee")
+            if KEYS:
+                a = _difference(new_k, old_k, one, there_p)
+                b = _difference(new_k, old_k, two, there_p)
+                turn = at[:, None] * PAIRS + p[None]
+                co = tl.load(cos + turn, mask=there_p, other=0.0)
+                si = tl.load(sin + turn, mask=there_p, other=0.0)
+                # Turned back by the token's own angle, so that differences at unlike positions can
+                # be added.
+                sum_a = tl.dot(weight, (a * co + b * si).to(kind), sum_a, input_precision="ieee")
+                sum_b = tl.dot(weight, (b * co - a * si).to(kind), sum_b, input_precision="ieee")
             if REST:
                 rest = _difference(new_k, old_k, d, there_d & (d >= 2 * PAIRS)[None])
                 sum_rest = tl.dot(weight, rest.to(kind), sum_rest, input_precision="ieee")
@@ -216,25 +267,27 @@ def _propagate_kernel(
         to_k = k + block * k_block + n % SIZE * k_place + g * k_head
         to_v = v + block * v_block + n % SIZE * v_place + g * v_head
         whole = moves[:, None] & in_d[None]
-        where = to_v[:, None] + d[None]
-        was = tl.load(where, mask=whole).to(tl.float32)
-        tl.store(where, (was + sum_v * share[:, None]).to(kind), whole)
+        if VALUES:
+            where = to_v[:, None] + d[None]
+            was = tl.load(where, mask=whole).to(tl.float32)
+            tl.store(where, (was + sum_v * share[:, None]).to(kind), whole)
         if REST:
             rest = whole & (d >= 2 * PAIRS)[None]
             where = to_k[:, None] + d[None]
             was = tl.load(where, mask=rest).to(tl.float32)
             tl.store(where, (was + sum_rest * share[:, None]).to(kind), rest)
-        some = moves[:, None] & in_p[None]
-        # turned on from position 0 to where the moved token stands
-        co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)
-        si = tl.load(sin + n[:, None] * PAIRS + p[None], mask=some)
-        a, b = sum_a * share[:, None], sum_b * share[:, None]
-        where = to_k[:, None] + one[None]
-        was = tl.load(where, mask=some).to(tl.float32)
-        tl.store(where, (was + a * co - b * si).to(kind), some)
-        where = to_k[:, None] + two[None]
-        was = tl.load(where, mask=some).to(tl.float32)
-        tl.store(where, (was + b * co + a * si).to(kind), some)
+        if KEYS:
+            some = moves[:, None] & in_p[None]
+            # turned on from position 0 to where the moved token stands
+            co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)
+            si = tl.load(sin + n[:, None] * PAIRS + p[None], mask=some)
+            a, b = sum_a * share[:, None], sum_b * share[:, None]
+            where = to_k[:, None] + one[None]
+            was = tl.load(where, mask=some).to(tl.float32)
+            tl.store(where, (was + a * co - b * si).to(kind), some)
+            where = to_k[:, None] + two[None]
+            was = tl.load(where, mask=some).to(tl.float32)
+            tl.store(where, (was + b * co + a * si).to(kind), some)
 
 
 @triton.jit
