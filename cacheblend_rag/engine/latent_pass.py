@@ -145,6 +145,7 @@ def attend(
     return got_X
 
 
+@torch.inference_mode()
 def check(handle: ModelHandle, index: int, view: PagedKV) -> float:
     """How far the pass at layer ``index``, over what its cache holds, is from the dense twin:
     relative, the larger error of what it puts out and of what it sums.
