@@ -4,6 +4,7 @@ interprets the kernels, and what is copied is there at once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cacheblend_rag.engine.executors import ExecutorFactory
 from cacheblend_rag.store.base import ChunkKV
 
 pytest.importorskip("triton", reason="this platform has no Triton")
+from cacheblend_kernels import propagate, rotate_and_scatter
 from cacheblend_rag.engine.kernel_executor import KernelCache, KernelExecutor
 
 pytestmark = pytest.mark.vllm
@@ -93,7 +95,13 @@ def engine(
     request: pytest.FixtureRequest, tiny_models: Path
 ) -> Iterator[tuple[CacheBlend, Path, Factory]]:
     path = make(request.param, tiny_models)
-    with start_in_process(path, prefix=PREFIX, attention_backend="CPU_MLA") as blend:
+    with contextlib.ExitStack() as during:
+        # The interpreter takes its time for each program: as few as these prompts need.
+        patch = during.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(propagate, "_PROGRAMS", 8)
+        patch.setattr(rotate_and_scatter, "_TOKENS", 256)
+        options: dict[str, Any] = {"prefix": PREFIX, "attention_backend": "CPU_MLA"}
+        blend = during.enter_context(start_in_process(path, **options))
         assert blend.model_check.passed, blend.model_check.detail
         blend.ingest([p.ids for p in PARTS if p.stored], progress=False)
         side = connectors.ours(get_kv_transfer_group())
