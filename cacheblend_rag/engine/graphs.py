@@ -22,7 +22,8 @@ from vllm.logger import init_logger
 
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_rag.engine.forward import ModelHandle, Pass
-from cacheblend_rag.engine.kernel_pass import SPARE, PassRows, QuestionPass
+from cacheblend_rag.engine.kernel_pass import SPARE, PassRows
+from cacheblend_rag.engine.latent_pass import question_pass
 from cacheblend_rag.engine.outcome import gpu_seconds
 from cacheblend_rag.engine.upload import Array, upload
 from cacheblend_rag.select import AskedLayers
@@ -152,7 +153,7 @@ class QuestionGraphs:
         score = self._scores[context]
 
         def make(step: LayerHook | None) -> Pass:
-            return QuestionPass(
+            return question_pass(
                 self._handle,
                 self._layers(context),
                 rows,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from cacheblend_kernels.paged import PagedKV, Propagation
 from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
-from cacheblend_rag.engine import compat
+from cacheblend_rag.engine import compat, layout
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.device_cache import DeviceCache
 from cacheblend_rag.engine.executor import BlendExecutor, Region
@@ -29,19 +29,18 @@ from cacheblend_rag.engine.executors import ExecutorFactory
 from cacheblend_rag.engine.forward import ModelHandle
 from cacheblend_rag.engine.graphs import QuestionGraphs
 from cacheblend_rag.engine.isolated import prefill_seconds
-from cacheblend_rag.engine.kernel_pass import (
-    NEVER,
-    NOWHERE,
-    PassRows,
-    PropagationHook,
-    QuestionPass,
-)
+from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, PassRows, PropagationHook
+from cacheblend_rag.engine.latent_pass import check, question_pass
 from cacheblend_rag.engine.rope import Rerotator, RotationDelta
 from cacheblend_rag.engine.staging import Staging
 from cacheblend_rag.engine.upload import Array, upload, upload_all
 from cacheblend_rag.select import AskedLayers
 from cacheblend_rag.select.query import QuerySelector
 from cacheblend_rag.store.base import ChunkKV
+
+# Of the question over latents, from the dense twin. Rounding to 16 bits comes to a few thousandths,
+# and a projection of eight bits, which the twin has, to a few hundredths.
+_LATENT_BOUND = 0.1
 
 
 class KernelsUnusableError(Exception):
@@ -65,17 +64,12 @@ class KernelCache:
         self._block_size = block_size
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, layer in enumerate(handle.layers):
-            cache = layer.kv_cache
-            heads, dim = layer.num_kv_heads, layer.head_size
-            if cache.dtype != dtype or cache.dim() != 4 or cache.shape[-1] != 2 * dim:
+            if layer.kv_cache.dtype != dtype:
                 raise KernelsUnusableError(
-                    f"layer {index} has a paged cache of {tuple(cache.shape)} {cache.dtype}"
+                    f"layer {index} has a paged cache of {layer.kv_cache.dtype}"
                 )
-            # vLLM's layout has K and V of a head side by side: [blocks, heads, tokens, 2 * head
-            # size]. It has changed between versions, so what is written through the backend is read
-            # back below.
-            k, v = cache.transpose(1, 2).split(dim, -1)
-            if k.shape[2] != heads or k.stride(-1) != 1 or self._block_size % k.shape[1]:
+            k, v = _views(index, layer, handle.layout.parts)
+            if k.stride(-1) != 1 or self._block_size % k.shape[1]:
                 raise KernelsUnusableError(f"layer {index} has a paged cache of another layout")
             self._views.append((k, v))
             if (k.stride(), v.stride()) != tuple(x.stride() for x in self._views[0]):
@@ -87,7 +81,7 @@ class KernelCache:
         rows = [n * size for view in self._views[0] for n in (*view.stride()[:-1], view.shape[-1])]
         starts = [view.data_ptr() for views in self._views for view in views]
         self.is_aligned = not any(n % 16 for n in (*rows, *starts))
-        self.bytes_per_token = 2 * len(self._views) * k[0, 0].numel() * size
+        self.bytes_per_token = handle.layout.parts * len(self._views) * k[0, 0].numel() * size
         # Addresses, since kernels take no list of tensors: one launch places many layers.
         self.address_L2 = torch.tensor(
             [[k.data_ptr(), v.data_ptr()] for k, v in self._views], device=handle.device
@@ -115,12 +109,46 @@ class KernelCache:
         k, v = self._views[index]
         size = k.shape[1]
         # Random numbers, which a cache of zeros, or one of another dtype, does not hold by chance.
-        shape = (2, size, *k.shape[2:])
+        shape = handle.layout.shape(1, size)
         written = torch.randn(shape, device=handle.device).to(k.dtype)
+        new_k, new_v = (part[0] for part in handle.layout.split(written, index))
         slots = torch.arange(size, device=handle.device)
-        handle.write(index, written[0], written[1], slots)
-        if not (torch.equal(k[0], written[0]) and torch.equal(v[0], written[1])):
+        handle.write(index, new_k, new_v, slots)
+        if not (torch.equal(k[0], new_k) and torch.equal(v[0], new_v)):
             raise KernelsUnusableError(f"layer {index} has a paged cache of another layout")
+        if handle.layout.parts == 1:
+            self._check_latents(handle, index)
+
+    def _check_latents(self, handle: ModelHandle, index: int) -> None:
+        """What the question gets of latents must be what the layer itself makes of them."""
+        size, one = self.tokens_a_block, torch.zeros(1, dtype=torch.int32, device=handle.device)
+        try:
+            error = check(handle, index, self.view(index, one, one, size))
+        # A backend, a version or a quantisation may have none of what is asked of the layer.
+        except Exception as failure:
+            detail = f"the question over latents failed: {type(failure).__name__}: {failure}"
+            raise KernelsUnusableError(detail) from failure
+        if not error <= _LATENT_BOUND:  # NaN neither
+            detail = f"the question over latents differs by {error:.3g} at layer {index}"
+            raise KernelsUnusableError(detail)
+
+
+def _views(index: int, layer: Any, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [B, S, G, D] of a layer's paged cache.
+
+    Raises:
+        KernelsUnusableError: it has another layout.
+    """
+    cache, heads, dim = layer.kv_cache, layer.num_kv_heads, layer.head_size
+    if parts == 1 and cache.dim() == 3 and cache.shape[-1] == dim:  # a latent a token
+        k = cache[:, :, None]
+        return k, layout.no_values(k)
+    # vLLM's layout has K and V of a head side by side: [blocks, heads, tokens, 2 * head size]. It
+    # has changed between versions, so what is written through the backend is read back.
+    if parts == 2 and cache.dim() == 4 and cache.shape[1] == heads and cache.shape[-1] == 2 * dim:
+        k, v = cache.transpose(1, 2).split(dim, -1)
+        return k, v
+    raise KernelsUnusableError(f"layer {index} has a paged cache of {tuple(cache.shape)}")
 
 
 class _OnDevice(NamedTuple):
@@ -244,6 +272,7 @@ class KernelExecutor(BlendExecutor):
             self.view(0),
             self._kernels.address_L2[layers],
             is_neox=self.rope.is_neox,
+            first=self.rope.first,
             is_aligned=self._kernels.is_aligned and self._transfer.is_aligned,
         )
 
@@ -271,7 +300,7 @@ class KernelExecutor(BlendExecutor):
         by_head = torch.zeros(groups, region.asked, device=self.device)
         before = self._place_read(layers)
         view = self._question_view
-        step = QuestionPass(self.handle, view, rows, known_A, by_head, layers, before=before)
+        step = question_pass(self.handle, view, rows, known_A, by_head, layers, before)
         self.handle.run(step, rows.ids, rows.positions)
         return F.pad(by_head.sum(0), (0, beyond))
 
@@ -345,11 +374,11 @@ class KernelExecutorFactory(ExecutorFactory):
             raise KernelsUnusableError("layers attend within chunks of positions")
         if handle.config.lora_config is not None:  # a graph has the adapter it was captured with
             raise KernelsUnusableError("LoRA is on")
-        if handle.layout.parts != 2:
-            raise KernelsUnusableError("the model keeps latents in place of keys and values")
         if not rope.has_one_layout:
             raise KernelsUnusableError("layers rotate different dimensions of their keys")
-        if rope.first:
+        # Of latents, the last dimensions are.
+        behind = rope.first and rope.first + 2 * rope.pairs < handle.layout.dim
+        if behind or (rope.first and handle.layout.parts == 2):
             raise KernelsUnusableError(f"keys are rotated from dimension {rope.first} on")
         if any(compat.sinks(layer) is not None for layer in handle.layers):
             raise KernelsUnusableError("the model's attention has sinks")

@@ -56,7 +56,9 @@ class PropagationHook:
 
     def __init__(self, propagation: Propagation, rope: Rerotator, view: View) -> None:
         cos_TXP, sin_TXP = rope.from_start
-        self._propagate = Propagator(propagation, cos_TXP, sin_TXP, is_neox=rope.is_neox)
+        self._propagate = Propagator(
+            propagation, cos_TXP, sin_TXP, is_neox=rope.is_neox, first=rope.first
+        )
         self._table_of, self._view = rope.table_of, view
 
     def __call__(self, index: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> None:

@@ -113,6 +113,11 @@ class Rerotator:
         return self._layout_T[0][2]
 
     @property
+    def pairs(self) -> int:
+        """Of the first table: how many it rotates."""
+        return self._layout_T[0][0]
+
+    @property
     def positions(self) -> int:
         """Positions the tables cover."""
         return self._cos_TXP.shape[1]

@@ -14,7 +14,8 @@ class PagedKV(NamedTuple):
     """One layer's paged cache as one request sees it.
 
     Attributes:
-        k_BSGD, v_BSGD: views of the same dtype; the last dimension has stride 1.
+        k_BSGD, v_BSGD: views of the same dtype; the last dimension has stride 1. Values of latents
+            have no dimensions.
         table: int32 numbers of the blocks that hold positions ``[0, len(table) * S)``.
         length: int32 [1] N, the positions that may be read. On the device, so that a CUDA graph
             serves any context.
@@ -44,7 +45,8 @@ def check_cache(cache: PagedKV) -> None:
     would read and write elsewhere without a sign.
     """
     k, v = cache.k_BSGD, cache.v_BSGD
-    assert k.dtype == v.dtype and k.shape == v.shape, "K and V are not alike"
+    assert k.dtype == v.dtype and k.shape[:3] == v.shape[:3], "K and V are not alike"
+    assert v.shape[3] in (0, k.shape[3]), "K and V are not alike"
     assert k.stride(-1) == v.stride(-1) == 1, "a head's numbers are apart"
     assert cache.table.is_contiguous() and cache.table.dtype == torch.int32, "no block table"
 

@@ -11,7 +11,8 @@ size, P rotated pairs.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +26,7 @@ _TOKENS, _ROWS = 64, 16  # context tokens a program, recomputed tokens a step
 _PROGRAMS = 128  # a KV head; each takes every so many-th stretch of tokens
 _WARPS = 4
 _ROWS_OFF = 16  # recomputed tokens a program of the first kernel
+_MOST_DIM = 128  # of a head of latents
 
 
 def propagate(
@@ -36,6 +38,7 @@ def propagate(
     sin_XP: torch.Tensor,
     *,
     is_neox: bool,
+    first: int = 0,
 ) -> None:
     """Move the tokens around the recomputed ones of this pass, whose fresh K and V are not in the
     cache yet.
@@ -48,12 +51,12 @@ def propagate(
         k_TGD, v_TGD: fresh K and V, of the pass's tokens first; rows of [G, D] are contiguous.
         cos_XP, sin_XP: float32 tables of a turn from position 0 to each position.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
+        first: the first rotary dimension of latents, whose values have no dimensions; else 0.
     """
-    off_2TGD = k_TGD.new_empty(2, *k_TGD.shape)
-    for launch, arguments in _launches(
-        propagation, k_TGD, v_TGD, off_2TGD, cache, cos_XP, sin_XP, is_neox
-    ):
-        launch(*arguments, num_warps=_WARPS)
+    for part in _parts(k_TGD, v_TGD, cache, first):
+        off_2TGD = part.k_TGD.new_empty(2, *part.k_TGD.shape)
+        for launch, arguments in _launches(propagation, part, off_2TGD, cos_XP, sin_XP, is_neox):
+            launch(*arguments, num_warps=_WARPS)
 
 
 class Propagator:
@@ -71,11 +74,12 @@ class Propagator:
         sin_TXP: torch.Tensor,
         *,
         is_neox: bool,
+        first: int = 0,
     ) -> None:
-        self._propagation, self._is_neox = propagation, is_neox
+        self._propagation, self._is_neox, self._first = propagation, is_neox, first
         self._tables = list(zip(cos_TXP, sin_TXP, strict=True))
-        self._off_2TGD: torch.Tensor | None = None  # of the layer that is moved
-        self._ready: dict[int, tuple[object, list[tuple[Any, list[Any]]]]] = {}
+        self._off: dict[torch.Size, torch.Tensor] = {}  # of the layer that is moved
+        self._ready: dict[tuple[int, bool], tuple[object, list[tuple[Any, list[Any]]]]] = {}
 
     def __call__(
         self, table: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV
@@ -85,13 +89,19 @@ class Propagator:
         Args:
             cache: a layer's; all have the strides, the dtype and the block table of the first.
         """
+        for part in _parts(k_TGD, v_TGD, cache, self._first):
+            self._move(table, part)
+
+    def _move(self, table: int, part: _Part) -> None:
+        k_TGD, v_TGD, cache = part[:3]
         k, v = cache.k_BSGD, cache.v_BSGD
         like = (
             k_TGD.stride(), v_TGD.stride(), k_TGD.shape,
             # Triton compiles anew for other multiples of 16.
             *(x.data_ptr() % 16 == 0 for x in (k_TGD, v_TGD, k, v)),
         )  # fmt: skip
-        known, ready = self._ready.get(table, (None, []))
+        key = table, part.keys
+        known, ready = self._ready.get(key, (None, []))
         # In the order of ``_launches``: the first kernel begins with what is fresh and the cache,
         # the second with the cache.
         if known == like:
@@ -99,26 +109,61 @@ class Propagator:
             off(k_TGD, v_TGD, k, v, *of_off[4:])
             move(k, v, *of_move[2:])
             return
-        if self._off_2TGD is None or self._off_2TGD.shape[1:] != k_TGD.shape:
-            self._off_2TGD = k_TGD.new_empty(2, *k_TGD.shape)
-        made = []
+        if k_TGD.shape not in self._off:
+            self._off[k_TGD.shape] = k_TGD.new_empty(2, *k_TGD.shape)
+        off_2TGD, made = self._off[k_TGD.shape], []
         for launch, (grid, given, constants) in _launches(
-            self._propagation, k_TGD, v_TGD, self._off_2TGD, cache, *self._tables[table],
-            self._is_neox,
-        ):  # fmt: skip
+            self._propagation, part, off_2TGD, *self._tables[table], self._is_neox
+        ):
             compiled = launch(grid, given, constants, num_warps=_WARPS)
             if compiled is not None:
                 made.append((compiled[grid], [*given, *constants.values()]))
         if made:
-            self._ready[table] = like, made
+            self._ready[key] = like, made
+
+
+class _Part(NamedTuple):
+    """What two kernels move.
+
+    Attributes:
+        k_TGD, v_TGD, cache: fresh K and V, and those in the cache.
+        keys, values: which of the two; the other is there in form only.
+    """
+
+    k_TGD: torch.Tensor
+    v_TGD: torch.Tensor
+    cache: PagedKV
+    keys: bool = True
+    values: bool = True
+
+
+def _parts(
+    k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV, first: int
+) -> tuple[_Part, ...]:
+    """K and V together; of latents the rotated part as keys, and the others as values of several
+    heads, since a program has no room for all.
+    """
+    if v_TGD.shape[-1]:
+        assert first == 0, "only keys of latents are rotated from a later dimension on"
+        return (_Part(k_TGD, v_TGD, cache),)
+    turned, turned_k = k_TGD[..., first:], cache.k_BSGD[..., first:]
+    still, still_k = _heads(k_TGD, first), _heads(cache.k_BSGD, first)
+    return (
+        _Part(turned, turned, cache._replace(k_BSGD=turned_k, v_BSGD=turned_k), values=False),
+        _Part(still, still, cache._replace(k_BSGD=still_k, v_BSGD=still_k), keys=False),
+    )
+
+
+def _heads(x: torch.Tensor, first: int) -> torch.Tensor:
+    """The first dimensions of latents [..., 1, D] as those of several heads."""
+    heads: torch.Tensor = x[..., 0, :first].unflatten(-1, (-1, math.gcd(first, _MOST_DIM)))
+    return heads
 
 
 def _launches(
     propagation: Propagation,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor,
+    part: _Part,
     off_2TGD: torch.Tensor,
-    cache: PagedKV,
     cos_XP: torch.Tensor,
     sin_XP: torch.Tensor,
     is_neox: bool,
@@ -128,6 +173,7 @@ def _launches(
     Args:
         off_2TGD: for the differences of K and V, in the dtype of these.
     """
+    k_TGD, v_TGD, cache, keys, values = part
     count, groups, dim = k_TGD.shape
     pairs = cos_XP.shape[1]
     _, size, _, _ = cache.k_BSGD.shape
@@ -135,7 +181,8 @@ def _launches(
     assert k_TGD.shape == v_TGD.shape and cache.k_BSGD.shape[2:] == (groups, dim)
     assert has_whole_rows(k_TGD) and has_whole_rows(v_TGD)
     assert off_2TGD.shape[1:] == k_TGD.shape and off_2TGD.is_contiguous()
-    assert cos_XP.shape == sin_XP.shape and 2 * pairs <= dim
+    assert cos_XP.shape == sin_XP.shape and (2 * pairs <= dim or not keys)
+    assert values or 2 * pairs == dim, "latents have nothing behind what is rotated"
     for each in (*propagation, cos_XP, sin_XP):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
@@ -143,7 +190,8 @@ def _launches(
     shapes = {
         "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
         "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": 2 * pairs < dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": keys and 2 * pairs < dim,
+        "KEYS": keys, "VALUES": values,
     }  # fmt: skip
     p = propagation
     off = (
@@ -171,6 +219,7 @@ def _off_kernel(
     k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Fresh K and V less those in the cache, keys turned back to position 0: the pairs' first
@@ -192,16 +241,19 @@ def _off_kernel(
     to = (t * GROUPS + g) * DIM
     in_d, in_p = here[:, None] & (d < DIM)[None], here[:, None] & (p < PAIRS)[None]
     there_d, there_p = in_d & known[:, None], in_p & known[:, None]
-    values = _difference(new_v, old_v, d, there_d)
-    tl.store(off_v + to[:, None] + d[None], values.to(kind), in_d)
-    a = _difference(new_k, old_k, one, there_p)
-    b = _difference(new_k, old_k, two, there_p)
-    turn = at[:, None] * PAIRS + p[None]
-    co = tl.load(cos + turn, mask=there_p, other=0.0)
-    si = tl.load(sin + turn, mask=there_p, other=0.0)
-    # Turned back by the token's own angle, so that differences at unlike positions can be added.
-    tl.store(off_k + to[:, None] + p[None], (a * co + b * si).to(kind), in_p)
-    tl.store(off_k + to[:, None] + PAIRS + p[None], (b * co - a * si).to(kind), in_p)
+    if VALUES:
+        values = _difference(new_v, old_v, d, there_d)
+        tl.store(off_v + to[:, None] + d[None], values.to(kind), in_d)
+    if KEYS:
+        a = _difference(new_k, old_k, one, there_p)
+        b = _difference(new_k, old_k, two, there_p)
+        turn = at[:, None] * PAIRS + p[None]
+        co = tl.load(cos + turn, mask=there_p, other=0.0)
+        si = tl.load(sin + turn, mask=there_p, other=0.0)
+        # Turned back by the token's own angle, so that differences at unlike positions can be
+        # added.
+        tl.store(off_k + to[:, None] + p[None], (a * co + b * si).to(kind), in_p)
+        tl.store(off_k + to[:, None] + PAIRS + p[None], (b * co - a * si).to(kind), in_p)
     if REST:
         turns_not = (d >= 2 * PAIRS)[None]
         rest = _difference(new_k, old_k, d, there_d & turns_not)
@@ -214,6 +266,7 @@ def _move_kernel(
     cos, sin, length, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CUTOFF: tl.constexpr,
 ):  # fmt: skip
     context, g = tl.load(length), tl.program_id(1)
@@ -265,12 +318,14 @@ def _move_kernel(
             weight = weight.to(kind)
             row = (t * GROUPS + g) * DIM
             of_p, of_d = now[:, None] & in_p[None], now[:, None] & in_d[None]
-            a = tl.load(off_k + row[:, None] + p[None], mask=of_p, other=0.0)
-            b = tl.load(off_k + row[:, None] + PAIRS + p[None], mask=of_p, other=0.0)
-            values = tl.load(off_v + row[:, None] + d[None], mask=of_d, other=0.0)
-            sum_a = tl.dot(weight, a, sum_a, input_precision="ieee")
-            sum_b = tl.dot(weight, b, sum_b, input_precision="ieee")
-            sum_v = tl.dot(weight, values, sum_v, input_precision="ieee")
+            if KEYS:
+                a = tl.load(off_k + row[:, None] + p[None], mask=of_p, other=0.0)
+                b = tl.load(off_k + row[:, None] + PAIRS + p[None], mask=of_p, other=0.0)
+                sum_a = tl.dot(weight, a, sum_a, input_precision="ieee")
+                sum_b = tl.dot(weight, b, sum_b, input_precision="ieee")
+            if VALUES:
+                values = tl.load(off_v + row[:, None] + d[None], mask=of_d, other=0.0)
+                sum_v = tl.dot(weight, values, sum_v, input_precision="ieee")
             if REST:
                 turns_not = of_d & (d >= 2 * PAIRS)[None]
                 rest = tl.load(off_k + row[:, None] + d[None], mask=turns_not, other=0.0)
@@ -281,25 +336,27 @@ def _move_kernel(
         to_k = k + block * k_block + n % SIZE * k_place + g * k_head
         to_v = v + block * v_block + n % SIZE * v_place + g * v_head
         whole = moves[:, None] & in_d[None]
-        where = to_v[:, None] + d[None]
-        was = tl.load(where, mask=whole).to(tl.float32)
-        tl.store(where, (was + sum_v * share[:, None]).to(kind), whole)
+        if VALUES:
+            where = to_v[:, None] + d[None]
+            was = tl.load(where, mask=whole).to(tl.float32)
+            tl.store(where, (was + sum_v * share[:, None]).to(kind), whole)
         if REST:
             rest = whole & (d >= 2 * PAIRS)[None]
             where = to_k[:, None] + d[None]
             was = tl.load(where, mask=rest).to(tl.float32)
             tl.store(where, (was + sum_rest * share[:, None]).to(kind), rest)
-        some = moves[:, None] & in_p[None]
-        # turned on from position 0 to where the moved token stands
-        co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)
-        si = tl.load(sin + n[:, None] * PAIRS + p[None], mask=some)
-        a, b = sum_a * share[:, None], sum_b * share[:, None]
-        where = to_k[:, None] + one[None]
-        was = tl.load(where, mask=some).to(tl.float32)
-        tl.store(where, (was + a * co - b * si).to(kind), some)
-        where = to_k[:, None] + two[None]
-        was = tl.load(where, mask=some).to(tl.float32)
-        tl.store(where, (was + b * co + a * si).to(kind), some)
+        if KEYS:
+            some = moves[:, None] & in_p[None]
+            # turned on from position 0 to where the moved token stands
+            co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)
+            si = tl.load(sin + n[:, None] * PAIRS + p[None], mask=some)
+            a, b = sum_a * share[:, None], sum_b * share[:, None]
+            where = to_k[:, None] + one[None]
+            was = tl.load(where, mask=some).to(tl.float32)
+            tl.store(where, (was + a * co - b * si).to(kind), some)
+            where = to_k[:, None] + two[None]
+            was = tl.load(where, mask=some).to(tl.float32)
+            tl.store(where, (was + b * co + a * si).to(kind), some)
 
 
 @triton.jit

@@ -187,12 +187,13 @@ def placed(
     cache: PagedKV,
     *,
     is_neox: bool,
+    first: int = 0,
 ) -> None:
     """Twin of ``rotate_and_scatter.rotate_and_scatter``: ``rerotate``, then write K and V at
     ``positions_N``.
     """
     block, inside = cache.slots(positions_N)
-    cache.k_BSGD[block, inside] = rerotate(k_NGD, cos_NP, sin_NP, is_neox=is_neox)
+    cache.k_BSGD[block, inside] = rerotate(k_NGD, cos_NP, sin_NP, is_neox=is_neox, first=first)
     cache.v_BSGD[block, inside] = v_NGD
 
 
@@ -205,6 +206,7 @@ def moved(
     sin_NP: torch.Tensor,
     *,
     is_neox: bool,
+    first: int = 0,
 ) -> None:
     """Twin of ``propagate.propagate`` for all recomputed tokens in one pass: ``nearness`` times how
     far each is off, keys compared as if all stood at position 0.
@@ -215,11 +217,12 @@ def moved(
     same_NR = (chunk_N[:, None] == propagation.chunk_R[None]) & (propagation.chunk_R >= 0)
     weight_NR = nearness(everywhere_N, at_R, propagation.propagation_length_1, same_NR)
     # back to position 0, where differences at unlike positions can be added
-    off_k = rerotate(k_RGD.float() - k_NGD[at_R], cos_NP[at_R], -sin_NP[at_R], is_neox=is_neox)
+    off_k = k_RGD.float() - k_NGD[at_R]
+    off_k = rerotate(off_k, cos_NP[at_R], -sin_NP[at_R], is_neox=is_neox, first=first)
     off_v = v_RGD.float() - v_NGD[at_R]
     sum_k, sum_v = (torch.einsum("nr,rgd->ngd", weight_NR, off) for off in (off_k, off_v))
     block, inside = cache.slots(everywhere_N)
     # and on to where each moved token stands
-    turned = rerotate(sum_k, cos_NP, sin_NP, is_neox=is_neox)
+    turned = rerotate(sum_k, cos_NP, sin_NP, is_neox=is_neox, first=first)
     cache.k_BSGD[block, inside] = (k_NGD + turned).to(cache.k_BSGD.dtype)
     cache.v_BSGD[block, inside] = (v_NGD + sum_v).to(cache.v_BSGD.dtype)

@@ -20,7 +20,8 @@ _TOKENS = 16  # a program
 
 
 class Sources(NamedTuple):
-    """Where each token's stored KV is. A source is, per layer, a contiguous ``[2, n, G, D]``.
+    """Where each token's stored KV is. A source is, per layer, a contiguous ``[2, n, G, D]``, or
+    ``[1, n, G, D]`` where values have no dimensions (latents).
 
     Attributes:
         address_KC: int64 device addresses of the sources, in the cache's dtype.
@@ -43,6 +44,7 @@ def rotate_and_scatter(
     address_K2: torch.Tensor,
     *,
     is_neox: bool,
+    first: int = 0,
     is_aligned: bool = False,
 ) -> None:
     """Put stored K and V at ``positions_N`` (int64), keys turned by a further angle per token.
@@ -55,6 +57,7 @@ def rotate_and_scatter(
         cache: any layer's paged cache; all have its strides.
         address_K2: int64 device addresses of each layer's K and V view.
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
+        first: the first of the 2P rotary dimensions; the others stay.
         is_aligned: every row of a source and of the caches, [D] each, begins at a multiple of 16
             bytes; rows are moved 16 bytes at a time then. It is not checked.
     """
@@ -64,7 +67,7 @@ def rotate_and_scatter(
         return
     _, size, groups, dim = cache.k_BSGD.shape
     check_cache(cache)
-    assert 2 * pairs <= dim and cos_NP.shape == sin_NP.shape
+    assert first + 2 * pairs <= dim and cos_NP.shape == sin_NP.shape
     assert cos_NP.dtype == sin_NP.dtype == torch.float32
     assert sources.address_KC.dtype == address_K2.dtype == torch.int64
     assert sources.address_KC.shape == (layers, len(sources.length_C))
@@ -72,6 +75,9 @@ def rotate_and_scatter(
     for each in (*sources, cos_NP, sin_NP, positions_N, address_K2):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
+    has_values = v.shape[-1] > 0
+    # of what is copied: all of a row, or what comes before the pairs
+    copied = first if not has_values and first + 2 * pairs == dim else dim
     _launch(
         (triton.cdiv(n, _TOKENS), groups, layers),
         (
@@ -82,7 +88,8 @@ def rotate_and_scatter(
         {
             "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
             "BLOCK_N": _TOKENS, "BLOCK_P": triton.next_power_of_2(pairs),
-            "BLOCK_D": triton.next_power_of_2(dim), "ALIGNED": is_aligned,
+            "BLOCK_D": triton.next_power_of_2(max(1, copied)), "FIRST": first,
+            "VALUES": has_values, "ALIGNED": is_aligned,
         },
         num_warps=4,
     )  # fmt: skip
@@ -94,7 +101,7 @@ def _rotate_and_scatter_kernel(
     n, num_chunks, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    FIRST: tl.constexpr, VALUES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     g, layer = tl.program_id(1), tl.program_id(2)
@@ -126,17 +133,18 @@ def _rotate_and_scatter_kernel(
 
     d = tl.arange(0, BLOCK_D)
     whole = here[:, None] & (d < DIM)[None]
-    tl.store(to_v[:, None] + d[None], tl.load(source_v[:, None] + d[None], mask=whole), whole)
+    if VALUES:
+        tl.store(to_v[:, None] + d[None], tl.load(source_v[:, None] + d[None], mask=whole), whole)
     # partial rotary: what is not rotated is copied
     if 2 * PAIRS < DIM:
-        rest = whole & (d >= 2 * PAIRS)[None]
+        rest = whole & ((d < FIRST) | (d >= FIRST + 2 * PAIRS))[None]
         tl.store(to_k[:, None] + d[None], tl.load(source[:, None] + d[None], mask=rest), rest)
 
     p = tl.arange(0, BLOCK_P)
     # Two loads and two stores a pair instead of one shuffled row: the pairs of NeoX lie P apart.
     some = here[:, None] & (p < PAIRS)[None]
-    first = p if NEOX else 2 * p
-    second = p + PAIRS if NEOX else 2 * p + 1
+    first = FIRST + (p if NEOX else 2 * p)
+    second = FIRST + (p + PAIRS if NEOX else 2 * p + 1)
     a = tl.load(source[:, None] + first[None], mask=some).to(tl.float32)
     b = tl.load(source[:, None] + second[None], mask=some).to(tl.float32)
     at = t[:, None] * PAIRS + p[None]

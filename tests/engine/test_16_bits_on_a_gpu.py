@@ -15,10 +15,12 @@ from blending import PARTS, PREFIX, PROMPT, QUESTION, forget_prompts
 from engines import FULL_LOGPROBS, logprobs, selected, start_in_process
 from reference import Answer, Reference
 from tiny import LATENT_DENSE, make
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.lora.request import LoRARequest
 
 from cacheblend_rag import BlendConfig, BlendResult, CacheBlend
 from cacheblend_rag.config import PROPAGATION_LENGTH
+from cacheblend_rag.engine import connectors
 
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
 
@@ -61,6 +63,9 @@ def family(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Family
     with start_in_process(path, prefix=PREFIX, **options) as plain:
         assert plain.model_check.passed, plain.model_check.detail
         blend = plain
+        if not adapts:
+            executors = connectors.ours(get_kv_transfer_group()).worker_state.executors
+            assert not executors.reason, executors.reason
         if adapts:
             config = BlendConfig(ingest_prefix=PREFIX, blend_if="always")
             blend = plain.with_config(config, LoRARequest("adapter", 1, str(adapter)))

@@ -141,6 +141,92 @@ def test_move(dim: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
         assert (want - old)[moves].abs().max() > 0.1
 
 
+def latents(num_tokens: int, size: int, dim: int, dtype: torch.dtype) -> PagedKV:
+    """A cache of latents in vLLM's layout [B, S, D], as ``paged``."""
+    used = -(-num_tokens // size)
+    k = torch.randn(used + 5, size, 1, dim, device=DEVICE).to(dtype)
+    table = torch.randperm(used + 5, device=DEVICE)[:used].int()
+    length = torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE)
+    return PagedKV(k, k[..., :0], table, length, num_tokens)
+
+
+def twin_cache(cache: PagedKV) -> PagedKV:
+    k = cache.k_BSGD.clone()
+    return cache._replace(k_BSGD=k, v_BSGD=k[..., :0])
+
+
+LATENTS = [(512, 64), (32, 16), (24, 8)]  # of no position, and rotated
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_aligned", [True, False])
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize(("first", "rotary"), LATENTS)
+def test_place_latents(
+    first: int, rotary: int, is_neox: bool, dtype: torch.dtype, is_aligned: bool
+) -> None:
+    torch.manual_seed(first)
+    dim, lengths = first + rotary, (21, 50)
+    chunks = [torch.randn(1, 1, n, 1, dim, device=DEVICE).to(dtype) for n in lengths]
+    picks = [(0, r) for r in range(21)] + [(1, r) for r in range(3, 49)]
+    chunk_N, row_N = (torch.tensor(x, device=DEVICE) for x in zip(*picks, strict=True))
+    positions = torch.randperm(130, device=DEVICE)[: len(picks)].sort().values
+    angle = torch.rand(len(picks), rotary // 2, device=DEVICE) * 6
+    cache = latents(130, 16, dim, dtype)
+    twin = twin_cache(cache)
+    k = torch.stack([chunks[c][0, 0, r] for c, r in picks])
+    how: Any = {"is_neox": is_neox, "first": first}
+    placed(k, k[..., :0], angle.cos(), angle.sin(), positions, twin, **how)
+    sources = Sources(
+        torch.tensor([[c.data_ptr() for c in chunks]], device=DEVICE),
+        torch.tensor(lengths, device=DEVICE),
+        chunk_N.int(),
+        row_N.int(),
+    )
+    address = torch.tensor([[cache.k_BSGD.data_ptr(), 0]], device=DEVICE)
+    rotate_and_scatter(
+        sources, angle.cos(), angle.sin(), positions, cache, address, is_aligned=is_aligned, **how
+    )
+    assert torch.equal(cache.k_BSGD[..., :first], twin.k_BSGD[..., :first])
+    torch.testing.assert_close(cache.k_BSGD, twin.k_BSGD, atol=TOLERANCE[dtype], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize(("first", "rotary"), LATENTS)
+def test_move_latents(first: int, rotary: int, is_neox: bool, dtype: torch.dtype) -> None:
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
+    torch.manual_seed(first)
+    context, dim = 200, first + rotary
+    cache = latents(context, 16, dim, dtype)
+    chunk_N = torch.zeros(context, dtype=torch.int32, device=DEVICE)
+    chunk_N[90:] = 1
+    position_R = torch.randperm(context, device=DEVICE)[:30].sort().values
+    chosen = torch.zeros(context, dtype=torch.bool, device=DEVICE)
+    chosen[position_R] = True
+    propagation = Propagation(
+        chunk_N.masked_fill(chosen, -1), position_R, chunk_N[position_R],
+        F.pad(chosen.cumsum(0), (1, 0)).int(),
+        torch.tensor([0, 30], dtype=torch.int32, device=DEVICE),
+        torch.tensor([6.0], device=DEVICE),
+    )  # fmt: skip
+    k = torch.randn(30, 1, dim, device=DEVICE).to(dtype)
+    angle = torch.arange(context, device=DEVICE)[:, None] * torch.rand(rotary // 2, device=DEVICE)
+    twin, again = twin_cache(cache), twin_cache(cache)
+    before, how = cache.k_BSGD.clone(), {"is_neox": is_neox, "first": first}
+    fresh = k, k[..., :0]
+    moved(propagation, *fresh, twin, angle.cos(), angle.sin(), **how)
+    propagate(propagation, *fresh, cache, angle.cos(), angle.sin(), **how)
+    bound = 2 * TOLERANCE[dtype]
+    torch.testing.assert_close(cache.k_BSGD, twin.k_BSGD, atol=bound, rtol=1e-2)
+    for part in (slice(0, first), slice(first, dim)):
+        assert (twin.k_BSGD - before)[..., part].abs().max() > 0.1
+    run = Propagator(propagation, angle.cos()[None], angle.sin()[None], **how)
+    run(0, *fresh, again)
+    assert torch.equal(again.k_BSGD, cache.k_BSGD)
+
+
 class InPlaceOfCompiled:
     """What Triton would have compiled, where it interprets: takes all arguments in order."""
 
