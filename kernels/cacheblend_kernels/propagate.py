@@ -255,9 +255,9 @@ def _off_kernel(
         tl.store(off_k + to[:, None] + p[None], (a * co + b * si).to(kind), in_p)
         tl.store(off_k + to[:, None] + PAIRS + p[None], (b * co - a * si).to(kind), in_p)
     if REST:
-        turns_not = (d >= 2 * PAIRS)[None]
-        rest = _difference(new_k, old_k, d, there_d & turns_not)
-        tl.store(off_k + to[:, None] + d[None], rest.to(kind), in_d & turns_not)
+        behind = (d >= 2 * PAIRS)[None]
+        rest = _difference(new_k, old_k, d, there_d & behind)
+        tl.store(off_k + to[:, None] + d[None], rest.to(kind), in_d & behind)
 
 
 @triton.jit
@@ -327,8 +327,8 @@ def _move_kernel(
                 values = tl.load(off_v + row[:, None] + d[None], mask=of_d, other=0.0)
                 sum_v = tl.dot(weight, values, sum_v, input_precision="ieee")
             if REST:
-                turns_not = of_d & (d >= 2 * PAIRS)[None]
-                rest = tl.load(off_k + row[:, None] + d[None], mask=turns_not, other=0.0)
+                behind = of_d & (d >= 2 * PAIRS)[None]
+                rest = tl.load(off_k + row[:, None] + d[None], mask=behind, other=0.0)
                 sum_rest = tl.dot(weight, rest, sum_rest, input_precision="ieee")
         # 1 + total, not total: a token whose neighbours are far or few hardly moves.
         share = 1.0 / (1.0 + total)
