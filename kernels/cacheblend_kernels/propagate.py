@@ -8,7 +8,7 @@ size, P rotated pairs.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -48,8 +48,8 @@ def propagate(
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
         first: the first rotary dimension of latents, whose values have no dimensions; else 0.
     """
-    for part in _parts(k_TGD, v_TGD, cache, first):
-        _launch(*_arguments(propagation, part, cos_XP, sin_XP, is_neox), num_warps=_WARPS)
+    k, v, cache = _of_latents(k_TGD, v_TGD, cache, first)
+    _launch(*_arguments(propagation, k, v, cache, cos_XP, sin_XP, is_neox, first), num_warps=_WARPS)
 
 
 class Propagator:
@@ -71,7 +71,7 @@ class Propagator:
     ) -> None:
         self._propagation, self._is_neox, self._first = propagation, is_neox, first
         self._tables = list(zip(cos_TXP, sin_TXP, strict=True))
-        self._ready: dict[tuple[int, bool], tuple[object, Any, list[Any]]] = {}
+        self._ready: dict[int, tuple[object, Any, list[Any]]] = {}
 
     def __call__(
         self, table: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV
@@ -81,86 +81,60 @@ class Propagator:
         Args:
             cache: a layer's; all have the strides, the dtype and the block table of the first.
         """
-        for part in _parts(k_TGD, v_TGD, cache, self._first):
-            self._move(table, part)
-
-    def _move(self, table: int, part: _Part) -> None:
-        k_TGD, v_TGD, cache = part[:3]
+        k_TGD, v_TGD, cache = _of_latents(k_TGD, v_TGD, cache, self._first)
         k, v = cache.k_BSGD, cache.v_BSGD
         like = (
             k_TGD.stride(), v_TGD.stride(), k_TGD.shape,
             # Triton compiles anew for other multiples of 16.
             *(x.data_ptr() % 16 == 0 for x in (k_TGD, v_TGD, k, v)),
         )  # fmt: skip
-        key = table, part.keys
-        known, run, values = self._ready.get(key, (None, None, []))
+        known, run, values = self._ready.get(table, (None, None, []))
         # In the order of ``_arguments``: fresh K and V first, those of the cache at 9.
         if known == like:
             run(k_TGD, v_TGD, *values[2:9], k, v, *values[11:])
             return
+        cos_XP, sin_XP = self._tables[table]
         grid, given, constants = _arguments(
-            self._propagation, part, *self._tables[table], self._is_neox
+            self._propagation, k_TGD, v_TGD, cache, cos_XP, sin_XP, self._is_neox, self._first
         )
         compiled = _launch(grid, given, constants, num_warps=_WARPS)
         if compiled is not None:
-            self._ready[key] = like, compiled[grid], [*given, *constants.values()]
+            self._ready[table] = like, compiled[grid], [*given, *constants.values()]
 
 
-class _Part(NamedTuple):
-    """What one launch moves.
-
-    Attributes:
-        k_TGD, v_TGD, cache: fresh K and V, and those in the cache.
-        keys, values: which of the two; the other is there in form only.
-    """
-
-    k_TGD: torch.Tensor
-    v_TGD: torch.Tensor
-    cache: PagedKV
-    keys: bool = True
-    values: bool = True
-
-
-def _parts(
+def _of_latents(
     k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV, first: int
-) -> tuple[_Part, ...]:
-    """K and V together; of latents the rotated part as keys, and the others as values of several
-    heads, since a program has no room for all.
-    """
-    if v_TGD.shape[-1]:
-        assert first == 0, "only keys of latents are rotated from a later dimension on"
-        return (_Part(k_TGD, v_TGD, cache),)
-    turned, turned_k = k_TGD[..., first:], cache.k_BSGD[..., first:]
-    still, still_k = _heads(k_TGD, first), _heads(cache.k_BSGD, first)
-    return (
-        _Part(turned, turned, cache._replace(k_BSGD=turned_k, v_BSGD=turned_k), values=False),
-        _Part(still, still, cache._replace(k_BSGD=still_k, v_BSGD=still_k), keys=False),
-    )
-
-
-def _heads(x: torch.Tensor, first: int) -> torch.Tensor:
-    """The first dimensions of latents [..., 1, D] as those of several heads."""
-    heads: torch.Tensor = x[..., 0, :first].unflatten(-1, (-1, math.gcd(first, _MOST_DIM)))
-    return heads
+) -> tuple[torch.Tensor, torch.Tensor, PagedKV]:
+    """Where values have no dimensions, what is not rotated of keys is moved as values are."""
+    assert (first > 0) is (v_TGD.shape[-1] == 0), "only latents are rotated behind other dimensions"
+    if not first:
+        return k_TGD, v_TGD, cache
+    return k_TGD, k_TGD, cache._replace(v_BSGD=cache.k_BSGD)
 
 
 def _arguments(
     propagation: Propagation,
-    part: _Part,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    cache: PagedKV,
     cos_XP: torch.Tensor,
     sin_XP: torch.Tensor,
     is_neox: bool,
+    first: int,
 ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
     """Grid, arguments and constants of the kernel, checked."""
-    k_TGD, v_TGD, cache, keys, values = part
     groups, dim = k_TGD.shape[1:]
     pairs = cos_XP.shape[1]
     _, size, _, _ = cache.k_BSGD.shape
     check_cache(cache)
     assert k_TGD.shape == v_TGD.shape and cache.k_BSGD.shape[2:] == (groups, dim)
     assert has_whole_rows(k_TGD) and has_whole_rows(v_TGD)
-    assert cos_XP.shape == sin_XP.shape and (2 * pairs <= dim or not keys)
-    assert values or 2 * pairs == dim, "latents have nothing behind what is rotated"
+    assert cos_XP.shape == sin_XP.shape and 2 * pairs <= dim
+    if first:
+        assert groups == 1 and first + 2 * pairs == dim, "these are no latents"
+        # a program has no room for all that is not rotated, and one has what is
+        dim = math.gcd(first, _MOST_DIM)
+        groups = 1 + first // dim
     for each in (*propagation, cos_XP, sin_XP):
         assert each.is_contiguous()
     k, v = cache.k_BSGD, cache.v_BSGD
@@ -175,9 +149,9 @@ def _arguments(
         {
             "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
             "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
-            "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": keys and 2 * pairs < dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": not first and 2 * pairs < dim,
             "BLOCK_N": _TOKENS, "BLOCK_R": _ROWS, "CUTOFF": CUTOFF,
-            "KEYS": keys, "VALUES": values,
+            "FIRST": first,
         },
     )  # fmt: skip
 
@@ -188,8 +162,8 @@ def _propagate_kernel(
     v, cos, sin, length, k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
     NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CUTOFF: tl.constexpr, KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CUTOFF: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
     context, g = tl.load(length), tl.program_id(1)
     first, rows = tl.load(pass_2), tl.load(pass_2 + 1)
@@ -199,6 +173,12 @@ def _propagate_kernel(
         1.4426950408889634 / propagation_length,
     )  # log2(e): exp2 below
     kind: tl.constexpr = k.dtype.element_ty
+    if FIRST:
+        # Of latents, the first program has what is rotated, each other one some of the dimensions.
+        new_head = tl.where(g == 0, FIRST, (g - 1) * DIM)
+        old_k_head, old_v_head = new_head, new_head
+    else:
+        new_head, old_k_head, old_v_head = g * DIM, g * k_head, g * v_head
     d, p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
     in_d, in_p = d < DIM, p < PAIRS
     one = p if NEOX else 2 * p
@@ -242,13 +222,13 @@ def _propagate_kernel(
             # written, and a recomputed token is moved by none of the programs.
             there_d, there_p = now[:, None] & in_d[None], now[:, None] & in_p[None]
             block = tl.load(table + at // SIZE, mask=now, other=0).to(tl.int64)
-            old_k = k + block * k_block + at % SIZE * k_place + g * k_head
-            old_v = v + block * v_block + at % SIZE * v_place + g * v_head
-            new_k, new_v = fresh_k + t * k_row + g * DIM, fresh_v + t * v_row + g * DIM
-            if VALUES:
+            old_k = k + block * k_block + at % SIZE * k_place + old_k_head
+            old_v = v + block * v_block + at % SIZE * v_place + old_v_head
+            new_k, new_v = fresh_k + t * k_row + new_head, fresh_v + t * v_row + new_head
+            if not FIRST or g > 0:
                 values = _difference(new_v, old_v, d, there_d)
                 sum_v = tl.dot(weight, values.to(kind), sum_v, input_precision="ieee")
-            if KEYS:
+            if not FIRST or g == 0:
                 a = _difference(new_k, old_k, one, there_p)
                 b = _difference(new_k, old_k, two, there_p)
                 turn = at[:, None] * PAIRS + p[None]
@@ -264,10 +244,10 @@ def _propagate_kernel(
         # 1 + total, not total: a token whose neighbours are far or few hardly moves.
         share = 1.0 / (1.0 + total)
         block = tl.load(table + n // SIZE, mask=moves, other=0).to(tl.int64)
-        to_k = k + block * k_block + n % SIZE * k_place + g * k_head
-        to_v = v + block * v_block + n % SIZE * v_place + g * v_head
+        to_k = k + block * k_block + n % SIZE * k_place + old_k_head
+        to_v = v + block * v_block + n % SIZE * v_place + old_v_head
         whole = moves[:, None] & in_d[None]
-        if VALUES:
+        if not FIRST or g > 0:
             where = to_v[:, None] + d[None]
             was = tl.load(where, mask=whole).to(tl.float32)
             tl.store(where, (was + sum_v * share[:, None]).to(kind), whole)
@@ -276,7 +256,7 @@ def _propagate_kernel(
             where = to_k[:, None] + d[None]
             was = tl.load(where, mask=rest).to(tl.float32)
             tl.store(where, (was + sum_rest * share[:, None]).to(kind), rest)
-        if KEYS:
+        if not FIRST or g == 0:
             some = moves[:, None] & in_p[None]
             # turned on from position 0 to where the moved token stands
             co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)
