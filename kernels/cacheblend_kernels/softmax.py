@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cacheblend_kernels.launch import Launcher
+
 _KEYS = 1024  # a step
 
 
@@ -27,10 +29,12 @@ def masked_softmax(
     assert at_T.is_contiguous() and at_X.is_contiguous() and at_X.shape == (keys,)
     assert not rows % len(at_T)
     out = torch.empty(rows, keys, dtype=dtype, device=logits_RX.device)
-    _softmax_kernel[(rows,)](
-        logits_RX, at_T, at_X, out, len(at_T), keys, scale * 1.4426950408889634,
-        BLOCK=_KEYS, num_warps=4,
-    )  # fmt: skip
+    _launch(
+        (rows, 1, 1),
+        (logits_RX, at_T, at_X, out, len(at_T), keys, scale * 1.4426950408889634),
+        {"BLOCK": _KEYS},
+        num_warps=4,
+    )
     return out
 
 
@@ -70,3 +74,6 @@ def _logits(logits, at_key, at, j, keys, scale):
     seen = there & (tl.load(at_key + j, mask=there, other=0) <= at)
     logit = tl.load(logits + j, mask=there, other=0.0) * scale
     return tl.where(seen, logit, -float("inf"))
+
+
+_launch = Launcher(_softmax_kernel)
