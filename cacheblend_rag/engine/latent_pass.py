@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cacheblend_kernels import question_attention
+from cacheblend_kernels import masked_softmax, question_attention
 from cacheblend_kernels.paged import PagedKV
+from cacheblend_kernels.softmax import masked_softmax as kernel_softmax
 from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import own_options
 from cacheblend_rag.engine.forward import ModelHandle
@@ -26,26 +27,6 @@ from cacheblend_rag.engine.kernel_pass import NEVER, NOWHERE, PassRows, Question
 from cacheblend_rag.select import AskedLayers
 
 _LOGITS = 1 << 23  # held at once, float32
-# What a logit becomes where a row does not see a key. Finite, so that a row to spare, which sees
-# none, is no NaN.
-_UNSEEN = -1e30
-
-
-class Sight:
-    """Which rows see which keys: those at their own and earlier positions."""
-
-    def __init__(self, at_T: torch.Tensor, at_X: torch.Tensor) -> None:
-        self._at_T, self._at_X = at_T, at_X
-        self._bias_TX: torch.Tensor | None = None  # of all rows, where that was asked for
-
-    def bias(self, some: slice) -> torch.Tensor:
-        """float32 [some, X], what is added to the logits of these rows."""
-        rows = len(self._at_T)
-        if some != slice(0, rows):
-            return _bias(self._at_T[some], self._at_X)
-        if self._bias_TX is None:
-            self._bias_TX = _bias(self._at_T, self._at_X)
-        return self._bias_TX
 
 
 class LatentQuestionPass(QuestionPass):
@@ -63,16 +44,15 @@ class LatentQuestionPass(QuestionPass):
         if self._before is not None:
             self._before(index)
         if index < self._layers.sees_from:
-            attend(layer, q_THD, k_TGD[:, 0], self._alone_sight, out_THD)
+            attend(layer, q_THD, k_TGD[:, 0], self._rows.positions, self._alone[0], out_THD)
             return
         # Tokens between chunks are read from the cache, as in ``QuestionPass``.
         self._handle.write(index, k_TGD, v_TGD, self._rows.slots)
-        hidden_X1, sight = self._sight
         keys_XD = _keys(self._view(index), k_TGD)
         # Where nothing was placed there may be anything, and zero times NaN is NaN.
-        keys_XD.masked_fill_(hidden_X1, 0.0)
+        keys_XD.masked_fill_(self._hidden_X1, 0.0)
         asking_T = self._asking_T if index in self._layers.summed else None
-        got_X = attend(layer, q_THD, keys_XD, sight, out_THD, asking_T)
+        got_X = attend(layer, q_THD, keys_XD, self._rows.positions, self._at_X, out_THD, asking_T)
         if got_X is not None:
             # of the last block, tokens behind the context are among the keys
             count = min(len(got_X) - len(q_THD), self._score_GN.shape[1])
@@ -86,24 +66,19 @@ class LatentQuestionPass(QuestionPass):
         return (self._rows.asking >= 0).float()
 
     @functools.cached_property
-    def _alone_sight(self) -> Sight:
-        """Of the layers in which the pass's tokens see only one another."""
-        at_T = self._rows.positions
-        return Sight(at_T, at_T.masked_fill(at_T < 0, NEVER))
-
-    @functools.cached_property
-    def _sight(self) -> tuple[torch.Tensor, Sight]:
-        """bool [X, 1], keys that nobody sees; and which are seen of the others."""
+    def _at_X(self) -> torch.Tensor:
+        """Positions of the keys; ``NEVER`` of those that no row may see."""
         view, rows = self._view(self._layers.sees_from), self._rows
         at_N = torch.arange(_blocks(view) * view.k_BSGD.shape[1], device=rows.positions.device)
         known_N = at_N < view.length
         if self._known_N is not None:
             known_N &= F.pad(self._known_N, (0, len(at_N) - len(self._known_N)))
-        at_N = at_N.masked_fill(~known_N, NEVER)
-        own_T = torch.zeros_like(rows.positions, dtype=torch.bool)
-        hidden_X = torch.cat([~known_N, own_T])
-        at_X = torch.cat([at_N, rows.key_position])
-        return hidden_X[:, None], Sight(rows.positions, at_X)
+        return torch.cat([at_N.masked_fill(~known_N, NEVER), rows.key_position])
+
+    @functools.cached_property
+    def _hidden_X1(self) -> torch.Tensor:
+        """bool, keys that no row may see."""
+        return (self._at_X == NEVER)[:, None]
 
 
 def question_pass(
@@ -124,7 +99,8 @@ def attend(
     layer: Any,
     q_THD: torch.Tensor,
     keys_XD: torch.Tensor,
-    sight: Sight,
+    at_T: torch.Tensor,
+    at_X: torch.Tensor,
     out_THV: torch.Tensor,
     asking_T: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
@@ -132,6 +108,7 @@ def attend(
 
     Args:
         keys_XD: latents, each with its rotated part.
+        at_T, at_X: positions; a row sees the keys at its own and earlier ones, or becomes 0.
         out_THV: written.
         asking_T: float32 weight of each row in what is returned.
 
@@ -143,17 +120,20 @@ def attend(
     q_HTP, q_HTR = q_THD.transpose(0, 1).split([layer.qk_nope_head_dim, layer.qk_rope_head_dim], -1)
     q_HTD = torch.cat([torch.bmm(q_HTP, layer.W_UK_T), q_HTR], -1)
     context_HTL = q_HTD.new_empty(heads, tokens, layer.kv_lora_rank)
-    got_X = None if asking_T is None else keys_XD.new_zeros(len(keys_XD), dtype=torch.float32)
+    got_X = None if asking_T is None else torch.zeros_like(at_X, dtype=torch.float32)
+    softmax = kernel_softmax if q_THD.is_cuda else masked_softmax
+    how: dict[str, Any] = {"scale": layer.impl.scale, "dtype": keys_XD.dtype}
     # as few parts as the memory allows, and of like size
-    for rows in _parts(tokens, tokens * len(keys_XD)):
-        bias_TX = sight.bias(rows)
-        for some in _parts(heads, heads * bias_TX.numel()):
-            q_RD = q_HTD[some, rows].flatten(0, 1)
-            weights = _weights(q_RD, keys_XD, bias_TX, layer.impl.scale)
+    for rows in _parts(tokens, tokens * len(at_X)):
+        at_R = at_T[rows]
+        for some in _parts(heads, heads * len(at_R) * len(at_X)):
+            logits = _product(q_HTD[some, rows].flatten(0, 1), keys_XD.T)
+            weights = softmax(logits, at_R, at_X, **how)
             if got_X is not None and asking_T is not None:
-                got_X += asking_T[rows].repeat(some.stop - some.start) @ weights
-            latents_RL = weights.to(keys_XD.dtype) @ keys_XD[:, : layer.kv_lora_rank]
-            context_HTL[some, rows] = latents_RL.unflatten(0, (-1, len(bias_TX)))
+                asking_1R = asking_T[rows].repeat(1, some.stop - some.start).to(weights.dtype)
+                got_X += _product(asking_1R, weights)[0]
+            latents_RL = weights @ keys_XD[:, : layer.kv_lora_rank]
+            context_HTL[some, rows] = latents_RL.unflatten(0, (-1, len(at_R)))
     out_THV.copy_(torch.bmm(context_HTL, layer.W_UV).transpose(0, 1))
     return got_X
 
@@ -164,15 +144,6 @@ def _parts(count: int, logits: int) -> list[slice]:
     """
     at_once = -(-count // min(-(-logits // _LOGITS), count))
     return [slice(n, min(n + at_once, count)) for n in range(0, count, at_once)]
-
-
-def _weights(
-    q_RD: torch.Tensor, keys_XD: torch.Tensor, bias_TX: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """float32 [R, X], the softmax of the logits of several heads' rows."""
-    logits = _product(q_RD, keys_XD).view(-1, *bias_TX.shape)
-    torch.add(bias_TX, logits, alpha=scale, out=logits)
-    return logits.softmax(-1).flatten(0, 1)
 
 
 @torch.inference_mode()
@@ -235,15 +206,8 @@ def _keys(view: PagedKV, k_TGD: torch.Tensor) -> torch.Tensor:
     return keys_XD
 
 
-def _bias(at_T: torch.Tensor, keys_at_X: torch.Tensor) -> torch.Tensor:
-    """float32 [T, X], 0 where a row sees a key."""
-    hidden_TX = keys_at_X[None] > at_T[:, None]
-    zeros = torch.zeros(hidden_TX.shape, device=at_T.device)
-    return zeros.masked_fill_(hidden_TX, _UNSEEN)
-
-
-def _product(a_RD: torch.Tensor, b_XD: torch.Tensor) -> torch.Tensor:
-    """float32 [R, X]: rows times rows, rounded to no fewer bits."""
+def _product(a_RD: torch.Tensor, b_DX: torch.Tensor) -> torch.Tensor:
+    """float32 [R, X], rounded to no fewer bits."""
     if a_RD.is_cuda and a_RD.dtype != torch.float32:
-        return torch.mm(a_RD, b_XD.T, out_dtype=torch.float32)
-    return a_RD.float() @ b_XD.float().T
+        return torch.mm(a_RD, b_DX, out_dtype=torch.float32)
+    return a_RD.float() @ b_DX.float()

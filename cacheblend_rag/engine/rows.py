@@ -485,6 +485,14 @@ class _StepImpl(ProxyImpl):
         self.before(key, value)
         self._layer.impl.do_kv_cache_update(self._layer, key, value, kv_cache, slots)
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether anybody looks at this layer's K and V."""
+        return any(
+            move is not None or (part.blend.proof is not None and self._is_last)
+            for part, move in self._moves
+        )
+
     def before(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """See to what must be in the cache before this layer's K and V."""
         for part, move in self._moves:
@@ -507,7 +515,9 @@ class _LatentStepImpl(ProxyImpl):
 
     def before(self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor) -> None:
         """See to what must be in the cache before this layer's latents."""
-        key = layout.packed(kv_c_normed, k_pe)
+        # A copy of all rows, without which a host is quicker.
+        reads = self._step.reads_rows
+        key = layout.packed(kv_c_normed, k_pe) if reads else kv_c_normed[:, None]
         self._step.before(key, layout.no_values(key))
 
     def do_kv_cache_update(self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, *args: Any) -> None:

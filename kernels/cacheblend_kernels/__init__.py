@@ -1,13 +1,14 @@
 """Tensor operations of a blend.
 
 ``reference`` is the specification of each in plain torch, and what a CPU runs. The Triton kernels
-have a file an operation: ``attention``, ``propagate`` and ``rotate_and_scatter``. They are imported
-from there, and only where there is a GPU.
+have a file an operation: ``attention``, ``propagate``, ``rotate_and_scatter`` and ``softmax``. They
+are imported from there, and only where there is a GPU.
 """
 
 from cacheblend_kernels.reference import (
     key_deviation,
     masked_attention,
+    masked_softmax,
     nearness,
     question_attention,
     rerotate,
@@ -17,6 +18,7 @@ from cacheblend_kernels.reference import (
 __all__ = [
     "key_deviation",
     "masked_attention",
+    "masked_softmax",
     "nearness",
     "question_attention",
     "rerotate",

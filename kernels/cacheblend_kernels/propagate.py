@@ -12,7 +12,7 @@ size, P rotated pairs.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -53,10 +53,12 @@ def propagate(
         is_neox: pairs are (p, p + P) if true, (2p, 2p + 1) if false.
         first: the first rotary dimension of latents, whose values have no dimensions; else 0.
     """
-    for part in _parts(k_TGD, v_TGD, cache, first):
-        off_2TGD = part.k_TGD.new_empty(2, *part.k_TGD.shape)
-        for launch, arguments in _launches(propagation, part, off_2TGD, cos_XP, sin_XP, is_neox):
-            launch(*arguments, num_warps=_WARPS)
+    k, v, cache = _of_latents(k_TGD, v_TGD, cache, first)
+    off = _room(k, cos_XP.shape[1], first)
+    for launch, arguments in _launches(
+        propagation, k, v, off, cache, cos_XP, sin_XP, is_neox, first
+    ):
+        launch(*arguments, num_warps=_WARPS)
 
 
 class Propagator:
@@ -78,8 +80,8 @@ class Propagator:
     ) -> None:
         self._propagation, self._is_neox, self._first = propagation, is_neox, first
         self._tables = list(zip(cos_TXP, sin_TXP, strict=True))
-        self._off: dict[torch.Size, torch.Tensor] = {}  # of the layer that is moved
-        self._ready: dict[tuple[int, bool], tuple[object, list[tuple[Any, list[Any]]]]] = {}
+        self._off: torch.Tensor | None = None  # of the layer that is moved
+        self._ready: dict[int, tuple[object, list[tuple[Any, list[Any]]]]] = {}
 
     def __call__(
         self, table: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV
@@ -89,19 +91,14 @@ class Propagator:
         Args:
             cache: a layer's; all have the strides, the dtype and the block table of the first.
         """
-        for part in _parts(k_TGD, v_TGD, cache, self._first):
-            self._move(table, part)
-
-    def _move(self, table: int, part: _Part) -> None:
-        k_TGD, v_TGD, cache = part[:3]
+        k_TGD, v_TGD, cache = _of_latents(k_TGD, v_TGD, cache, self._first)
         k, v = cache.k_BSGD, cache.v_BSGD
         like = (
             k_TGD.stride(), v_TGD.stride(), k_TGD.shape,
             # Triton compiles anew for other multiples of 16.
             *(x.data_ptr() % 16 == 0 for x in (k_TGD, v_TGD, k, v)),
         )  # fmt: skip
-        key = table, part.keys
-        known, ready = self._ready.get(key, (None, []))
+        known, ready = self._ready.get(table, (None, []))
         # In the order of ``_launches``: the first kernel begins with what is fresh and the cache,
         # the second with the cache.
         if known == like:
@@ -109,108 +106,100 @@ class Propagator:
             off(k_TGD, v_TGD, k, v, *of_off[4:])
             move(k, v, *of_move[2:])
             return
-        if k_TGD.shape not in self._off:
-            self._off[k_TGD.shape] = k_TGD.new_empty(2, *k_TGD.shape)
-        off_2TGD, made = self._off[k_TGD.shape], []
-        for launch, (grid, given, constants) in _launches(
-            self._propagation, part, off_2TGD, *self._tables[table], self._is_neox
-        ):
-            compiled = launch(grid, given, constants, num_warps=_WARPS)
+        cos_XP, sin_XP = self._tables[table]
+        if self._off is None or self._off.shape[1] != len(k_TGD):
+            self._off = _room(k_TGD, cos_XP.shape[1], self._first)
+        given = self._propagation, k_TGD, v_TGD, self._off, cache, cos_XP, sin_XP
+        made = []
+        for launch, (grid, values, constants) in _launches(*given, self._is_neox, self._first):
+            compiled = launch(grid, values, constants, num_warps=_WARPS)
             if compiled is not None:
-                made.append((compiled[grid], [*given, *constants.values()]))
+                made.append((compiled[grid], [*values, *constants.values()]))
         if made:
-            self._ready[key] = like, made
+            self._ready[table] = like, made
 
 
-class _Part(NamedTuple):
-    """What two kernels move.
-
-    Attributes:
-        k_TGD, v_TGD, cache: fresh K and V, and those in the cache.
-        keys, values: which of the two; the other is there in form only.
-    """
-
-    k_TGD: torch.Tensor
-    v_TGD: torch.Tensor
-    cache: PagedKV
-    keys: bool = True
-    values: bool = True
-
-
-def _parts(
+def _of_latents(
     k_TGD: torch.Tensor, v_TGD: torch.Tensor, cache: PagedKV, first: int
-) -> tuple[_Part, ...]:
-    """K and V together; of latents the rotated part as keys, and the others as values of several
-    heads, since a program has no room for all.
+) -> tuple[torch.Tensor, torch.Tensor, PagedKV]:
+    """Where values have no dimensions, what is not rotated of keys is moved as values are."""
+    assert (first > 0) is (v_TGD.shape[-1] == 0), "only latents are rotated behind other dimensions"
+    if not first:
+        return k_TGD, v_TGD, cache
+    return k_TGD, k_TGD, cache._replace(v_BSGD=cache.k_BSGD)
+
+
+def _heads(k_TGD: torch.Tensor, first: int) -> tuple[int, int]:
+    """Heads that programs have one each of, and their size: of latents, what is rotated, and others
+    of what is not, for all of which a program has no room.
     """
-    if v_TGD.shape[-1]:
-        assert first == 0, "only keys of latents are rotated from a later dimension on"
-        return (_Part(k_TGD, v_TGD, cache),)
-    turned, turned_k = k_TGD[..., first:], cache.k_BSGD[..., first:]
-    still, still_k = _heads(k_TGD, first), _heads(cache.k_BSGD, first)
-    return (
-        _Part(turned, turned, cache._replace(k_BSGD=turned_k, v_BSGD=turned_k), values=False),
-        _Part(still, still, cache._replace(k_BSGD=still_k, v_BSGD=still_k), keys=False),
-    )
+    groups, dim = k_TGD.shape[1:]
+    if not first:
+        return groups, dim
+    dim = math.gcd(first, _MOST_DIM)
+    return 1 + first // dim, dim
 
 
-def _heads(x: torch.Tensor, first: int) -> torch.Tensor:
-    """The first dimensions of latents [..., 1, D] as those of several heads."""
-    heads: torch.Tensor = x[..., 0, :first].unflatten(-1, (-1, math.gcd(first, _MOST_DIM)))
-    return heads
+def _room(k_TGD: torch.Tensor, pairs: int, first: int) -> torch.Tensor:
+    """Room for the differences of K and V, each [T, heads, width]."""
+    heads, dim = _heads(k_TGD, first)
+    return k_TGD.new_empty(2, len(k_TGD), heads, max(dim, 2 * pairs))
 
 
 def _launches(
     propagation: Propagation,
-    part: _Part,
-    off_2TGD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    off: torch.Tensor,
+    cache: PagedKV,
     cos_XP: torch.Tensor,
     sin_XP: torch.Tensor,
     is_neox: bool,
+    first: int,
 ) -> list[tuple[Launcher, tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]]]:
     """Both kernels, each with its grid, arguments and constants, which are checked.
 
     Args:
-        off_2TGD: for the differences of K and V, in the dtype of these.
+        off: ``_room``.
     """
-    k_TGD, v_TGD, cache, keys, values = part
     count, groups, dim = k_TGD.shape
     pairs = cos_XP.shape[1]
     _, size, _, _ = cache.k_BSGD.shape
     check_cache(cache)
     assert k_TGD.shape == v_TGD.shape and cache.k_BSGD.shape[2:] == (groups, dim)
     assert has_whole_rows(k_TGD) and has_whole_rows(v_TGD)
-    assert off_2TGD.shape[1:] == k_TGD.shape and off_2TGD.is_contiguous()
-    assert cos_XP.shape == sin_XP.shape and (2 * pairs <= dim or not keys)
-    assert values or 2 * pairs == dim, "latents have nothing behind what is rotated"
+    assert cos_XP.shape == sin_XP.shape and 2 * pairs <= dim
+    assert not first or (groups == 1 and first + 2 * pairs == dim), "these are no latents"
+    assert off.shape[1] == count and off.is_contiguous()
     for each in (*propagation, cos_XP, sin_XP):
         assert each.is_contiguous()
+    heads, dim = _heads(k_TGD, first)
     k, v = cache.k_BSGD, cache.v_BSGD
     strides = (*k.stride()[:3], *v.stride()[:3])
     shapes = {
-        "SIZE": size, "GROUPS": groups, "DIM": dim, "PAIRS": pairs, "NEOX": is_neox,
-        "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": keys and 2 * pairs < dim,
-        "KEYS": keys, "VALUES": values,
+        "SIZE": size, "GROUPS": heads, "DIM": dim, "PAIRS": pairs, "WIDTH": off.shape[-1],
+        "NEOX": is_neox, "BLOCK_P": max(16, triton.next_power_of_2(pairs)),
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)), "REST": not first and 2 * pairs < dim,
+        "FIRST": first,
     }  # fmt: skip
     p = propagation
-    off = (
-        (triton.cdiv(max(count, 1), _ROWS_OFF), groups, 1),
+    written = (
+        (triton.cdiv(max(count, 1), _ROWS_OFF), heads, 1),
         (
-            k_TGD, v_TGD, k, v, off_2TGD[0], off_2TGD[1], p.position_R, p.chunk_R, p.pass_2,
-            cache.table, cos_XP, sin_XP, k_TGD.stride(0), v_TGD.stride(0), *strides,
+            k_TGD, v_TGD, k, v, off[0], off[1], p.position_R, p.chunk_R, p.pass_2, cache.table,
+            cos_XP, sin_XP, k_TGD.stride(0), v_TGD.stride(0), *strides,
         ),
         {**shapes, "BLOCK_R": _ROWS_OFF},
     )  # fmt: skip
-    move = (
-        (_PROGRAMS, groups, 1),
+    moved = (
+        (_PROGRAMS, heads, 1),
         (
-            k, v, off_2TGD[0], off_2TGD[1], p.chunk_N, p.position_R, p.chunk_R, p.before_N,
-            p.pass_2, p.propagation_length_1, cache.table, cos_XP, sin_XP, cache.length, *strides,
+            k, v, off[0], off[1], p.chunk_N, p.position_R, p.chunk_R, p.before_N, p.pass_2,
+            p.propagation_length_1, cache.table, cos_XP, sin_XP, cache.length, *strides,
         ),
         {**shapes, "BLOCK_N": _TOKENS, "BLOCK_R": _ROWS, "CUTOFF": CUTOFF},
     )  # fmt: skip
-    return [(_launch_off, off), (_launch_move, move)]
+    return [(_launch_off, written), (_launch_move, moved)]
 
 
 @triton.jit(do_not_specialize=["k_row", "v_row"])
@@ -218,8 +207,8 @@ def _off_kernel(
     fresh_k, fresh_v, k, v, off_k, off_v, position, chunk_of_row, pass_2, table, cos, sin,
     k_row, v_row, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
-    NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    WIDTH: tl.constexpr, NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    REST: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Fresh K and V less those in the cache, keys turned back to position 0: the pairs' first
@@ -227,6 +216,12 @@ def _off_kernel(
     """
     first, rows, g = tl.load(pass_2), tl.load(pass_2 + 1), tl.program_id(1)
     kind: tl.constexpr = k.dtype.element_ty
+    if FIRST:
+        # Of latents, the first program has what is rotated, each other one some of the dimensions.
+        new_head = tl.where(g == 0, FIRST, (g - 1) * DIM)
+        old_k_head, old_v_head = new_head, new_head
+    else:
+        new_head, old_k_head, old_v_head = g * DIM, g * k_head, g * v_head
     d, p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
     one = p if NEOX else 2 * p
     two = p + PAIRS if NEOX else 2 * p + 1
@@ -235,16 +230,16 @@ def _off_kernel(
     known = here & (tl.load(chunk_of_row + first + t, mask=here, other=-1) >= 0)
     at = tl.load(position + first + t, mask=known, other=0).to(tl.int32)
     block = tl.load(table + at // SIZE, mask=known, other=0).to(tl.int64)
-    old_k = k + block * k_block + at % SIZE * k_place + g * k_head
-    old_v = v + block * v_block + at % SIZE * v_place + g * v_head
-    new_k, new_v = fresh_k + t * k_row + g * DIM, fresh_v + t * v_row + g * DIM
-    to = (t * GROUPS + g) * DIM
+    old_k = k + block * k_block + at % SIZE * k_place + old_k_head
+    old_v = v + block * v_block + at % SIZE * v_place + old_v_head
+    new_k, new_v = fresh_k + t * k_row + new_head, fresh_v + t * v_row + new_head
+    to = (t * GROUPS + g) * WIDTH
     in_d, in_p = here[:, None] & (d < DIM)[None], here[:, None] & (p < PAIRS)[None]
     there_d, there_p = in_d & known[:, None], in_p & known[:, None]
-    if VALUES:
+    if not FIRST or g > 0:
         values = _difference(new_v, old_v, d, there_d)
         tl.store(off_v + to[:, None] + d[None], values.to(kind), in_d)
-    if KEYS:
+    if not FIRST or g == 0:
         a = _difference(new_k, old_k, one, there_p)
         b = _difference(new_k, old_k, two, there_p)
         turn = at[:, None] * PAIRS + p[None]
@@ -265,8 +260,8 @@ def _move_kernel(
     k, v, off_k, off_v, chunk, position, chunk_of_row, before, pass_2, propagation_length_1, table,
     cos, sin, length, k_block, k_place, k_head, v_block, v_place, v_head,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr,
-    NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    WIDTH: tl.constexpr, NEOX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    REST: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, CUTOFF: tl.constexpr,
 ):  # fmt: skip
     context, g = tl.load(length), tl.program_id(1)
@@ -277,6 +272,12 @@ def _move_kernel(
         1.4426950408889634 / propagation_length,
     )  # log2(e): exp2 below
     kind: tl.constexpr = k.dtype.element_ty
+    if FIRST:
+        # Of latents, the first program has what is rotated, each other one some of the dimensions.
+        k_begin = tl.where(g == 0, FIRST, (g - 1) * DIM)
+        v_begin = k_begin
+    else:
+        k_begin, v_begin = g * k_head, g * v_head
     d, p = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
     in_d, in_p = d < DIM, p < PAIRS
     one = p if NEOX else 2 * p
@@ -316,14 +317,14 @@ def _move_kernel(
             # Of this pass: only its differences are known.
             now = there & (t >= 0) & (t < rows)
             weight = weight.to(kind)
-            row = (t * GROUPS + g) * DIM
+            row = (t * GROUPS + g) * WIDTH
             of_p, of_d = now[:, None] & in_p[None], now[:, None] & in_d[None]
-            if KEYS:
+            if not FIRST or g == 0:
                 a = tl.load(off_k + row[:, None] + p[None], mask=of_p, other=0.0)
                 b = tl.load(off_k + row[:, None] + PAIRS + p[None], mask=of_p, other=0.0)
                 sum_a = tl.dot(weight, a, sum_a, input_precision="ieee")
                 sum_b = tl.dot(weight, b, sum_b, input_precision="ieee")
-            if VALUES:
+            if not FIRST or g > 0:
                 values = tl.load(off_v + row[:, None] + d[None], mask=of_d, other=0.0)
                 sum_v = tl.dot(weight, values, sum_v, input_precision="ieee")
             if REST:
@@ -333,10 +334,10 @@ def _move_kernel(
         # 1 + total, not total: a token whose neighbours are far or few hardly moves.
         share = 1.0 / (1.0 + total)
         block = tl.load(table + n // SIZE, mask=moves, other=0).to(tl.int64)
-        to_k = k + block * k_block + n % SIZE * k_place + g * k_head
-        to_v = v + block * v_block + n % SIZE * v_place + g * v_head
+        to_k = k + block * k_block + n % SIZE * k_place + k_begin
+        to_v = v + block * v_block + n % SIZE * v_place + v_begin
         whole = moves[:, None] & in_d[None]
-        if VALUES:
+        if not FIRST or g > 0:
             where = to_v[:, None] + d[None]
             was = tl.load(where, mask=whole).to(tl.float32)
             tl.store(where, (was + sum_v * share[:, None]).to(kind), whole)
@@ -345,7 +346,7 @@ def _move_kernel(
             where = to_k[:, None] + d[None]
             was = tl.load(where, mask=rest).to(tl.float32)
             tl.store(where, (was + sum_rest * share[:, None]).to(kind), rest)
-        if KEYS:
+        if not FIRST or g == 0:
             some = moves[:, None] & in_p[None]
             # turned on from position 0 to where the moved token stands
             co = tl.load(cos + n[:, None] * PAIRS + p[None], mask=some)

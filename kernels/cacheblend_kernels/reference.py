@@ -164,6 +164,30 @@ def question_attention(
     return out, score
 
 
+def masked_softmax(
+    logits_RX: torch.Tensor,
+    at_T: torch.Tensor,
+    at_X: torch.Tensor,
+    *,
+    scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Softmax of ``scale`` times the logits, over the keys at a row's own and earlier positions.
+
+    Args:
+        logits_RX: float32, of one head's rows after the other's.
+        at_T: int64 position of each row of a head; at_X: of each key.
+
+    Returns:
+        [R, X] in ``dtype``, computed in float32; 0 where a row does not see a key, or any.
+    """
+    hidden_TX = at_X[None] > at_T[:, None]
+    logits = (logits_RX * scale).view(-1, *hidden_TX.shape)
+    # finite: of a row that sees no key, -inf would make NaN
+    weights = logits.masked_fill_(hidden_TX, torch.finfo(logits.dtype).min).softmax(-1)
+    return weights.masked_fill_(hidden_TX, 0.0).view_as(logits_RX).to(dtype)
+
+
 def key_deviation(fresh_NGD: torch.Tensor, cached_NGD: torch.Tensor) -> torch.Tensor:
     """KV deviation per token (CacheBlend, section 4.2): squared distance over heads and dims.
 

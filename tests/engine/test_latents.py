@@ -16,6 +16,30 @@ from cacheblend_rag.reason import Reason
 LATENT, ROTATED = 8, 4
 
 
+def test_latents_are_copied_only_for_those_who_look_at_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+
+    def packed(kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+        copied.append(torch.cat([kv_c, k_pe[:, 0]], 1)[:, None])
+        return copied[-1]
+
+    monkeypatch.setattr(layout, "packed", packed)
+    executor = SimpleNamespace(place_layer=lambda index: None)
+    proof = SimpleNamespace(note=lambda at, k, v: seen.append(k))
+    kv_c, k_pe = torch.randn(4, LATENT), torch.randn(4, 1, ROTATED)
+    for proves, is_last in ((None, True), (proof, False), (proof, True)):
+        blend, at = SimpleNamespace(why_not=None, proof=proves), SimpleNamespace(device=None)
+        part: Any = SimpleNamespace(executor=executor, blend=blend, place=slice(1, 3), positions=at)
+        step = rows._StepImpl(Layer(), 5, [(part, None)], lambda _: nullcontext(), is_last)
+        rows._LatentStepImpl(step).before(kv_c, k_pe)
+    assert len(copied) == 1
+    [k] = seen
+    assert torch.equal(k[:, 0], torch.cat([kv_c, k_pe[:, 0]], 1)[1:3])
+
+
 @pytest.mark.parametrize("support", ["VARLEN", "UNIFORM", "SINGLE_ONLY", None])
 def test_runs_are_read_from_latents_in_any_order(support: str | None) -> None:
     """A run at the prompt's start, without context, stands before others. vLLM's other way takes it

@@ -15,10 +15,12 @@ _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 def make_adapter(model: Path, seed: int, targets: tuple[str, ...] = _TARGETS) -> tuple[Path, Path]:
     """The adapter's folder, and that of the model with the adapter in its weights."""
-    weights = load_file(model / "model.safetensors")
-    generator = torch.Generator().manual_seed(seed)
     adapter = model.with_name(f"{model.name}-adapter-{seed}")
     merged = model.with_name(f"{model.name}-merged-{seed}")
+    if (adapter / "adapter_config.json").exists():  # made for another test
+        return adapter, merged
+    weights = load_file(model / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
     shutil.copytree(model, merged)
     adapter.mkdir()
     low_rank = {}

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from cacheblend_kernels.paged import PagedKV
-from cacheblend_kernels.reference import moved, placed, question_attention
+from cacheblend_kernels.reference import masked_softmax, moved, placed, question_attention
 
 pytest.importorskip("triton", reason="this platform has no Triton")
 from cacheblend_kernels import propagate as propagate_module
 from cacheblend_kernels.attention import Extra, _parts, question_scores, scattered_attention
 from cacheblend_kernels.propagate import Propagation, Propagator, propagate
 from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
+from cacheblend_kernels.softmax import masked_softmax as softmax
 
 pytestmark = pytest.mark.anywhere
 
@@ -153,6 +154,27 @@ def latents(num_tokens: int, size: int, dim: int, dtype: torch.dtype) -> PagedKV
 def twin_cache(cache: PagedKV) -> PagedKV:
     k = cache.k_BSGD.clone()
     return cache._replace(k_BSGD=k, v_BSGD=k[..., :0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [5, 1024, 2500])
+def test_softmax(keys: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(keys)
+    heads, at_T = 3, torch.tensor([keys, 1, -1, keys // 2], device=DEVICE)
+    at_X = torch.arange(keys, device=DEVICE)
+    at_X[1::3] = 1 << 30  # which no row may see
+    at_X[-1] = 0
+    logits = torch.randn(heads * len(at_T), keys, device=DEVICE) * 20
+    given = logits.clone()
+    how: Any = {"scale": 0.3, "dtype": dtype}
+    ours, want = softmax(logits, at_T, at_X, **how), masked_softmax(logits, at_T, at_X, **how)
+    assert ours.dtype == dtype and torch.equal(logits, given)
+    torch.testing.assert_close(ours, want, atol=TOLERANCE[dtype] / 8, rtol=1e-2)
+    seen = (at_X[None] <= at_T[:, None]).repeat(heads, 1)
+    assert not want[~seen].any() and not ours[~seen].any()
+    sums = torch.tensor([1.0, 1.0, 0.0, 1.0], device=DEVICE).repeat(heads)
+    torch.testing.assert_close(want.float().sum(1), sums, atol=1e-2, rtol=0)
+    torch.testing.assert_close(ours.float().sum(1), sums, atol=1e-2, rtol=0)
 
 
 LATENTS = [(512, 64), (32, 16), (24, 8)]  # of no position, and rotated
