@@ -17,8 +17,8 @@ from shadows import CHUNKS, CONFIG, PREFIX, PROMPT, SAMPLING, computed, forced
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, CacheBlend, ConfigError
+from cacheblend_rag.engine.blends import Scheduled
 from cacheblend_rag.engine.link import Link
-from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.shadow import ShadowWorker, why_not
 from cacheblend_rag.engine.watching import Watch, Watching
 from cacheblend_rag.shadow import Drawn, ShadowJob
