@@ -109,7 +109,7 @@ class GroupedBlends(Blends):
             why_not = refusal.why
         except _DisprovedError as error:
             why_not = Why(Reason.ROWS_DIFFER, str(error))
-            self._lose(task, error, why_not)
+            self._lose(task, error)
         # As in ``rows.py``: a request is answered exactly whatever it was.
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
@@ -160,15 +160,15 @@ class GroupedBlends(Blends):
         try:
             PromptForward(self._scratch, task, self._most_rows).run(all_but_last)
         except Exception as error:
-            self._lose(task, error, why_not)
+            self._lose(task, error, f" (before that: {why_not.detail})")
 
-    def _lose(self, task: BlendTask, error: Exception, why_not: Why) -> None:
+    def _lose(self, task: BlendTask, error: Exception, because: str = "") -> None:
         """Not even an exact answer can be had.
 
         Raises:
             EngineError: where vLLM can't end that request alone.
         """
-        cause = f"{type(error).__name__}: {error} (before that: {why_not.detail})"
+        cause = f"{type(error).__name__}: {error}{because}"
         logger.error("%s can't be computed: %s", task.request_id, cause, exc_info=error)
         self._remember(task.name, cause)
         if not compat.tells_failed_loads():

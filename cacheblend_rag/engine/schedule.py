@@ -401,12 +401,12 @@ class Claims:
             compat.count_as_cached(request, _found(request, plan, claim.write_from))
         else:
             self.refinements.stop(request.request_id, is_blended_anew=True)
+        if claim.found is not None:  # no row is a blend's, and what vLLM found is computed again
+            tracked.claim, tracked.prefix_cached = None, 0
         task = _task(tracked, claim, tables)
         self._tasks[request.request_id] = task
         self._room.take(request.request_id, claim.work)
         self._ahead.begin(task)
-        if claim.found is not None:  # none of its rows is a blend's
-            tracked.claim = None
 
     def step(self, scheduled: Any) -> Step:
         """What the workers have to know of the step that was built."""
@@ -592,7 +592,7 @@ def _task(tracked: _Tracked, claim: _Claim, tables: Sequence[Sequence[int]]) -> 
         write_from=claim.write_from,
         computes=claim.computes,
         rows=claim.rows,
-        prefix_cached=tracked.prefix_cached if claim.found is None else 0,
+        prefix_cached=tracked.prefix_cached,
         planned=tracked.planned(),
         proves=tracked.proves,
         number=tracked.number,
