@@ -23,11 +23,13 @@ from cacheblend_rag.engine.groups import GroupedBlends
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.runner import StepTensors
 from cacheblend_rag.engine.scratch import Scratch
+from cacheblend_rag.engine.start import prepare
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.store import open_store
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
+HYBRID = "CacheBlendHybridConnector"
 words = Words(31)
 PREFIX = words(4)
 A, B, C = words(70), words(90), words(64)
@@ -187,10 +189,13 @@ def test_what_other_processes_store_and_forget_is_learnt(serve: Any, filled: Fil
     store.close()
 
 
+@pytest.mark.parametrize("connector", ["CacheBlendConnector", HYBRID])
 def test_rows_that_are_wrong_end_the_request_and_all_blends(
-    serve: Any, filled: Filled, monkeypatch: pytest.MonkeyPatch
+    serve: Any, filled: Filled, monkeypatch: pytest.MonkeyPatch, connector: str
 ) -> None:
-    server = serve(store=filled.url, ingest_prefix=list(PREFIX), blend_if="always")
+    """Also beside the hybrid manager, which makes one group of layers of one kind."""
+    options = {"ingest_prefix": list(PREFIX), "blend_if": "always"}
+    server = serve(store=filled.url, connector=connector, **options)
     write = StepTensors.write
 
     def shifted(self: Any, place: Any, number: int, ids: Any, positions: Any, context: Any) -> None:
@@ -204,7 +209,13 @@ def test_rows_that_are_wrong_end_the_request_and_all_blends(
     assert same(after, server.ask(prompt(A, B), mode="off"))
 
 
-HYBRID = "CacheBlendHybridConnector"
+def test_the_hybrid_manager_is_on_where_it_is_asked_for(tiny_models: Path) -> None:
+    path = str(make("gemma3", tiny_models))
+    for given, is_off in ((None, True), (True, True), (False, False)):
+        options = {} if given is None else {"disable_hybrid_kv_cache_manager": given}
+        args = prepare("EngineArgs", path, {"skip_tokenizer_init": True, **options}).engine_args
+        config = args.create_engine_config()
+        assert config.scheduler_config.disable_hybrid_kv_cache_manager is is_off
 
 
 @pytest.fixture

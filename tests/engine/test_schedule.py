@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from concurrent.futures import Future
@@ -654,6 +653,6 @@ def test_where_there_are_groups_no_more_is_computed_than_behind_the_hit(grouped:
         grouped.begin(one)
         assert bool(grouped.there(one, hit)) is is_blended
         assert (len(IDS) - hit > COMPUTES) is is_blended
-    whole = request(dataclasses.replace(PLAN, ratio=1.0), "whole")
+    whole = request(replace(PLAN, ratio=1.0), "whole")
     grouped.begin(whole)
     assert grouped.there(whole, 0) == len(IDS) - 1
