@@ -167,31 +167,52 @@ def test_several_forwards_are_as_one(blend: CacheBlend, monkeypatch: pytest.Monk
     same(one, several)
 
 
-def test_a_hit_in_part(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared(task: BlendTask) -> list[torch.Tensor]:
+    """What each layer's blocks hold that vLLM found for a request."""
+    cache = blends()._scratch.cache
+    numbers = [list(task.tables[group][: task.found // BLOCK]) for group in cache.groups]
+    return [
+        layer.kv_cache[[n for n in some if n]].clone()
+        for layer, some in zip(cache.handle.layers, numbers, strict=True)
+    ]
+
+
+def test_behind_a_hit(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"recompute_ratio": 0.3, **FULL_LOGPROBS}
     alone = blend.generate(LATER, **options)
     forget_prompts(blend)
     blend.generate((*SYSTEM, *words(30)), **FULL_LOGPROBS)
     tasks: list[BlendTask] = []
-    before: list[torch.Tensor] = []
-
-    def shared(task: BlendTask) -> torch.Tensor:
-        cache = blends()._scratch.cache
-        pairs = zip(cache.handle.layers, cache.groups, strict=True)
-        kept = [layer.kv_cache[list(task.tables[g][: task.found // BLOCK])] for layer, g in pairs]
-        return torch.stack(kept)
-
-    def note(task: BlendTask) -> None:
-        tasks.append(task)
-        before.append(shared(task))
-
-    spy(monkeypatch, note)
+    spy(monkeypatch, tasks.append)
     behind = blend.generate(LATER, **options)
     [task] = tasks
-    assert task.found == len(SYSTEM) and any(task.tables[0]) and not all(task.tables[0])
+    assert task.found == len(SYSTEM)
     assert behind.report.blended and behind.report.segments == alone.report.segments
     same(alone, behind)  # what was found was fresh in both
-    assert torch.equal(shared(task), before[0]), "others may read it"
+
+
+def test_what_vllm_found_is_read_and_stays(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blend.generate(PROMPT[: 5 * BLOCK + 1], mode="off", **FULL_LOGPROBS)  # to within a chunk
+    tasks: list[BlendTask] = []
+    found: list[list[torch.Tensor]] = []
+    spy(monkeypatch, lambda task: (tasks.append(task), found.append(shared(task))))
+    attend, seen = Scratch.attend, list[int]()
+
+    def compared(self: Scratch, index: int, *args: Any) -> None:
+        if compat.sight(self.cache.handle.layers[index]).window is None:
+            assert torch.equal(self._kv[1:6], found[0][index]), "it is exact"
+            seen.append(index)
+        attend(self, index, *args)
+
+    monkeypatch.setattr(Scratch, "attend", compared)
+    options = {"recompute_ratio": 0.3, "blend_if": "faster", **FULL_LOGPROBS}
+    result = blend.generate(PROMPT, **options)
+    assert result.report.blended and seen and tasks[0].found == 5 * BLOCK
+    assert min(selected(blend, result)) < 5 * BLOCK
+    after = shared(tasks[0])
+    assert all(torch.equal(*pair) for pair in zip(found[0], after, strict=True)), "others read it"
 
 
 def test_what_vllm_has_most_of_is_not_blended(blend: CacheBlend) -> None:
