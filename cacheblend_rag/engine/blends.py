@@ -118,7 +118,7 @@ class Blends(ABC):
             self.causes.popitem(last=False)
 
 
-def failed(task: BlendTask, error: Exception) -> Why:
+def why_failed(task: BlendTask, error: Exception) -> Why:
     """Why a request is computed exactly whose blend has met an error."""
     behind = f" after {task.write_from} cached tokens" if task.write_from else ""
     detail = f"blending failed, computed exactly{behind}: {type(error).__name__}: {error}"

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.attention import PagedCache
-from cacheblend_rag.engine.blends import Blends, Finished, Scheduled, failed
+from cacheblend_rag.engine.blends import Blends, Finished, Scheduled, why_failed
 from cacheblend_rag.engine.forward import UnsupportedModelError
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock
 from cacheblend_rag.engine.proof import Proof
@@ -82,8 +82,9 @@ class GroupedBlends(Blends):
             self._run(task)
 
     def loaded(self) -> tuple[set[str], set[str]]:
-        told, self._loaded, self._failed = (self._loaded, self._failed), set(), set()
-        return told
+        loaded, failed = self._loaded, self._failed
+        self._loaded, self._failed = set(), set()
+        return loaded, failed
 
     def finished(self) -> list[Finished]:
         finished, self._finished = self._finished, []
@@ -113,7 +114,7 @@ class GroupedBlends(Blends):
         # As in ``rows.py``: a request is answered exactly whatever it was.
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
-            why_not = failed(task, error)
+            why_not = why_failed(task, error)
         if why_not is not None and task.request_id not in self._failed:
             self._compute_exactly(task, why_not)
         self._loaded.add(task.request_id)

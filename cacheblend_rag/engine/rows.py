@@ -33,7 +33,7 @@ from vllm.logger import init_logger
 from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.blend import Positions
-from cacheblend_rag.engine.blends import Blends, Finished, Scheduled, failed
+from cacheblend_rag.engine.blends import Blends, Finished, Scheduled, why_failed
 from cacheblend_rag.engine.exact import clear, prefill
 from cacheblend_rag.engine.executor import BlendExecutor
 from cacheblend_rag.engine.forward import LatentProxy, ModelHandle, ProxyImpl, ProxyLayer
@@ -238,7 +238,7 @@ class StepRows(Blends):
         # exactly whatever it was. The log has the cause, and the report says so.
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
-            why_not = failed(task, error)
+            why_not = why_failed(task, error)
         # From here on the request is a plain one. vLLM will schedule nothing below ``first_row``,
         # so that is computed here, in blocks that nobody else can find. To report them as not
         # loaded is no way out: under vLLM's policy "recompute" such blocks stay findable in its
