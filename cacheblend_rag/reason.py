@@ -104,7 +104,7 @@ class Reason(StrEnum):
     KV_HEADS = "kv_heads"
     """Values are of another size than keys, or ranks can't share the model's KV heads."""
     KV_GROUPS = "kv_groups"
-    """The model's layers need more than one block table."""
+    """Layers are in several KV cache groups, in a way that was not tested."""
 
     # what the model check measured
     MOVED_KEYS_DIFFER = "moved_keys_differ"

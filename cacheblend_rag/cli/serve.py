@@ -23,6 +23,7 @@ from cacheblend_rag.store.url import parse_size, parse_url
 
 WORKER = "cacheblend_rag.engine.worker.WorkerExtension"
 _OURS_ALONE = ("--kv-transfer-config", "--worker-extension-cls")
+_HYBRID = "--disable-hybrid-kv-cache-manager"  # vLLM's
 _TEMPLATE, _ARGUMENTS = "--chat-template", "--default-chat-template-kwargs"  # vLLM's
 # oneDNN prepares a program for each number of tokens that a step may have, a third of a MiB each,
 # and would keep 1,024 of them: see docs/serving.md
@@ -140,7 +141,7 @@ def _read_here() -> list[str]:
     """vLLM's options that change what we pass. vLLM takes their beginnings for them."""
     from cacheblend_rag.engine.start import GRAPH_OPTIONS
 
-    switches = ["--enforce-eager", "--enable-prompt-tokens-details"]
+    switches = ["--enforce-eager", "--enable-prompt-tokens-details", _HYBRID]
     named = [f"--{name.replace('_', '-')}" for name in GRAPH_OPTIONS]
     others = [_TEMPLATE, _ARGUMENTS, "--block-size", "--served-model-name", "--model", "--config"]
     negated = [f"--no-{name.removeprefix('--')}" for name in switches]
@@ -157,6 +158,8 @@ def connector(args: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, A
     Raises:
         ConfigError: one is refused.
     """
+    from cacheblend_rag.engine.start import connector_name
+
     given = {name: value for name, value in vars(args).items() if value is not None}
     ours = {name: given[name] for name in _CONFIG if name in given}
     if "store" in ours and parse_url(ours["store"]).scheme == "file" and "://" not in ours["store"]:
@@ -182,7 +185,7 @@ def connector(args: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, A
             server[name] = os.path.abspath(os.path.expanduser(server[name]))
     extra = ours | ({"server": server} if ServerOptions.of(server).to_plain() else {})
     return {
-        "kv_connector": "CacheBlendConnector",
+        "kv_connector": connector_name(hybrid=_has(rest, f"--no-{_HYBRID.removeprefix('--')}")),
         "kv_role": "kv_both",
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": extra,

@@ -13,9 +13,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from cacheblend_kernels import masked_attention
 from cacheblend_rag.engine import compat, layout
-from cacheblend_rag.engine.forward import ModelHandle, Pass, UnsupportedModelError
+from cacheblend_rag.engine.forward import ModelHandle, Pass
 from cacheblend_rag.engine.upload import Array, upload
-from cacheblend_rag.reason import Reason
 
 
 def visible(q_pos_R: torch.Tensor, k_pos_N: torch.Tensor, sight: compat.Sight) -> torch.Tensor:
@@ -61,9 +60,12 @@ class PagedCache:
     def __init__(self, handle: ModelHandle, attn_groups: Any) -> None:
         self.handle = handle
         self._builders = _own_builders(attn_groups, handle)
+        group_of = {name: n for _, names, n in self._builders for name in names}
+        # of each layer, the number of the KV cache group that has its block table
+        self.groups = [group_of[name] for name in handle.attention]
         # Kernels of latent attention see a context behind one query only, and some behind many.
         self._row_by_row = layout.is_latent(handle.layers[0]) and not all(
-            compat.takes_any_run(builder) for builder, _ in self._builders
+            compat.takes_any_run(builder) for builder, *_ in self._builders
         )
         # not the configured size: vLLM may give layers with a window another one
         self.block_size = int(attn_groups[0][0].kv_cache_spec.block_size)
@@ -122,7 +124,7 @@ class PagedCache:
             seq_lens_cpu_upper_bound=lengths,
         )
         layers = {}
-        for builder, names in self._builders:
+        for builder, names, _ in self._builders:
             layers.update(dict.fromkeys(names, builder.build(0, common)))
         return layers
 
@@ -184,36 +186,32 @@ def _one_by_one(
     return rows, lengths_S[whose] - behind, table_SB[torch.from_numpy(whose).to(table_SB.device)]
 
 
-def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list[str]]]:
-    """A metadata builder for each kind of attention (sliding windows are another), and the names of
-    its layers.
+def _own_builders(attn_groups: Any, handle: ModelHandle) -> list[tuple[Any, list[str], int]]:
+    """A metadata builder for each kind of attention (sliding windows are another), the names of
+    its layers, and the number of their KV cache group.
 
     Never the runner's own builders: on a GPU they fill static CUDA graph buffers that the step
     about to run has already prepared.
     """
-    if len(attn_groups) != 1:
-        raise UnsupportedModelError(
-            Reason.KV_GROUPS,
-            f"{len(attn_groups)} KV cache groups; blending needs one block table for all layers",
-        )
     # Copies all the way down to what is changed: the engine goes on to use the original.
     own = copy.copy(handle.config)
     own.compilation_config = copy.copy(own.compilation_config)
     own.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     most = own.scheduler_config.max_num_batched_tokens
-    groups = attn_groups[0]
-    reads_latents = all(compat.takes_any_run(group.backend.get_builder_cls()) for group in groups)
+    kinds = [(kind, n) for n, group in enumerate(attn_groups) for kind in group]
+    reads_latents = all(compat.takes_any_run(kind.backend.get_builder_cls()) for kind, _ in kinds)
     if not reads_latents:  # which has no buffers by sequence
         # builders may size buffers by it, and every run of a blend's rows is a sequence
         own.scheduler_config = copy.copy(own.scheduler_config)
         own.scheduler_config.max_num_seqs = most
     builders, known = [], {*handle.attention, *handle.sharing}
     with set_current_vllm_config(own):
-        for group in groups:
-            names = [name for name in group.layer_names if name in known]
+        for kind, number in kinds:
+            names = [name for name in kind.layer_names if name in known]
             if names:  # the others are a draft model's
-                cls = group.backend.get_builder_cls()
-                builders.append((cls(group.kv_cache_spec, names, own, handle.device), names))
-    for builder, _ in builders:
+                cls = kind.backend.get_builder_cls()
+                builder = cls(kind.kv_cache_spec, names, own, handle.device)
+                builders.append((builder, names, number))
+    for builder, *_ in builders:
         compat.read_latents(builder, most)
     return builders

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 OLDEST, NEWEST = (0, 26), (0, 33)  # minors tested, see docs/architecture.md
 TESTED_DRAFTS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 # What no GPU has run, and every GPU refuses.
-NOT_RUN_ON_A_GPU = frozenset({"hand_over", "kv_heads", "latents_on_ranks", "ngram", "shared_kv"})
+NOT_RUN_ON_A_GPU = frozenset(
+    {"hand_over", "kv_groups", "kv_heads", "latents_on_ranks", "ngram", "shared_kv"}
+)
 _FIX = (
     "Install one with: pip install 'cacheblend-rag[cpu]' (no GPU) or "
     "'cacheblend-rag[cuda]' (NVIDIA)."
@@ -350,6 +352,7 @@ def refinement_refusal(config: VllmConfig, kv_cache_config: Any) -> str:
     # attention as a subclass.
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     refused = {
+        "with several KV cache groups": len(kv_cache_config.kv_cache_groups) > 1,
         "on several ranks": config.parallel_config.world_size > 1,
         "with speculative decoding": config.speculative_config is not None,
         "with latent attention (MLA), or layers of several kinds": type(spec)
@@ -363,16 +366,62 @@ def refinement_refusal(config: VllmConfig, kv_cache_config: Any) -> str:
     )
 
 
+def groups_refusal(config: VllmConfig, kv_cache_config: Any) -> str:
+    """Why an engine with several KV cache groups can't blend; empty if it can, or has one group.
+    What was not tested is refused.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    if len(specs) < 2:
+        return ""
+    transfer, scheduling = config.kv_transfer_config, config.scheduler_config
+    refused = {
+        "with vLLM's hybrid manager off": bool(scheduling.disable_hybrid_kv_cache_manager),
+        "on a GPU": not was_run("kv_groups"),
+        "on several ranks": config.parallel_config.world_size > 1,
+        "with speculative decoding": config.speculative_config is not None,
+        "with LoRA adapters": config.lora_config is not None,
+        "beside other connectors": transfer is None or transfer.kv_connector == "MultiConnector",
+        "with other layers than such of full attention and of sliding windows": any(
+            type(spec) not in (FullAttentionSpec, SlidingWindowSpec) for spec in specs
+        ),
+        "with blocks of several sizes": len({int(spec.block_size) for spec in specs}) > 1,
+    }
+    return next((what for what, is_so in refused.items() if is_so), "")
+
+
+def tells_failed_loads() -> bool:
+    """Whether vLLM can be told by a request that its KV could not be loaded beside steps. Older
+    ones are told by blocks, which have to be of one group.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    return hasattr(base, "KVConnectorTransferResults")
+
+
+def transfer_results(loaded: set[str], failed: set[str]) -> Any:
+    """What vLLM is told of requests that it held back until their KV was there: all of them, and
+    those of which it could not be had.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
+
+
 def longest_blend(kv_cache_config: Any) -> int | None:
     """How many of a prompt's first tokens a blend may cover; None for all.
 
     Where all layers have the same sliding window, vLLM's ``SlidingWindowManager`` keeps no block
     that lies before the window of the first token behind what we claim: in its place stands the
-    null block, which all requests share. (Where windows differ, all layers keep everything.) The
-    same holds of chunks that all layers attend within.
+    null block, which all requests share. The same holds of chunks that all layers attend within.
+    (Where windows differ, all layers keep everything, or each kind has a group of blocks, and what
+    is gone is computed elsewhere: see ``groups.py``.)
     """
     from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, SlidingWindowSpec
 
+    if len(kv_cache_config.kv_cache_groups) > 1:
+        return None
     # Several kinds of layers that share a group come as one spec with a table of theirs.
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     one = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))

@@ -19,16 +19,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
-from cacheblend_rag.engine import binding
+from cacheblend_rag.engine import binding, compat
 from cacheblend_rag.engine.binding import RankMessages
 from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.blends import Blends, Finished
 from cacheblend_rag.engine.heap import Heap
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.outcome import BlendOutcome, Refine, Refined
 from cacheblend_rag.engine.refiner import Refiner
-from cacheblend_rag.engine.rows import Finished, StepRows
 from cacheblend_rag.engine.schedule import Claims, Step
 from cacheblend_rag.engine.start import BY_FRONT_DOOR
 from cacheblend_rag.engine.weights import CHANGED
@@ -77,7 +78,8 @@ class BlendResults(KVConnectorWorkerMetadata):
 
 
 class CacheBlendConnector(KVConnectorBase_V1):
-    """Loaded by name (``kv_connector_module_path``); one instance a side.
+    """Loaded by name (``kv_connector_module_path``); one instance a side. Beside it, vLLM turns its
+    hybrid KV cache manager off.
 
     Attributes:
         claims: the scheduler's side.
@@ -97,7 +99,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self.claims = (
             Claims(vllm_config, kv_cache_config, names=not self._binds) if scheduling else None
         )
-        self.rows: StepRows | None = None
+        self.rows: Blends | None = None
         self.refiner: Refiner | None = None
         self.recent: OrderedDict[str, BlendOutcome | dict[str, Any]] = OrderedDict()
         self.worker_state, self.step_timer = WorkerState(), StepTimer()
@@ -139,15 +141,15 @@ class CacheBlendConnector(KVConnectorBase_V1):
     ) -> tuple[int | None, bool]:
         """How many tokens past the local hit vLLM need not schedule; None: ask again."""
         assert self.claims is not None
-        # Never asynchronous: vLLM would hold the request back until all is loaded. Rows of the step
-        # need no such wait.
-        return self.claims.there(request, num_computed_tokens), False
+        # Asynchronous: vLLM holds the request back until all is loaded. Rows of the step need no
+        # such wait.
+        there = self.claims.there(request, num_computed_tokens)
+        return there, bool(there) and self.claims.by_group
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Blocks were given: the blend goes to the workers with this step."""
         assert self.claims is not None
-        # The first group is the only one: see ``compat`` and the model check.
-        self.claims.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self.claims.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> BlendMetadata:
         """What the workers have to know of this step."""
@@ -360,3 +362,35 @@ class CacheBlendConnector(KVConnectorBase_V1):
             self.closing()
         if self.claims is not None:
             self.claims.planning.close()
+
+
+class CacheBlendHybridConnector(CacheBlendConnector, SupportsHMA):
+    """Beside vLLM's hybrid KV cache manager: each kind of layers may have a group of blocks.
+    Another class, since vLLM decides by a connector's class whether the manager is on.
+    """
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """See ``request_finished``."""
+        return self.request_finished(request, [])
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """The same, and which requests that vLLM held back have their KV."""
+        super().get_finished(finished_req_ids)
+        loaded, failed = self._loaded()
+        assert not failed or compat.tells_failed_loads()
+        return None, loaded or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """The same, and of which requests it could not be had: newer vLLMs ask. They end these with
+        an error (``kv_load_failure_policy="fail"``).
+        """
+        super().get_finished(finished_req_ids)
+        return compat.transfer_results(*self._loaded())
+
+    def _loaded(self) -> tuple[set[str], set[str]]:
+        # A worker that does not know its model has loaded nothing.
+        unknown = {name for name in self._lost if self.rows is None}
+        loaded, failed = self.rows.loaded() if self.rows is not None else (set(), set())
+        return loaded | unknown, failed | unknown

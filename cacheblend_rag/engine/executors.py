@@ -62,6 +62,10 @@ def open_executors(
     Args:
         gpu_cache: bytes of GPU memory for chunks that are used often.
     """
+    if handle.groups > 1:
+        return ExecutorFactory(
+            handle, rope, cache, "the kernels need one block table, layers have several"
+        )
     if handle.device.type != "cuda":
         return ExecutorFactory(
             handle, rope, cache, f"the kernels need a GPU, the engine is on {handle.device}"

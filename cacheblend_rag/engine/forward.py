@@ -238,6 +238,7 @@ class ModelHandle:
         self.layers = list(self.attention.values())
         all_heads = int(config.model_config.get_total_num_kv_heads())
         self.layout = layout.layout_of(self.layers, all_heads)
+        self.groups = 1  # KV cache groups that its layers are in
         self.ranks = Ranks()
         if device.type == "cuda":
             self._check_was_run_on_a_gpu()

@@ -21,7 +21,7 @@ _MOST_SPANS = 1000  # that wait to be computed
 _MOST_SHADOWS = 256  # that wait to be taken by the worker, which counts those that it drops
 
 if TYPE_CHECKING:
-    from cacheblend_rag.engine.rows import StepRows
+    from cacheblend_rag.engine.blends import Blends
     from cacheblend_rag.store.follow import Follower
 
 
@@ -39,7 +39,7 @@ class Link:
     _making: ClassVar[Lock] = Lock()
 
     def __init__(self) -> None:
-        self.rows: StepRows | None = None
+        self.rows: Blends | None = None
         self.has_worker = False
         self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
         self._shadows: deque[ShadowJob] = deque(maxlen=_MOST_SHADOWS)

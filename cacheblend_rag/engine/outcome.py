@@ -32,6 +32,8 @@ class BlendTask:
         proves: it is to show that blends are right; see ``proof.py``.
         number: of the request's blends, from 1 on. It is blended again after a preemption.
         adapter: vLLM's request for a LoRA adapter, if it has one.
+        tables: where there are several KV cache groups, ``blocks`` of each, and 0 in the place of
+            what is not kept; found: tokens that vLLM's prefix cache has, all groups together.
     """
 
     request_id: str
@@ -48,6 +50,8 @@ class BlendTask:
     proves: bool = False
     number: int = 1
     adapter: Any = None
+    tables: tuple[tuple[int, ...], ...] = ()
+    found: int = 0
 
     @property
     def end(self) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-NAME = "CacheBlendConnector"
+NAMES = ("CacheBlendConnector", "CacheBlendHybridConnector")
 
 
 def register() -> None:
-    """Make the connector known by its name, so that ``--kv-transfer-config`` needs no module path.
-    Does nothing on a second call.
+    """Make the connectors known by their names, so that ``--kv-transfer-config`` needs no module
+    path. Does nothing on a second call.
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    if NAME not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(NAME, "cacheblend_rag.engine.connector", NAME)
+    for name in NAMES:
+        if name not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(name, "cacheblend_rag.engine.connector", name)

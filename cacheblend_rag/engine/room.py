@@ -10,7 +10,7 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _LEAST_ROWS = 2048  # the largest step that ``start.graph_sizes`` has captured
@@ -37,9 +37,11 @@ class Room:
         )
         return not self._is_full
 
-    def end_of_step(self) -> None:
-        """The step was built."""
+    def end_of_step(self, done: Iterable[str] = ()) -> None:
+        """The step was built, within which these blends are done."""
         self._is_full = False
+        for name in done:
+            self.free(name)
 
     def take(self, name: str, rows: int) -> None:
         """A blend begins, or goes on: so many of its rows are yet to be scheduled."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -33,7 +32,8 @@ from vllm.logger import init_logger
 
 from cacheblend_rag.engine import layout
 from cacheblend_rag.engine.attention import PagedCache
-from cacheblend_rag.engine.blend import Blender, Positions
+from cacheblend_rag.engine.blend import Positions
+from cacheblend_rag.engine.blends import Blends, Finished, Scheduled, why_failed
 from cacheblend_rag.engine.exact import clear, prefill
 from cacheblend_rag.engine.executor import BlendExecutor
 from cacheblend_rag.engine.forward import LatentProxy, ModelHandle, ProxyImpl, ProxyLayer
@@ -45,55 +45,9 @@ from cacheblend_rag.model_check import tolerance
 from cacheblend_rag.reason import Reason, RefusedError, Why
 from cacheblend_rag.undo import logging_failures, on_failure
 
-_KEEP_CAUSES = 1024
 logger = init_logger("vllm.cacheblend_rag")
 
 Propagator = Callable[[int, torch.Tensor, torch.Tensor], None]
-
-
-class Scheduled(NamedTuple):
-    """A request of a step.
-
-    Attributes:
-        computed: tokens computed before; rows: in the step; blocks: that are new.
-        drafts: how many of the last rows are guesses of what comes behind the request's tokens.
-            vLLM adds such rows to a request of which all but one token are there, too.
-    """
-
-    computed: int
-    rows: int
-    blocks: tuple[int, ...] = ()
-    drafts: int = 0
-
-    @property
-    def known(self) -> int:
-        """Rows that are tokens of the request."""
-        return self.rows - self.drafts
-
-
-class Finished(NamedTuple):
-    """A blend whose last row is under way; ``why_not``: it was computed exactly instead; ``number``
-    as in ``BlendTask``.
-    """
-
-    request_id: str
-    name: str
-    outcome: BlendOutcome
-    why_not: Why | None
-    number: int = 1
-
-    def result(self) -> dict[str, Any]:
-        """For the scheduler, of what was blended; waits for the GPU."""
-        return {**self.outcome.to_dict(), "number": self.number}
-
-    def report(self) -> dict[str, Any]:
-        """Of what was not blended."""
-        why_not = self.why_not._asdict() if self.why_not is not None else {}
-        return {
-            **self.outcome.planned,
-            **why_not,
-            "prefix_cached": self.outcome.prefix_cached,
-        }
 
 
 @dataclass
@@ -147,18 +101,12 @@ class _Part(NamedTuple):
     positions: Positions
 
 
-class StepRows:
-    """Blends under way on this rank. All ranks of a tensor parallel group take the same steps.
-
-    Attributes:
-        blender: what decides; None until the worker is bound.
-        proved: takes what a proof came to: None if blends are right.
-        causes: why requests could not be computed, by the callers' names.
-    """
+class StepRows(Blends):
+    """Blends whose tokens are rows of vLLM's own step."""
 
     def __init__(self, handle: ModelHandle, cache: PagedCache, tensors: StepTensors) -> None:
-        self.handle, self._cache, self._tensors = handle, cache, tensors
-        self.blender: Blender | None = None
+        super().__init__(handle)
+        self._cache, self._tensors = cache, tensors
         self._blends: dict[str, _Blend] = {}
         self._begun_ahead: dict[str, _Blend] = {}  # of the step that is being built
         self._stream: torch.cuda.Stream | None = None  # on which steps run; None before the first
@@ -166,9 +114,7 @@ class StepRows:
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._lost: dict[str, set[int]] = {}  # not yet reported
         self._dtype = str(handle.config.model_config.dtype).removeprefix("torch.")
-        self.proved: Callable[[Why | None], object] = lambda why_not: None
         self._is_disproved = False
-        self.causes: OrderedDict[str, str] = OrderedDict()
 
     def begin_ahead(self, task: BlendTask) -> None:
         """Begin a blend of the step that the scheduler is still building, in this very process. All
@@ -292,9 +238,7 @@ class StepRows:
         # exactly whatever it was. The log has the cause, and the report says so.
         except Exception as error:
             logger.exception("the blend of %s failed; it is computed exactly", task.request_id)
-            behind = f" after {task.write_from} cached tokens" if task.write_from else ""
-            detail = f"blending failed, computed exactly{behind}: {type(error).__name__}: {error}"
-            why_not = Why(Reason.BLEND_FAILED, detail)
+            why_not = why_failed(task, error)
         # From here on the request is a plain one. vLLM will schedule nothing below ``first_row``,
         # so that is computed here, in blocks that nobody else can find. To report them as not
         # loaded is no way out: under vLLM's policy "recompute" such blocks stay findable in its
@@ -333,9 +277,7 @@ class StepRows:
         # The blocks before these hold what other requests may have written, and may be reading.
         own = blend.blocks[blend.task.write_from // self._cache.block_size :]
         self._lost[blend.task.request_id] = set(own)
-        self.causes[blend.task.name] = cause
-        while len(self.causes) > _KEEP_CAUSES:
-            self.causes.popitem(last=False)
+        self._remember(blend.task.name, cause)
         with logging_failures(logger, "the blocks of %s can't be cleared", blend.task.request_id):
             clear(self._cache, own, self._most_rows)
 

@@ -18,6 +18,7 @@ from cacheblend_rag.engine import compat, handover
 from cacheblend_rag.engine.ahead import Ahead
 from cacheblend_rag.engine.base import adapter_name
 from cacheblend_rag.engine.blend import rows_of
+from cacheblend_rag.engine.blends import Scheduled
 from cacheblend_rag.engine.hashes import (
     BlendedPrefixes,
     Prefix,
@@ -32,7 +33,6 @@ from cacheblend_rag.engine.params import drop_unwritable
 from cacheblend_rag.engine.planning import Planning
 from cacheblend_rag.engine.refinement import Refinements
 from cacheblend_rag.engine.room import Room, most_rows
-from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.watching import Watch, Watching
 from cacheblend_rag.engine.weights import CHANGED, Suspicion
 from cacheblend_rag.learn import Span
@@ -45,6 +45,10 @@ from cacheblend_rag.shadow.report import waiting
 _MOST_ENDED = 1024
 _NOT_CHOSEN = Why(Reason.OTHER_CONNECTORS, "another KV connector has the prompt's KV")
 _CACHED = Why(Reason.PREFIX_CACHED, "vLLM's prefix cache holds all that would be blended")
+_CACHED_MOST = Why(
+    Reason.PREFIX_CACHED,
+    "a blend would compute no fewer tokens than vLLM's prefix cache leaves",
+)
 
 
 class _Claim(NamedTuple):
@@ -55,6 +59,12 @@ class _Claim(NamedTuple):
     total: int  # tokens that the request has
     computes: int  # how many of them a blend computes
     rows: int  # the last ones of them, which vLLM schedules
+    found: int | None = None  # by vLLM, where the blend is computed before the step
+
+    @property
+    def work(self) -> int:
+        """Tokens that are computed with a step."""
+        return self.rows if self.found is None else self.computes
 
 
 class Step(NamedTuple):
@@ -143,6 +153,14 @@ class _Tracked:
         seconds = {**self.seconds, **done.get("seconds", {})}
         return {**self.planned(), **done, "seconds": seconds, "prefix_cached": self.prefix_cached}
 
+    def take(self, outcome: dict[str, Any], number: int, *, is_whole: bool) -> None:
+        """What became of blend ``number``; ``is_whole``: all of it was computed by then."""
+        # That of a blend before a preemption says nothing of the blocks that it has now.
+        is_latest = number == self.number
+        self.outcome_known |= is_latest
+        self.complete |= is_whole and is_latest
+        self.outcome = self.outcome or outcome
+
     def usable(self, hit: int) -> int:
         """How many of the ``hit`` tokens are in the cache as they should be. After a preemption, a
         request finds blocks of its own that were not all computed.
@@ -207,6 +225,9 @@ class Claims:
     Args:
         names: their senders give them names of their own. Else vLLM's count: a name that any client
             may choose could be another's.
+
+    Attributes:
+        by_group: layers are in several KV cache groups, see ``groups.py``.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *, names: bool = True) -> None:
@@ -220,6 +241,7 @@ class Claims:
             link, Planner(self._block_size, compat.longest_blend(kv_cache_config))
         )
         self._hash_block_size = getattr(cache, "hash_block_size", None)
+        self.by_group = len(kv_cache_config.kv_cache_groups) > 1
         self._whole_graphs = whole_graphs(vllm_config)
         self._requests: dict[str, _Tracked] = {}
         self.refinements = Refinements(
@@ -335,17 +357,14 @@ class Claims:
             return self._not_blended(tracked)
         # Not the prompt's length: after a preemption, what was generated is prompt as well.
         total = int(request.num_tokens)
-        computes = rows_of(plan, total, write_from)
-        rows = min(computes, total - hit)
         try:
-            if _waits(tracked, rows, hit, self._live.values(), self._ahead, self._room):
+            claim = (_whole if self.by_group else _by_rows)(plan, total, hit, write_from)
+            if _waits(tracked, claim.work, hit, self._live.values(), self._ahead, self._room):
                 return None
         except RefusedError as refusal:
             tracked.refuse(hit, refusal.why)
             return self._not_blended(tracked)
-        # To vLLM, a claim is tokens that are there already: it schedules rows for the others only.
-        # Which tokens these rows compute is decided by the worker.
-        tracked.claim = _Claim(total - rows - hit, write_from, total, computes, rows)
+        tracked.claim = claim
         # vLLM enters blocks into its cache when it allocates them, before a row is written. Under
         # these hashes only this request finds them.
         hide(request, hit // tracked.per_hash, uuid.uuid4().hex)
@@ -358,9 +377,9 @@ class Claims:
             self._ahead.forget(tracked.request.request_id)  # what was fetched for it
         return 0
 
-    def allocated(self, request: Any, blocks: Sequence[int], there: int) -> None:
-        """A request is scheduled, and these are its blocks so far. So many tokens, of those that
-        were claimed, are taken to be ``there``.
+    def allocated(self, request: Any, tables: Sequence[Sequence[int]], there: int) -> None:
+        """A request is scheduled, and these are its blocks so far, of each KV cache group. So many
+        tokens, of those that were claimed, are taken to be ``there``.
         """
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.claim is None or tracked.plan is None:
@@ -378,13 +397,15 @@ class Claims:
         if drawn and not self._watching.begin(request, tracked.name, plan.ratio, drawn):
             tracked.drawn = None
         if is_first:
-            _begin_refinement(self.refinements, tracked, claim.write_from, blocks)
+            _begin_refinement(self.refinements, tracked, claim.write_from, tables[0])
             compat.count_as_cached(request, _found(request, plan, claim.write_from))
         else:
             self.refinements.stop(request.request_id, is_blended_anew=True)
-        task = _task(tracked, claim, blocks)
+        if claim.found is not None:  # no row is a blend's, and what vLLM found is computed again
+            tracked.claim, tracked.prefix_cached = None, 0
+        task = _task(tracked, claim, tables)
         self._tasks[request.request_id] = task
-        self._room.take(request.request_id, claim.rows)
+        self._room.take(request.request_id, claim.work)
         self._ahead.begin(task)
 
     def step(self, scheduled: Any) -> Step:
@@ -393,7 +414,7 @@ class Claims:
         plain, self._plain = self._plain, {}
         checks = self.weights.ask(has_rows=bool(scheduled.num_scheduled_tokens))
         self._ahead.end_of_step()
-        self._room.end_of_step()
+        self._room.end_of_step(tasks if self.by_group else ())
         gone = set(scheduled.preempted_req_ids or ())
         _drop_without_outcome(self._requests[name] for name in gone & self._requests.keys())
         for name in gone:
@@ -450,9 +471,7 @@ class Claims:
             number = outcome.pop("number")
             tracked = self._requests.get(name)
             if tracked is not None:
-                # That of a blend before a preemption says nothing of the blocks that it has now.
-                tracked.outcome_known |= number == tracked.number
-                tracked.outcome = tracked.outcome or outcome
+                tracked.take(outcome, number, is_whole=self.by_group)
             # Only what the store knows to be gone. What it could not be asked for stays in the
             # index, or a short outage of a remote store would end all reuse.
             self.planning.lose(outcome.get("lost", ()))
@@ -486,7 +505,8 @@ class Claims:
         self._watching.ended(request, blended=tracked.complete and not tracked.why_not)
         refined = self.refinements.report(request.request_id)
         self.refinements.forget(request.request_id)
-        if tracked.complete and not tracked.why_not and tracked.plan is not None:
+        is_whole = tracked.complete and not tracked.why_not and tracked.plan is not None
+        if is_whole and not self.by_group:  # several groups' hits were not tested
             # Not before the end: with the answer's blocks, the next turn of a chat finds this one
             # whole.
             tracked.prefix = Prefix.of(request, tracked.exact, tracked.per_hash)
@@ -535,7 +555,29 @@ def _drop_without_outcome(preempted: Iterable[_Tracked]) -> None:
             compat.drop_output_in_flight(tracked.request)
 
 
-def _task(tracked: _Tracked, claim: _Claim, blocks: Sequence[int]) -> BlendTask:
+def _by_rows(plan: Plan, total: int, hit: int, write_from: int) -> _Claim:
+    """To vLLM, a claim is tokens that are there already: it schedules rows for the others only.
+    Which tokens these rows compute is decided by the worker.
+    """
+    computes = rows_of(plan, total, write_from)
+    rows = min(computes, total - hit)
+    return _Claim(total - rows - hit, write_from, total, computes, rows)
+
+
+def _whole(plan: Plan, total: int, hit: int, write_from: int) -> _Claim:
+    """All but the last token is there once the worker has computed it, from the first one on: of
+    layers with a window, vLLM hands on nothing of its hit that lies before the last window.
+
+    Raises:
+        RefusedError: there is no less to compute than behind the hit.
+    """
+    computes = rows_of(plan, total, 0)
+    if hit and computes >= total - hit:
+        raise RefusedError(*_CACHED_MOST)
+    return _Claim(total - 1 - hit, 0, total, computes, 1, hit)
+
+
+def _task(tracked: _Tracked, claim: _Claim, tables: Sequence[Sequence[int]]) -> BlendTask:
     """What the workers do for a claim."""
     request, plan = tracked.request, tracked.plan
     assert plan is not None
@@ -546,7 +588,7 @@ def _task(tracked: _Tracked, claim: _Claim, blocks: Sequence[int]) -> BlendTask:
         token_ids=tuple(request.all_token_ids[: claim.total]),
         question=plan.question_ids(request.prompt_token_ids),
         plan=plan,
-        blocks=tuple(blocks),
+        blocks=() if claim.found is not None else tuple(tables[0]),
         write_from=claim.write_from,
         computes=claim.computes,
         rows=claim.rows,
@@ -555,6 +597,8 @@ def _task(tracked: _Tracked, claim: _Claim, blocks: Sequence[int]) -> BlendTask:
         proves=tracked.proves,
         number=tracked.number,
         adapter=request.lora_request,
+        tables=() if claim.found is None else tuple(map(tuple, tables)),
+        found=claim.found or 0,
     )
 
 

@@ -230,6 +230,8 @@ def why_not(handle: ModelHandle) -> str:
         return "the engine serves LoRA adapters"
     if config.speculative_config is not None:
         return "speculative decoding is on: a step samples from several rows of a request"
+    if handle.groups > 1:
+        return "there are several KV cache groups, with which it was not tested"
     if handle.sharing:
         return "layers of the model share KV, and a forward of ours does not reach them"
     return compat.sampling_refusal(config)

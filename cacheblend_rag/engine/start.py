@@ -85,7 +85,7 @@ def prepare(args_class: str, model: str, options: Mapping[str, Any]) -> EngineSe
     defaults = _defaults(options)
     # Before our connector is among the options: some models can't even start with one.
     refusal = _model_refusal(kind, model, {**defaults, **options})
-    ours: dict[str, Any] = {} if refusal else _connector_options()
+    ours: dict[str, Any] = {} if refusal else _connector_options(asks_for_hybrid(options))
     with naming_failures(model):
         args = kind(model=model, **{**defaults, **options, **ours})
     return EngineSetup(args, refusal, version, parsers, template)
@@ -131,12 +131,24 @@ def chat_template(given: object) -> str | None:
         ) from error
 
 
-def _connector_options() -> dict[str, Any]:
+def asks_for_hybrid(options: Mapping[str, Any]) -> bool:
+    """Whether vLLM's options ask for its hybrid KV cache manager. vLLM has it on where nobody says
+    anything. Beside ours it saves memory and costs time, so it is for users to choose.
+    """
+    return options.get("disable_hybrid_kv_cache_manager") is False
+
+
+def connector_name(*, hybrid: bool) -> str:
+    """The name of the connector. vLLM decides by its class whether the hybrid manager is on."""
+    return "CacheBlendHybridConnector" if hybrid else "CacheBlendConnector"
+
+
+def _connector_options(hybrid: bool) -> dict[str, Any]:
     from vllm.config import KVTransferConfig
 
     return {
         "kv_transfer_config": KVTransferConfig(
-            kv_connector="CacheBlendConnector",
+            kv_connector=connector_name(hybrid=hybrid),
             kv_connector_module_path="cacheblend_rag.engine.connector",
             kv_role="kv_both",
             kv_connector_extra_config=dict(BY_FRONT_DOOR),

@@ -110,11 +110,25 @@ class TorchExecutor(BlendExecutor):
     ) -> Callable[[int, torch.Tensor, torch.Tensor], None] | None:
         return functools.partial(self._move, tile) if self._correction else None
 
-    def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        assert self._correction is not None
+    def moved(
+        self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """K and V of the tokens ``moved_N`` at layer ``index``, as those of the tokens at ``tile``
+        and before say; None where they say nothing.
+        """
+        if self._correction is None:
+            return None
         # From the stored KV, not from what an earlier step moved: the sums of all steps so far are
         # in it.
-        moved = self._correction.propagate(index, tile, (k, v), self.layer(index))
+        return self._correction.propagate(index, tile, (k, v), self.layer(index))
+
+    @property
+    def moved_N(self) -> torch.Tensor:
+        """int64 positions of the tokens that recomputed ones move."""
+        return self.ids_E[:0] if self._correction is None else self._correction.moved_N
+
+    def _move(self, tile: torch.Tensor, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        moved = self.moved(tile, index, k, v)
         count = len(self._moved_slots)  # the others have no blocks yet
         if moved is not None and count:
             self.handle.write(index, moved[0][:count], moved[1][:count], self._moved_slots)

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from cacheblend_rag.engine.blends import Scheduled
 from cacheblend_rag.engine.link import Link
-from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.shadow import Drawn, ShadowJob
 
 _MOST = 8  # requests that are watched at a time: the workers keep something of each token of theirs

@@ -19,15 +19,16 @@ from cacheblend_rag.engine.adapters import Adapters, request_of
 from cacheblend_rag.engine.attention import PagedCache
 from cacheblend_rag.engine.base import as_result
 from cacheblend_rag.engine.blend import Blender
+from cacheblend_rag.engine.blends import Blends
 from cacheblend_rag.engine.executors import open_executors
 from cacheblend_rag.engine.fingerprint import fingerprint
 from cacheblend_rag.engine.forward import ModelHandle, UnsupportedModelError
+from cacheblend_rag.engine.groups import open_blends, refuse_groups
 from cacheblend_rag.engine.heads import heads_of
 from cacheblend_rag.engine.ingest import Ingestor
 from cacheblend_rag.engine.queries import Queries
 from cacheblend_rag.engine.refiner import Refiner
 from cacheblend_rag.engine.rope import context_length, tables_of
-from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.engine.runner import step_tensors
 from cacheblend_rag.engine.selfcheck import measured
 from cacheblend_rag.engine.shadow import ShadowWorker
@@ -96,13 +97,15 @@ class WorkerExtension(Queries):
             sizes = sorted({int(layer.head_size) for layer in handle.layers})
             tables = tables_of(model, longest, *sizes)
             self._state().heads = heads_of(handle)
+            caches = self.model_runner.kv_cache_config
+            refuse_groups(self.vllm_config, caches)
             cache = PagedCache(handle, self.model_runner.attn_groups)
             tensors = step_tensors(self.model_runner, handle)
             rope, facts["checks"], facts["attention"] = measured(handle, cache, tables, max_len)
             rope.check_reaches(max_len)
             self._state().parts = handle, rope, cache
             self._state().weights = Weights(model, handle.ranks, **compat.moves(self.vllm_config))
-            self._connector().rows = StepRows(handle, cache, tensors)
+            self._connector().rows = open_blends(cache, tensors, caches)
             most, recent = shadow.longest(self.vllm_config, self.device), self._connector().recent
             self._state().shadow = ShadowWorker(handle, tensors, most, recent)
             self._connector().refiner = Refiner(cache, self._connector().step_timer)
@@ -110,7 +113,7 @@ class WorkerExtension(Queries):
             facts["kv_bytes_per_token"] = handle.num_layers * a_layer
             windows = [w for layer in handle.layers if (w := compat.sight(layer).least())]
             facts["window"] = max(windows, default=None)
-            facts["longest_blend"] = compat.longest_blend(self.model_runner.kv_cache_config)
+            facts["longest_blend"] = compat.longest_blend(caches)
             facts["positions"] = rope.positions
             ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             facts["fingerprint"] = fingerprint(model, self.vllm_config, rope, *ranks)
@@ -358,7 +361,7 @@ class WorkerExtension(Queries):
         if not get_tensor_model_parallel_rank():
             self._connector().link.send(message)
 
-    def _rows(self) -> StepRows:
+    def _rows(self) -> Blends:
         rows = self._connector().rows
         assert rows is not None
         return rows

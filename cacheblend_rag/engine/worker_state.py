@@ -19,6 +19,7 @@ from cacheblend_rag.reason import Reason, Why
 
 if TYPE_CHECKING:
     from cacheblend_rag.engine.attention import PagedCache
+    from cacheblend_rag.engine.blends import Blends
     from cacheblend_rag.engine.executors import ExecutorFactory
     from cacheblend_rag.engine.forward import ModelHandle
     from cacheblend_rag.engine.ingest import Ingestor
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from cacheblend_rag.engine.outcome import BlendOutcome
     from cacheblend_rag.engine.refiner import Refiner
     from cacheblend_rag.engine.rope import Rerotator
-    from cacheblend_rag.engine.rows import StepRows
     from cacheblend_rag.engine.shadow import ShadowWorker
     from cacheblend_rag.engine.slices import SlicedIngestor
     from cacheblend_rag.engine.stored import RankStore
@@ -77,7 +77,7 @@ class WorkerSide(Protocol):
     """What whoever stands for a worker uses of the connector, which has the attributes' meaning."""
 
     link: Link
-    rows: StepRows | None
+    rows: Blends | None
     refiner: Refiner | None
     recent: OrderedDict[str, BlendOutcome | dict[str, Any]]
     worker_state: WorkerState

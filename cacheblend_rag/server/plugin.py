@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.base import ParserNames
+from cacheblend_rag.engine.register import NAMES
 from cacheblend_rag.errors import CacheBlendError, EngineError
 from cacheblend_rag.server.calls import STORE
 from cacheblend_rag.server.options import SERVER, ServerOptions
@@ -98,6 +99,6 @@ def _extra(config: Any) -> Mapping[str, Any]:
     is_plain = isinstance(config, Mapping)
     extra: Any = config.get(name) if is_plain else getattr(config, name, None)
     for held in (extra or {}).get("connectors", ()):
-        if held.get("kv_connector") == "CacheBlendConnector":
+        if held.get("kv_connector") in NAMES:
             return held.get(name) or {}
     return extra or {}

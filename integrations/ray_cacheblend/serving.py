@@ -162,6 +162,8 @@ class Fleet:
 
     def engine(self) -> dict[str, Any]:
         """vLLM's arguments, ours among them."""
+        from cacheblend_rag.engine.start import asks_for_hybrid, connector_name
+
         # Compiling takes a compiler and half a minute; small blocks leave less of a prompt's last
         # chunk to compute.
         on_cpu = {"enforce_eager": True, "block_size": 32} if self.accelerator == "cpu" else {}
@@ -174,7 +176,7 @@ class Fleet:
             **self.engine_kwargs,
             "worker_extension_cls": WORKER,
             "kv_transfer_config": {
-                "kv_connector": "CacheBlendConnector",
+                "kv_connector": connector_name(hybrid=asks_for_hybrid(self.engine_kwargs)),
                 # By its module, so that it is found where this package is on the path only.
                 "kv_connector_module_path": "cacheblend_rag.engine.connector",
                 "kv_role": "kv_both",

@@ -14,16 +14,22 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import untried
 from engines import SHARE, start_in_process
 from tiny import VOCAB, Words, make
 
 from cacheblend_rag import BlendConfig, CacheBlend
+from cacheblend_rag.engine.groups import GroupedBlends
+from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.runner import StepTensors
+from cacheblend_rag.engine.scratch import Scratch
+from cacheblend_rag.engine.start import prepare
 from cacheblend_rag.reason import Reason
 from cacheblend_rag.store import open_store
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
+HYBRID = "CacheBlendHybridConnector"
 words = Words(31)
 PREFIX = words(4)
 A, B, C = words(70), words(90), words(64)
@@ -47,12 +53,18 @@ class Answer(NamedTuple):
 class Server:
     """Stock vLLM."""
 
-    def __init__(self, model: Path, beside: Path | None = None, **extra: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        beside: Path | None = None,
+        connector: str = "CacheBlendConnector",
+        **extra: Any,
+    ) -> None:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
         ours: dict[str, Any] = {
-            "kv_connector": "CacheBlendConnector",
+            "kv_connector": connector,
             "kv_connector_module_path": "cacheblend_rag.engine.connector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": extra,
@@ -177,10 +189,13 @@ def test_what_other_processes_store_and_forget_is_learnt(serve: Any, filled: Fil
     store.close()
 
 
+@pytest.mark.parametrize("connector", ["CacheBlendConnector", HYBRID])
 def test_rows_that_are_wrong_end_the_request_and_all_blends(
-    serve: Any, filled: Filled, monkeypatch: pytest.MonkeyPatch
+    serve: Any, filled: Filled, monkeypatch: pytest.MonkeyPatch, connector: str
 ) -> None:
-    server = serve(store=filled.url, ingest_prefix=list(PREFIX), blend_if="always")
+    """Also beside the hybrid manager, which makes one group of layers of one kind."""
+    options = {"ingest_prefix": list(PREFIX), "blend_if": "always"}
+    server = serve(store=filled.url, connector=connector, **options)
     write = StepTensors.write
 
     def shifted(self: Any, place: Any, number: int, ids: Any, positions: Any, context: Any) -> None:
@@ -188,6 +203,93 @@ def test_rows_that_are_wrong_end_the_request_and_all_blends(
 
     with monkeypatch.context() as patch:
         patch.setattr(StepTensors, "write", shifted)
+        assert server.ask(prompt(B, A)).finish_reason == "error"
+    after = server.ask(prompt(A, B))
+    assert after.finish_reason == "length" and after.report["reason"] == Reason.ROWS_DIFFER
+    assert same(after, server.ask(prompt(A, B), mode="off"))
+
+
+def test_the_hybrid_manager_is_on_where_it_is_asked_for(tiny_models: Path) -> None:
+    path = str(make("gemma3", tiny_models))
+    for given, is_off in ((None, True), (True, True), (False, False)):
+        options = {} if given is None else {"disable_hybrid_kv_cache_manager": given}
+        args = prepare("EngineArgs", path, {"skip_tokenizer_init": True, **options}).engine_args
+        config = args.create_engine_config()
+        assert config.scheduler_config.disable_hybrid_kv_cache_manager is is_off
+
+
+@pytest.fixture
+def windowed(
+    tiny_models: Path, tmp_path: Path, in_process: None, monkeypatch: Any
+) -> Iterator[Any]:
+    """Servers of a model of several KV cache groups."""
+    untried.skip("kv_groups")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    path, started = make("gemma3", tiny_models), list[Server]()
+    with start_in_process(path, config=BlendConfig(store=str(tmp_path), ingest_prefix=PREFIX)) as b:
+        b.ingest([A, B, C], progress=False)
+    ours = {"store": str(tmp_path), "ingest_prefix": list(PREFIX), "blend_if": "always"}
+
+    def begin() -> Server:
+        started.append(Server(path, connector=HYBRID, propagation_length=0, **ours))
+        return started[-1]
+
+    yield begin
+    for server in started:
+        server.close()
+
+
+def test_with_several_groups_the_first_blend_is_a_proof_too(
+    windowed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, proves = windowed(), list[bool]()
+    run = GroupedBlends._run
+
+    def noting(self: GroupedBlends, task: BlendTask) -> None:
+        proves.append(task.proves)
+        run(self, task)
+
+    monkeypatch.setattr(GroupedBlends, "_run", noting)
+    first = prompt(B, A)
+    # The last token's block comes with its step: what vLLM keeps can't be shown to be right.
+    for ids in (first[-32 * 5 - 1 :], first):
+        assert same(server.ask(ids), server.ask(ids, mode="off"))
+    blended = server.ask(prompt(A, C, B))
+    assert 0 < sum(blended.report["recomputed"]) < 60
+    assert not same(blended, server.ask(prompt(A, C, B), mode="off"))
+    assert proves == [True, True, False]
+
+
+@pytest.mark.slow
+def test_with_several_groups_and_a_worker_in_another_process(
+    windowed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    server = windowed()
+    for ids in (prompt(B, A), prompt(A, C)):
+        whole = server.ask(ids, recompute_ratio=1.0)
+        assert "recomputed" in whole.report
+        assert same(whole, server.ask(ids, mode="off"))
+    assert "recomputed" in server.ask(prompt(C, B), recompute_ratio=0.1).report
+
+
+@pytest.mark.parametrize("where", ["save", "write"])
+def test_with_several_groups_wrong_blends_end_the_request_and_all_blends(
+    windowed: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    server, right = windowed(), getattr(Scratch, where)
+
+    def wrong(self: Scratch, index: int, *args: Any) -> None:
+        # What is kept a block behind where it belongs, or what is seen a token behind.
+        if where == "save":
+            table, first = args
+            right(self, index, torch.roll(table, 1), first)
+        else:
+            k, v, at = args
+            right(self, index, k, v, at + 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scratch, where, wrong)
         assert server.ask(prompt(B, A)).finish_reason == "error"
     after = server.ask(prompt(A, B))
     assert after.finish_reason == "length" and after.report["reason"] == Reason.ROWS_DIFFER

@@ -25,11 +25,11 @@ import pytest
 import torch
 from tiny import Words, make
 
+from cacheblend_rag.engine.blends import Finished, Scheduled
 from cacheblend_rag.engine.connector import CacheBlendConnector
 from cacheblend_rag.engine.hashes import cached
 from cacheblend_rag.engine.outcome import BlendOutcome, BlendTask, Clock, Refine, Refined
 from cacheblend_rag.engine.room import Room
-from cacheblend_rag.engine.rows import Finished, Scheduled
 from cacheblend_rag.engine.start import prepare
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import News

@@ -60,6 +60,52 @@ def test_latent_attention_over_chosen_keys_is_refused(config: dict[str, int]) ->
     assert refused is None or refused.reason is Reason.MLA
 
 
+def test_several_groups_are_refused_where_they_were_not_tested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
+        FullAttentionSpec,
+        SlidingWindowSpec,
+    )
+
+    shape: Any = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    full, window = FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=64)
+    chunks = ChunkedLocalAttentionSpec(**shape, attention_chunk_size=64)
+    larger = FullAttentionSpec(**{**shape, "block_size": 32})
+
+    def refused(*specs: Any, is_off: bool = False, ranks: int = 1, **changes: Any) -> str:
+        options: dict[str, Any] = {"speculative_config": None, "lora_config": None, **changes}
+        config: Any = SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(kv_connector=options.pop("connector", "ours")),
+            scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=is_off),
+            parallel_config=SimpleNamespace(world_size=ranks),
+            **options,
+        )
+        groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+        return compat.groups_refusal(config, SimpleNamespace(kv_cache_groups=groups))
+
+    monkeypatch.setattr(compat, "is_cpu", lambda: True)
+    assert not refused(full, window) and not refused(full, window, window)
+    assert not refused(chunks, is_off=True, ranks=2), "of one group, others judge"
+    assert "hybrid manager off" in refused(full, window, is_off=True)
+    assert "several ranks" in refused(full, window, ranks=2)
+    assert "speculative" in refused(full, window, speculative_config=object())
+    assert "LoRA" in refused(full, window, lora_config=object())
+    assert "connectors" in refused(full, window, connector="MultiConnector")
+    assert "other layers" in refused(full, chunks)
+    assert "several sizes" in refused(window, larger)
+    monkeypatch.setattr(compat, "is_cpu", lambda: False)
+    assert ("GPU" in refused(full, window)) is ("kv_groups" in compat.NOT_RUN_ON_A_GPU)
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in (window, full)]
+    caches: Any = SimpleNamespace(kv_cache_groups=groups)
+    assert compat.longest_blend(caches) is None
+    plain: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=1), speculative_config=None
+    )
+    assert "several KV cache groups" in compat.refinement_refusal(plain, caches)
+
+
 @pytest.mark.parametrize("is_ahead", [True, False])
 @pytest.mark.parametrize("is_cpu", [True, False])
 @pytest.mark.parametrize("method", [*compat.TESTED_DRAFTS, "dflash"])

@@ -15,9 +15,10 @@ import torch
 from vllm.forward_context import override_forward_context
 
 from cacheblend_rag.engine.blend import Choice, Positions
+from cacheblend_rag.engine.blends import Scheduled
 from cacheblend_rag.engine.outcome import BlendTask
 from cacheblend_rag.engine.ranks import PeerError, Ranks
-from cacheblend_rag.engine.rows import Scheduled, StepRows
+from cacheblend_rag.engine.rows import StepRows
 from cacheblend_rag.plan import Plan, Segment
 from cacheblend_rag.reason import Reason
 

@@ -53,7 +53,7 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> Claims:
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
         kv_transfer_config=SimpleNamespace(engine_id="this"),
     )
-    claims = Claims(config, None)
+    claims = Claims(config, SimpleNamespace(kv_cache_groups=[None]))
     monkeypatch.setattr(
         claims.planning, "begin", lambda ids, options, adapter, salt: planned(options["plan"])
     )
@@ -105,7 +105,7 @@ def test_as_many_rows_are_scheduled_as_a_blend_computes(claims: Claims) -> None:
     one = request()
     claims.begin(one)
     assert claims.there(one, 0) == len(IDS) - COMPUTES
-    claims.allocated(one, Blocks().get_block_ids()[0], THERE)
+    claims.allocated(one, Blocks().get_block_ids(), THERE)
     sent = step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": COMPUTES})
     task = sent.tasks["r"]
     assert (task.rows, task.computes, task.write_from) == (COMPUTES, COMPUTES, 0)
@@ -124,7 +124,7 @@ def test_a_step_takes_so_many_rows_of_blends(claims: Claims) -> None:
     def begins(name: str) -> bool:
         there = claims.there(requests[name], 0)
         if there is not None:
-            claims.allocated(requests[name], Blocks().get_block_ids()[0], there)
+            claims.allocated(requests[name], Blocks().get_block_ids(), there)
         return there is not None
 
     assert [begins(name) for name in names] == [True, True, False, False]
@@ -157,7 +157,7 @@ def test_small_blends_do_not_pass_a_large_one_for_ever(claims: Claims) -> None:
             small = request(replace(PLAN, ratio=0.1), name)
             claims.begin(small)
             if (there := claims.there(small, 0)) is not None:
-                claims.allocated(small, Blocks().get_block_ids()[0], there)
+                claims.allocated(small, Blocks().get_block_ids(), there)
                 new[name] = there
         both = {**new, **under_way}
         step(claims, new=both, rows=dict.fromkeys(both, 30))
@@ -177,7 +177,7 @@ def test_who_has_no_room_costs_little(claims: Claims, monkeypatch: pytest.Monkey
         claims.begin(one)
     there = claims.there(waiting[0], 0)
     assert there is not None
-    claims.allocated(waiting[0], Blocks().get_block_ids()[0], there)
+    claims.allocated(waiting[0], Blocks().get_block_ids(), there)
     for _ in range(5):
         step(claims, new={"0": there}, rows={"0": 1})  # it takes many steps
         assert all(claims.there(one, 0) is None for one in waiting[1:])
@@ -187,7 +187,7 @@ def test_who_has_no_room_costs_little(claims: Claims, monkeypatch: pytest.Monkey
 def allocated(claims: Claims, one: Any) -> int:
     there = claims.there(one, 0)
     assert there is not None
-    claims.allocated(one, Blocks().get_block_ids()[0], there)
+    claims.allocated(one, Blocks().get_block_ids(), there)
     return there
 
 
@@ -290,7 +290,7 @@ def test_blocks_of_a_second_blend_are_shared_by_its_own_outcome(
     for number in (1, 2):
         there = claims.there(one, 0)
         assert there is not None
-        claims.allocated(one, Blocks().get_block_ids()[0], there)
+        claims.allocated(one, Blocks().get_block_ids(), there)
         task = step(claims, new={"r": there}, rows={"r": COMPUTES}).tasks["r"]
         assert task.number == number
     for number in come if when == "before" else ():
@@ -306,19 +306,19 @@ def test_clients_are_told_what_was_found(claims: Claims) -> None:
     one = request()
     claims.begin(one)
     claims.there(one, 0)
-    claims.allocated(one, Blocks().get_block_ids()[0], THERE)
+    claims.allocated(one, Blocks().get_block_ids(), THERE)
     assert one.prefill_stats.num_cached_tokens == 180 - 10
     other = request(name="other")
     claims.begin(other)
     there = claims.there(other, 32)
     assert there is not None
-    claims.allocated(other, Blocks().get_block_ids()[0], there)
+    claims.allocated(other, Blocks().get_block_ids(), there)
     assert other.prefill_stats.num_cached_tokens == 180
     late = request(name="late")
     late.prefill_stats = None  # vLLM has sent them with the first token
     claims.begin(late)
     claims.there(late, 0)
-    claims.allocated(late, Blocks().get_block_ids()[0], THERE)
+    claims.allocated(late, Blocks().get_block_ids(), THERE)
 
 
 def test_beams_are_computed_exactly(claims: Claims) -> None:
@@ -392,7 +392,7 @@ def test_a_hit_is_not_claimed_again(claims: Claims) -> None:
     one = request()
     claims.begin(one)
     found = claims.there(one, 64)
-    claims.allocated(one, Blocks().get_block_ids()[0], found or 0)
+    claims.allocated(one, Blocks().get_block_ids(), found or 0)
     task = step(claims, new={"r": 64 + (found or 0)}, rows={"r": 1}).tasks["r"]
     assert task.write_from == 64 and task.computes == -(-(176 - 64) // 2) + 24
     assert found == len(IDS) - task.rows - 64
@@ -416,10 +416,10 @@ def test_what_a_preempted_blend_left_is_computed_again(claims: Claims) -> None:
     one = request()
     claims.begin(one)
     claims.there(one, 0)
-    claims.allocated(one, Blocks().get_block_ids()[0], THERE)
+    claims.allocated(one, Blocks().get_block_ids(), THERE)
     step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": 40})
     assert claims.there(one, 112) == 0  # more than a blend leaves alone
-    claims.allocated(one, Blocks().get_block_ids()[0], 0)
+    claims.allocated(one, Blocks().get_block_ids(), 0)
     task = step(claims, new={"r": 112}, rows={"r": len(IDS) - 112}).tasks["r"]
     assert (task.write_from, task.computes, task.rows) == (0, COMPUTES, len(IDS) - 112)
     assert task.first_row == 112
@@ -445,7 +445,7 @@ def test_its_blocks_are_shared_once_the_outcome_came(claims: Claims) -> None:
 
     first = asked("first")
     claims.there(first, 0)
-    claims.allocated(first, Blocks().get_block_ids()[0], THERE)
+    claims.allocated(first, Blocks().get_block_ids(), THERE)
     step(claims, new={"first": len(IDS) - COMPUTES}, rows={"first": COMPUTES})
     assert not set(asked("too early").block_hashes) & set(first.block_hashes)
     claims.finished(first)
@@ -463,7 +463,7 @@ def test_blocks_of_a_blend_that_was_not_whole_are_never_shared(claims: Claims, e
     one = request()
     claims.begin(one)
     claims.there(one, 0)
-    claims.allocated(one, Blocks().get_block_ids()[0], THERE)
+    claims.allocated(one, Blocks().get_block_ids(), THERE)
     part = 40 if early == "aborted" else COMPUTES
     step(claims, new={"r": len(IDS) - COMPUTES}, rows={"r": part})
     if early == "failed":
@@ -594,7 +594,7 @@ def test_an_engine_that_prefills_says_what_it_blended(claims: Claims) -> None:
     for each in (blended, plain):
         claims.begin(each)
         claims.there(each, 0)
-        claims.allocated(each, Blocks().get_block_ids()[0], THERE)
+        claims.allocated(each, Blocks().get_block_ids(), THERE)
         step(claims, new={each.request_id: THERE}, rows={each.request_id: COMPUTES})
         report = claims.finished(each)
         assert report is not None
@@ -607,7 +607,52 @@ def test_where_another_connector_has_the_kv_nothing_is_blended(claims: Claims) -
     one = request()
     claims.begin(one)
     assert claims.there(one, 0) == THERE > 0
-    claims.allocated(one, Blocks().get_block_ids()[0], 0)
+    claims.allocated(one, Blocks().get_block_ids(), 0)
     assert step(claims, new={"r": 0}, rows={"r": len(IDS)}).tasks == {}
     report = claims.finished(one)
     assert report is not None and report[PARAMS_KEY]["reason"] is Reason.OTHER_CONNECTORS
+
+
+@pytest.fixture
+def grouped(claims: Claims) -> Claims:
+    """The same where layers are in two KV cache groups."""
+    claims.by_group = True
+    return claims
+
+
+TABLES = ([0] * 10 + [7, 8, 9], list(range(20, 33)))
+
+
+def test_where_there_are_groups_all_but_the_last_token_is_claimed(grouped: Claims) -> None:
+    one = request()
+    grouped.begin(one)
+    hashes = list(one.block_hashes)
+    assert grouped.there(one, 2 * BLOCK) == len(IDS) - 1 - 2 * BLOCK
+    assert one.block_hashes[:2] == hashes[:2] and not set(hashes[2:]) & set(one.block_hashes)
+    grouped.allocated(one, TABLES, len(IDS) - 1 - 2 * BLOCK)
+    # vLLM allocates again for the last token
+    grouped.allocated(one, TABLES, 0)
+    made = step(grouped, new={}, rows={})
+    [task] = made.tasks.values()
+    assert not made.batch and task.tables == tuple(map(tuple, TABLES)) and not task.blocks
+    # from the first token on, but the hit's blocks stay as they are
+    assert (task.found, task.write_from, task.rows, task.computes) == (32, 0, 1, COMPUTES)
+    assert task.first_row == len(IDS) - 1 and task.prefix_cached == 0
+    assert not step(grouped, new={"r": len(IDS) - 1}, rows={"r": 1}).batch
+    grouped.results({"r": {"number": 1, "recomputed": []}}, {})
+    report = grouped.finished(one)
+    assert report is not None and report[PARAMS_KEY]["recomputed"] == []
+    later = request(name="later")
+    grouped.begin(later)
+    assert not set(later.block_hashes) & set(one.block_hashes), "they are the blend's own"
+
+
+def test_where_there_are_groups_no_more_is_computed_than_behind_the_hit(grouped: Claims) -> None:
+    for hit, is_blended in ((80, True), (96, False)):
+        one = request(name=str(hit))
+        grouped.begin(one)
+        assert bool(grouped.there(one, hit)) is is_blended
+        assert (len(IDS) - hit > COMPUTES) is is_blended
+    whole = request(replace(PLAN, ratio=1.0), "whole")
+    grouped.begin(whole)
+    assert grouped.there(whole, 0) == len(IDS) - 1

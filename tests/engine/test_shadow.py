@@ -17,8 +17,8 @@ from shadows import CHUNKS, CONFIG, PREFIX, PROMPT, SAMPLING, computed, forced
 from tiny import Words, make
 
 from cacheblend_rag import BlendConfig, CacheBlend, ConfigError
+from cacheblend_rag.engine.blends import Scheduled
 from cacheblend_rag.engine.link import Link
-from cacheblend_rag.engine.rows import Scheduled
 from cacheblend_rag.engine.shadow import ShadowWorker, why_not
 from cacheblend_rag.engine.watching import Watch, Watching
 from cacheblend_rag.shadow import Drawn, ShadowJob
@@ -169,15 +169,17 @@ def test_the_oldest_goes_where_too_many_wait() -> None:
 
 
 def test_engines_that_can_not_have_a_shadow_say_why() -> None:
-    def refusal(sharing: tuple[str, ...] = (), **config: Any) -> str:
+    def refusal(sharing: tuple[str, ...] = (), groups: int = 1, **config: Any) -> str:
         parallel = SimpleNamespace(enable_batch_sharded_sampling=False)
         plain = {"lora_config": None, "speculative_config": None, "parallel_config": parallel}
-        handle: Any = SimpleNamespace(sharing=sharing, config=SimpleNamespace(**plain | config))
+        options = SimpleNamespace(**plain | config)
+        handle: Any = SimpleNamespace(sharing=sharing, groups=groups, config=options)
         return why_not(handle)
 
     assert refusal() == ""
     assert "LoRA" in refusal(lora_config=object())
     assert "speculative" in refusal(speculative_config=object())
     assert "share KV" in refusal(sharing=("layer",))
+    assert "KV cache groups" in refusal(groups=2)
     sharded = SimpleNamespace(enable_batch_sharded_sampling=True)
     assert "batch-sharded" in refusal(parallel_config=sharded)

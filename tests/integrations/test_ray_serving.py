@@ -117,6 +117,7 @@ def test_what_ray_is_given() -> None:
     assert engine["max_model_len"] == 4096
     transfer = engine["kv_transfer_config"]
     assert transfer["kv_load_failure_policy"] == "fail"
+    assert transfer["kv_connector"] == "CacheBlendConnector"
     extra = transfer["kv_connector_extra_config"]
     assert BlendConfig.of(extra, "x") == BlendConfig(
         store=STORE, recompute_ratio=0.3, namespace="red"
@@ -128,6 +129,9 @@ def test_on_a_cpu() -> None:
     assert made["accelerator_config"] == {"kind": "cpu"}
     assert made["deployment_config"]["num_replicas"] == 2
     assert made["engine_kwargs"]["enforce_eager"] is True
+    hybrid = fleet(engine_kwargs={"disable_hybrid_kv_cache_manager": False}).llm_config()
+    transfer = hybrid["engine_kwargs"]["kv_transfer_config"]
+    assert transfer["kv_connector"] == "CacheBlendHybridConnector"
     assert made["model_loading_config"]["model_id"] == "m"
     assert made["runtime_env"]["env_vars"]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 

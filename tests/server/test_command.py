@@ -66,6 +66,15 @@ def test_options_of_ours_and_of_vllms(printed: Callable[..., Any], model: str) -
     }
 
 
+def test_the_connector_goes_with_the_hybrid_manager(printed: Callable[..., Any]) -> None:
+    for word, name in (("--no-", "CacheBlendHybridConnector"), ("--", "CacheBlendConnector")):
+        words, config = printed(f"{word}disable-hybrid-kv-cache-manager")
+        assert config["kv_connector"] == name
+        assert f"{word}disable-hybrid-kv-cache-manager" in words
+    _, config = printed("--no_disable_hybrid_kv_cache_manager")
+    assert config["kv_connector"] == "CacheBlendHybridConnector"
+
+
 def test_nothing_given(printed: Callable[..., Any]) -> None:
     assert printed()[1]["kv_connector_extra_config"] == {}
     words, _ = printed("--no-enable-prompt-tokens-details")
@@ -287,6 +296,7 @@ def test_the_embedded_model(
         (["--block-siz", "16"], "write --block-siz in full, --block-size"),
         (["--default_chat_templ={}"], "in full, --default-chat-template-kwargs"),
         (["--no-enforce-eag"], "in full, --no-enforce-eager"),
+        (["--no-disable-hybrid"], "in full, --no-disable-hybrid-kv-cache-manager"),
         (["--store", "ftp://x"], "can't be opened|cannot be opened"),
         (["--gpu-cache", "much"], "gpu_cache"),
         (["--propagation-length", "-1"], "propagation_length"),
@@ -436,9 +446,13 @@ def test_entry_points_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyP
     register.register()
     register.register()
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import supports_hma
 
-    named = KVConnectorFactory.get_connector_class_by_name("CacheBlendConnector")
-    assert named.__module__ == "cacheblend_rag.engine.connector"
+    for hybrid in (False, True):
+        name = start.connector_name(hybrid=hybrid)
+        named = KVConnectorFactory.get_connector_class_by_name(name)
+        assert named.__name__ == name and named.__module__ == "cacheblend_rag.engine.connector"
+        assert supports_hma(named) is hybrid
 
 
 def test_where_the_jobs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

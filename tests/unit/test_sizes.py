@@ -23,6 +23,7 @@ CATCH_ALL = {
     "cacheblend_rag/engine/chat.py": 1,  # templates: raised as ours
     "cacheblend_rag/select/__init__.py": 1,  # another package's import: raised as ours
     "cacheblend_rag/engine/rows.py": 3,  # computed exactly, or lost with a cause; begun again
+    "cacheblend_rag/engine/groups.py": 2,  # computed exactly, or ended with a cause
     "cacheblend_rag/engine/refiner.py": 1,  # the answer goes on, and the report says why
     "cacheblend_rag/engine/planning.py": 1,  # computed exactly, and the report says why
     "cacheblend_rag/engine/kernel_executor.py": 1,  # served without kernels, which says why
