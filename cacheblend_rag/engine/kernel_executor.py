@@ -382,6 +382,8 @@ class KernelExecutorFactory(ExecutorFactory):
             raise KernelsUnusableError(f"keys are rotated from dimension {rope.first} on")
         if any(compat.sinks(layer) is not None for layer in handle.layers):
             raise KernelsUnusableError("the model's attention has sinks")
+        if handle.layout.parts == 1 and any(map(compat.sliding_window, handle.layers)):
+            raise KernelsUnusableError("layers of latents have windows")
         self._kernels = KernelCache(handle, cache.block_size)
         self._device_cache = DeviceCache(gpu_cache, handle.device)
         self._staging = Staging(handle.device, handle.num_layers, self._device_cache)

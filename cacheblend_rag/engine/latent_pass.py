@@ -123,7 +123,6 @@ def attend(
     got_X = None if asking_T is None else torch.zeros_like(at_X, dtype=torch.float32)
     softmax = kernel_softmax if q_THD.is_cuda else masked_softmax
     how: dict[str, Any] = {"scale": layer.impl.scale, "dtype": keys_XD.dtype}
-    # as few parts as the memory allows, and of like size
     for rows in _parts(tokens, tokens * len(at_X)):
         at_R = at_T[rows]
         for some in _parts(heads, heads * len(at_R) * len(at_X)):
@@ -142,7 +141,7 @@ def _parts(count: int, logits: int) -> list[slice]:
     """``count`` rows or heads in slices, of which each has at most ``_LOGITS`` of the ``logits`` of
     all, or is one.
     """
-    at_once = -(-count // min(-(-logits // _LOGITS), count))
+    at_once = max(1, count * _LOGITS // logits)
     return [slice(n, min(n + at_once, count)) for n in range(0, count, at_once)]
 
 
@@ -171,9 +170,11 @@ def check(handle: ModelHandle, index: int, view: PagedKV) -> float:
     # two layers, of which the pass stops behind the other
     asked = AskedLayers((index, index + 1), 0)
     step = LatentQuestionPass(handle, lambda _: one, rows, known_N, scores, asked)
-    before = view.k_BSGD[view.table[0]].clone()
+    # a slot of -1 would lie before the first block, or be the last one
+    ends = [int(view.table[0]), -1]
+    before, *_ = kept = view.k_BSGD[ends]
     step.attend(index, layer, q_THD, k_TGD, layout.no_values(k_TGD), out)
-    assert torch.equal(view.k_BSGD[view.table[0]], before), "slots of -1 were written"
+    assert torch.equal(view.k_BSGD[ends], kept), "slots of -1 were written"
     sees = torch.cat([known_N[:end].expand(tokens, -1), positions[:, None] >= positions], 1)
     k, v = layout.of_heads(layer, *_rows(torch.cat([before[:end], k_TGD])))
     want, scored = question_attention(q_THD, k, v, sees, **own_options(layer))

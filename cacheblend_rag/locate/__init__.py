@@ -12,8 +12,8 @@ Hashes propose where a chunk may stand, equal token ids decide. There are two ki
   (``wholes``).
 
 So the work is bounded for every text, and no chunk that stands in the prompt whole can be crowded
-out by others. Most prompts need none of that: their chunks stand apart, whole but for a few tokens at
-the ends, and every anchor is of one of them (``plain``).
+out by others. Most prompts need none of that: their chunks stand apart, whole but for a few tokens
+at the ends, and every anchor is of one of them (``plain``).
 
 Names of arrays end in what they have a value for: U distinct hashes, A anchors and rungs, P places
 in the prompt, D diagonals (one chunk laid on the prompt with one shift), S spans.

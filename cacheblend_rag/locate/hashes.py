@@ -29,23 +29,29 @@ def mix(left: Hashes, right: Hashes) -> Hashes:
     return mixed
 
 
-def hash_levels(ids: Ids, longest: int) -> list[Hashes]:
-    """``levels[k][i]``: hash of the ``16 << k`` tokens from i on, for widths up to ``longest``."""
+def window_hashes(ids: Ids) -> Hashes:
+    """The hash of the ``ANCHOR_WIDTH`` tokens from each token on, while there are as many."""
     hashes = (ids.astype(np.uint64) ^ SECRET) * _MULTIPLIER
     hashes ^= hashes >> np.uint64(32)
-    width, levels = 1, []
+    width = 1
+    while width < ANCHOR_WIDTH:
+        hashes = mix(hashes[:-width], hashes[width:])
+        width *= 2
+    return hashes
+
+
+def hash_levels(windows: Hashes, longest: int) -> list[Hashes]:
+    """``levels[k][i]``: hash of the ``16 << k`` tokens from i on, for widths up to ``longest``.
+
+    Args:
+        windows: ``window_hashes``, the first level.
+    """
+    hashes, width, levels = windows, ANCHOR_WIDTH, []
     while len(hashes) and width <= max(longest, ANCHOR_WIDTH):
-        if width >= ANCHOR_WIDTH:
-            levels.append(hashes)
+        levels.append(hashes)
         hashes = mix(hashes[:-width], hashes[width:])
         width *= 2
     return levels
-
-
-def window_hashes(ids: Ids) -> Hashes:
-    """The hash of the ``ANCHOR_WIDTH`` tokens from each token on, while there are as many."""
-    levels = hash_levels(ids, ANCHOR_WIDTH)
-    return levels[0] if levels else np.empty(0, np.uint64)
 
 
 class Entries(NamedTuple):
@@ -63,7 +69,7 @@ def entries_of(tokens: Ids, starts: Ints, lengths: Ints, first_row: int) -> Entr
         starts, lengths: of each chunk there.
         first_row: the first chunk's row in the index; the others follow.
     """
-    levels = hash_levels(tokens, int(lengths.max()))
+    levels = hash_levels(window_hashes(tokens), int(lengths.max()))
     if not levels:
         no_rows = np.empty(0, np.int32)
         return Entries(np.empty(0, np.uint64), no_rows, no_rows)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from cacheblend_rag.errors import ConfigError
-from cacheblend_rag.locate.arrays import Growing, Ids, as_ids, exclusive_sum
+from cacheblend_rag.locate.arrays import Growing, Hashes, Ids, as_ids, exclusive_sum
 from cacheblend_rag.locate.hashes import (
     ANCHOR_WIDTH,
     Entries,
@@ -134,17 +134,19 @@ class ChunkIndex:
         windows = window_hashes(prompt)
         found = [find(run, windows) for run in view.runs]
         plain = plainly_there(view, prompt, found, min_tokens)
-        return self._searched(view, prompt, found, min_tokens) if plain is None else plain
+        if plain is not None:
+            return plain
+        return self._searched(view, prompt, windows, found, min_tokens)
 
     def _searched(
-        self, view: Snapshot, prompt: Ids, found: list[Found], min_tokens: int
+        self, view: Snapshot, prompt: Ids, windows: Hashes, found: list[Found], min_tokens: int
     ) -> list[Match]:
         """The same for any prompt.
 
         Args:
-            found: what each run has of the prompt's windows.
+            windows: the prompt's; found: what each run has of them.
         """
-        levels = hash_levels(prompt, view.longest)
+        levels = hash_levels(windows, view.longest)
         parts = parts_of_chunks(view, prompt, found)
         wholes = whole_chunks(view, prompt, levels, found, min_tokens)
         spans = best_of_each_stretch(view, joined(parts, wholes), min_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,7 +171,15 @@ def test_the_check_at_start_tells_a_layer_whose_weights_are_others() -> None:
 def test_the_check_at_start_tells_a_backend_that_writes_slots_of_nothing() -> None:
     case = Case()
     case.handle.write = lambda index, k, v, slots: case.handle._rows.index_put_((slots,), k[:, 0])
-    case.view.k_BSGD[-1] = 0  # where -1 is the last slot
-    last = torch.full((1,), len(case.view.k_BSGD) - 1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(AssertionError, match="slots of -1"):
-        check(case.handle, 0, one_block(case)._replace(table=last))
+        check(case.handle, 0, one_block(case))  # where -1 is the last slot
+
+
+@pytest.mark.parametrize(("count", "logits"), [(3, 2.0), (1, 9.0), (8, 0.5), (7, 3.5), (5, 100.0)])
+def test_no_part_has_more_logits_than_it_may(count: int, logits: float) -> None:
+    of_all = int(logits * latent_pass._LOGITS)
+    parts = latent_pass._parts(count, of_all)
+    sizes = [part.stop - part.start for part in parts]
+    assert sum(sizes) == count and parts[0].start == 0
+    assert all(a.stop == b.start for a, b in pairwise(parts))
+    assert all(size == 1 or size * of_all <= count * latent_pass._LOGITS for size in sizes)
