@@ -671,17 +671,19 @@ def test_promised_spans_are_all_spans(all_followed: None, data: st.DataObject) -
 def test_equal_ids_decide_where_hashes_collide(
     rng: random.Random, monkeypatch: pytest.MonkeyPatch, all_followed: None, bits: int
 ) -> None:
-    strong = hashes_module.hash_levels
+    levels, windows = hashes_module.hash_levels, hashes_module.window_hashes
     low_bits = np.uint64((1 << 64 - bits) - 1)
 
-    def weak(ids: Any, longest: int) -> Any:
-        return [hashes & ~low_bits for hashes in strong(ids, longest)]
+    def weak_levels(windows: Any, longest: int) -> Any:
+        return [hashes & ~low_bits for hashes in levels(windows, longest)]
 
     for module in (hashes_module, index_module):  # of chunks, and of prompts
-        monkeypatch.setattr(module, "hash_levels", weak)
+        monkeypatch.setattr(module, "hash_levels", weak_levels)
+        monkeypatch.setattr(module, "window_hashes", lambda ids: windows(ids) & ~low_bits)
     chunks = {str(i): random_ids(rng, rng.randrange(32, 120)) for i in range(12)}
     prompt, _ = random_prompt(rng, chunks)
     matches = index_of(chunks).locate(prompt)
+    assert matches
     assert_sound(matches, chunks, prompt)
 
 
