@@ -122,6 +122,7 @@ class QuestionGraphs:
         self._stream = torch.cuda.Stream(handle.device)  # memory of a pool belongs to a stream
         device, most = handle.device, int(config.model_config.max_model_len)
         self._contexts = sorted({_LEAST_CONTEXT, _power_of_2(most)})  # captured at start
+        self._longest = most  # positions that have an angle
         # A graph reads addresses, not values. So these tensors are never replaced, only written to:
         # the rows, and positions in the table of the model's own rotation.
         rows = torch.tensor([*SPARE, 0], dtype=torch.int64, device=device)
@@ -216,7 +217,8 @@ class QuestionGraphs:
         tokens = self._view(0, zero, zero, 1).k_BSGD.shape[1]
         length = torch.full_like(zero, tokens)
         rows_5T = np.full((5, size), NOWHERE)
-        rows_5T[0], rows_5T[1:4] = np.arange(size) % 32, tokens + np.arange(size)
+        behind = np.minimum(tokens + np.arange(size), self._longest - 1)
+        rows_5T[0], rows_5T[1:4] = np.arange(size) % 32, behind
         rows = PassRows(*upload(rows_5T, self._handle.device))
         plain = torch.zeros(self._groups, tokens, device=self._handle.device)
 

@@ -70,7 +70,7 @@ def test_a_graph_whose_scores_differ_is_told(
     factor: float, is_right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs: Any = QuestionGraphs.__new__(QuestionGraphs)
-    graphs._groups = 2
+    graphs._groups, graphs._longest = 2, 40
     graphs._view = lambda *given: SimpleNamespace(k_BSGD=torch.zeros(1, 16, 2, 4))
     graphs._handle = SimpleNamespace(device=torch.device("cpu"), run=lambda step, *rows: step())
     graphs._ranks = SimpleNamespace(all_or_none=lambda work: work())
