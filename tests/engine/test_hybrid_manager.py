@@ -19,6 +19,7 @@ from blending import (
     QUESTION,
     A,
     C,
+    agree,
     blends_as_the_reference,
     forget_prompts,
 )
@@ -30,11 +31,12 @@ from engines import (
     selected,
     start_in_process,
 )
-from reference import Reference
+from reference import Part, Reference
 from tiny import Words, make
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendResult, CacheBlend, EngineError
+from cacheblend_rag.config import PROPAGATION_LENGTH
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.groups import GroupedBlends
 from cacheblend_rag.engine.outcome import BlendTask
@@ -79,6 +81,7 @@ def nothing_cached(family: Family) -> Iterator[None]:
     """Nothing is answered from an earlier test's blocks, and no test writes the null block."""
     forget_prompts(family.blend)
     layers = blends().handle.layers
+    hold(1e3)
     before = [layer.kv_cache[0].clone() for layer in layers]
     yield
     assert all(torch.equal(layer.kv_cache[0], b) for layer, b in zip(layers, before, strict=True))
@@ -88,6 +91,12 @@ def blends() -> GroupedBlends:
     rows = get_kv_transfer_group().rows  # type: ignore[attr-defined]
     assert isinstance(rows, GroupedBlends)
     return rows
+
+
+def hold(value: float) -> None:
+    """Have all blocks hold KV that is no model's: an engine on a CPU starts with zeros."""
+    for layer in blends().handle.layers:
+        layer.kv_cache[1:].fill_(value)
 
 
 def scheduler(blend: CacheBlend) -> Any:
@@ -112,6 +121,48 @@ def spy(monkeypatch: pytest.MonkeyPatch, note: Callable[[BlendTask], object]) ->
 
 def test_blends_are_those_of_one_group(family: Family) -> None:
     blends_as_the_reference(*family)
+
+
+def agrees(
+    family: Family, parts: list[Part], *, exact: int = 0, least: int = 0, **options: Any
+) -> None:
+    """A blend is what the reference says, which computes the ``exact`` first tokens; its first row
+    is at ``least``, or behind. The parts end on a block, or are exact.
+    """
+    blend, reference = family
+    ids = tuple(t for part in parts for t in part.ids)
+    result = blend.generate((*ids, *QUESTION), **options, **FULL_LOGPROBS)
+    assert result.report.blended, result.report.detail
+    rows = selected(blend, result)
+    assert all(at >= least for at in rows)
+    rows = sorted({*range(exact), *rows})
+    agree(result, reference.blend(parts, QUESTION, rows, 4, PROPAGATION_LENGTH))
+
+
+@pytest.mark.parametrize("options", [{"mode": "reuse"}, {"recompute_ratio": 0.1}], ids=str)
+def test_a_prompt_whose_first_tokens_are_stored(family: Family, options: dict[str, Any]) -> None:
+    parts = [Part(C, True), Part(words(25), False), Part(A, True)]
+    agrees(family, parts, least=0 if "mode" not in options else len(C), **options)
+
+
+@pytest.mark.parametrize("head", [PREFIX, words(59)], ids=["ingest_prefix", "other"])
+def test_behind_a_stored_prompt_prefix(
+    family: Family, monkeypatch: pytest.MonkeyPatch, head: tuple[int, ...]
+) -> None:
+    blend = family.blend
+    parts = [Part(head, False), Part(A, True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(blend, "_prompt_prefix_ids", lambda **_: head)
+        blend._open_space()
+    try:
+        if head == PREFIX:  # all of it is exact
+            size = len(head) + len(A)
+            agrees(family, parts, exact=size, least=size, mode="reuse")
+        else:
+            agrees(family, parts, exact=len(head), least=len(head), mode="reuse")
+            agrees(family, parts, exact=len(head), least=len(head), recompute_ratio=0.1)
+    finally:
+        blend._open_space()
 
 
 def test_what_is_kept_is_the_last_window(
