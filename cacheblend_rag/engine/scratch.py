@@ -183,9 +183,11 @@ class PromptForward:
             behind: the next tile's first position, if there is one.
         """
         self._fill(index, -(-done // self._cache.block_size))
-        moved = self._executor.moved(tile, index, *kv) if self._executor is not None else None
-        if moved is not None and self._executor is not None:
-            self._scratch.write(index, *moved, self._executor.moved_N)
+        if self._executor is not None:
+            # Layers with a window keep no block that would have what earlier tiles have moved.
+            self._executor.go_on(behind is not None)
+            if (moved := self._executor.moved(tile, index, *kv)) is not None:
+                self._scratch.write(index, *moved, self._executor.moved_N)
         self._scratch.write(index, *kv, tile)
         table = self._table(index)
         # What vLLM found is exact. The rows' own KV there is not, where they see what is reused.

@@ -165,6 +165,23 @@ def test_behind_a_stored_prompt_prefix(
         blend._open_space()
 
 
+def test_first_rows_far_behind_a_hit(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the free blocks held before has no part in it."""
+    prompt, results = (*C, *GLUE, *A, *QUESTION), []
+    tasks: list[BlendTask] = []
+    for held in (1e3, -1e3):
+        forget_prompts(blend)
+        hold(held)
+        blend.generate(prompt[: 2 * BLOCK + 1], mode="off", **FULL_LOGPROBS)
+        with monkeypatch.context() as patch:
+            spy(patch, tasks.append)
+            options = {"recompute_ratio": 0.0, "blend_if": "faster", **FULL_LOGPROBS}
+            results.append(blend.generate(prompt, **options))
+    assert [task.found for task in tasks] == [2 * BLOCK] * 2
+    assert all(min(selected(blend, r)) == len(C) > 3 * BLOCK for r in results)
+    same(*results)
+
+
 def test_what_is_kept_is_the_last_window(
     blend: CacheBlend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,14 +224,22 @@ def test_beside_other_requests(
         same(blend.generate(PROMPT, **{**options, "mode": "full"}), together[2])
 
 
-def test_several_forwards_are_as_one(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"recompute_ratio": 0.3, "propagation_length": 0, **FULL_LOGPROBS}
+@pytest.mark.parametrize("propagation_length", [0, PROPAGATION_LENGTH])
+def test_several_forwards_are_as_one(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, propagation_length: int
+) -> None:
+    options = {"recompute_ratio": 0.3, "propagation_length": propagation_length, **FULL_LOGPROBS}
     one = blend.generate(PROMPT, **options)
     rows = selected(blend, one)
     forget_prompts(blend)
-    monkeypatch.setattr(blends(), "_most_rows", 50)  # not those of a block
+    # Not those of a block. What moves is known once all that shows it was computed.
+    monkeypatch.setattr(blends(), "_most_rows", len(rows) if propagation_length else 50)
+    tiles = list[int]()
+    run = blends().handle.run
+    monkeypatch.setattr(blends().handle, "run", lambda *a: (tiles.append(len(a[2])), run(*a))[1])
     several = blend.generate(PROMPT, **options)
     assert len(rows) > 100 and selected(blend, several) == rows
+    assert tiles[-2:] == [len(rows), len(QUESTION) - 1] or not propagation_length
     same(one, several)
 
 
