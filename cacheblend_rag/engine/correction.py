@@ -42,7 +42,7 @@ class Correction:
             1/e.
 
     Attributes:
-        goes_on: some tokens have no blocks in this pass, and are moved in later ones.
+        goes_on: later passes move tokens, too: some have no blocks in this one, or keep none.
     """
 
     def __init__(

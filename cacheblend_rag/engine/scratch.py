@@ -160,7 +160,7 @@ class PromptForward:
         tiles = [tile for tile in positions.split(self._most_rows) if len(tile)]
         for number, tile in enumerate(tiles):
             behind = int(tiles[number + 1][0]) if number + 1 < len(tiles) else None
-            step = _Tile(self, tile, behind)
+            step = _Tile(self, tile, int(tile[0]) if number else 0, behind)
             self._handle.run(step, self._ids_E[tile], tile)
         if not tiles:  # all that is claimed is stored
             for index in range(self._handle.num_layers):
@@ -171,7 +171,7 @@ class PromptForward:
         self,
         index: int,
         tile: torch.Tensor,
-        first: int,
+        done: int,
         behind: int | None,
         kv: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
@@ -179,12 +179,15 @@ class PromptForward:
         keeps of it in its blocks.
 
         Args:
-            first: the tile's first position; behind: the next tile's, if there is one.
+            done: tokens that earlier tiles left complete, up to the tile's first position.
+            behind: the next tile's first position, if there is one.
         """
-        self._fill(index, -(-first // self._cache.block_size))
-        moved = self._executor.moved(tile, index, *kv) if self._executor is not None else None
-        if moved is not None and self._executor is not None:
-            self._scratch.write(index, *moved, self._executor.moved_N)
+        self._fill(index, -(-done // self._cache.block_size))
+        if self._executor is not None:
+            # Layers with a window keep no block that would have what earlier tiles have moved.
+            self._executor.go_on(behind is not None)
+            if (moved := self._executor.moved(tile, index, *kv)) is not None:
+                self._scratch.write(index, *moved, self._executor.moved_N)
         self._scratch.write(index, *kv, tile)
         table = self._table(index)
         # What vLLM found is exact. The rows' own KV there is not, where they see what is reused.
@@ -200,7 +203,8 @@ class PromptForward:
 
     def _fill(self, index: int, last: int) -> None:
         """What a layer has without the rows of this tile; blocks below number ``last`` are as
-        earlier tiles left them, the rest of the last of them too.
+        earlier tiles left them, the rest of the last of them too. Blocks that none has written hold
+        other requests' KV.
         """
         scratch, table = self._scratch, self._table(index)
         scratch.clear(self._task.end)
@@ -233,10 +237,12 @@ def _joined(old: _Kept, new: _Kept) -> _Kept:
 class _Tile(Pass):
     """The rows of one forward."""
 
-    def __init__(self, prompt: PromptForward, tile: torch.Tensor, behind: int | None) -> None:
-        self._prompt, self._tile, self._behind = prompt, tile, behind
+    def __init__(
+        self, prompt: PromptForward, tile: torch.Tensor, done: int, behind: int | None
+    ) -> None:
+        self._prompt, self._tile, self._done, self._behind = prompt, tile, done, behind
         scratch, on_host = prompt._scratch, tile.cpu()
-        self._scratch, self._first = scratch, int(on_host[0])
+        self._scratch = scratch
         self.last = scratch.cache.handle.num_layers - 1
         blocks = -(-(int(on_host[-1]) + 1) // scratch.cache.block_size)
         table = scratch.table[:blocks]
@@ -251,7 +257,7 @@ class _Tile(Pass):
         v_TGD: torch.Tensor,
         out_THD: torch.Tensor,
     ) -> None:
-        self._prompt.compute(index, self._tile, self._first, self._behind, (k_TGD, v_TGD))
+        self._prompt.compute(index, self._tile, self._done, self._behind, (k_TGD, v_TGD))
         if index == self.last:
             self.stop()
         self._scratch.attend(index, q_THD, k_TGD, v_TGD, self._metadata[index], out_THD)

@@ -73,7 +73,7 @@ class TorchExecutor(BlendExecutor):
         self._slots = self._cache.slots(table, torch.arange(low, high))
         if self._correction is not None:
             moved = self._correction.moved_N
-            self._correction.goes_on = high < self.region.end
+            self.go_on(high < self.region.end)
             self._moved_slots = self._cache.slots(table, moved[moved < high].cpu())
 
     def place(self, layers: range) -> None:
@@ -121,6 +121,11 @@ class TorchExecutor(BlendExecutor):
         # From the stored KV, not from what an earlier step moved: the sums of all steps so far are
         # in it.
         return self._correction.propagate(index, tile, (k, v), self.layer(index))
+
+    def go_on(self, goes_on: bool) -> None:
+        """Whether later passes ask what was moved, too."""
+        if self._correction is not None:
+            self._correction.goes_on = goes_on
 
     @property
     def moved_N(self) -> torch.Tensor:

@@ -19,6 +19,7 @@ from blending import (
     QUESTION,
     A,
     C,
+    agree,
     blends_as_the_reference,
     forget_prompts,
 )
@@ -30,11 +31,12 @@ from engines import (
     selected,
     start_in_process,
 )
-from reference import Reference
+from reference import Part, Reference
 from tiny import Words, make
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from cacheblend_rag import BlendResult, CacheBlend, EngineError
+from cacheblend_rag.config import PROPAGATION_LENGTH
 from cacheblend_rag.engine import compat
 from cacheblend_rag.engine.groups import GroupedBlends
 from cacheblend_rag.engine.outcome import BlendTask
@@ -79,6 +81,7 @@ def nothing_cached(family: Family) -> Iterator[None]:
     """Nothing is answered from an earlier test's blocks, and no test writes the null block."""
     forget_prompts(family.blend)
     layers = blends().handle.layers
+    hold(1e3)
     before = [layer.kv_cache[0].clone() for layer in layers]
     yield
     assert all(torch.equal(layer.kv_cache[0], b) for layer, b in zip(layers, before, strict=True))
@@ -88,6 +91,12 @@ def blends() -> GroupedBlends:
     rows = get_kv_transfer_group().rows  # type: ignore[attr-defined]
     assert isinstance(rows, GroupedBlends)
     return rows
+
+
+def hold(value: float) -> None:
+    """Have all blocks hold KV that is no model's: an engine on a CPU starts with zeros."""
+    for layer in blends().handle.layers:
+        layer.kv_cache[1:].fill_(value)
 
 
 def scheduler(blend: CacheBlend) -> Any:
@@ -112,6 +121,65 @@ def spy(monkeypatch: pytest.MonkeyPatch, note: Callable[[BlendTask], object]) ->
 
 def test_blends_are_those_of_one_group(family: Family) -> None:
     blends_as_the_reference(*family)
+
+
+def agrees(
+    family: Family, parts: list[Part], *, exact: int = 0, least: int = 0, **options: Any
+) -> None:
+    """A blend is what the reference says, which computes the ``exact`` first tokens; its first row
+    is at ``least``, or behind. The parts end on a block, or are exact.
+    """
+    blend, reference = family
+    ids = tuple(t for part in parts for t in part.ids)
+    result = blend.generate((*ids, *QUESTION), **options, **FULL_LOGPROBS)
+    assert result.report.blended, result.report.detail
+    rows = selected(blend, result)
+    assert all(at >= least for at in rows)
+    rows = sorted({*range(exact), *rows})
+    agree(result, reference.blend(parts, QUESTION, rows, 4, PROPAGATION_LENGTH))
+
+
+@pytest.mark.parametrize("options", [{"mode": "reuse"}, {"recompute_ratio": 0.1}], ids=str)
+def test_a_prompt_whose_first_tokens_are_stored(family: Family, options: dict[str, Any]) -> None:
+    parts = [Part(C, True), Part(words(25), False), Part(A, True)]
+    agrees(family, parts, least=0 if "mode" not in options else len(C), **options)
+
+
+@pytest.mark.parametrize("head", [PREFIX, words(59)], ids=["ingest_prefix", "other"])
+def test_behind_a_stored_prompt_prefix(
+    family: Family, monkeypatch: pytest.MonkeyPatch, head: tuple[int, ...]
+) -> None:
+    blend = family.blend
+    parts = [Part(head, False), Part(A, True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(blend, "_prompt_prefix_ids", lambda **_: head)
+        blend._open_space()
+    try:
+        if head == PREFIX:  # all of it is exact
+            size = len(head) + len(A)
+            agrees(family, parts, exact=size, least=size, mode="reuse")
+        else:
+            agrees(family, parts, exact=len(head), least=len(head), mode="reuse")
+            agrees(family, parts, exact=len(head), least=len(head), recompute_ratio=0.1)
+    finally:
+        blend._open_space()
+
+
+def test_first_rows_far_behind_a_hit(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the free blocks held before has no part in it."""
+    prompt, results = (*C, *GLUE, *A, *QUESTION), []
+    tasks: list[BlendTask] = []
+    for held in (1e3, -1e3):
+        forget_prompts(blend)
+        hold(held)
+        blend.generate(prompt[: 2 * BLOCK + 1], mode="off", **FULL_LOGPROBS)
+        with monkeypatch.context() as patch:
+            spy(patch, tasks.append)
+            options = {"recompute_ratio": 0.0, "blend_if": "faster", **FULL_LOGPROBS}
+            results.append(blend.generate(prompt, **options))
+    assert [task.found for task in tasks] == [2 * BLOCK] * 2
+    assert all(min(selected(blend, r)) == len(C) > 3 * BLOCK for r in results)
+    same(*results)
 
 
 def test_what_is_kept_is_the_last_window(
@@ -156,14 +224,22 @@ def test_beside_other_requests(
         same(blend.generate(PROMPT, **{**options, "mode": "full"}), together[2])
 
 
-def test_several_forwards_are_as_one(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"recompute_ratio": 0.3, "propagation_length": 0, **FULL_LOGPROBS}
+@pytest.mark.parametrize("propagation_length", [0, PROPAGATION_LENGTH])
+def test_several_forwards_are_as_one(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch, propagation_length: int
+) -> None:
+    options = {"recompute_ratio": 0.3, "propagation_length": propagation_length, **FULL_LOGPROBS}
     one = blend.generate(PROMPT, **options)
     rows = selected(blend, one)
     forget_prompts(blend)
-    monkeypatch.setattr(blends(), "_most_rows", 50)  # not those of a block
+    # Not those of a block. What moves is known once all that shows it was computed.
+    monkeypatch.setattr(blends(), "_most_rows", len(rows) if propagation_length else 50)
+    tiles = list[int]()
+    run = blends().handle.run
+    monkeypatch.setattr(blends().handle, "run", lambda *a: (tiles.append(len(a[2])), run(*a))[1])
     several = blend.generate(PROMPT, **options)
     assert len(rows) > 100 and selected(blend, several) == rows
+    assert tiles[-2:] == [len(rows), len(QUESTION) - 1] or not propagation_length
     same(one, several)
 
 
