@@ -407,6 +407,7 @@ def test_a_failed_blend_is_computed_exactly(
         monkeypatch.setattr(PromptForward, "compute", broken)
     result = blend.generate(LATER, recompute_ratio=0.3, **FULL_LOGPROBS)
     assert result.report.reason is Reason.BLEND_FAILED
+    assert f"after {len(SYSTEM)} cached tokens: " in result.report.detail
     assert "broken on purpose" in result.report.detail
     same(plain, result)
 
