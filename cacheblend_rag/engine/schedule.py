@@ -254,7 +254,12 @@ class Claims:
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
         self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
         self._ahead = Ahead(link)
-        self._room = Room(most_rows(vllm_config, is_cpu=compat.is_cpu()))
+        self._room = Room(
+            # Computed before a step, whose tokens vLLM does not count with these.
+            int(vllm_config.scheduler_config.max_num_batched_tokens)
+            if self.by_group
+            else most_rows(vllm_config, is_cpu=compat.is_cpu())
+        )
         self._watching = Watching(link)
         # Plain requests too: a blend may be given blocks that one of them is still writing.
         self._live: dict[str, Any] = {}  # all requests that did not end, planned or not

@@ -656,3 +656,21 @@ def test_where_there_are_groups_no_more_is_computed_than_behind_the_hit(grouped:
     whole = request(replace(PLAN, ratio=1.0), "whole")
     grouped.begin(whole)
     assert grouped.there(whole, 0) == len(IDS) - 1
+
+
+def test_where_there_are_groups_a_step_takes_few_blends(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other answers wait for them, on a CPU too."""
+    monkeypatch.setattr(schedule.compat, "is_cpu", lambda: True)
+    most = {}
+    for count in (1, 2):
+        config = SimpleNamespace(
+            cache_config=SimpleNamespace(block_size=BLOCK),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+            kv_transfer_config=SimpleNamespace(engine_id="this"),
+        )
+        most[count] = Claims(config, SimpleNamespace(kv_cache_groups=[None] * count))._room
+        most[count].take("a", 40)
+    assert most[1].has(1 << 20)
+    assert most[2].has(24) and not most[2].has(25)
