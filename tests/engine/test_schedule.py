@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from cacheblend_rag.engine import schedule
+from cacheblend_rag.engine.connector import BlendMetadata, CacheBlendHybridConnector
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.room import Room, most_rows
 from cacheblend_rag.engine.schedule import Claims
 from cacheblend_rag.engine.start import graph_sizes
 from cacheblend_rag.engine.weights import CHANGED
+from cacheblend_rag.engine.worker_state import StepTimer, WorkerState
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan, Segment
 from cacheblend_rag.planner import Limits, Planned
 from cacheblend_rag.reason import Reason
@@ -674,3 +676,22 @@ def test_where_there_are_groups_a_step_takes_few_blends(
         most[count].take("a", 40)
     assert most[1].has(1 << 20)
     assert most[2].has(24) and not most[2].has(25)
+
+
+def test_only_who_was_held_back_is_told_to_be_loaded(claims: Claims) -> None:
+    """By a worker that does not know its model: it has loaded nothing."""
+    worker: Any = object.__new__(CacheBlendHybridConnector)
+    worker.step_timer, worker.worker_state, worker.rows = StepTimer(), WorkerState(), None
+    worker._runner, worker._lost, worker._held_back = None, {}, set()
+    worker._block_size = BLOCK
+    one = request()
+    for grouped in (False, True):
+        claims.by_group = grouped
+        claims.begin(one)
+        there = claims.there(one, 0) or 0
+        claims.allocated(one, TABLES if grouped else TABLES[1:], there)
+        worker.bind_connector_metadata(BlendMetadata(step(claims, new={}, rows={})))
+        held_back = {"r"} if grouped else set()
+        assert worker._loaded() == (held_back, held_back)
+        assert worker._loaded() == (set(), set()), "once"
+        assert worker._lost.pop("r") == (set() if grouped else set(TABLES[1]))
