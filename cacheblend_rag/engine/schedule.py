@@ -367,7 +367,8 @@ class Claims:
             if _waits(tracked, claim.work, hit, self._live.values(), self._ahead, self._room):
                 return None
         except RefusedError as refusal:
-            tracked.refuse(hit, refusal.why)
+            if not tracked.begun:  # else its answer is a blend's, of which vLLM found most
+                tracked.refuse(hit, refusal.why)
             return self._not_blended(tracked)
         tracked.claim = claim
         # vLLM enters blocks into its cache when it allocates them, before a row is written. Under

@@ -678,6 +678,21 @@ def test_where_there_are_groups_a_step_takes_few_blends(
     assert most[2].has(24) and not most[2].has(25)
 
 
+def test_where_there_are_groups_a_begun_blend_that_is_not_worth_it_stays_one(
+    grouped: Claims,
+) -> None:
+    """It was preempted, and vLLM finds most of it."""
+    one = request()
+    grouped.begin(one)
+    grouped.allocated(one, TABLES, grouped.there(one, 0) or 0)
+    step(grouped, new={}, rows={})
+    grouped.results({"r": {"number": 1, "recomputed": [3]}}, {})
+    assert grouped.there(one, 96) == 0
+    report = grouped.finished(one)
+    assert report is not None and "reason" not in report[PARAMS_KEY]
+    assert report[PARAMS_KEY]["recomputed"] == [3]
+
+
 def test_only_who_was_held_back_is_told_to_be_loaded(claims: Claims) -> None:
     """By a worker that does not know its model: it has loaded nothing."""
     worker: Any = object.__new__(CacheBlendHybridConnector)
