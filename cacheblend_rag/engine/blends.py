@@ -120,6 +120,7 @@ class Blends(ABC):
 
 def why_failed(task: BlendTask, error: Exception) -> Why:
     """Why a request is computed exactly whose blend has met an error."""
-    behind = f" after {task.write_from} cached tokens" if task.write_from else ""
+    cached = max(task.write_from, task.found)  # one of them is 0
+    behind = f" after {cached} cached tokens" if cached else ""
     detail = f"blending failed, computed exactly{behind}: {type(error).__name__}: {error}"
     return Why(Reason.BLEND_FAILED, detail)

@@ -106,6 +106,7 @@ class CacheBlendConnector(KVConnectorBase_V1):
         self.closing: Callable[[], None] | None = None  # closes the worker's store
         self._done: list[Finished] = []  # not yet reported
         self._lost: dict[str, set[int]] = {}  # requests and their blocks, not yet reported
+        self._held_back = set[str]()  # requests of which nothing could be loaded, not yet reported
         self._block_size = int(vllm_config.cache_config.block_size)
         given = vllm_config.kv_transfer_config
         self.link = Link.of(str(given.engine_id))
@@ -238,6 +239,8 @@ class CacheBlendConnector(KVConnectorBase_V1):
             # The scheduler has claimed tokens for it: blocks that nobody writes must not be read.
             for name, task in step.tasks.items():  # a worker that does not know its model
                 self._lost[name] = set(task.own_blocks(self._block_size))
+                if task.tables:  # vLLM waits for word of these, and refuses it of others
+                    self._held_back.add(name)
 
     def _check_weights(self, number: int) -> None:
         weights = self.worker_state.weights
@@ -391,6 +394,6 @@ class CacheBlendHybridConnector(CacheBlendConnector, SupportsHMA):
 
     def _loaded(self) -> tuple[set[str], set[str]]:
         # A worker that does not know its model has loaded nothing.
-        unknown = {name for name in self._lost if self.rows is None}
+        unknown, self._held_back = self._held_back, set()
         loaded, failed = self.rows.loaded() if self.rows is not None else (set(), set())
         return loaded | unknown, failed | unknown

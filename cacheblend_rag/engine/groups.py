@@ -30,6 +30,7 @@ from cacheblend_rag.engine.torch_executor import TorchExecutor
 from cacheblend_rag.errors import EngineError
 from cacheblend_rag.model_check import tolerance
 from cacheblend_rag.reason import Reason, RefusedError, Why
+from cacheblend_rag.undo import logging_failures
 
 logger = init_logger("vllm.cacheblend_rag")
 
@@ -172,9 +173,19 @@ class GroupedBlends(Blends):
         cause = f"{type(error).__name__}: {error}{because}"
         logger.error("%s can't be computed: %s", task.request_id, cause, exc_info=error)
         self._remember(task.name, cause)
+        # Others are given these blocks, and attention multiplies what lies behind a sequence's end
+        # by zero: zero times NaN is NaN.
+        with logging_failures(logger, "the blocks of %s can't be cleared", task.request_id):
+            self._clear(task)
         if not compat.tells_failed_loads():
             raise EngineError(
                 f"{task.request_id} can't be computed: {cause}. This vLLM can't end one request "
                 "for that where there are several KV cache groups, so the engine ends"
             ) from error
         self._failed.add(task.request_id)
+
+    def _clear(self, task: BlendTask) -> None:
+        cache = self._scratch.cache
+        tables = [torch.tensor(table) for table in task.tables]
+        for index, group in enumerate(cache.groups):
+            self._scratch.drop(index, tables[group], task.found // cache.block_size)

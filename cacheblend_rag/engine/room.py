@@ -52,8 +52,14 @@ class Room:
         self._rows.pop(name, None)
 
 
-def most_rows(vllm_config: Any, *, is_cpu: bool) -> int | None:
-    """``Room``'s ``most`` of an engine. On a CPU nothing runs beside the host's own work."""
+def most_rows(vllm_config: Any, *, is_cpu: bool, by_group: bool = False) -> int | None:
+    """``Room``'s ``most`` of an engine. On a CPU nothing runs beside the host's own work.
+
+    Args:
+        by_group: blends are computed before a step, whose tokens vLLM does not count with these.
+    """
+    if by_group:
+        return int(vllm_config.scheduler_config.max_num_batched_tokens)
     if is_cpu:
         return None
     sizes: Sequence[int] = vllm_config.compilation_config.cudagraph_capture_sizes or ()

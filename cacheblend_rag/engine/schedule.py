@@ -208,6 +208,8 @@ class _Tracked:
 
     def refuse(self, hit: int, why_not: Why) -> None:
         """It is not worth a blend, ``hit`` tokens of which are in the cache."""
+        if self.begun:  # its answer is a blend's, of which vLLM found most
+            return
         if self._is_approximate(hit):
             detail = f"{why_not.detail}; it begins with {hit} tokens of an earlier blend"
             why_not = Why(why_not.reason, detail)
@@ -254,7 +256,7 @@ class Claims:
         self._tasks: dict[str, BlendTask] = {}  # for the step being built
         self._plain: dict[str, dict[str, Any]] = {}  # reports of what is not blended
         self._ahead = Ahead(link)
-        self._room = Room(most_rows(vllm_config, is_cpu=compat.is_cpu()))
+        self._room = Room(most_rows(vllm_config, is_cpu=compat.is_cpu(), by_group=self.by_group))
         self._watching = Watching(link)
         # Plain requests too: a blend may be given blocks that one of them is still writing.
         self._live: dict[str, Any] = {}  # all requests that did not end, planned or not

@@ -98,6 +98,12 @@ class Scratch:
             here, there = self._at(kept, table, real.device)
             real.index_copy_(self._dim, there, self._kv.index_select(self._dim, here))
 
+    def drop(self, index: int, table: torch.Tensor, first: int) -> None:
+        """Zeros in the blocks of a prompt from number ``first`` on that vLLM keeps for a layer."""
+        if len(kept := _kept(table, first, len(table))):
+            real = self.cache.handle.layers[index].kv_cache
+            real.index_fill_(self._dim, upload(table[kept], real.device), 0)
+
     def _at(self, kept: torch.Tensor, table: torch.Tensor, device: torch.device) -> Any:
         return upload(self.table[kept], device), upload(table[kept], device)
 

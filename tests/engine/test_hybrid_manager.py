@@ -253,6 +253,16 @@ def shared(task: BlendTask) -> list[torch.Tensor]:
     ]
 
 
+def own(task: BlendTask) -> list[torch.Tensor]:
+    """What each layer's blocks hold that are a request's own."""
+    cache = blends()._scratch.cache
+    numbers = [list(task.tables[group][task.found // BLOCK :]) for group in cache.groups]
+    return [
+        layer.kv_cache[[n for n in some if n]]
+        for layer, some in zip(cache.handle.layers, numbers, strict=True)
+    ]
+
+
 def test_behind_a_hit(blend: CacheBlend, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"recompute_ratio": 0.3, **FULL_LOGPROBS}
     alone = blend.generate(LATER, **options)
@@ -397,6 +407,7 @@ def test_a_failed_blend_is_computed_exactly(
         monkeypatch.setattr(PromptForward, "compute", broken)
     result = blend.generate(LATER, recompute_ratio=0.3, **FULL_LOGPROBS)
     assert result.report.reason is Reason.BLEND_FAILED
+    assert f"after {len(SYSTEM)} cached tokens: " in result.report.detail
     assert "broken on purpose" in result.report.detail
     same(plain, result)
 
@@ -411,6 +422,7 @@ def test_what_cannot_be_computed_ends_alone(
         patch.setattr(Scratch, "write", failing)
         with pytest.raises(EngineError, match=r"broken on purpose.*before that"):
             blend.generate(PROMPT, recompute_ratio=0.3, **FULL_LOGPROBS)
+        assert not any(map(torch.count_nonzero, own(tasks[0]))), "whatever was left there"
         # an older vLLM can't end a single request
         patch.setattr(compat, "tells_failed_loads", lambda: False)
         with pytest.raises(EngineError, match="so the engine ends"):

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from cacheblend_rag.engine import schedule
+from cacheblend_rag.engine.connector import BlendMetadata, CacheBlendHybridConnector
 from cacheblend_rag.engine.link import Link
 from cacheblend_rag.engine.room import Room, most_rows
 from cacheblend_rag.engine.schedule import Claims
 from cacheblend_rag.engine.start import graph_sizes
 from cacheblend_rag.engine.weights import CHANGED
+from cacheblend_rag.engine.worker_state import StepTimer, WorkerState
 from cacheblend_rag.plan import PARAMS_KEY, Kind, NoPlan, Plan, Segment
 from cacheblend_rag.planner import Limits, Planned
 from cacheblend_rag.reason import Reason
@@ -656,3 +658,55 @@ def test_where_there_are_groups_no_more_is_computed_than_behind_the_hit(grouped:
     whole = request(replace(PLAN, ratio=1.0), "whole")
     grouped.begin(whole)
     assert grouped.there(whole, 0) == len(IDS) - 1
+
+
+def test_where_there_are_groups_a_step_takes_few_blends(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other answers wait for them, on a CPU too."""
+    monkeypatch.setattr(schedule.compat, "is_cpu", lambda: True)
+    most = {}
+    for count in (1, 2):
+        config = SimpleNamespace(
+            cache_config=SimpleNamespace(block_size=BLOCK),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+            kv_transfer_config=SimpleNamespace(engine_id="this"),
+        )
+        most[count] = Claims(config, SimpleNamespace(kv_cache_groups=[None] * count))._room
+        most[count].take("a", 40)
+    assert most[1].has(1 << 20)
+    assert most[2].has(24) and not most[2].has(25)
+
+
+def test_where_there_are_groups_a_begun_blend_that_is_not_worth_it_stays_one(
+    grouped: Claims,
+) -> None:
+    """It was preempted, and vLLM finds most of it."""
+    one = request()
+    grouped.begin(one)
+    grouped.allocated(one, TABLES, grouped.there(one, 0) or 0)
+    step(grouped, new={}, rows={})
+    grouped.results({"r": {"number": 1, "recomputed": [3]}}, {})
+    assert grouped.there(one, 96) == 0
+    report = grouped.finished(one)
+    assert report is not None and "reason" not in report[PARAMS_KEY]
+    assert report[PARAMS_KEY]["recomputed"] == [3]
+
+
+def test_only_who_was_held_back_is_told_to_be_loaded(claims: Claims) -> None:
+    """By a worker that does not know its model: it has loaded nothing."""
+    worker: Any = object.__new__(CacheBlendHybridConnector)
+    worker.step_timer, worker.worker_state, worker.rows = StepTimer(), WorkerState(), None
+    worker._runner, worker._lost, worker._held_back = None, {}, set()
+    worker._block_size = BLOCK
+    one = request()
+    for grouped in (False, True):
+        claims.by_group = grouped
+        claims.begin(one)
+        there = claims.there(one, 0) or 0
+        claims.allocated(one, TABLES if grouped else TABLES[1:], there)
+        worker.bind_connector_metadata(BlendMetadata(step(claims, new={}, rows={})))
+        held_back = {"r"} if grouped else set()
+        assert worker._loaded() == (held_back, held_back)
+        assert worker._loaded() == (set(), set()), "once"
+        assert worker._lost.pop("r") == (set() if grouped else set(TABLES[1]))
