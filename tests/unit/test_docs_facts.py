@@ -159,5 +159,7 @@ def test_quality_is_the_same_on_both_pages() -> None:
         f1, difference, _, changed, kl = large[of_large]
         assert table[name][1:4] == [f"{f1} ({difference})", changed, kl]
         assert table[name][5] == of_several[name]
-        assert float(table[name][4]) == pytest.approx(float(small[of_small]), abs=0.0005)
+        assert float(table[name][4]) == pytest.approx(
+            float(small[of_small]), abs=0.00051
+        )  # rounded
     assert f"(full prefill {large['full prefill'][0]})" in README
