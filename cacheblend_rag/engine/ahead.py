@@ -36,6 +36,7 @@ class Ahead:
         self._fetching: dict[str, Event] = {}  # set when all is there that will be
         self._readers = Readers(_AT_ONCE)
         self._announced = False  # a blend of the step being built
+        self._staged: str | None = None  # the request whose KV was told to come last
         # What is fetched is beside the store's own memory, which has a bound. This is its bound.
         self._held: set[str] = set()  # requests of which something is fetched, and nothing begun
         self._slow: set[str] = set()  # requests that wait for others to be fetched
@@ -48,7 +49,7 @@ class Ahead:
             RefusedError: it is not worth it.
         """
         blender = self._blender
-        if blender is None:
+        if blender is None or request_id == self._staged:
             return False
         if self.is_fetching(request_id):
             return True
@@ -69,6 +70,13 @@ class Ahead:
             return True
         self._announce(blender, request_id, plan)
         return False
+
+    def expect(self, request_id: str, plan: Plan) -> None:
+        """A blend comes with the next step, and nothing runs beside it: what is in memory is on its
+        way from now on.
+        """
+        if (blender := self._blender) is not None and blender.is_fast(plan):
+            self._announce(blender, request_id, plan)
 
     def is_fetching(self, request_id: str) -> bool:
         """Whether its chunks are on their way, or wait for those of others."""
@@ -115,6 +123,7 @@ class Ahead:
     def begin(self, task: BlendTask) -> None:
         """A blend got its blocks: it begins while the rest of its step is prepared."""
         self._let_go(task.request_id)
+        self._staged = None  # it is this one's, or given up
         if (rows := self._link.rows) is not None:
             rows.begin_ahead(task)
 
@@ -124,6 +133,9 @@ class Ahead:
         self._let_go(request_id)
         if (blender := self._blender) is not None:
             blender.forget(request_id)
+            if request_id == self._staged:
+                blender.unstage()
+                self._staged = None
 
     @property
     def _blender(self) -> Blender | None:
@@ -146,7 +158,7 @@ class Ahead:
         # One transfer is expected at a time. That of a second blend would push out the first one's.
         if self._announced:
             return
-        self._announced = True
+        self._announced, self._staged = True, request_id
         # It comes later then; what is wrong shows where the worker reports it.
         with logging_failures(logger, "the KV of %s was not brought ahead", request_id):
             blender.stage(request_id, plan)

@@ -114,6 +114,10 @@ class Blender:
             chunks = {key: chunk for key, chunk in found.chunks.items() if chunk}
             self._executors.stage(chunks, self._deciding_layers(plan))
 
+    def unstage(self) -> None:
+        """The blend that was expected next does not come."""
+        self._executors.unstage()
+
     def _deciding_layers(self, plan: Plan) -> range:
         """The layers whose KV decides which tokens are computed. Where none does, the lower half:
         what comes behind it is in time later.

@@ -36,6 +36,9 @@ class ExecutorFactory:
         the layers ``first``, and no more before the executor asks for it.
         """
 
+    def unstage(self) -> None:
+        """What was begun so is in vain."""
+
     def costs(self) -> dict[str, float]:
         """Measured seconds, see ``cacheblend_rag.costs.Costs``; empty where none were measured."""
         if self._handle.device.type == "cpu" or not self._handle.ranks.alone:

@@ -9,6 +9,7 @@ patched, and every decoder-only model works without a line of its own.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -277,7 +278,7 @@ class ModelHandle:
         """Number of attention layers."""
         return len(self.layers)
 
-    @property
+    @functools.cached_property  # each blend asks several times
     def sees_all(self) -> list[bool]:
         """Of each layer, whether it sees all of any prompt, and not only a window."""
         longest = int(self.config.model_config.max_model_len)

@@ -19,19 +19,26 @@ from typing import Any, NamedTuple
 _MOST_HASHES = 1 << 20  # kept, exact and blended: 32 bytes each
 
 
-def private(hashes: Sequence[bytes], first: int, tag: str) -> list[bytes]:
-    """``hashes`` whose blocks from number ``first`` on are found by nobody who lacks ``tag``."""
-    end = tag.encode()
+def private(hashes: Sequence[bytes], first: int, tag: str, end: int | None = None) -> list[bytes]:
+    """``hashes`` whose blocks from number ``first`` on, up to ``end``, are found by nobody who
+    lacks ``tag``.
+    """
+    tail = tag.encode()
     # Every hash is changed, not only the first one: vLLM compares each by itself, and hashes what
     # is generated behind the last of them.
-    return [*hashes[:first], *(hashlib.sha256(h + end).digest() for h in hashes[first:])]
+    hidden = (hashlib.sha256(h + tail).digest() for h in hashes[first:end])
+    return [*hashes[:first], *hidden, *(hashes[end:] if end is not None else ())]
 
 
-def hide(request: Any, first: int, tag: str) -> None:
+def hide(request: Any, first: int, tag: str, end: int | None = None) -> None:
     """Give a request's blocks from number ``first`` on hashes that nobody has who lacks ``tag``:
     those that are full, and the one that is filled next.
+
+    ``end``: of the blocks that need it; those from there on are hidden already.
     """
-    request.block_hashes = private(request.block_hashes, first, tag)
+    request.block_hashes = private(request.block_hashes, first, tag, end)
+    if end is not None:
+        return
     hasher = getattr(request, "_block_hasher", None)
     if first < len(request.block_hashes) or hasher is None:
         return  # what comes is named after the last of them
@@ -114,6 +121,12 @@ def plain(request: Any, of_prompt: Sequence[bytes]) -> list[bytes]:
         return list(request.block_hashes)
     finally:
         request.block_hashes, request._block_hasher = blended, hasher
+
+
+def is_cached(pool: Any, hashes: Sequence[bytes], number: int) -> bool:
+    """Whether vLLM has block ``number``; not where its ``pool`` is not known."""
+    there = number < len(hashes) and pool is not None
+    return there and bool(pool.get_cached_block(hashes[number], [0]))
 
 
 def cached(pool: Any, hashes: Sequence[bytes]) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cacheblend_kernels.angles import rotation_deltas
 from cacheblend_kernels.paged import PagedKV, Propagation
 from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
 from cacheblend_rag.engine import compat, layout
@@ -219,7 +220,7 @@ class KernelExecutor(BlendExecutor):
         positions_N, old_N, chunk_N, row_N = rows_4N
         return _OnDevice(
             positions_N,
-            self.rope.delta(old_N, positions_N),
+            RotationDelta(*rotation_deltas(*self.rope.tables, old_N, positions_N)),
             Sources(addresses[:-1], addresses[-1], chunk_N.int(), row_N.int()),
             table,
             ends_2,
@@ -409,6 +410,9 @@ class KernelExecutorFactory(ExecutorFactory):
     def stage(self, sources: Mapping[str, ChunkKV], first: range) -> None:
         with torch.inference_mode():  # as everything that writes the same memory
             self._staging.stage(sources, first)
+
+    def unstage(self) -> None:
+        self._staging.unstage()
 
     def costs(self) -> dict[str, float]:
         if not self._handle.ranks.alone:

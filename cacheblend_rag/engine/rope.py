@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cacheblend_kernels import rerotate
+from cacheblend_kernels import rerotate, rotation_deltas
 from cacheblend_rag.engine.forward import UnsupportedModelError
 from cacheblend_rag.reason import Reason
 
@@ -60,6 +60,16 @@ class Table(NamedTuple):
         )
 
 
+class RotationTables(NamedTuple):
+    """All tables that layers use, float32: cosines and sines [T, X, P], and one over the square of
+    what each table scales them by [T, P].
+    """
+
+    cos_TXP: torch.Tensor
+    sin_TXP: torch.Tensor
+    inverse_m2_TP: torch.Tensor
+
+
 class RotationDelta(NamedTuple):
     """Cosine and sine, float32 [T, N, P], of the further angle of N tokens by each table. Where a
     table rotates fewer pairs than another, those behind them mean nothing.
@@ -76,6 +86,9 @@ class Rerotator:
     Args:
         tables: those that layers use. The kernels take those of one layout.
         of_layer: number of the table of each layer.
+
+    Attributes:
+        tables: on the device.
     """
 
     def __init__(
@@ -88,8 +101,8 @@ class Rerotator:
         cos = torch.stack([table.cos_XP for table in both]).to(device)
         sin = torch.stack([table.sin_XP for table in both]).to(device)
         # YaRN and its kin scale the table by m; position 0 shows it, and a turn must not scale.
-        self._inverse_m2 = 1.0 / (cos[:, :1] ** 2 + sin[:, :1] ** 2)
-        self._cos_TXP, self._sin_TXP = cos, sin
+        inverse_m2 = 1.0 / (cos[:, 0] ** 2 + sin[:, 0] ** 2)
+        self.tables = RotationTables(cos, sin, inverse_m2)
         self._of_layer, self.num_tables = tuple(of_layer), len(tables)
         self._layers_T = [
             [layer for layer, t in enumerate(of_layer) if t == table]
@@ -120,7 +133,7 @@ class Rerotator:
     @property
     def positions(self) -> int:
         """Positions the tables cover."""
-        return self._cos_TXP.shape[1]
+        return self.tables.cos_TXP.shape[1]
 
     def check_reaches(self, max_model_len: int) -> None:
         """Raise UnsupportedModelError where an engine takes longer prompts than the tables have
@@ -143,7 +156,8 @@ class Rerotator:
         rows = [p for p in (0, 1, 8, 64, 512) if p < self.positions]
         layouts = self._layout_T[:1] if self.has_one_layout else self._layout_T
         found = [[int(neox), *([first] if first else [])] for _, neox, first in layouts]
-        for cos, sin, (pairs, *_) in zip(self._cos_TXP, self._sin_TXP, self._layout_T, strict=True):
+        both = self.tables.cos_TXP, self.tables.sin_TXP
+        for cos, sin, (pairs, *_) in zip(*both, self._layout_T, strict=True):
             some = torch.cat([cos[rows, :pairs], sin[rows, :pairs]], dim=1).cpu()
             found += (some * 64).round().int().tolist()
         return [*found, list(self._of_layer)] if self.num_tables > 1 else found
@@ -163,21 +177,12 @@ class Rerotator:
     @functools.cached_property
     def from_start(self) -> RotationDelta:
         """The turns from position 0 to every position of the tables."""
-        everywhere = torch.arange(self.positions, device=self._cos_TXP.device)
+        everywhere = torch.arange(self.positions, device=self.tables.cos_TXP.device)
         return self.delta(torch.zeros_like(everywhere), everywhere)
 
     def delta(self, old_N: torch.Tensor, new_N: torch.Tensor) -> RotationDelta:
         """The turns from positions ``old_N`` to ``new_N`` (int64); none at all where they agree."""
-        cos_old, sin_old = self._cos_TXP[:, old_N], self._sin_TXP[:, old_N]
-        cos_new, sin_new = self._cos_TXP[:, new_N], self._sin_TXP[:, new_N]
-        # From the tables by the angle-sum formulas, not from angles: whatever scaling made a table
-        # is in it.
-        cos = (cos_new * cos_old + sin_new * sin_old) * self._inverse_m2
-        sin = (sin_new * cos_old - cos_new * sin_old) * self._inverse_m2
-        # Rounding would make these almost 1 and 0. A chunk that does not move keeps its bits, and
-        # is exact.
-        stay = (old_N == new_N)[:, None]
-        return RotationDelta(cos.masked_fill_(stay, 1.0), sin.masked_fill_(stay, 0.0))
+        return RotationDelta(*rotation_deltas(*self.tables, old_N, new_N))
 
     def apply(self, k: torch.Tensor, delta: RotationDelta, layers: int | slice) -> torch.Tensor:
         """Keys [N, G, D] of one layer, or [K, N, G, D] of several, turned by ``delta``; a new

@@ -8,9 +8,10 @@ Shape legend: T rows of the step.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -154,8 +155,7 @@ class _V2(StepTensors):
             "decode_query_len": self._runner.decode_query_len,
         }
         # Its arguments differ by version. One that is not known raises here, and is not guessed.
-        wanted = inspect.signature(sort_batch_req_ids).parameters
-        return list(sort_batch_req_ids(*(known[name] for name in wanted)))
+        return list(sort_batch_req_ids(*(known[name] for name in _arguments(sort_batch_req_ids))))
 
     def table(self, count: int) -> torch.Tensor:
         table: torch.Tensor = self._runner.block_tables.input_block_tables[0][:count]
@@ -188,6 +188,11 @@ class _V2(StepTensors):
         if self._runner.supports_mm_inputs:
             embeds = self._runner.model_state.encoder_runner.inputs_embeds
             embeds[place] = self._embeddings(ids)
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 def step_tensors(runner: Any, handle: ModelHandle) -> StepTensors:

@@ -24,6 +24,7 @@ from cacheblend_rag.engine.hashes import (
     Prefix,
     cached,
     hide,
+    is_cached,
     tokens_per_hash,
 )
 from cacheblend_rag.engine.link import Link
@@ -118,6 +119,7 @@ class _Tracked:
     seconds: Mapping[str, float] = field(default_factory=dict)
     exact: Sequence[bytes] = ()
     per_hash: int = 1
+    hidden_from: int | None = None  # the first block that nobody else finds, before it begins
     space: str = ""
     shared: int = 0
     claim: _Claim | None = None
@@ -311,24 +313,21 @@ class Claims:
             return
         tracked.plan, request = plan, tracked.request
         # A prompt shorter than a block, or no prefix caching: there is nothing to look up.
-        if not request.block_hashes:
-            return
-        exact = tracked.exact = list(request.block_hashes)
-        per = tracked.per_hash = self._per_hash(request)
-        # The blocks of an earlier blend with this beginning are as good as those of a new one, and
-        # vLLM finds them by itself.
-        known = self._prefixes.find(exact, request.prompt_token_ids, plan.settings, per)
-        if known is not None and plan.blend_if == "faster":
-            pool = self.refinements.pool
-            if 0 < cached(pool, exact) >= cached(pool, known):
-                known = None  # as much is there that is exact
+        if request.block_hashes:
+            tracked.exact, tracked.per_hash = list(request.block_hashes), self._per_hash(request)
+        pool = self.refinements.pool
+        known = _blended_before(tracked, plan, self._prefixes, pool)
         if known is not None:
             request.block_hashes = known
-        elif plan.blend_if == "always":  # exact KV is no reason not to
+        hides = known is None and plan.blend_if == "always"  # exact KV is no reason not to
+        is_there = not hides and _is_cached(tracked, plan, pool)
+        if self._live.keys() == {request.request_id} and not is_there:
+            self._ahead.expect(request.request_id, plan)  # it begins with the next step
+        if hides and tracked.exact:
             # What comes before the first approximate token is exact, so plain requests may share
             # those blocks.
-            first = _first_approximate(plan) // per
-            hide(request, first, uuid.uuid4().hex)
+            tracked.hidden_from = _first_approximate(plan) // tracked.per_hash
+            hide(request, tracked.hidden_from, uuid.uuid4().hex)
 
     def _per_hash(self, request: Any) -> int:
         return tokens_per_hash(request, self._hash_block_size, self._block_size)
@@ -369,7 +368,10 @@ class Claims:
         tracked.claim = claim
         # vLLM enters blocks into its cache when it allocates them, before a row is written. Under
         # these hashes only this request finds them.
-        hide(request, hit // tracked.per_hash, uuid.uuid4().hex)
+        first, end = hit // tracked.per_hash, None if tracked.begun else tracked.hidden_from
+        if end is None or first < end:
+            hide(request, first, uuid.uuid4().hex, end)
+            tracked.hidden_from = first
         return tracked.claim.there
 
     def _not_blended(self, tracked: _Tracked) -> int:
@@ -607,6 +609,28 @@ def _task(tracked: _Tracked, claim: _Claim, tables: Sequence[Sequence[int]]) -> 
 def _found(request: Any, plan: Plan, write_from: int) -> int:
     """Tokens of a prompt that were in chunks, or in vLLM's prefix cache; never its last one."""
     return min(write_from + plan.found_from(write_from), int(request.num_prompt_tokens) - 1)
+
+
+def _blended_before(
+    tracked: _Tracked, plan: Plan, prefixes: BlendedPrefixes, pool: Any
+) -> list[bytes] | None:
+    """The hashes by which vLLM finds blocks of an earlier blend with this beginning; None where
+    there are none, or where it has as many exact ones.
+    """
+    # The blocks of an earlier blend with this beginning are as good as those of a new one, and vLLM
+    # finds them by itself.
+    exact, prompt = tracked.exact, tracked.request.prompt_token_ids
+    known = prefixes.find(exact, prompt, plan.settings, tracked.per_hash)
+    is_choosy = known is not None and plan.blend_if == "faster"
+    if is_choosy and 0 < cached(pool, exact) >= cached(pool, known or ()):
+        return None
+    return known
+
+
+def _is_cached(tracked: _Tracked, plan: Plan, pool: Any) -> bool:
+    """Whether vLLM has blocks of what would be blended."""
+    first = -(-_first_approximate(plan) // tracked.per_hash)
+    return is_cached(pool, tracked.request.block_hashes, first)
 
 
 def _is_written(request: Any, live: Iterable[Any], found: int, per_hash: int) -> bool:

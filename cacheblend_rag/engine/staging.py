@@ -67,7 +67,7 @@ class Staging:
         """Start the transfer that ``begin`` will be asked for next, as far as the layers ``first``
         go; in vain if it is another.
         """
-        self._forget()
+        self.unstage()
         self._expected = dict(sources), first, Transfer(self, sources, first)
         self._expected[-1].start()
 
@@ -83,10 +83,10 @@ class Staging:
             ):
                 self._expected = None
                 return transfer
-        self._forget()
+        self.unstage()
         return Transfer(self, sources, first)
 
-    def _forget(self) -> None:
+    def unstage(self) -> None:
         """Give up the transfer that was expected."""
         expected, self._expected = self._expected, None
         if expected is not None:
@@ -155,9 +155,10 @@ class Transfer:
         self._cached: list[CachedChunk] = []  # kept until the request is done with them
         self._filling: list[tuple[str, CachedChunk, ChunkKV]] = []
         # Bytes of each group of layers on the host, and where they go: to a place in GPU memory
-        # each, or to an offset in a buffer.
+        # each, or one behind the other into a buffer.
         self._to_stay: list[tuple[_Pieces, _Pieces]] = []
-        self._passing: list[tuple[int, _Pieces]] = []
+        self._passing: list[_Pieces] = []
+        self._rooms: list[int] = []  # bytes of a buffer for each of these
         self._buffers: Buffers | None = None
         self._arrived = 0  # groups
         self._ahead = 1  # groups that may be under way
@@ -218,7 +219,8 @@ class Transfer:
             # As plain bytes, cut at once: the host queues these copies while a GPU has nothing to
             # do, and each operation on a tensor takes it as long as a copy.
             flat = chunk.kv_L2NHD.reshape(-1).view(torch.uint8)
-            self._passing.append((offset, self._cut(flat, step)))
+            self._passing.append(self._cut(flat, step))
+            self._rooms.append(step * longest)
             offset += step * longest
         self._buffers = staging.take(count, offset)
         # Known before anything is copied, so that all addresses go to the GPU in one upload.
@@ -294,16 +296,20 @@ class Transfer:
         with torch.cuda.stream(stream):
             if number:
                 self._staging.pause()
-            for there, here in self._to_stay:
-                there[number].copy_(here[number], non_blocking=True)
+            there = [there[number] for there, _ in self._to_stay]
+            here = [here[number] for _, here in self._to_stay]
             if self._buffers is not None:
                 slot = number % len(self._buffers.free)
                 free, memory = self._buffers.free[slot], self._buffers.memory[slot]
                 if free is not None:
                     stream.wait_event(free)
-                for offset, pieces in self._passing:
-                    piece = pieces[number]
-                    memory[offset : offset + len(piece)].copy_(piece, non_blocking=True)
+                pieces = [pieces[number] for pieces in self._passing]
+                rooms = memory.split([*self._rooms, len(memory) - sum(self._rooms)])
+                there += [room[: len(p)] for room, p in zip(rooms, pieces, strict=False)]
+                here += pieces
+            # All by one call: each from Python takes a host several times as long as a copy's
+            # own launch.
+            torch._foreach_copy_(there, here, non_blocking=True)
             self._ready.append(stream.record_event())
 
 

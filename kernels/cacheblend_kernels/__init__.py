@@ -1,8 +1,8 @@
 """Tensor operations of a blend.
 
 ``reference`` is the specification of each in plain torch, and what a CPU runs. The Triton kernels
-have a file an operation: ``attention``, ``propagate``, ``rotate_and_scatter`` and ``softmax``. They
-are imported from there, and only where there is a GPU.
+have a file an operation: ``angles``, ``attention``, ``propagate``, ``rotate_and_scatter`` and
+``softmax``. They are imported from there, and only where there is a GPU.
 """
 
 from cacheblend_kernels.reference import (
@@ -12,6 +12,7 @@ from cacheblend_kernels.reference import (
     nearness,
     question_attention,
     rerotate,
+    rotation_deltas,
     window_average,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "nearness",
     "question_attention",
     "rerotate",
+    "rotation_deltas",
     "window_average",
 ]

@@ -1,7 +1,7 @@
 """Plain-torch twin of every operation: the specification, the CPU path and the tests' oracle.
 
 Shape legend: N keys, R query rows, H query heads, G KV heads (H is a multiple of G), D head size,
-P rotated pairs (half of the rotary dimension).
+P rotated pairs (half of the rotary dimension), T tables of X positions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,38 @@ from cacheblend_kernels.paged import PagedKV, Propagation
 
 CUTOFF = 4  # propagation lengths: a token's weight would be below 1/50 there, and is nothing
 _LOGITS = 1 << 26  # attention logits held at once, float32
+
+
+def rotation_deltas(
+    cos_TXP: torch.Tensor,
+    sin_TXP: torch.Tensor,
+    inverse_m2_TP: torch.Tensor,
+    old_N: torch.Tensor,
+    new_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The further angles by which keys turn that move from positions ``old_N`` to ``new_N``
+    (CacheBlend, section 4.3 and appendix); none at all where they agree.
+
+    From the tables by the angle-sum formulas, not from angles: whatever scaling made a table is in
+    it.
+
+    Args:
+        cos_TXP, sin_TXP: float32 cosine and sine of T tables of X positions.
+        inverse_m2_TP: float32, one over the square of what a table scales its cosines by: a turn
+            must not scale.
+        old_N, new_N: int64.
+
+    Returns:
+        Cosine and sine, float32 [T, N, P].
+    """
+    cos_old, sin_old = cos_TXP[:, old_N], sin_TXP[:, old_N]
+    cos_new, sin_new = cos_TXP[:, new_N], sin_TXP[:, new_N]
+    cos = (cos_new * cos_old + sin_new * sin_old) * inverse_m2_TP[:, None]
+    sin = (sin_new * cos_old - cos_new * sin_old) * inverse_m2_TP[:, None]
+    # Rounding would make these almost 1 and 0. A chunk that does not move keeps its bits, and is
+    # exact.
+    stay = (old_N == new_N)[:, None]
+    return cos.masked_fill_(stay, 1.0), sin.masked_fill_(stay, 0.0)
 
 
 def rerotate(

@@ -7,7 +7,7 @@ from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -113,6 +113,86 @@ def test_as_many_rows_are_scheduled_as_a_blend_computes(claims: Claims) -> None:
     assert (task.rows, task.computes, task.write_from) == (COMPUTES, COMPUTES, 0)
     assert sent.batch["r"].rows == COMPUTES
     assert not step(claims, new={}, rows={"r": 1}).batch, "it decodes"
+
+
+class Coming:
+    """Stands for a worker whose chunks are all in memory: what is on its way to the GPU."""
+
+    def __init__(self) -> None:
+        self.blender, self.now, self.told = self, "", list[str]()
+
+    def is_fast(self, plan: Plan) -> bool:
+        return True
+
+    def consider(self, plan: Plan) -> tuple[None, set[str]]:
+        return None, set()
+
+    def stage(self, name: str, plan: Plan) -> None:
+        self.now = name
+        self.told.append(name)
+
+    def unstage(self) -> None:
+        self.now = ""
+
+    def forget(self, name: str) -> None: ...
+
+    def begin_ahead(self, task: Any) -> None:
+        self.now = ""
+
+
+def test_what_a_lone_blend_needs_comes_from_its_arrival_on(claims: Claims) -> None:
+    coming = Coming()
+    claims.planning._link.rows = cast(Any, coming)
+    one, other = request(), request(name="other")
+    claims.begin(one)
+    assert coming.now == "r", "before vLLM schedules it"
+    assert claims.there(one, 0) == THERE and claims.there(one, 0) == THERE, "asked again"
+    assert coming.told == ["r"], "once"
+    claims.begin(other)
+    assert coming.told == ["r"], "another is under way"
+    claims.allocated(one, Blocks().get_block_ids(), THERE)
+    assert not coming.now
+    step(claims, new={"r": THERE}, rows={"r": COMPUTES})
+    assert claims.there(other, 0) == THERE and coming.now == "other"
+    claims.finished(other)
+    assert not coming.now, "it is given up with its request"
+
+
+def test_nothing_comes_of_what_vllm_has(claims: Claims) -> None:
+    coming, plan = Coming(), replace(PLAN, blend_if="faster")
+    claims.planning._link.rows = cast(Any, coming)
+    has = set(request().block_hashes[:1])
+    pool = SimpleNamespace(get_cached_block=lambda hash, groups: hash in has)
+    claims.refinements.pool = pool
+    claims.begin(request(plan))
+    assert coming.told == ["r"], "of its head only"
+    claims.finished(request(plan))
+    step(claims, new={}, rows={})
+    has.update(request().block_hashes)
+    claims.begin(request(plan, "again"))
+    assert coming.told == ["r"]
+    claims.finished(request(plan, "again"))
+    claims.begin(request(PLAN, "always"))
+    assert coming.told == ["r", "always"], "which exact KV is no reason not to blend"
+
+
+def test_no_block_of_a_blend_keeps_an_exact_hash(claims: Claims) -> None:
+    """Those that were hidden with the plan stay so, and the ones before them are hidden when its
+    blocks are given, each time with other hashes after a preemption.
+    """
+    for plan in (PLAN, replace(PLAN, blend_if="faster")):
+        one, exact = request(plan), request().block_hashes
+        claims.begin(one)
+        planned = list(one.block_hashes)
+        assert claims.there(one, 0) == THERE
+        assert not set(exact) & set(one.block_hashes)
+        asked = list(one.block_hashes)
+        assert claims.there(one, 0) == THERE and one.block_hashes == asked, "nobody has these"
+        claims.allocated(one, Blocks().get_block_ids(), THERE)
+        step(claims, new={"r": THERE}, rows={"r": COMPUTES})
+        assert claims.there(one, 0) == THERE
+        assert not set(one.block_hashes) & {*asked, *planned, *exact}, "blocks it never wrote"
+        claims.finished(one)
 
 
 def test_a_step_takes_so_many_rows_of_blends(claims: Claims) -> None:
@@ -628,9 +708,10 @@ TABLES = ([0] * 10 + [7, 8, 9], list(range(20, 33)))
 def test_where_there_are_groups_all_but_the_last_token_is_claimed(grouped: Claims) -> None:
     one = request()
     grouped.begin(one)
-    hashes = list(one.block_hashes)
+    hashes = request().block_hashes
+    found = list(one.block_hashes[:2])
     assert grouped.there(one, 2 * BLOCK) == len(IDS) - 1 - 2 * BLOCK
-    assert one.block_hashes[:2] == hashes[:2] and not set(hashes[2:]) & set(one.block_hashes)
+    assert one.block_hashes[:2] == found and not set(hashes[2:]) & set(one.block_hashes)
     grouped.allocated(one, TABLES, len(IDS) - 1 - 2 * BLOCK)
     # vLLM allocates again for the last token
     grouped.allocated(one, TABLES, 0)

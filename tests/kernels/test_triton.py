@@ -13,9 +13,11 @@ import torch.nn.functional as F
 
 from cacheblend_kernels.paged import PagedKV
 from cacheblend_kernels.reference import masked_softmax, moved, placed, question_attention
+from cacheblend_kernels.reference import rotation_deltas as reference_deltas
 
 pytest.importorskip("triton", reason="this platform has no Triton")
 from cacheblend_kernels import propagate as propagate_module
+from cacheblend_kernels.angles import rotation_deltas
 from cacheblend_kernels.attention import Extra, _parts, question_scores, scattered_attention
 from cacheblend_kernels.propagate import Propagation, Propagator, propagate
 from cacheblend_kernels.rotate_and_scatter import Sources, rotate_and_scatter
@@ -154,6 +156,27 @@ def latents(num_tokens: int, size: int, dim: int, dtype: torch.dtype) -> PagedKV
 def twin_cache(cache: PagedKV) -> PagedKV:
     k = cache.k_BSGD.clone()
     return cache._replace(k_BSGD=k, v_BSGD=k[..., :0])
+
+
+@pytest.mark.parametrize(("tables", "pairs", "count"), [(1, 64, 1), (2, 12, 50), (3, 32, 0)])
+def test_rotation_deltas(tables: int, pairs: int, count: int) -> None:
+    torch.manual_seed(count)
+    positions = 200
+    scale = torch.rand(tables, 1, pairs, device=DEVICE) + 0.5
+    angle = torch.rand(tables, positions, pairs, device=DEVICE) * 6
+    cos, sin, inverse_m2 = angle.cos() * scale, angle.sin() * scale, 1 / scale[:, 0] ** 2
+    old, new = torch.randint(0, positions, (2, count), device=DEVICE)
+    new[::3] = old[::3]  # these stay
+    ours, want = (
+        rotation_deltas(cos, sin, inverse_m2, old, new),
+        reference_deltas(cos, sin, inverse_m2, old, new),
+    )
+    for mine, theirs in zip(ours, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+        assert torch.equal(mine[:, ::3], theirs[:, ::3]), "what stays keeps its bits"
+    moved = angle[:, new] - angle[:, old]
+    torch.testing.assert_close(ours[0], moved.cos(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours[1], moved.sin(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
