@@ -24,7 +24,13 @@ from cacheblend_rag.engine.rope import Rerotator
 from cacheblend_rag.engine.upload import Array, upload, upload_all
 from cacheblend_rag.plan import Kind, Plan, Segment
 from cacheblend_rag.reason import Reason, RefusedError, Why
-from cacheblend_rag.select import Evidence, KVDeviation, QuestionAttention, create_selector
+from cacheblend_rag.select import (
+    Evidence,
+    KVDeviation,
+    QuestionAttention,
+    Selector,
+    create_selector,
+)
 from cacheblend_rag.store.base import ChunkKV, KVStore
 from cacheblend_rag.undo import on_failure
 
@@ -193,17 +199,19 @@ class Blender:
         # are missing use up the budget first, so a blend takes no longer for them while the budget
         # lasts.
         budget = min(max(task.computes - num_must, 0), num_candidates)
-        must, candidate = upload_all([must_E.nonzero()[0], candidate_E], device)
         clock.mark("load")
         if 0 < budget < num_candidates:
-            picked = self._pick(executor, task, candidate, budget)
+            selector = create_selector(plan.selector, plan.selector_options)
+            evidence = self._gather(executor, task, selector.evidence)
+            # Behind the question, which a GPU can begin without these.
+            must, candidate = upload_all([must_E.nonzero()[0], candidate_E], device)
+            picked = _pick(selector, executor, candidate, budget, *evidence)
             positions = torch.cat([must, picked]).sort().values
             if plan.propagation_length:
                 executor.correct(candidate, positions, plan.propagation_length)
-        elif budget:
-            positions = upload((must_E | candidate_E).nonzero()[0], device)
         else:
-            positions = must
+            computed_E = must_E | candidate_E if budget else must_E
+            positions = upload(computed_E.nonzero()[0], device)
         chosen = Positions(positions)
         clock.mark("select")
         # These come after the last segment: the report counts by segments.
@@ -216,31 +224,26 @@ class Blender:
         for tile in positions.split(self._most_rows):
             executor.recompute(tile)
 
-    def _pick(
-        self, executor: BlendExecutor, task: BlendTask, candidate: torch.Tensor, budget: int
-    ) -> torch.Tensor:
-        """The ``budget`` candidates that the plan's selector wants most."""
-        selector = create_selector(task.plan.selector, task.plan.selector_options)
-        question_E = deviation_E = None
-        wanted = selector.evidence
+    def _gather(
+        self,
+        executor: BlendExecutor,
+        task: BlendTask,
+        wanted: QuestionAttention | KVDeviation | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What a selector wants to know of each token, float32 [E]: the question's attention and
+        the deviation of its KV.
+        """
+        # Each rank has some of the heads. Without the sum, ranks would choose different tokens, and
+        # from then on each would compute another prompt.
         if isinstance(wanted, QuestionAttention):
             layers = wanted.among(self.handle.sees_all)
             room = self._most_rows - len(task.question) - FIRST_TOKENS
-            # Each rank has some of the heads. Without the sum, ranks would choose different tokens,
-            # and from then on each would compute another prompt.
-            question_E = self.handle.ranks.sum(executor.ask(task.question, layers, room))
-        elif isinstance(wanted, KVDeviation):
-            deviation_E = self.handle.ranks.sum(
-                executor.deviation(self._check(wanted), wanted.values, self._most_rows)
-            )
-        evidence = Evidence(
-            candidate, executor.offset_E, executor.ids_E, question_E, deviation_E, budget
-        )
-        picked = selector.choose(evidence, selector.score(evidence))
-        if len(picked) < budget:  # the rows are there: they are used
-            others = candidate.index_fill(0, picked, False).nonzero().flatten()
-            picked = torch.cat([picked, others[: budget - len(picked)]])
-        return picked
+            return self.handle.ranks.sum(executor.ask(task.question, layers, room)), None
+        if isinstance(wanted, KVDeviation):
+            check = self._check(wanted)
+            deviation_E = executor.deviation(check, wanted.values, self._most_rows)
+            return None, self.handle.ranks.sum(deviation_E)
+        return None, None
 
     def _fitting(self, task: BlendTask, outcome: BlendOutcome, found: FromStore) -> list[Loaded]:
         """The stored chunks of a plan. One that is absent, damaged, not what the prompt says or
@@ -366,6 +369,25 @@ def rows_of(plan: Plan, num_tokens: int, write_from: int) -> int:
     # afterwards. So the worker fills what a selector leaves of its budget with other candidates.
     selector = create_selector(plan.selector, plan.selector_options)
     return must + min(selector.budget(plan.ratio, weighted), candidates)
+
+
+def _pick(
+    selector: Selector,
+    executor: BlendExecutor,
+    candidate_E: torch.Tensor,
+    budget: int,
+    question_E: torch.Tensor | None,
+    deviation_E: torch.Tensor | None,
+) -> torch.Tensor:
+    """The ``budget`` candidates that a selector wants most."""
+    evidence = Evidence(
+        candidate_E, executor.offset_E, executor.ids_E, question_E, deviation_E, budget
+    )
+    picked = selector.choose(evidence, selector.score(evidence))
+    if len(picked) < budget:  # the rows are there: they are used
+        others = candidate_E.index_fill(0, picked, False).nonzero().flatten()
+        picked = torch.cat([picked, others[: budget - len(picked)]])
+    return picked
 
 
 def _duties(task: BlendTask, stored_E: Array, missing: Sequence[int]) -> tuple[Array, Array]:

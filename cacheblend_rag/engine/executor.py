@@ -8,6 +8,7 @@ Shape legend: E tokens of the blended region, G KV heads, D head size.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -45,7 +46,6 @@ class Region:
     Plain numpy: torch's operations on the CPU wake threads for every few thousand numbers.
 
     Attributes:
-        ids_E: int64 token ids.
         stored_E: bool; offset_E: int64, a token's place in its chunk; old_E: int64, the position
             its key is rotated to; span_E: int32, which of the spans it is in, or -1.
         asked: end of the plan; what comes behind it is no context of the question.
@@ -55,7 +55,6 @@ class Region:
     def __init__(self, task: BlendTask, spans: Sequence[Loaded]) -> None:
         self.task, self.spans = task, spans
         self.end, self.asked, self.write_from = task.end, task.plan.end, task.write_from
-        self.ids_E = np.array(task.token_ids, dtype=np.int64)
         self.offset_E = np.zeros(self.end, dtype=np.int64)
         self.stored_E = np.zeros(self.end, dtype=np.bool_)
         # A token without stored KV turns by nothing.
@@ -66,6 +65,11 @@ class Region:
             self.offset_E[start:end] = np.arange(offset, offset + end - start)
             self.old_E[start:end] = chunk.base + self.offset_E[start:end]
             self.stored_E[start:end] = True
+
+    @functools.cached_property
+    def ids_E(self) -> Array:
+        """int64 token ids."""
+        return np.array(self.task.token_ids, dtype=np.int64)
 
     @property
     def bytes(self) -> int:
@@ -101,9 +105,29 @@ class BlendExecutor(ABC):
         self.region, self.handle, self.rope, self._cache = region, handle, rope, cache
         self.device = handle.device
         self._blocks: Sequence[int] = region.task.blocks
-        # One upload for all three: on a GPU, each small one waits behind what is being copied.
-        rows = np.stack([region.ids_E, region.offset_E, region.span_E])
-        self.ids_E, self.offset_E, self.span_E = upload(rows, self.device)
+
+    @functools.cached_property
+    def _rows_3E(self) -> torch.Tensor:
+        """The region's rows on the device, in one upload; made when the first is wanted, as a GPU
+        that is to ask the question would wait for the host.
+        """
+        region = self.region
+        return upload(np.stack([region.ids_E, region.offset_E, region.span_E]), self.device)
+
+    @property
+    def ids_E(self) -> torch.Tensor:
+        """int64 token ids."""
+        return self._rows_3E[0]
+
+    @property
+    def offset_E(self) -> torch.Tensor:
+        """int64, a token's place in its chunk."""
+        return self._rows_3E[1]
+
+    @property
+    def span_E(self) -> torch.Tensor:
+        """int64, the span a token is in, or -1."""
+        return self._rows_3E[2]
 
     @abstractmethod
     def open(self, blocks: Sequence[int], low: int, high: int) -> None:

@@ -311,7 +311,7 @@ class KernelExecutor(BlendExecutor):
         n, behind = len(along), self._question_positions(len(question))
         rows_5T = np.full((5, n + len(question)), NOWHERE)
         ids, positions, asking, key_position, slots = rows_5T
-        ids[:n], ids[n:] = self.region.ids_E[along], question
+        ids[:n], ids[n:] = [self.region.task.token_ids[i] for i in along], question
         positions[:n], positions[n:] = along, behind
         asking[n:] = key_position[n:] = behind
         # A token of the context is in the paged cache, and must not be seen a second time as an
