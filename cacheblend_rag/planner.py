@@ -153,6 +153,7 @@ class Planner:
         self._limits = Limits(_NOT_YET)
         self._spaces: dict[str, Space] = {}
         self._configs: dict[str, BlendConfig] = {}
+        self._read: dict[tuple[str, str], tuple[BlendConfig, BlendConfig]] = {}  # by options
         self.steering = Steering()
         self._default: str | None = None
         self.learning: Learning | None = None
@@ -209,10 +210,9 @@ class Planner:
         """
         start = time.perf_counter()
         try:
-            space, asked = self._settings(options)
+            space, asked, config = self._settings(options)
         except CacheBlendError as error:
             return Planned(NoPlan(Reason.MALFORMED_OPTIONS, str(error)), "blend", {})
-        config = resolved(asked, space.calibration, options)
         if config.mode in ("off", "full"):
             return Planned(NoPlan(Reason.MODE, f"mode is {config.mode!r}"), config.mode, {})
         if self._limits.why_not is not None:
@@ -270,8 +270,7 @@ class Planner:
         learnt as a chunk of its own.
         """
         assert self.learning is not None
-        space, asked = self._settings(options)
-        config = resolved(asked, space.calibration, options)
+        space, _, config = self._settings(options)
         whole = [match for match in matches if match.offset <= ANCHOR_MARGIN]
         is_salted = _is_salted(space.name, salt)
 
@@ -312,6 +311,7 @@ class Planner:
     def _open(self, space: Space) -> None:
         self._spaces[space.name] = space
         self._configs[space.name] = BlendConfig(**space.options)
+        self._read.clear()
         self.steering.open(space.name, self._configs[space.name])
         self.known.open(space.name, space.keys)
         if space.default:
@@ -324,8 +324,8 @@ class Planner:
             if space.prompt_prefix is not None and space.prompt_prefix.key in keys:
                 self._spaces[name] = replace(space, prompt_prefix=None)
 
-    def _settings(self, options: Mapping[str, Any]) -> tuple[Space, BlendConfig]:
-        """The space of a request, and its configuration.
+    def _settings(self, options: Mapping[str, Any]) -> tuple[Space, BlendConfig, BlendConfig]:
+        """The space of a request, its configuration, and the same with a number for a ratio.
 
         Raises:
             ConfigError: unknown options or refused values.
@@ -338,14 +338,23 @@ class Planner:
         name = options.get("space", self._default)
         if not isinstance(name, str) or name not in self._spaces:
             if not self._spaces:
-                return _NOWHERE, BlendConfig()
+                asked = BlendConfig()
+                return _NOWHERE, asked, resolved(asked, None)
             raise ConfigError("the request's space is not one of this engine's")
-        space = self._spaces[name]
-        try:
-            config = self._configs[name].for_call(blend_options(options))
-        except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
-            raise ConfigError(f"refused option: {error}") from error
-        return space, config
+        space, own = self._spaces[name], blend_options(options)
+        # To check options takes a tenth of a millisecond or more, and most requests have the same.
+        key = name, repr(sorted(own.items()))
+        read = self._read.get(key)
+        if read is None:
+            try:
+                config = self._configs[name].for_call(own)
+            except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
+                raise ConfigError(f"refused option: {error}") from error
+            read = config, resolved(config, space.calibration, own)
+            if len(self._read) >= _MOST_READ:
+                self._read.clear()
+            self._read[key] = read
+        return space, *read
 
 
 def _head(before: Sequence[int], prompt_prefix: PromptPrefix | None) -> Sequence[int]:
@@ -388,4 +397,5 @@ def _between(matches: Sequence[Match], others: Sequence[Match], least: int) -> l
     return sorted(found)
 
 
+_MOST_READ = 256  # kinds of options that are kept
 _NOWHERE = Space(name="", keys=KeySpace("", ()))

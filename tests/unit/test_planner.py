@@ -100,6 +100,19 @@ def test_a_request_has_options_of_its_own() -> None:
     assert found.mode == "blend" and set(found.seconds) == {"locate", "plan"}
 
 
+def test_options_that_were_read_before_are_those_of_equal_requests_only() -> None:
+    made = planner()
+    for _ in range(2):
+        assert plan(made, refine=1).refine == 1 and plan(made, recompute_ratio=1).ratio == 1
+        for wrong in ({"refine": True}, {"refine": 1.0}, {"recompute_ratio": True}):
+            assert why_not(made, {"space": "here", **wrong}).reason is Reason.MALFORMED_OPTIONS
+    for many in range(600):
+        assert plan(made, recompute_ratio=many / 1000).ratio == many / 1000
+    assert len(made._read) <= 256
+    made.learn(0, Space(name="here", keys=KEYS, options={"recompute_ratio": 0.3}))
+    assert plan(made).ratio == 0.3, "the space was opened anew"
+
+
 def test_a_space_serves_requests_of_its_own_adapter() -> None:
     options = {"space": "here"}
     for own, asked in (("", "1/x/at"), ("1/x/at", ""), ("1/x/at", "2/y/at")):
