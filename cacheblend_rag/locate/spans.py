@@ -103,6 +103,9 @@ def resolve_overlaps(view: Snapshot, prompt: Ids, spans: Spans, min_tokens: int)
 
 
 def _is_equal(view: Snapshot, prompt: Ids, span: _Ranked) -> bool:
-    first = view.starts[span.row] + span.offset
+    # Hashes that collide also propose more tokens than a chunk or a prompt has.
+    first, end = view.starts[span.row] + span.offset, span.offset - span.minus_length
+    if end > span.chunk_tokens or span.end > len(prompt):
+        return False
     in_chunk = view.tokens[first : first - span.minus_length]
     return bool((prompt[span.start : span.end] == in_chunk).all())
