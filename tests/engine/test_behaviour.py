@@ -845,6 +845,28 @@ def test_what_fills_no_block_is_not_blended(blend: CacheBlend) -> None:
     assert not result.report.blended and "block" in result.report.detail
 
 
+def test_vllms_bound_of_a_prompts_tokens_a_step_is_kept_by_blends(
+    blend: CacheBlend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--long-prefill-token-threshold``: a stream waits less for each step."""
+    stream, ids = words(20), prompt([words(5), "a", words(3), "d", words(20)])
+    both = alone(blend, stream), alone(blend, ids, recompute_ratio=0.5)
+    config, rows = core(blend).scheduler.scheduler_config, connector(blend).rows
+    monkeypatch.setattr(config, "long_prefill_token_threshold", 16)
+    begin_step, taken = rows.begin_step, list[int]()
+
+    def noted(tasks: Any, batch: Any) -> None:
+        if len(batch) > 1:  # newer vLLMs have no bound for who is alone
+            taken.extend(part.rows for part in batch.values())
+        begin_step(tasks, batch)
+
+    monkeypatch.setattr(rows, "begin_step", noted)
+    together = blend.generate([stream, ids], **{**SAMPLING, "recompute_ratio": 0.5})
+    assert together[1].report.blended and max(taken) == 16 and taken.count(16) > 4
+    for one, other in zip(both, together, strict=True):
+        assert_same(one, other)
+
+
 # ---- 3. partial hits -----------------------------------------------------------------------------
 
 
