@@ -311,7 +311,9 @@ class Planner:
     def _open(self, space: Space) -> None:
         self._spaces[space.name] = space
         self._configs[space.name] = BlendConfig(**space.options)
-        self._read.clear()
+        # Another one: a thread that is reading options by the old configuration keeps them in the
+        # old one.
+        self._read = {}
         self.steering.open(space.name, self._configs[space.name])
         self.known.open(space.name, space.keys)
         if space.default:
@@ -335,7 +337,7 @@ class Planner:
         for option in options:
             if option not in PER_REQUEST and option not in _OWN:
                 raise unknown_option(str(option), PER_REQUEST, "a request")
-        name = options.get("space", self._default)
+        known, name = self._read, options.get("space", self._default)
         if not isinstance(name, str) or name not in self._spaces:
             if not self._spaces:
                 asked = BlendConfig()
@@ -343,18 +345,27 @@ class Planner:
             raise ConfigError("the request's space is not one of this engine's")
         space, own = self._spaces[name], blend_options(options)
         # To check options takes a tenth of a millisecond or more, and most requests have the same.
-        key = name, repr(sorted(own.items()))
-        read = self._read.get(key)
+        key = (name, repr(sorted(own.items()))) if _is_plain(own) else None
+        read = known.get(key) if key is not None else None
         if read is None:
             try:
                 config = self._configs[name].for_call(own)
             except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
                 raise ConfigError(f"refused option: {error}") from error
             read = config, resolved(config, space.calibration, own)
-            if len(self._read) >= _MOST_READ:
-                self._read.clear()
-            self._read[key] = read
+            if len(known) >= _MOST_READ:
+                known.clear()
+            if key is not None:
+                known[key] = read
         return space, *read
+
+
+def _is_plain(options: Mapping[str, Any]) -> bool:
+    """Whether these are told apart by how they are written, and never change."""
+    tables = [value for value in options.values() if type(value) is dict]
+    values = [value for value in options.values() if type(value) is not dict]
+    inside = [part for table in tables for item in table.items() for part in item]
+    return all(type(value) in (str, int, float, bool) for value in (*values, *inside))
 
 
 def _head(before: Sequence[int], prompt_prefix: PromptPrefix | None) -> Sequence[int]:

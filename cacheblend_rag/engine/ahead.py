@@ -135,7 +135,7 @@ class Ahead:
             blender.forget(request_id)
             if request_id == self._staged:
                 blender.unstage()
-                self._staged = None
+                self._staged, self._announced = None, False
 
     @property
     def _blender(self) -> Blender | None:
@@ -158,7 +158,8 @@ class Ahead:
         # One transfer is expected at a time. That of a second blend would push out the first one's.
         if self._announced:
             return
-        self._announced, self._staged = True, request_id
+        self._announced, self._staged = True, None
         # It comes later then; what is wrong shows where the worker reports it.
         with logging_failures(logger, "the KV of %s was not brought ahead", request_id):
-            blender.stage(request_id, plan)
+            if blender.stage(request_id, plan):
+                self._staged = request_id

@@ -108,17 +108,19 @@ class Blender:
         self._most_rows = int(handle.config.scheduler_config.max_num_batched_tokens)
         self._fetched: dict[str, FromStore] = {}  # by a request's id
 
-    def stage(self, request_id: str, plan: Plan) -> None:
+    def stage(self, request_id: str, plan: Plan) -> bool:
         """Begin to bring the KV of the blend that comes next, if it can be had at once: vLLM's own
-        preparation of the step takes as long as a good part of that.
+        preparation of the step takes as long as a good part of that. Returns whether it could.
         """
-        if self.is_fast(plan):
-            # In the scheduler's thread: so only what is in memory, or other requests would wait for
-            # a disk.
-            found = self._fetch(plan, set())  # all is in memory: nothing to consider
-            self._fetched[request_id] = found
-            chunks = {key: chunk for key, chunk in found.chunks.items() if chunk}
-            self._executors.stage(chunks, self._deciding_layers(plan))
+        # In the scheduler's thread: so only what is in memory, or other requests would wait for a
+        # disk.
+        if not self.is_fast(plan):
+            return False
+        found = self._fetch(plan, set())  # all is in memory: nothing to consider
+        self._fetched[request_id] = found
+        chunks = {key: chunk for key, chunk in found.chunks.items() if chunk}
+        self._executors.stage(chunks, self._deciding_layers(plan))
+        return True
 
     def unstage(self) -> None:
         """The blend that was expected next does not come."""
@@ -168,10 +170,25 @@ class Blender:
         Raises:
             RefusedError: some rank's store is so slow that a plain prefill is as quick.
         """
+        found = self._fetched.pop(task.request_id, None)
+        # What was brought ahead is of no use where this fails before an executor has it.
+        with on_failure(self._executors.unstage):
+            executor, proof = self._opened(task, outcome, found)
+        # A failure from here on leaves a transfer under way, which only its executor can give up.
+        with on_failure(executor.give_up):
+            return Choice(executor, self._choose(executor, task, outcome), proof)
+
+    def _opened(
+        self, task: BlendTask, outcome: BlendOutcome, found: FromStore | None
+    ) -> tuple[BlendExecutor, Proof | None]:
+        """The executor of a request, over its chunks; or over its own KV, which it is to prove.
+
+        Raises:
+            RefusedError: see ``choose``.
+        """
         # The same path with the prompt's own KV in the place of stored KV: what a proof shows is
         # true of every blend that follows.
         proof: Proof | None = None
-        found = self._fetched.pop(task.request_id, None)
         if task.proves and task.first_row > task.write_from:  # else its rows are all tokens
             proof = Proof(self.handle, task.token_ids, self._most_rows)
             loaded = [
@@ -186,10 +203,7 @@ class Blender:
         outcome.clock.mark("fetch")
         region = Region(task, loaded)
         outcome.bytes = region.bytes
-        executor = self._executors(region, self._deciding_layers(task.plan))
-        # A failure from here on leaves a transfer under way, which only its executor can give up.
-        with on_failure(executor.give_up):
-            return Choice(executor, self._choose(executor, task, outcome), proof)
+        return self._executors(region, self._deciding_layers(task.plan)), proof
 
     def _choose(self, executor: BlendExecutor, task: BlendTask, outcome: BlendOutcome) -> Positions:
         clock, plan, device = outcome.clock, task.plan, self.handle.device

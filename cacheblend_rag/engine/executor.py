@@ -172,9 +172,10 @@ class BlendExecutor(ABC):
             reused ones, on this rank's heads; 0 for tokens behind the plan's end.
         """
         at = torch.arange(self.region.asked, device=self.device)
+        ids = self.ids_E[at]
         # starts a transfer, which small uploads must come before
         self.place(range(check, check + 1))
-        k, v = fresh_kv(self.handle, self.ids_E[at], check + 1, most_tokens)[check]
+        k, v = fresh_kv(self.handle, ids, check + 1, most_tokens)[check]
         cached_k, cached_v = self._reused(check, at)
         distance = key_deviation(k, cached_k)
         if values:

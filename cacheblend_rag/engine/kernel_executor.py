@@ -395,6 +395,7 @@ class KernelExecutorFactory(ExecutorFactory):
     def __call__(self, region: Region, first: range) -> BlendExecutor:
         # Kernels place all tokens of a layer at once, and these have no blocks yet.
         if len(region.task.blocks) * self._cache.block_size < region.end:
+            self._staging.unstage()  # it was brought for kernels
             return super().__call__(region, first)  # its blocks come with later steps
         return KernelExecutor(
             region,

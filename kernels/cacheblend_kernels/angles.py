@@ -30,7 +30,7 @@ def rotation_deltas(
         assert each.is_contiguous()
     for each in (cos_TXP, sin_TXP, inverse_m2_TP):
         assert each.dtype == torch.float32
-    cos_TNP, sin_TNP = torch.empty(2, tables, n, pairs, device=cos_TXP.device)
+    cos_TNP, sin_TNP = cos_TXP.new_empty(2, tables, n, pairs)
     if n:
         _launch(
             (triton.cdiv(n, _TOKENS), tables, 1),

@@ -155,7 +155,10 @@ class Disk:
     def refusal(self, name: str) -> None:
         return None
 
-    def stage(self, name: str, plan: Any) -> None:
+    def stage(self, name: str, plan: Any) -> bool:
+        return True
+
+    def unstage(self) -> None:
         pass
 
     def begin_ahead(self, task: Any) -> None:

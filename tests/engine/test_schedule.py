@@ -120,16 +120,19 @@ class Coming:
 
     def __init__(self) -> None:
         self.blender, self.now, self.told = self, "", list[str]()
+        self.is_there, self.considered = True, 0
 
     def is_fast(self, plan: Plan) -> bool:
         return True
 
     def consider(self, plan: Plan) -> tuple[None, set[str]]:
+        self.considered += 1
         return None, set()
 
-    def stage(self, name: str, plan: Plan) -> None:
+    def stage(self, name: str, plan: Plan) -> bool:
         self.now = name
         self.told.append(name)
+        return self.is_there
 
     def unstage(self) -> None:
         self.now = ""
@@ -158,6 +161,16 @@ def test_what_a_lone_blend_needs_comes_from_its_arrival_on(claims: Claims) -> No
     assert not coming.now, "it is given up with its request"
 
 
+def test_what_could_not_be_brought_is_considered_again(claims: Claims) -> None:
+    """It was evicted meanwhile: read with the step, a disk would hold up all requests."""
+    coming, one = Coming(), request()
+    claims.planning._link.rows, coming.is_there = cast(Any, coming), False
+    claims.begin(one)
+    step(claims, new={}, rows={})
+    assert claims.there(one, 0) == THERE
+    assert coming.considered == 1 and coming.told == ["r", "r"]
+
+
 def test_nothing_comes_of_what_vllm_has(claims: Claims) -> None:
     coming, plan = Coming(), replace(PLAN, blend_if="faster")
     claims.planning._link.rows = cast(Any, coming)
@@ -167,7 +180,6 @@ def test_nothing_comes_of_what_vllm_has(claims: Claims) -> None:
     claims.begin(request(plan))
     assert coming.told == ["r"], "of its head only"
     claims.finished(request(plan))
-    step(claims, new={}, rows={})
     has.update(request().block_hashes)
     claims.begin(request(plan, "again"))
     assert coming.told == ["r"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import Words
 
 from cacheblend_rag.calibration import Calibration
+from cacheblend_rag.config import BlendConfig
 from cacheblend_rag.costs import Costs
 from cacheblend_rag.keys import KeySpace
 from cacheblend_rag.known import KnownChunks, News, Row
@@ -109,8 +110,28 @@ def test_options_that_were_read_before_are_those_of_equal_requests_only() -> Non
     for many in range(600):
         assert plan(made, recompute_ratio=many / 1000).ratio == many / 1000
     assert len(made._read) <= 256
+    nested = {"layers": [0.25, 0.5]}  # its caller may change it
+    assert plan(made, selector_options=nested).selector_options == nested
+    assert not any("layers" in asked for _, asked in made._read)
     made.learn(0, Space(name="here", keys=KEYS, options={"recompute_ratio": 0.3}))
     assert plan(made).ratio == 0.3, "the space was opened anew"
+
+
+def test_options_read_while_their_space_is_opened_anew_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Spaces are opened in a thread of their own."""
+    made, for_call = planner(), BlendConfig.for_call
+
+    def slow(config: BlendConfig, options: Any) -> BlendConfig:
+        found = for_call(config, options)
+        monkeypatch.setattr(BlendConfig, "for_call", for_call)
+        made.learn(0, Space(name="here", keys=KEYS, options={"recompute_ratio": 0.3}))
+        return found
+
+    monkeypatch.setattr(BlendConfig, "for_call", slow)
+    plan(made)
+    assert plan(made).ratio == 0.3
 
 
 def test_a_space_serves_requests_of_its_own_adapter() -> None:
