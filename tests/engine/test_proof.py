@@ -52,6 +52,7 @@ def region_of(patch: pytest.MonkeyPatch) -> Region:
         segments=SEGMENTS, question_start=26, ratio=1.0, selector="query", selector_options={}
     )
     task = BlendTask("0", "0", TOKENS, (), plan, (1, 2), 0, len(TOKENS), 20, proves=True)
+    executors.unstage = lambda: None  # type: ignore[attr-defined]
     blender: Any = Blender(handle, None, None, executors)  # type: ignore[arg-type]
     choice = blender.choose(task, BlendOutcome(Clock(CPU), SEGMENTS))
     assert choice.proof is not None and len(choice.positions) == len(TOKENS)
