@@ -353,9 +353,9 @@ class Planner:
             except (TypeError, ValueError, AttributeError) as error:  # of another type than it says
                 raise ConfigError(f"refused option: {error}") from error
             read = config, resolved(config, space.calibration, own)
-            if len(known) >= _MOST_READ:
-                known.clear()
             if key is not None:
+                if len(known) >= _MOST_READ:
+                    known.clear()
                 known[key] = read
         return space, *read
 

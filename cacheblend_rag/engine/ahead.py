@@ -75,7 +75,7 @@ class Ahead:
         """A blend comes with the next step, and nothing runs beside it: what is in memory is on its
         way from now on.
         """
-        if (blender := self._blender) is not None and blender.is_fast(plan):
+        if (blender := self._blender) is not None:
             self._announce(blender, request_id, plan)
 
     def is_fetching(self, request_id: str) -> bool:
@@ -158,8 +158,8 @@ class Ahead:
         # One transfer is expected at a time. That of a second blend would push out the first one's.
         if self._announced:
             return
-        self._announced, self._staged = True, None
+        self._staged = None
         # It comes later then; what is wrong shows where the worker reports it.
         with logging_failures(logger, "the KV of %s was not brought ahead", request_id):
             if blender.stage(request_id, plan):
-                self._staged = request_id
+                self._announced, self._staged = True, request_id
